@@ -1,0 +1,69 @@
+"""Prune a concept out of a transformer, retrain, and see where it comes back.
+
+corpus = rl.read_conll("train.conll").split(seed=0)
+tagger = rl.load_tagger("minilm", labels=corpus.train.label_names)
+place = rl.Concept("place", labels=["LOC"])
+for pause in rl.finetune_(tagger, corpus.train, epochs=3, seed=0): print(pause)
+before = rl.measure(tagger, corpus.probe, place)
+chosen = before.saliency.top(fraction=0.5)
+control = rl.random_neurons(like=chosen, seed=0)
+rl.prune_(tagger, chosen)
+path = rl.track(tagger, corpus.probe, place, rl.retrain_(tagger, corpus.train), before=before, pruned=chosen)
+rl.plots.layer_map(path)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relearn_lens import analysis, plots, report, sources, toy
+    from relearn_lens.ablation import ablated, held, prune_
+    from relearn_lens.concept import Concept
+    from relearn_lens.corpus import Corpus, build_corpus
+    from relearn_lens.encoding import encode
+    from relearn_lens.evaluation import evaluate
+    from relearn_lens.experiment import Run
+    from relearn_lens.models import Tagger, load_bridge, load_tagger
+    from relearn_lens.neurons import Neuron, Neurons, Site, random_neurons, site_of
+    from relearn_lens.readers import read_bsb_names, read_conll, read_hf, read_splits
+    from relearn_lens.retraining import Checkpoint, finetune_, retrain_
+    from relearn_lens.saliency import ClassStats, Saliency, class_stats
+    from relearn_lens.settings import Experiment, preset, settings_of
+    from relearn_lens.store import load_run, run
+    from relearn_lens.tracking import Snapshot, Trajectory, measure, track
+
+_HOME = {
+    "ablation": ("ablated", "held", "prune_"),
+    "concept": ("Concept",),
+    "corpus": ("Corpus", "build_corpus"),
+    "encoding": ("encode",),
+    "evaluation": ("evaluate",),
+    "experiment": ("Run",),
+    "models": ("Tagger", "load_bridge", "load_tagger"),
+    "neurons": ("Neuron", "Neurons", "Site", "random_neurons", "site_of"),
+    "readers": ("read_bsb_names", "read_conll", "read_hf", "read_splits"),
+    "retraining": ("Checkpoint", "finetune_", "retrain_"),
+    "saliency": ("ClassStats", "Saliency", "class_stats"),
+    "settings": ("Experiment", "preset", "settings_of"),
+    "store": ("load_run", "run"),
+    "tracking": ("Snapshot", "Trajectory", "measure", "track"),
+}
+_MODULES = ("analysis", "plots", "report", "sources", "toy")
+_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [*_OF, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: the command line's --help and the checking of settings must not wait for torch.
+    if name in _OF:
+        return getattr(importlib.import_module(f"relearn_lens.{_OF[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"relearn_lens.{name}")
+    raise AttributeError(f"module 'relearn_lens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
