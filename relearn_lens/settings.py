@@ -1,0 +1,307 @@
+"""The settings of an experiment: one validated object, the same from a preset, a TOML file, `--set` and Python.
+
+Imports nothing heavy, so the command line can check a user's settings at once.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Data(_Group):
+    """Which sentences of the corpus are used."""
+
+    train_sentences: int = Field(default=1000, ge=1, description="sentences to train on, at most")
+    validation_sentences: int = Field(default=300, ge=1, description="sentences that F1 is measured on, at most")
+    probe_sentences: int = Field(default=300, ge=1, description="sentences that saliency is measured on, at most")
+    parts: tuple[float, float, float] = Field(
+        default=(0.6, 0.2, 0.2),
+        description="shares of train, validation and probe where the corpus is not split already",
+    )
+    split_seed: int = Field(
+        default=0, ge=0, description="seed of the split and of the draws; the same for every seed of a run"
+    )
+    labelled_only: bool = Field(default=True, description="use only sentences with at least one labelled word")
+    concept_share: float | None = Field(
+        default=0.5, gt=0, le=1,
+        description="share of the drawn sentences that hold the concept, as far as the corpus has them; "
+        "none: as they come",
+    )  # fmt: skip
+    long: Literal["split", "truncate", "error"] = Field(
+        default="split", description="what happens to a sentence longer than the model's context"
+    )
+    scheme: Literal["auto", "bio", "iob1", "io", "bioes"] = Field(
+        default="auto", description="tag scheme of a conll: corpus"
+    )
+    column: int = Field(default=-1, description="label column of a conll: corpus; -1 is the last")
+
+    @field_validator("parts")
+    @classmethod
+    def _sums_to_one(cls, parts: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
+            raise ValueError("three shares above 0 that sum to 1")
+        return parts
+
+
+class Prune(_Group):
+    """What is removed."""
+
+    fraction: float = Field(default=0.5, gt=0, le=1, description="share of all neurons of the site that is pruned")
+    sever: Literal["out", "both"] = Field(
+        default="out", description="mlp_post: prune the output weights, or input weights and bias as well"
+    )
+    control_draws: int = Field(
+        default=5,
+        ge=0,
+        description="random sets of the same size per layer whose damage is measured without retraining",
+    )
+
+
+class Training(_Group):
+    """AdamW with a learning rate that falls linearly to 0."""
+
+    epochs: Positive = Field(default=3, description="passes over the training sentences")
+    lr: Positive = Field(default=1e-4, description="highest learning rate")
+    batch_size: int = Field(default=16, ge=1, description="sentences per step")
+    weight_decay: float = Field(default=0.01, ge=0, description="not on biases and LayerNorms")
+    clip: Positive = Field(default=1.0, description="largest gradient norm")
+
+
+class Finetune(Training):
+    """Training of the base model."""
+
+    prior_bias: bool = Field(default=True, description="start the head's bias at the log share of each tag")
+
+
+class Retrain(Training):
+    """Training after pruning, measured after every stage."""
+
+    lr: Positive = Field(default=5e-4, description="highest learning rate")
+    every: Positive = Field(default=1, description="epochs per stage")
+    restart: bool = Field(default=False, description="begin optimiser and learning rate anew in every stage")
+
+
+class Measure(_Group):
+    """How it is measured."""
+
+    max_tokens: int = Field(default=4096, ge=16, description="tokens per batch when the model is only read")
+    draws: int = Field(default=1000, ge=100, description="bootstrap draws behind an interval")
+    level: float = Field(default=0.95, gt=0.5, lt=1, description="coverage of the intervals")
+
+
+class Experiment(_Group):
+    """Find the neurons of a concept, prune them, retrain, and follow the concept, with controls."""
+
+    model: str = Field(
+        default="minilm", description="a source (`relearn-lens sources`), a local folder, or a name on the hub"
+    )
+    corpus: str = Field(default="bsb-names", description="bsb-names, conll:PATH, hf:NAME[:CONFIG] or toy")
+    concept: str | tuple[str, ...] = Field(
+        default="place", description="the label that carries the concept, or several"
+    )
+    site: str = Field(default="resid", description="what a neuron is (`relearn-lens sites`)")
+    score: str = Field(default="probeless", description="how neurons are ranked (`relearn-lens scores`)")
+    contrast: Literal["classes", "rest"] = Field(
+        default="classes",
+        description="compare the concept with each other class and sum, or with all other words together",
+    )
+    arms: tuple[Literal["concept", "random", "unpruned"], ...] = Field(
+        default=("concept", "random", "unpruned"), min_length=1,
+        description="concept: its neurons are pruned; random: as many in every layer, drawn; unpruned: none",
+    )  # fmt: skip
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0,), min_length=1, description="each seed is a fine-tuning and all arms"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; none: torch's own choice")
+    keep: Literal["none", "last"] = Field(
+        default="none", description="last: keep base weights and the last weights of every arm in the run folder"
+    )
+    data: Data = Data()
+    prune: Prune = Prune()
+    finetune: Finetune = Finetune()
+    retrain: Retrain = Retrain()
+    measure: Measure = Measure()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Experiment:
+        for name in ("arms", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} = {list(values)} names one twice")
+        return self
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that carry the concept."""
+        return (self.concept,) if isinstance(self.concept, str) else self.concept
+
+    def to_toml(self) -> str:
+        """The settings as a TOML file that `relearn-lens run` takes."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "names": (
+        "MiniLM and named entities of the New Testament, concept place; about 7 minutes on 2 cores",
+        {},
+    ),
+    "names-quick": (
+        "the same, smaller; about 2 minutes",
+        {
+            "data": {"train_sentences": 400, "validation_sentences": 150, "probe_sentences": 150},
+            "prune": {"control_draws": 2},
+        },
+    ),
+    "toy": (
+        "a planted concept in a toy model, no download; seconds",
+        {
+            "model": "toy",
+            "corpus": "toy",
+            "site": "mlp_post",
+            "threads": 1,
+            "data": {"train_sentences": 300, "validation_sentences": 150, "probe_sentences": 150},
+            "prune": {"fraction": 4 / 256},
+            "finetune": {"epochs": 1, "prior_bias": False},
+            "retrain": {"epochs": 1.5, "every": 0.5, "lr": 1e-3},
+        },
+    ),
+}
+"""Preset name to what it is and what it changes of the defaults."""
+
+
+def preset(name: str) -> Experiment:
+    """A preset by name.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    return experiment(_preset(name))
+
+
+def settings_of(
+    source: str | Path = "names", changes: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+) -> Experiment:
+    """Settings from a preset's name or a TOML file, then `changes`, then `key.path=value` strings, each over the last.
+
+    A TOML file may name the preset it starts from: `preset = "names"`.
+
+    Raises:
+        FileNotFoundError: no preset of that name, and no such file.
+        ValueError: an unknown key or a value out of range; one line for each.
+    """
+    path = Path(source)
+    if str(source) in PRESETS:
+        values = _preset(str(source))
+    elif path.suffix == ".toml" or path.exists():
+        values = _from_file(path)
+    else:
+        raise ValueError(
+            f"unknown preset {str(source)!r}; known: {', '.join(PRESETS)} (a file of settings ends in .toml)"
+        )
+    for key, value in (changes or {}).items():
+        if value is not None:
+            values = _put(values, key, value)
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {text!r}: write key=value, such as prune.fraction=0.3")
+        values = _put(values, key.strip(), _value(value.strip()))
+    return experiment(values)
+
+
+def experiment(values: Mapping[str, Any]) -> Experiment:
+    """Validated settings from plain values.
+
+    Raises:
+        ValueError: an unknown key or a value out of range; one line for each, naming field, value and what is allowed.
+    """
+    try:
+        return Experiment.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError("\n".join(_said(dict(e)) for e in error.errors())) from None
+
+
+def fields() -> list[tuple[str, Any, str]]:
+    """Every setting: key, default, what it is."""
+    found = []
+    for name, field in Experiment.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, _Group):
+            found += [
+                (f"{name}.{key}", getattr(default, key), inner.description or "")
+                for key, inner in type(default).model_fields.items()
+            ]
+        else:
+            found.append((name, default, field.description or ""))
+    return found
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name][1]
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no settings file at {str(path)!r}, and no preset of that name ({', '.join(PRESETS)})")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
+    return _merged(_preset(str(values.pop("preset"))), values) if "preset" in values else values
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(under)
+    for key, value in over.items():
+        mine = both.get(key)
+        both[key] = _merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+def _put(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The values with one more, at a dotted key."""
+    first, _, rest = key.partition(".")
+    inner = values.get(first)
+    return {
+        **values,
+        first: _put(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value,
+    }
+
+
+def _value(text: str) -> Any:
+    """A value as TOML would read it; what TOML does not read is a string, and `none` is None."""
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _said(error: dict[str, Any]) -> str:
+    """One pydantic error as one line: field, value, what is allowed."""
+    where = [str(part) for part in error["loc"]]
+    key = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        known = [name for name, _, _ in fields()]
+        inside = [name for name in known if name.startswith(".".join([*where[:-1], ""]))] or known
+        return f"unknown setting {key!r}; known: {', '.join(inside)}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"{key} = {error['input']!r}: {message}" if key else message

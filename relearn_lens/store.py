@@ -1,0 +1,436 @@
+"""The run folder: what a run leaves on disk, and how it is read back.
+
+    settings.toml            the resolved settings; `relearn-lens run settings.toml` repeats the run
+    manifest.json            versions, hashes of every input, notes, seconds, memory; `complete` once all is there
+    summary.json             the numbers, in the shape that the README documents
+    metrics.parquet          F1, precision, recall per arm, seed, stage, label
+    layers.parquet           saliency per arm, seed, stage, layer; all neurons and matched
+    tensors/*.safetensors    per seed and arm: score of every neuron, class statistics, span counts, what was pruned
+    weights/*.safetensors    the base models while the run lasts; the last weights of the arms if `keep = "last"`
+    report.html              the page (report.py)
+
+Every file is written whole: to a temporary name, synced, renamed. A run that was interrupted goes on where the last
+finished arm ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from relearn_lens.concept import Concept
+from relearn_lens.evaluation import SpanScores
+from relearn_lens.experiment import (
+    Arm,
+    Base,
+    Damage,
+    Event,
+    Measured,
+    Prepared,
+    Progress,
+    Run,
+    peak_rss_mb,
+    perform,
+)
+from relearn_lens.neurons import Neurons, Site, Slice
+from relearn_lens.retraining import Checkpoint
+from relearn_lens.saliency import ClassStats, Saliency
+from relearn_lens.settings import Experiment, settings_of
+from relearn_lens.tables import layers_table, plain, plain_settings, summary
+from relearn_lens.tracking import Snapshot, Trajectory
+
+MANIFEST, SUMMARY, SETTINGS = "manifest.json", "summary.json", "settings.toml"
+PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accelerate", "nervaluate", "numpy")
+
+
+def run(
+    experiment: Experiment,
+    out: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    on_event: Callable[[Event], object] | None = None,
+) -> Run:
+    """Run an experiment; with `out`, into a run folder, where the same call continues what was interrupted.
+
+    A folder that holds a finished run of the same settings is read and not run again. `fresh` removes the run that
+    the folder holds first. `progress` is called with (what, done, of how much); `on_event` with every event of
+    `perform` as it comes.
+
+    Raises:
+        FileExistsError: the folder holds a run with other settings (and not `fresh`), or something that is no run.
+        BlockingIOError: another process is running into this folder.
+        ValueError, OSError: as `experiment.prepare`; OSError with ENOSPC if the disk is full.
+    """
+    if out is None:
+        return _drive(experiment, None, progress, on_event)
+    folder = RunFolder.open(Path(out), experiment, fresh=fresh)
+    lock = FileLock(folder.path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"another process is running into {str(folder.path)!r}; wait for it, or choose another folder with --out"
+        ) from None
+    try:
+        if folder.manifest.get("complete"):
+            return load_run(folder.path)
+        return _drive(experiment, folder, progress, on_event)
+    finally:
+        lock.release()
+
+
+def _drive(
+    experiment: Experiment,
+    folder: RunFolder | None,
+    progress: Progress | None,
+    on_event: Callable[[Event], object] | None,
+) -> Run:
+    """Take the events of `perform` into a `Run` and, if there is one, into its folder."""
+    result = Run(experiment, manifest={"versions": _versions()}, folder=str(folder.path) if folder else None)
+    seconds: dict[str, float] = dict(folder.manifest.get("seconds", {})) if folder else {}
+    phase_began = time.monotonic()
+    for event in perform(experiment, kept=folder, progress=progress):
+        if not isinstance(event, Measured):
+            name = _phase(event)
+            seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
+            phase_began = time.monotonic()
+        match event:
+            case Prepared():
+                result.manifest |= {"inputs": dict(event.inputs), "notes": list(event.notes)}
+                result.manifest["text"] = [repr(part.corpus) for part in (event.train, event.validation, event.probe)]
+                result.manifest["tokens"] = {p: getattr(event, p).n_tokens for p in ("train", "validation", "probe")}
+                if folder:
+                    folder.check_inputs(event.inputs)
+            case Base():
+                if folder:
+                    folder.keep_base(event)
+            case Damage():
+                result.damage.append(event)
+                if folder:
+                    folder.keep_damage(event)
+            case Arm():
+                result.arms.setdefault(event.trajectory.arm, []).append(event.trajectory)
+                if folder:
+                    folder.keep_arm(event, weights=experiment.keep == "last")
+        result.manifest |= {"seconds": seconds, "peak_rss_mb": round(peak_rss_mb())}
+        if folder:
+            folder.note(**result.manifest)
+        if on_event:
+            on_event(event)
+    if folder:
+        folder.finish(result)
+    return result
+
+
+def load_run(folder: str | Path) -> Run:
+    """A finished run as objects, without loading the model.
+
+    Raises:
+        FileNotFoundError: there is no run folder.
+        ValueError: the run is not finished, or a file of it is missing or damaged.
+    """
+    path = Path(folder)
+    if not (path / MANIFEST).is_file():
+        raise FileNotFoundError(f"{str(path)!r} is no run folder: there is no {MANIFEST}")
+    manifest = _read_json(path / MANIFEST)
+    experiment = settings_of(path / SETTINGS)
+    if not manifest.get("complete"):
+        raise ValueError(
+            f"the run in {str(path)!r} is not finished; `relearn-lens run {path / SETTINGS} --out {path}` continues it"
+        )
+    kept = RunFolder(path, manifest)
+    result = Run(experiment, manifest=manifest, folder=str(path))
+    for seed in experiment.seeds:
+        damage = kept.damage(seed)
+        if damage is None:
+            raise ValueError(f"{str(path)!r}: the measurements of seed {seed} are missing; run it again with --fresh")
+        result.damage.append(damage)
+        for name in experiment.arms:
+            arm = kept.arm(name, seed)
+            if arm is None:
+                raise ValueError(f"{str(path)!r}: arm {name!r} of seed {seed} is missing; run it again with --fresh")
+            result.arms.setdefault(name, []).append(arm)
+    return result
+
+
+class RunFolder:
+    """A run's folder on disk; gives `perform` what an earlier process left in it."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
+        """A new folder, or one with a run of the same settings to go on with."""
+        if path.is_file():
+            raise FileExistsError(f"{str(path)!r} is a file; choose a folder with --out")
+        if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+            if not (path / MANIFEST).is_file():
+                raise FileExistsError(f"{str(path)!r} holds files that are no run; choose another folder with --out")
+            manifest = _read_json(path / MANIFEST)
+            if not fresh:
+                if manifest.get("settings") == plain_settings(experiment):
+                    return cls(path, manifest)
+                changed = _differences(manifest.get("settings", {}), plain_settings(experiment))
+                raise FileExistsError(
+                    f"{str(path)!r} holds a run with other settings ({changed}); choose another folder with --out, or "
+                    "--fresh to remove that run"
+                )
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path, {})
+        write_whole(path / SETTINGS, experiment.to_toml().encode())
+        folder.note(settings=plain_settings(experiment), complete=False)
+        return folder
+
+    def note(self, **entries: Any) -> None:
+        """Write entries into the manifest."""
+        self.manifest |= entries
+        write_whole(self.path / MANIFEST, _json(self.manifest))
+
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Refuse to go on with other inputs than the run began with."""
+        before = self.manifest.get("inputs")
+        if before is not None and before != dict(inputs):
+            changed = sorted(k for k in {*before, *inputs} if before.get(k) != inputs.get(k))
+            raise ValueError(
+                f"the inputs of {str(self.path)!r} have changed since the run began ({', '.join(changed)}); put them "
+                "back, or run again with --fresh"
+            )
+
+    def keep_base(self, base: Base) -> None:
+        """Weights and measurement of a seed's base model, so that its arms need no new fine-tuning."""
+        weights = self._weights("base", base.seed)
+        if not weights.exists():
+            _write_tensors(weights, {k: v.cpu() for k, v in base.weights.items()}, {})
+        self._save(f"base-{base.seed}", {"base": base.snapshot}, base.chosen)
+
+    def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
+        """A seed's base model, if both its weights and its measurement are here."""
+        weights = self._weights("base", seed)
+        found = self._load(f"base-{seed}")
+        if found is None or not weights.exists():
+            return None
+        return _read_tensors(weights)[0], next(iter(found[0].values()))
+
+    def keep_damage(self, damage: Damage) -> None:
+        """What pruning alone does."""
+        tensors, meta = {}, []
+        for k, scores in enumerate((damage.concept, *damage.random)):
+            tensors[f"{k}/spans"] = torch.from_numpy(scores.counts)
+            meta.append(_scores_meta(scores))
+        _write_tensors(self.path / "tensors" / f"damage-{damage.seed}.safetensors", tensors, {"scores": meta})
+
+    def damage(self, seed: int) -> Damage | None:
+        """What pruning alone does, if it was measured."""
+        path = self.path / "tensors" / f"damage-{seed}.safetensors"
+        if not path.exists():
+            return None
+        tensors, meta = _read_tensors(path)
+        scores = [_scores(m, tensors[f"{k}/spans"]) for k, m in enumerate(meta["scores"])]
+        return Damage(seed, scores[0], tuple(scores[1:]))
+
+    def keep_arm(self, arm: Arm, *, weights: bool) -> None:
+        """A finished arm."""
+        path = arm.trajectory
+        if weights and arm.weights is not None:
+            tensors = {k: v.cpu() for k, v in arm.weights.items()}
+            _write_tensors(self._weights(path.arm, path.seed), tensors, {})
+        self._save(f"{path.arm}-{path.seed}", path.snapshots, path.pruned, concept=path.concept)
+
+    def arm(self, name: str, seed: int, site: Site | None = None) -> Trajectory | None:
+        """A finished arm, if it is here."""
+        found = self._load(f"{name}-{seed}")
+        if found is None:
+            return None
+        snapshots, pruned, meta = found
+        return Trajectory(snapshots, pruned, name, seed, Concept(**meta["concept"]))
+
+    def finish(self, result: Run) -> None:
+        """Tables and summary; then the base weights go (unless they are kept), and the run is complete."""
+        write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
+        write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
+        write_whole(self.path / SUMMARY, _json(summary(result)))
+        if result.experiment.keep == "none":
+            shutil.rmtree(self.path / "weights", ignore_errors=True)
+        self.note(complete=True)
+
+    def _weights(self, name: str, seed: int) -> Path:
+        return self.path / "weights" / f"{name}-{seed}.safetensors"
+
+    def _save(
+        self,
+        name: str,
+        snapshots: Mapping[str, Snapshot],
+        pruned: Neurons | None,
+        concept: Concept | None = None,
+    ) -> None:
+        tensors: dict[str, Tensor] = {} if pruned is None else {"pruned": pruned.mask}
+        meta: dict[str, Any] = {"concept": asdict(concept) if concept else None, "stages": []}
+        for stage, snapshot in snapshots.items():
+            stats, saliency = snapshot.stats, snapshot.saliency
+            tensors |= {
+                f"{stage}/score": saliency.score,
+                f"{stage}/spans": torch.from_numpy(snapshot.scores.counts),
+                f"{stage}/class_count": stats.count,
+                f"{stage}/class_mean": stats.mean,
+                f"{stage}/class_m2": stats.m2,
+            }
+            meta["site"] = asdict(saliency.site)
+            meta["stages"].append(
+                {
+                    "stage": stage,
+                    "scores": _scores_meta(snapshot.scores),
+                    "saliency": {"kind": saliency.kind, "unit": saliency.unit, "concept": saliency.concept},
+                    "classes": list(stats.class_names),
+                    "at": asdict(snapshot.at) if snapshot.at else None,
+                }
+            )
+        _write_tensors(self.path / "tensors" / f"{name}.safetensors", tensors, meta)
+
+    def _load(self, name: str) -> tuple[dict[str, Snapshot], Neurons | None, dict[str, Any]] | None:
+        path = self.path / "tensors" / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        tensors, meta = _read_tensors(path)
+        site = _site(meta["site"])
+        snapshots = {}
+        for entry in meta["stages"]:
+            stage = entry["stage"]
+            snapshots[stage] = Snapshot(
+                saliency=Saliency(score=tensors[f"{stage}/score"], site=site, **entry["saliency"]),
+                scores=_scores(entry["scores"], tensors[f"{stage}/spans"]),
+                stats=ClassStats(
+                    tensors[f"{stage}/class_count"],
+                    tensors[f"{stage}/class_mean"],
+                    tensors[f"{stage}/class_m2"],
+                    tuple(entry["classes"]),
+                    site,
+                ),
+                at=Checkpoint(**entry["at"]) if entry["at"] else None,
+            )
+        pruned = Neurons(tensors["pruned"], site) if "pruned" in tensors else None
+        return snapshots, pruned, meta
+
+
+def _phase(event: Event) -> str:
+    """The phase that ends with an event, as `seconds` names it."""
+    match event:
+        case Prepared():
+            return "prepare"
+        case Base(seed=seed):
+            return f"base-{seed}"
+        case Damage(seed=seed):
+            return f"random-draws-{seed}"
+        case Arm(trajectory=path):
+            return f"{path.arm}-{path.seed}"
+    raise AssertionError(event)
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    said = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if inner := _differences(a, b, f"{prefix}{key}."):
+                said.append(inner)
+        elif a != b:
+            said.append(f"{prefix}{key} {a!r} there, {b!r} here")
+    return "; ".join(said)
+
+
+def _scores_meta(scores: SpanScores) -> dict[str, Any]:
+    return {
+        "f1": plain(scores.f1), "precision": plain(scores.precision), "recall": plain(scores.recall),
+        "labels": list(scores.labels),
+    }  # fmt: skip
+
+
+def _scores(meta: Mapping[str, Any], counts: Tensor) -> SpanScores:
+    f1, precision, recall = (
+        {k: math.nan if v is None else v for k, v in meta[name].items()} for name in ("f1", "precision", "recall")
+    )
+    return SpanScores(f1, precision, recall, counts.numpy(), tuple(meta["labels"]))
+
+
+def _site(meta: Mapping[str, Any]) -> Site:
+    slices = {
+        name: tuple(tuple(Slice(*part) for part in layer) for layer in meta[name]) for name in ("writes", "reads")
+    }
+    return Site(meta["name"], tuple(meta["layers"]), tuple(meta["hooks"]), meta["width"], **slices)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); run again with --fresh") from error
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    # A copy each: safetensors refuses tensors that share memory, and arms share their base.
+    whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(whole, metadata={"relearn-lens": json.dumps(plain(meta))}))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads((file.metadata() or {}).get("relearn-lens", "{}"))
+    except Exception as error:  # safetensors raises its own Rust errors
+        raise ValueError(f"{str(path)!r} is damaged ({error}); remove it and run again") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: with ENOSPC and how much was missing, if the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full: {path.name} needs {len(content):,} bytes, "
+                f"{shutil.disk_usage(path.parent).free:,} are free. What was written so far is kept; make room and "
+                "run the same command again to continue",
+                str(path.parent),
+            ) from error
+        raise

@@ -1,0 +1,182 @@
+"""A finished run as numbers: `summary.json`, the tables that are printed, and their rows for Parquet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from relearn_lens import analysis
+from relearn_lens.experiment import Run
+from relearn_lens.settings import Experiment
+from relearn_lens.tracking import Snapshot, Trajectory
+
+
+def summary(result: Run) -> dict[str, Any]:
+    """The numbers of a run as plain values; lists by layer and means over seeds where the name says so."""
+    label, interval = result.label, result.interval
+    first = next(iter(result.arms.values()))[0]
+    site = first.site
+
+    def by_stage(arm: Trajectory, of: Callable[[Snapshot], Any]) -> dict[str, Any]:
+        return {stage: of(snapshot) for stage, snapshot in arm.snapshots.items()}
+
+    def mean(values: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+        return {stage: np.mean([v[stage] for v in values], axis=0).tolist() for stage in values[0]}
+
+    return {
+        "settings": plain_settings(result.experiment),
+        "concept": analysis.name_of(first),
+        "site": site.name,
+        "layers": list(site.layers),
+        "n_neurons": site.n_neurons,
+        "stages": list(first.stages),
+        "units": {
+            "f1": "strict span F1, 0 to 1",
+            "saliency_by_layer": "mean rank saliency, 1 the most salient neuron and 0 the least, mean over seeds",
+            "score_by_layer": f"mean score of surviving neurons, {first.snapshots[first.stages[0]].saliency.unit}",
+            "seconds": "seconds per phase",
+        },
+        "text": result.manifest.get("text"),
+        "notes": result.manifest.get("notes"),
+        "arms": {
+            name: [
+                {
+                    "seed": arm.seed,
+                    "f1": by_stage(arm, lambda s: s.f1),
+                    "f1_interval": by_stage(
+                        arm,
+                        lambda s: s.scores.interval(label, level=interval["level"], n=interval["draws"]),
+                    ),
+                    "support": next(iter(arm.snapshots.values())).scores.support(),
+                    "loss": by_stage(arm, lambda s: s.at.loss if s.at else None),
+                    "n_pruned": 0 if arm.pruned is None else len(arm.pruned),
+                }
+                for arm in arms
+            ]
+            for name, arms in result.arms.items()
+        },
+        "random_draws": [
+            {"seed": d.seed, "concept": d.concept.f1, "random": [scores.f1 for scores in d.random]}
+            for d in result.damage
+        ],
+        "overlap_random_with_concept": _overlap(result),
+        "pruned_share_by_layer": {
+            name: np.mean([(~arm.survivors()).share_by_layer() for arm in arms], axis=0).tolist()
+            for name, arms in result.arms.items()
+        },
+        "saliency_by_layer": {
+            name: {
+                which: mean([analysis.saliency_by_layer(arm, which) for arm in arms]) for which in ("all", "matched")
+            }
+            for name, arms in result.arms.items()
+        },
+        "score_by_layer": {
+            name: mean([_score_by_stage(arm) for arm in arms]) for name, arms in result.arms.items()
+        },
+        "what_happened": analysis.what_happened(result.arms, label, **interval),
+        "seconds": result.manifest.get("seconds"),
+        "peak_rss_mb": result.manifest.get("peak_rss_mb"),
+        "versions": result.manifest.get("versions"),
+    }  # fmt: skip
+
+
+def _score_by_stage(arm: Trajectory) -> dict[str, list[float]]:
+    """Mean score of each layer's surviving neurons at every stage."""
+    survivors = arm.survivors()
+    return {stage: analysis.score_by_layer(s.saliency, survivors) for stage, s in arm.snapshots.items()}
+
+
+def layers_table(result: Run) -> pd.DataFrame:
+    """One row per arm, seed, stage, selection and layer: mean rank saliency and mean score."""
+    rows = []
+    for name, arms in result.arms.items():
+        for arm in arms:
+            for which in ("all", "matched"):
+                among = arm.survivors() if which == "matched" else None
+                for stage, ranks in analysis.saliency_by_layer(arm, which).items():
+                    scores = analysis.score_by_layer(arm[stage].saliency, among)
+                    rows += [
+                        {"arm": name, "seed": arm.seed, "stage": stage, "selection": which, "layer": layer,
+                         "rank_saliency": rank, "score": score}
+                        for layer, rank, score in zip(arm.site.layers, ranks, scores, strict=True)
+                    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _overlap(result: Run) -> float | None:
+    """Share of the random arm's neurons that the concept arm pruned too, mean over seeds."""
+    if not {"concept", "random"} <= set(result.arms):
+        return None
+    pairs = zip(result.arms["concept"], result.arms["random"], strict=True)
+    return float(np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned]))
+
+
+def f1_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the F1 table: every arm and stage, every label, means over seeds; the concept's interval."""
+    first = next(iter(run.arms.values()))[0]
+    labels = [*next(iter(first.snapshots.values())).scores.labels, "overall"]
+    rows = []
+    for name, arms in run.arms.items():
+        for stage in arms[0].stages:
+            concept = analysis.estimate(np.asarray, run.label, [arm[stage].scores for arm in arms], **run.interval)
+            rows.append(
+                [
+                    name,
+                    stage,
+                    *(_number(np.mean([arm[stage].f1[k] for arm in arms])) for k in labels),
+                    f"{concept.low:.2f} to {concept.high:.2f}",
+                ]
+            )
+    return ["arm", "stage", *labels, f"{analysis.name_of(first)} interval"], rows
+
+
+def layer_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the layer table: pruned share, then mean rank saliency per layer, matched and all."""
+    layers = list(next(iter(run.arms.values()))[0].site.layers)
+    numbers = summary(run)
+    rows = [
+        ["pruned share", name, "pruned", *map(_number, shares)]
+        for name, shares in numbers["pruned_share_by_layer"].items()
+        if any(shares)
+    ]
+    for which in ("matched", "all"):
+        for name, by_selection in numbers["saliency_by_layer"].items():
+            for stage, values in by_selection[which].items():
+                rows.append([f"saliency, {which}", name, stage, *map(_number, values)])
+    return ["", "arm", "stage", *layers], rows
+
+
+def draws_row(run: Run) -> str:
+    """In words: what ablating the concept's neurons, and random sets, does to the concept without any training."""
+    draws = [scores.value(run.label) for damage in run.damage for scores in damage.random]
+    concept = np.mean([damage.concept.value(run.label) for damage in run.damage])
+    if not draws:
+        return f"Ablated, not retrained: F1 {concept:.3f} without the concept's neurons."
+    return (
+        f"Ablated, not retrained: F1 {concept:.3f} without the concept's neurons; {len(draws)} random sets of the same "
+        f"size per layer: {np.mean(draws):.3f} on average, {min(draws):.3f} to {max(draws):.3f}."
+    )
+
+
+def plain_settings(experiment: Experiment) -> dict[str, Any]:
+    """Settings as JSON takes them."""
+    return experiment.model_dump(mode="json")
+
+
+def plain(value: Any) -> Any:
+    """Values as JSON takes them; NaN is null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _number(value: float | np.floating | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.3f}"

@@ -1,0 +1,115 @@
+"""Speed and memory as ratios against a limit measured in the same run: `python -m tests.benchmarks [NAME ...]`.
+
+Nothing here is a test: machines are shared and timings wander. Each benchmark interleaves its two sides, takes the
+median of several rounds and prints their ratio beside its goal.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from relearn_lens import sources, toy
+from relearn_lens.concept import Concept
+from relearn_lens.corpus import Corpus
+from relearn_lens.encoding import Encoded, encode
+from relearn_lens.models import Tagger, hidden, load_tagger, reading
+from relearn_lens.readers import read_bsb_names
+from relearn_lens.saliency import class_stats
+
+ROUNDS = 7
+
+
+def _model_and_text(sentences: int) -> tuple[Tagger, Corpus]:
+    """MiniLM and names where they are in the cache, else the toy."""
+    if all(map(sources.is_cached, sources.SOURCES)):
+        text = read_bsb_names().labelled().sample(sentences, seed=0)
+        return load_tagger("minilm", text.label_names), text
+    print("(minilm and bsb-names are not in the cache: relearn-lens fetch; measuring the toy)")
+    return toy.tagger(), toy.corpus(sentences=sentences)
+
+
+def _interleaved(*sides: Callable[[], object]) -> list[float]:
+    """Median seconds of each side over several rounds, the sides taking turns."""
+    for side in sides:
+        side()
+    seconds: list[list[float]] = [[] for _ in sides]
+    for k in range(ROUNDS):
+        order = list(zip(sides, seconds, strict=True))
+        for side, found in order if k % 2 else reversed(order):
+            began = time.perf_counter()
+            side()
+            found.append(time.perf_counter() - began)
+    return [statistics.median(found) for found in seconds]
+
+
+def saliency(site: str = "resid") -> None:
+    """The saliency pass against a bare forward pass over the same batches."""
+    tagger, text = _model_and_text(150)
+    encoded = encode(text, tagger.tokenizer, context=tagger.context)
+    classes = Concept("place").classes(text)
+
+    def bare() -> None:
+        with reading(tagger):
+            for batch in encoded.batches():
+                hidden(tagger.bridge, batch.ids, batch.mask)
+
+    plain, full = _interleaved(bare, lambda: class_stats(tagger, encoded, classes, site=site))
+    print(
+        f"saliency pass, {site}: {full / plain:.3f} x a bare forward pass over the same batches (goal <= 1.15); "
+        f"{encoded.n_tokens / full:,.0f} tokens/s, {torch.get_num_threads()} threads"
+    )
+
+
+def memory() -> None:
+    """Peak memory of the saliency pass over a corpus and over the same corpus four times, in processes of their own."""
+    peaks = {}
+    for times in (1, 4):
+        script = f"from tests.benchmarks.__main__ import _peak; print(_peak({times}))"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        peaks[times] = float(done.stdout.split()[-1])
+    print(
+        f"peak memory of the saliency pass: {peaks[1]:,.0f} MB over the corpus, {peaks[4]:,.0f} MB over the corpus "
+        f"four times; ratio {peaks[4] / peaks[1]:.3f} (goal <= 1.02)"
+    )
+
+
+def _peak(times: int) -> float:
+    """Peak resident memory in MB after a saliency pass over the corpus so many times."""
+    from relearn_lens.experiment import peak_rss_mb
+
+    tagger, text = _model_and_text(300)
+    text = text.take(np.tile(np.arange(text.n_sentences), times))
+    encoded: Encoded = encode(text, tagger.tokenizer, context=tagger.context)
+    class_stats(tagger, encoded, Concept("place").classes(text))
+    return peak_rss_mb()
+
+
+def startup() -> None:
+    """Seconds until `relearn-lens --help` is printed, against an empty Python."""
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    run = lambda *args: subprocess.run([sys.executable, *args], capture_output=True, check=True, env=env)  # noqa: E731
+    empty, helped = _interleaved(lambda: run("-c", ""), lambda: run("-m", "relearn_lens", "--help"))
+    print(f"relearn-lens --help: {helped:.3f} s (goal < 0.3 s), an empty Python {empty:.3f} s; {helped / empty:.1f} x")
+
+
+BENCHMARKS: dict[str, Callable[[], None]] = {
+    "saliency": saliency,
+    "saliency-mlp": lambda: saliency("mlp_post"),
+    "memory": memory,
+    "startup": startup,
+}
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:] or list(BENCHMARKS)
+    if unknown := sorted(set(wanted) - set(BENCHMARKS)):
+        raise SystemExit(f"unknown benchmark {unknown[0]!r}; known: {', '.join(BENCHMARKS)}")
+    for name in wanted:
+        BENCHMARKS[name]()

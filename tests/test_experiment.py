@@ -1,0 +1,362 @@
+"""The experiment on the toy: what is checked before training, what every arm begins from, and what comes of it."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from relearn_lens import experiment as module
+from relearn_lens import toy
+from relearn_lens.experiment import Arm, Base, Damage, Event, Measured, Prepared, Run, peak_rss_mb, perform, prepare
+from relearn_lens.neurons import Neurons
+from relearn_lens.retraining import Checkpoint
+from relearn_lens.settings import Experiment, settings_of
+
+TINY = {
+    "data.train_sentences": 64, "data.validation_sentences": 40, "data.probe_sentences": 40,
+    "prune.control_draws": 2, "finetune.epochs": 0.5, "finetune.lr": 1e-5, "finetune.batch_size": 8,
+    "retrain.epochs": 2, "retrain.every": 1, "retrain.lr": 3e-3, "retrain.batch_size": 8, "measure.draws": 100,
+}  # fmt: skip
+"""What makes a run of the toy take a second."""
+
+
+def tiny(**changes: Any) -> Experiment:
+    """The smallest experiment; `prune__fraction=1` changes `prune.fraction`."""
+    return settings_of("toy", TINY | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def events() -> list[Event]:
+    """All events of one small run, with the weights as they were at each."""
+    return list(perform(tiny()))
+
+
+def arms_in(events: list[Event]) -> dict[str, Any]:
+    return {event.trajectory.arm: event.trajectory for event in events if isinstance(event, Arm)}
+
+
+# --- before any training
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A folder with train, dev and test files of `word label` lines."""
+
+    def save(**parts: str):
+        for name, text in parts.items():
+            (tmp_path / f"{name}.conll").write_text(text)
+        return f"conll:{tmp_path}"
+
+    return save
+
+
+BOTH = "in O\nTarn B-place\nwas O\nMira B-person\n\nMira B-person\nleft O\n\n"
+NO_PLACE = "Mira B-person\nleft O\n\n"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def train(*_, **__):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(module, "finetune_", train)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": "./no/such/folder"}, ValueError, "no model folder at './no/such/folder'"),
+        ({"corpus": "nothing"}, ValueError, r"no corpus is called 'nothing'.*bsb-names.*conll:PATH.*hf:NAME"),
+        ({"corpus": "conll:/no/such/file"}, FileNotFoundError, "/no/such/file does not exist"),
+        ({"site": "attention"}, ValueError, "unknown site 'attention'; known: resid, mlp_post"),
+        ({"score": "magic"}, ValueError, "unknown score 'magic'; known: .*probeless"),
+        ({"concept": "river"}, ValueError, "no label 'river' for concept 'river'; its labels are O, person, place"),
+        ({"concept": ("place", "river")}, ValueError, r"no label 'river' for concept 'place\+river'"),
+    ],
+)
+def test_unknown_name_is_refused_before_training(no_training, changes, error, message):
+    with pytest.raises(error, match=message):
+        list(perform(tiny(**changes)))
+
+
+def test_unknown_model_of_the_hub_is_refused_before_training(no_training, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"cannot load model 'no-such-model'.*no source \(.*minilm.*no local folder"):
+        list(perform(tiny(model="no-such-model")))
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_label_without_words_is_refused_before_training(no_training, write, part):
+    files = {"train": BOTH * 3, "dev": BOTH, "test": BOTH} | {part: NO_PLACE * 3}
+    with pytest.raises(
+        ValueError, match=r"(no word of corpus '.*' \(6 words\) carries|has no label 'place' for) concept 'place'"
+    ):
+        list(perform(tiny(corpus=write(**files))))  # fmt: skip
+
+
+def test_label_that_the_draw_leaves_out_is_refused_before_training(no_training, write):
+    # One sentence in forty has the concept, and two are drawn as they come.
+    text = NO_PLACE * 20 + BOTH + NO_PLACE * 20
+    changes = {
+        "data__concept_share": None,
+        "corpus": write(train=BOTH, dev=BOTH, test=text),
+        "data__probe_sentences": 2,
+    }
+    sets = ["data.concept_share=none"]
+    made = settings_of("toy", TINY | {k.replace("__", "."): v for k, v in changes.items()}, sets)
+    with pytest.raises(ValueError, match=r"no word of corpus .* carries concept 'place'.*larger or another probe"):
+        list(perform(made))
+
+
+@pytest.mark.xfail(strict=True, reason="refused after fine-tuning and the random draws")
+def test_site_that_cannot_be_pruned_is_refused_before_training(no_training):
+    with pytest.raises(ValueError, match=r"site 'resid'.*no weights to prune"):
+        list(perform(tiny(site="resid")))
+
+
+def test_site_that_cannot_be_pruned_is_refused():
+    with pytest.raises(ValueError, match=r"site 'resid' of a .* no weights to prune .*'mlp_post'"):
+        list(perform(tiny(site="resid", prune__control_draws=0)))
+
+
+def test_site_that_cannot_be_pruned_serves_where_nothing_is(no_training):
+    assert len(prepare(tiny(site="resid", arms=("unpruned",))).site.layers) == toy.N_LAYERS + 1
+
+
+def test_toy_model_refuses_other_labels(no_training, write):
+    text = BOTH + "sea B-water\n\n"
+    with pytest.raises(
+        ValueError, match=r"model 'toy' knows the labels \('O', 'person', 'place'\) of corpus 'toy', not"
+    ):
+        list(perform(tiny(corpus=write(train=text, dev=text, test=text))))  # fmt: skip
+
+
+# --- which sentences
+
+
+def holding(ready: Prepared) -> list[float]:
+    """Share of each part's sentences with a place in them."""
+    shares = []
+    for part in (ready.train, ready.validation, ready.probe):
+        shares.append(np.mean([any(word.label == "place" for word in sentence) for sentence in part.corpus]))
+    return [float(share) for share in shares]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_concept_share_is_the_share_of_the_sentences_drawn(share):
+    ready = prepare(tiny(data__concept_share=share, data__validation_sentences=20, data__probe_sentences=32))
+    assert [len(p.corpus) for p in (ready.train, ready.validation, ready.probe)] == [64, 20, 32]
+    assert holding(ready) == pytest.approx([share] * 3)
+
+
+def test_concept_share_of_none_takes_sentences_as_they_come():
+    ready = prepare(settings_of("toy", TINY, ["data.concept_share=none", "data.train_sentences=300"]))
+    every = toy.corpus().labelled()
+    usual = np.mean([any(word.label == "place" for word in sentence) for sentence in every])
+    assert holding(ready)[0] == pytest.approx(usual, abs=0.06)
+
+
+def test_concept_share_is_met_as_far_as_the_text_goes():
+    ready = prepare(tiny(data__concept_share=1))
+    assert holding(ready) == [1, 1, 1]
+    few = prepare(tiny(data__concept_share=0.9, data__probe_sentences=10_000))
+    assert len(few.probe.corpus) < 200
+
+
+def test_only_labelled_sentences_are_drawn_unless_said():
+    def bare(ready: Prepared) -> int:
+        return sum(all(word.label == "O" for word in sentence) for sentence in ready.train.corpus)
+
+    assert bare(prepare(tiny())) == 0
+    assert bare(prepare(tiny(data__labelled_only=False, data__train_sentences=300))) > 0
+
+
+def test_no_sentence_is_in_two_parts():
+    ready = prepare(tiny(data__train_sentences=300, data__validation_sentences=150, data__probe_sentences=150))
+    drawn = [part.corpus.group.tolist() for part in (ready.train, ready.validation, ready.probe)]
+    assert len(set(sum(drawn, []))) == sum(map(len, drawn)) > 400
+
+
+def test_draw_depends_on_split_seed_alone():
+    one, same, other = prepare(tiny()), prepare(tiny(seeds=(5,))), prepare(tiny(data__split_seed=1))
+    assert one.inputs == same.inputs
+    assert one.inputs["sentences:train"] != other.inputs["sentences:train"]
+
+
+def test_inputs_hash_the_files_of_a_corpus(write, tmp_path):
+    def hashes() -> dict[str, str]:
+        return dict(prepare(tiny(corpus=corpus)).inputs)
+
+    corpus = write(train=BOTH * 9, dev=BOTH * 9, test=BOTH * 9)
+    before = hashes()
+    assert {key.partition(":")[0] for key in before} == {"sentences", "corpus"}
+    assert len([key for key in before if key.startswith("corpus:")]) == 3
+    (tmp_path / "test.conll").write_text(BOTH * 9 + "\n")
+    after = hashes()
+    assert [key for key in before if before[key] != after[key]] == [k for k in before if k.endswith("test.conll")]
+
+
+def test_long_sentences_are_told(write):
+    long = "the O\n" * 40 + "Tarn B-place\n\n"
+    corpus = write(train=BOTH * 9 + long, dev=BOTH * 9, test=BOTH * 9)
+    assert any(re.search("train.*: 1 sentence.*longer.*split", note) for note in prepare(tiny(corpus=corpus)).notes)
+    cut = prepare(tiny(corpus=corpus, data__long="truncate")).notes
+    assert any(re.search("1 sentence.*truncated", note) for note in cut)
+    assert any(re.search("9 word.*cut off", note) for note in cut)
+    with pytest.raises(ValueError, match="longer than the model's context"):
+        prepare(tiny(corpus=corpus, data__long="error"))
+
+
+# --- the order of things
+
+
+def test_events_come_in_order(events):
+    stages = ("base", "pruned", "1", "2")
+    arm = [*((Measured, stage) for stage in stages), (Arm, None)]
+    want = [(Prepared, None), (Base, None), (Damage, None), *arm, *arm, *arm]
+    assert [(type(e), e.stage if isinstance(e, Measured) else None) for e in events] == want
+    arms = [e.arm if isinstance(e, Measured) else e.trajectory.arm for e in events if isinstance(e, Measured | Arm)]
+    assert arms == ["concept"] * 5 + ["random"] * 5 + ["unpruned"] * 5
+
+
+def test_progress_says_what_and_how_far():
+    heard: list[tuple[str, int, int]] = []
+    list(perform(tiny(arms=("concept",)), progress=lambda *said: heard.append(said)))
+    kinds = list(dict.fromkeys(what for what, _, _ in heard))
+    assert kinds[:3] == ["reading the text", "loading the model", "fine-tuning"]
+    assert any("retraining (concept)" in what for what in kinds)
+    assert all(0 <= done <= total for _, done, total in heard)
+    for what in kinds[2:4]:
+        done = [d for w, d, _ in heard if w == what]
+        assert done == sorted(done)
+        assert done[-1] == next(t for w, _, t in heard if w == what)
+
+
+def test_concept_arm_prunes_the_planted_neurons(events):
+    base = next(event for event in events if isinstance(event, Base))
+    assert {(n.layer, n.index) for n in base.chosen} == set(toy.PLANTED)
+    assert arms_in(events)["concept"].pruned == base.chosen
+    assert base.snapshot.saliency.top(len(base.chosen)) == base.chosen
+
+
+def test_random_arm_has_as_many_in_every_layer(events):
+    arms = arms_in(events)
+    assert arms["random"].pruned.per_layer() == arms["concept"].pruned.per_layer()
+    assert arms["random"].pruned != arms["concept"].pruned
+    assert arms["unpruned"].pruned is None
+
+
+def test_unpruned_arm_has_its_base_as_pruned(events):
+    unpruned = arms_in(events)["unpruned"]
+    assert unpruned["pruned"] is unpruned["base"]
+
+
+def test_arms_share_the_base(events):
+    base = next(event for event in events if isinstance(event, Base))
+    assert all(arm["base"] is base.snapshot for arm in arms_in(events).values())
+
+
+def test_concept_arm_collapses_and_comes_back_and_the_others_do_not(events):
+    arms = arms_in(events)
+    f1 = {name: {stage: arm[stage].f1 for stage in arm.stages} for name, arm in arms.items()}
+    assert f1["concept"]["base"]["place"] > 0.95
+    assert f1["concept"]["pruned"]["place"] < 0.2
+    assert f1["concept"]["pruned"]["person"] > 0.95
+    assert f1["concept"]["2"]["place"] > 0.9
+    for name in ("random", "unpruned"):
+        assert min(stage["place"] for stage in f1[name].values()) > 0.95
+
+
+def test_damage_equals_pruning_in_the_weights(events):
+    damage = next(event for event in events if isinstance(event, Damage))
+    assert (damage.concept.counts == arms_in(events)["concept"]["pruned"].scores.counts).all()
+    assert len(damage.random) == 2
+    assert all(scores.f1["place"] > 0.95 for scores in damage.random)
+
+
+def test_every_arm_begins_from_the_same_weights(monkeypatch):
+    """Training is left out; what each arm would train is kept."""
+    begun: list[dict[str, torch.Tensor]] = []
+
+    def retrain(tagger, *_, **__):
+        begun.append({name: value.detach().clone() for name, value in tagger.weights().items()})
+        with torch.no_grad():
+            tagger.head.weight.add_(1)  # an arm that leaves its weights changed
+        yield Checkpoint(1.0, 1, 1, 1.0)
+
+    monkeypatch.setattr(module, "retrain_", retrain)
+    base, pruned = None, {}
+    for event in perform(tiny(prune__control_draws=0)):
+        if isinstance(event, Base):
+            base = event
+        if isinstance(event, Arm):
+            pruned[event.trajectory.arm] = event.trajectory.pruned
+    assert base is not None
+    for arm, weights in zip(("concept", "random", "unpruned"), begun, strict=True):
+        for name, value in weights.items():
+            want = base.weights[name].clone()
+            layer = re.search(r"layers\.(\d)\.mlp\.(?:fc_)?out\.weight", name)
+            if layer and pruned[arm]:
+                want[:, pruned[arm].mask[int(layer[1])]] = 0
+            assert torch.equal(value, want), (arm, name)
+
+
+def test_same_settings_give_the_same_run(events):
+    again = arms_in(list(perform(tiny())))
+    for name, arm in arms_in(events).items():
+        for stage in arm.stages:
+            assert torch.equal(arm[stage].saliency.score, again[name][stage].saliency.score)
+            assert (arm[stage].scores.counts == again[name][stage].scores.counts).all()
+            assert arm[stage].at == again[name][stage].at
+
+
+def test_leaving_an_arm_out_changes_nothing_in_the_others(events):
+    alone = arms_in(list(perform(tiny(arms=("random",), prune__control_draws=0))))["random"]
+    there = arms_in(events)["random"]
+    assert alone.pruned == there.pruned
+    assert torch.equal(alone["2"].saliency.score, there["2"].saliency.score)
+
+
+def test_seeds_are_runs_of_their_own(events):
+    both = list(perform(tiny(seeds=(0, 3), arms=("concept", "random"), prune__control_draws=0)))
+    assert [e.seed for e in both if isinstance(e, Base)] == [0, 3]
+    arms: dict[str, list[Any]] = {"concept": [], "random": []}
+    for event in both:
+        if isinstance(event, Arm):
+            arms[event.trajectory.arm].append(event.trajectory)
+    assert [arm.seed for arm in arms["random"]] == [0, 3]
+    for name, (first, second) in arms.items():
+        assert torch.equal(first["2"].saliency.score, arms_in(events)[name]["2"].saliency.score)
+        assert not torch.equal(first["base"].saliency.score, second["base"].saliency.score)
+    assert arms["random"][0].pruned != arms["random"][1].pruned
+
+    run = Run(tiny(seeds=(0, 3)), arms)
+    data = run.to_xarray()
+    assert dict(data.saliency.sizes) == {"arm": 2, "seed": 2, "stage": 4, "layer": 4, "neuron": 64}
+    assert data.f1.sel(arm="random", seed=3, stage="2", label="place").item() == arms["random"][1]["2"].f1["place"]
+    table = run.to_dataframe()
+    assert len(table) == 2 * 2 * 4 * 3
+    assert table.groupby(["arm", "seed"]).size().tolist() == [12] * 4
+    assert run.label == ("place",)
+    assert repr(run).count("Trajectory(") == 4
+
+
+def test_run_of_one_arm_has_its_axes(events):
+    data = Run(tiny(), {"unpruned": [arms_in(events)["unpruned"]]}).to_xarray()
+    assert not data.pruned.any()
+    assert list(data.arm.values) == ["unpruned"]
+
+
+def test_all_neurons_can_be_pruned():
+    arms = arms_in(list(perform(tiny(prune__fraction=1, retrain__epochs=0.25))))
+    assert len(arms["concept"].survivors()) == 0
+    assert isinstance(arms["random"].pruned, Neurons)
+    assert arms["random"].pruned == arms["concept"].pruned
+
+
+def test_peak_memory_is_in_megabytes():
+    assert 50 < peak_rss_mb() < 100_000
