@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models import Tagger
-from relearn_lens.neurons import Neurons, Slice, parameter, streaming
+from relearn_lens.neurons import Neurons, Site, Slice, parameter, site_of, streaming
 
 Sever = Literal["out", "both"]
 
@@ -34,6 +34,7 @@ def ablated(
     Raises:
         ValueError: a tensor of values of another shape.
     """
+    _same_site(model, neurons)
     values = torch.as_tensor(value, dtype=torch.float32)
     if values.ndim and values.shape != neurons.mask.shape:
         raise ValueError(f"value must be a number or of shape {tuple(neurons.mask.shape)}, got {tuple(values.shape)}")
@@ -106,6 +107,18 @@ def _bridge(model: Tagger | TransformerBridge) -> TransformerBridge:
     return model.bridge if isinstance(model, Tagger) else model
 
 
+def _same_site(model: Tagger | TransformerBridge, neurons: Neurons) -> Site:
+    """The neurons' site, if it is one of this model."""
+    mine, theirs = site_of(_bridge(model), neurons.site.name), neurons.site
+    if mine != theirs:
+        raise ValueError(
+            f"these neurons are of another model: their site {theirs.name!r} has {len(theirs.layers)} layers of "
+            f"{theirs.width} ({theirs.hooks[0]}, ...), this model's {len(mine.layers)} of {mine.width} "
+            f"({mine.hooks[0]}, ...)"
+        )
+    return theirs
+
+
 def _along(mask: Tensor, axis: int, weight: Tensor) -> Tensor:
     """A neuron mask in the shape in which it broadcasts over a weight."""
     shape = [1] * weight.ndim
@@ -117,7 +130,7 @@ def _slices(
     model: Tagger | TransformerBridge, neurons: Neurons, sever: Sever
 ) -> list[tuple[torch.nn.Parameter, Tensor, int]]:
     """The parameters that hold the neurons, with the mask of each and its neuron axis."""
-    bridge, site = _bridge(model), neurons.site
+    bridge, site = _bridge(model), _same_site(model, neurons)
     found = []
     for layer, mask in enumerate(neurons.mask):
         if not mask.any():

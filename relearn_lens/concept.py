@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,14 +31,15 @@ class Concept:
     """
 
     name: str
-    labels: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
+    labels: Sequence[str] = ()
+    words: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.labels and self.words:
             raise ValueError(f"concept {self.name!r} has labels and words; give one of them")
-        object.__setattr__(self, "labels", tuple(self.labels) or (() if self.words else (self.name,)))
-        object.__setattr__(self, "words", tuple(self.words))
+        labels, words = ((v,) if isinstance(v, str) else tuple(v) for v in (self.labels, self.words))
+        object.__setattr__(self, "labels", labels or (() if words else (self.name,)))
+        object.__setattr__(self, "words", words)
 
     def classes(self, corpus: Corpus) -> Classes:
         """The classes of a corpus's words and which of them carry the concept.

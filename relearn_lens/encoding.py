@@ -6,9 +6,9 @@ sentences), and the corpus becomes one flat array of ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -180,7 +180,10 @@ def encode(corpus: Corpus, tokenizer: Any, *, context: int | None = None, long: 
         ValueError: the tokenizer cannot take words that are already split, has no padding token, or drops a word
             without having an unknown token; or a sentence is too long and `long="error"`.
     """
-    prefix, suffix = _special_tokens(tokenizer)
+    if long not in get_args(LongSentences):
+        raise ValueError(f"unknown long {long!r}; known: {', '.join(get_args(LongSentences))}")
+    if not corpus.n_words:
+        raise ValueError(f"corpus {corpus.name!r} has no sentences")
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; set one, for instance "
@@ -194,6 +197,7 @@ def encode(corpus: Corpus, tokenizer: Any, *, context: int | None = None, long: 
         raise ValueError(f"the tokenizer drops {len(empty)} word type(s) of {corpus.name!r}, for instance {words}")
     for i in empty:
         pieces[i] = [tokenizer.unk_token_id]
+    prefix, suffix = _special_tokens(tokenizer, [corpus.vocab[w] for w in used])
     size = np.array([len(ids) for ids in pieces], dtype=np.int64)
     flat, first = np.concatenate(pieces).astype(np.int32), np.cumsum(size) - size
 
@@ -269,11 +273,14 @@ def _tokenize(tokenizer: Any, words: list[list[str]]) -> list[list[int]]:
         ) from error
 
 
-def _special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special tokens that a tokenizer puts before and after a sentence."""
-    bare = _tokenize(tokenizer, [["a"]])[0]
-    full = tokenizer([["a"]], is_split_into_words=True, truncation=False, padding=False)["input_ids"][0]
-    for i in range(len(full) - len(bare) + 1):
-        if full[i : i + len(bare)] == bare:
-            return tuple(full[:i]), tuple(full[i + len(bare) :])
-    raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} changes words when it adds its special tokens")
+def _special_tokens(tokenizer: Any, words: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that a tokenizer puts before and after a sentence, found around a word that it knows."""
+    for word in words:
+        bare = _tokenize(tokenizer, [[word]])[0]
+        if bare:
+            full = tokenizer([[word]], is_split_into_words=True, truncation=False, padding=False)["input_ids"][0]
+            for i in range(len(full) - len(bare) + 1):
+                if full[i : i + len(bare)] == bare:
+                    return tuple(full[:i]), tuple(full[i + len(bare) :])
+            raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} changes words when it adds special tokens")
+    raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} drops every word of this text")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ class Arm:
 Event = Prepared | Base | Damage | Measured | Arm
 
 
+@runtime_checkable
 class Kept(Protocol):
     """What an earlier process of the same run left."""
 

@@ -7,17 +7,21 @@ train. The vocabulary head is never computed.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens import sources
 from relearn_lens.corpus import OUTSIDE
+
+_TOKENIZER_FILES = {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"}
 
 _WRAPPED = "_original_component."
 """What the bridge adds to a parameter's name for each component it wraps."""
@@ -42,8 +46,7 @@ class Tagger(nn.Module):
         self.label_names = tuple(labels)
         d_model = int(bridge.cfg.d_model)
         parameter = next(self.trunk.parameters())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             head = nn.Linear(d_model, len(self.tags))
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
@@ -82,8 +85,16 @@ class Tagger(nn.Module):
         return self.head(self.dropout(hidden(self.bridge, ids, mask)))
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights under the names that the plain Hugging Face model uses, plus `head.*`; no copies."""
-        return {name.replace(_WRAPPED, ""): value for name, value in self.state_dict().items()}
+        """The trained weights under the names that the plain Hugging Face model uses (with `trunk.` before them), plus
+        `head.*`; no copies."""
+        names: dict[int, str] = {}
+        state = self.state_dict(keep_vars=True)
+        for name, value in state.items():
+            # A bridge reaches a tensor by several names; the one through every wrapper is Hugging Face's.
+            best = names.get(id(value))
+            if best is None or name.count(_WRAPPED) > best.count(_WRAPPED):
+                names[id(value)] = name
+        return {name.replace(_WRAPPED, ""): state[name].detach() for name in names.values()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put weights from `weights()` back, in place.
@@ -94,10 +105,11 @@ class Tagger(nn.Module):
         mine = self.weights()
         if missing := sorted(set(mine) ^ set(weights)):
             raise ValueError(f"these weights are of another model: {len(missing)} names differ, such as {missing[:3]}")
+        for name, value in weights.items():
+            if mine[name].shape != value.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, the model has {tuple(mine[name].shape)}")
         with torch.no_grad():
             for name, value in weights.items():
-                if mine[name].shape != value.shape:
-                    raise ValueError(f"{name} has shape {tuple(value.shape)}, the model has {tuple(mine[name].shape)}")
                 mine[name].copy_(value)
 
 
@@ -126,7 +138,7 @@ def load_tagger(
     bridge = (
         model if isinstance(model, TransformerBridge) else load_bridge(model, device=device, dtype=dtype, seed=seed)
     )
-    return Tagger(bridge, labels, seed=seed)
+    return Tagger(bridge, labels, seed=seed).eval()
 
 
 def load_bridge(
@@ -162,28 +174,37 @@ def load_bridge(
     elif where.count("/") > 1 or where.startswith((".", "/", "~")):
         raise ValueError(f"no model folder at {where!r}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        config = AutoConfig.from_pretrained(where)
-        tokenizer = AutoTokenizer.from_pretrained(where, add_prefix_space=True)
-    except OSError as error:
-        raise OSError(
-            f"cannot load model {where!r}: it is no source ({', '.join(sources.SOURCES)}), no local folder, and the "
-            f"hub did not give it ({str(error).strip().splitlines()[0]}). Download it once where there is a network "
-            "(`hf download NAME --local-dir DIR`) and pass the folder"
-        ) from error
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        auto = AutoModelForMaskedLM
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        auto = AutoModelForCausalLM
-    else:
-        raise ValueError(f"{where!r} is a {config.model_type!r} model; only masked and causal language models work")
     quiet, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(where)
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+            auto = AutoModelForMaskedLM
+        elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            auto = AutoModelForCausalLM
+        else:
+            kind = config.model_type
+            raise ValueError(f"{where!r} is a {kind!r} model; only masked and causal language models work")
+        if folder.is_dir() and not {path.name for path in folder.iterdir()} & _TOKENIZER_FILES:
+            raise ValueError(
+                f"{where!r} holds no tokenizer (none of {', '.join(sorted(_TOKENIZER_FILES))}); save it there with "
+                "tokenizer.save_pretrained(folder)"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(where, add_prefix_space=True)
+        with seeded(seed):
             hf_model = auto.from_pretrained(where, dtype=dtype, attn_implementation="eager", use_safetensors=True)
+    except SafetensorError as error:
+        raise ValueError(f"the *.safetensors weights in {where!r} are damaged ({error}); fetch or save the model again") from error
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        if folder.is_dir():
+            raise OSError(f"cannot load the model in {where!r}: {reason}") from error
+        raise OSError(
+            f"cannot load model {where!r}: it is no source ({', '.join(sources.SOURCES)}), no local folder, and the "
+            f"hub did not give it ({reason}). Download it once where there is a network "
+            "(`hf download NAME --local-dir DIR`) and pass the folder"
+        ) from error
     finally:
         hf_logging.set_verbosity(quiet)
         if bars:
@@ -222,11 +243,23 @@ def hidden(
 
 
 @contextlib.contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """For a while, random numbers from a seed, on the CPU and on one CUDA device; the global generators do not move."""
+    cuda = [device.index or 0] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients for a while; each module's own mode is back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    if isinstance(model, Tagger):
-        modes += [(module, module.training) for module in model.bridge.modules()]
+    bridge = model.bridge if isinstance(model, Tagger) else model
+    # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
+    parts = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
+    modes = [(module, module.training) for part in parts for module in part.modules()]
     try:
         model.eval()
         with torch.no_grad():
@@ -241,6 +274,10 @@ def _check_folder(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         raise ValueError(f"{str(folder)!r} holds no Hugging Face model: there is no config.json")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(folder / 'config.json')!r} is damaged: {error}") from error
     if any(name.endswith(".safetensors") for name in names):
         return
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))

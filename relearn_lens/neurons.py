@@ -213,7 +213,8 @@ class Neurons:
 
     def __contains__(self, neuron: tuple[str, int]) -> bool:
         layer, index = neuron
-        return bool(self.mask[self.site.layers.index(str(layer)), index])
+        known = str(layer) in self.site.layers and 0 <= index < self.site.width
+        return known and bool(self.mask[self.site.layers.index(str(layer)), index])
 
     def __iter__(self) -> Iterator[Neuron]:
         for layer, index in self.mask.nonzero().tolist():

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from relearn_lens.corpus import Corpus
 from relearn_lens.encoding import Encoded, encode
-from relearn_lens.models import Tagger
+from relearn_lens.models import Tagger, seeded
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,7 @@ def _train(
             batch = encoded.batch(order[step % per_epoch])
             tokens, n_losses = tokens + batch.n_tokens, n_losses + len(batch.tag)
             batch = batch.to(tagger.device)
-            with torch.random.fork_rng(devices=_devices(tagger)):
-                torch.manual_seed(_seed_of(seed, step))
+            with seeded(_seed_of(seed, step), tagger.device):
                 logits = tagger(batch.ids, batch.mask).flatten(0, 1)[batch.subword]
                 loss = F.cross_entropy(logits.float(), batch.tag)
                 accelerator.backward(loss)
@@ -186,12 +185,6 @@ def _adamw(tagger: Tagger, lr: float, weight_decay: float) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=tagger.device.type in ("cpu", "cuda"))
-
-
-def _devices(tagger: nn.Module) -> list[int]:
-    """The CUDA devices whose random state a step moves."""
-    device = next(tagger.parameters()).device
-    return [device.index or 0] if device.type == "cuda" else []
 
 
 def _seed_of(seed: int, step: int) -> int:

@@ -55,7 +55,7 @@ class ClassStats:
         if (self.class_names, self.site) != (other.class_names, other.site):
             raise ValueError("statistics of different classes or sites cannot be merged")
         count = self.count + other.count
-        share = rearrange(other.count / count.clamp(min=1), "c -> c 1 1")
+        share = rearrange(other.count.double() / count.clamp(min=1), "c -> c 1 1")
         delta = other.mean - self.mean
         return ClassStats(
             count,
@@ -285,6 +285,12 @@ def saliency(
         ValueError: the score or the contrast is not known.
     """
     how = score_of(score)
+    for side, which in (("no word that carries", carries), ("no word that does not carry", ~carries)):
+        if not int(stats.count[which].sum()):
+            raise ValueError(
+                f"{side} concept {concept.name!r} was measured (words that the context cut off are not); use a larger "
+                "probe corpus, or long='split'"
+            )
     if contrast not in ("classes", "rest"):
         raise ValueError(f"unknown contrast {contrast!r}; known: classes, rest")
     return Saliency(how.of(stats, carries, contrast).float().cpu(), how.name, how.unit, concept.name, stats.site)

@@ -164,7 +164,7 @@ def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Genera
 
     # B- and I- of a label differ only in whether the sub-word opens the word.
     head.weight.zero_()
-    head.bias.copy_(torch.tensor([4.0, 0.0, 0.0, 0.0, 0.0]))
+    head.bias.copy_(torch.tensor([5.0, 0.0, 0.0, 0.0, 0.0]))
     for row, says, opens in (
         (1, says_person, 1),
         (2, says_person, -1),
@@ -172,4 +172,4 @@ def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Genera
         (4, says_place, -1),
     ):
         head.weight[row] = 4 * says - opens * 4 * inside
-        head.bias[row] += opens * 4
+        head.bias[row] += opens * 2

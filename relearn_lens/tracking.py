@@ -63,7 +63,7 @@ class Trajectory:
     @property
     def label(self) -> Label:
         """What the concept's F1 is looked up by; all labels together for a concept that is a list of words."""
-        return self.concept.labels or OVERALL if self.concept else OVERALL
+        return tuple(self.concept.labels) or OVERALL if self.concept else OVERALL
 
     def survivors(self) -> Neurons:
         """The neurons that were not pruned: what a matched comparison looks at on both sides."""

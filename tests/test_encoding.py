@@ -113,7 +113,7 @@ def test_encode_refuses_a_tokenizer_without_padding_token():
 
 def test_encode_refuses_a_tokenizer_that_takes_only_text():
     class Text:
-        name_or_path = "mine"
+        name_or_path, pad_token_id = "mine", 0
 
         def __call__(self, *_, **__):
             raise NotImplementedError("no pre-split words")

@@ -178,7 +178,7 @@ def test_only_labelled_sentences_are_drawn_unless_said():
 def test_no_sentence_is_in_two_parts():
     ready = prepare(tiny(data__train_sentences=300, data__validation_sentences=150, data__probe_sentences=150))
     drawn = [part.corpus.group.tolist() for part in (ready.train, ready.validation, ready.probe)]
-    assert len(set(sum(drawn, []))) == sum(map(len, drawn)) > 400
+    assert len({group for part in drawn for group in part}) == sum(map(len, drawn)) > 400
 
 
 def test_draw_depends_on_split_seed_alone():
@@ -198,6 +198,14 @@ def test_inputs_hash_the_files_of_a_corpus(write, tmp_path):
     (tmp_path / "test.conll").write_text(BOTH * 9 + "\n")
     after = hashes()
     assert [key for key in before if before[key] != after[key]] == [k for k in before if k.endswith("test.conll")]
+
+
+@pytest.mark.xfail(strict=True, reason="corpus 'toy' has no path, and an empty path is the current folder")
+def test_inputs_of_the_toy_are_its_sentences_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.tex").write_text("nothing to do with it")
+    (tmp_path / "toy").write_text("nor this")
+    assert set(prepare(tiny()).inputs) == {"sentences:train", "sentences:validation", "sentences:probe"}
 
 
 def test_long_sentences_are_told(write):
