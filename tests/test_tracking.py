@@ -67,7 +67,8 @@ def test_measure_leaves_the_model_as_it_was(toy, untouched):
         ({"concept": Concept("sea", words=("sea",))}, r"no word of corpus 'toy' .* carries concept 'sea'"),
     ],
 )
-def test_measure_refuses_what_it_does_not_know(toy_model, settings, message):
+def test_measure_refuses_what_it_does_not_know(toy_model, settings, message, monkeypatch):
+    monkeypatch.setattr(tracking, "saliency", unchecked(tracking.saliency))
     arguments = {"concept": PLACE} | settings
     with pytest.raises(ValueError, match=message):
         unchecked(measure)(toy_model.tagger, toy_model.corpus, arguments.pop("concept"), **arguments)
