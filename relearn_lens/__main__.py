@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -70,12 +71,16 @@ def run(
     folder = out or _folder(settings, experiment)
     from relearn_lens import report, store
 
-    shown = (folder / store.MANIFEST).is_file() and not fresh
+    shown = not fresh and store.is_complete(folder)
     what = f"{experiment.model}, {experiment.corpus}, concept {'+'.join(experiment.labels)}, site {experiment.site}"
     print(f"{what} > {folder}")
-    with _progress() as (progress, say):
-        result = store.run(experiment, folder, fresh=fresh, progress=progress, on_event=_telling(experiment, say))
-        page = report.write_report(result, folder / "report.html")
+    try:
+        with _progress() as (progress, say):
+            result = store.run(experiment, folder, fresh=fresh, progress=progress, on_event=_telling(experiment, say))
+            page = report.write_report(result, folder / "report.html")
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
     if shown:
         print("this run was complete already; --fresh runs it again")
     _print_run(result)
@@ -219,12 +224,9 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("RELEARN_LENS_TRACEBACK"):
             raise
-        text = error.strerror if isinstance(error, OSError) and error.strerror and error.errno else str(error)
+        text = re.sub(r"^\[Errno \d+\] ", "", str(error))
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _folder(settings: str, experiment: Experiment) -> Path:

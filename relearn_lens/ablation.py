@@ -126,21 +126,31 @@ def _along(mask: Tensor, axis: int, weight: Tensor) -> Tensor:
     return mask.to(weight.device).view(shape).expand_as(weight)
 
 
+def check_prunable(model: Tagger | TransformerBridge, site: Site) -> None:
+    """Refuse a site that has no weights to prune in this model.
+
+    Raises:
+        ValueError: a layer of the site has no such weights.
+    """
+    for layer, parts in zip(site.layers, site.writes, strict=True):
+        if not parts:
+            raise ValueError(
+                f"site {site.name!r} of a {_bridge(model).cfg.architecture} model has no weights to prune (layer "
+                f"{layer!r} is a sum over blocks): use `with ablated(...)`, or site 'mlp_post'"
+            )
+
+
 def _slices(
     model: Tagger | TransformerBridge, neurons: Neurons, sever: Sever
 ) -> list[tuple[torch.nn.Parameter, Tensor, int]]:
     """The parameters that hold the neurons, with the mask of each and its neuron axis."""
     bridge, site = _bridge(model), _same_site(model, neurons)
+    check_prunable(model, site)
     found = []
     for layer, mask in enumerate(neurons.mask):
         if not mask.any():
             continue
         parts: list[Slice] = list(site.writes[layer])
-        if not parts:
-            raise ValueError(
-                f"site {site.name!r} of a {bridge.cfg.architecture} model has no weights to prune (layer "
-                f"{site.layers[layer]!r} is a sum over blocks): use `with ablated(...)`, or site 'mlp_post'"
-            )
         if sever == "both":
             parts += site.reads[layer]
         for part in parts:

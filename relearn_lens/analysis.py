@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Estimate:
     high: float
     over: str
 
-    def excludes(self, number: float) -> bool:
+    def excludes(self, number: float | int) -> bool:
         """Whether the interval leaves a number out."""
         return not self.low <= number <= self.high
 
@@ -40,7 +40,7 @@ class Estimate:
 
 
 def estimate(
-    of: Callable[..., np.ndarray],
+    of: Callable[..., Any],
     label: Label,
     *columns: Sequence[SpanScores],
     level: float = 0.95,
@@ -92,7 +92,7 @@ def recovery(arms: Sequence[Trajectory], label: Label, stage: str, **interval) -
     if not damage.low > 0:
         return Recovery(None, damage, stage)
 
-    def share(b: np.ndarray, p: np.ndarray, s: np.ndarray) -> np.ndarray:
+    def share(b: Any, p: Any, s: Any) -> Any:
         lost = np.subtract(b, p)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(lost > 0, np.subtract(s, p) / lost, np.nan)
@@ -138,11 +138,12 @@ def score_by_layer(saliency: Saliency, among: Neurons | None = None) -> list[flo
 def saliency_by_layer(arm: Trajectory, selection: Selection = "matched") -> dict[str, list[float]]:
     """Mean rank saliency per layer at every stage.
 
-    `"matched"` ranks the surviving neurons among themselves at every stage, base included; `"all"` ranks all neurons.
+    `"matched"` ranks the surviving neurons among themselves at every stage, base included (`Trajectory.matched`; in an
+    unpruned arm, those that survive in the concept arm); `"all"` ranks all neurons.
     Pruning takes neurons from late layers by construction, so with `"all"` (and with base-all against
     retrained-survivors, as published) the concept seems to move to early layers even if nothing moves.
     """
-    among = arm.survivors() if selection == "matched" else None
+    among = arm.matched() if selection == "matched" else None
     return {stage: rank_saliency_by_layer(snapshot.saliency, among) for stage, snapshot in arm.snapshots.items()}
 
 
@@ -162,12 +163,15 @@ class Shift:
         return self.later - self.base
 
 
-def shift(arm: Trajectory, stage: str, selection: Selection = "matched") -> Shift:
+def shift(arm: Trajectory, stage: str, selection: Selection = "matched", *, among: Neurons | None = None) -> Shift:
     """How far the centre of mass of the concept's score moved along the layers since base.
 
-    Each stage's scores sum to 1 over the chosen neurons. Matched: the surviving neurons on both sides.
+    Each stage's scores sum to 1 over the chosen neurons. Matched: the same neurons on both sides, `among` or
+    `Trajectory.matched`. Survivors are chosen by their score at base, so their scores grow back towards the mean by
+    chance alone, most where most was pruned: only the difference from a control arm on the same neurons is a move.
     """
-    mask = (arm.survivors() if selection == "matched" else arm.survivors() | _pruned(arm)).mask
+    chosen = arm.matched() if among is None else among
+    mask = chosen.mask if selection == "matched" else torch.ones_like(chosen.mask)
 
     def centre(saliency: Saliency) -> float:
         mass = saliency.score.where(mask, 0.0).sum(1).double()
@@ -175,10 +179,6 @@ def shift(arm: Trajectory, stage: str, selection: Selection = "matched") -> Shif
         return float((mass * depth).sum() / mass.sum())
 
     return Shift(centre(arm[BASE].saliency), centre(arm[stage].saliency), stage, selection)
-
-
-def _pruned(arm: Trajectory) -> Neurons:
-    return ~arm.survivors()
 
 
 def what_happened(arms: Mapping[str, Sequence[Trajectory]], label: Label, **interval) -> str:
@@ -232,32 +232,39 @@ def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last
 
 def _where(arms: Mapping[str, Sequence[Trajectory]], last: str) -> str:
     """Where the saliency of the surviving neurons went, beside the random and the unpruned arm."""
-
-    def moved(name: str) -> float:
-        return float(np.mean([shift(arm, last).moved for arm in arms[name]]))
-
-    mine = moved("concept")
-    controls = {name: moved(name) for name in ("random", "unpruned") if name in arms}
+    concept = arms["concept"]
+    n = len(concept)
+    # On the very same neurons in every control: see `shift` for what choosing survivors does by itself.
+    own = np.array([shift(arm, last).moved for arm in concept])
+    gaps: dict[str, np.ndarray] = {}
+    controls: dict[str, float] = {}
+    for name in (name for name in ("random", "unpruned") if name in arms):
+        shared = [c.survivors() & a.survivors() for c, a in zip(concept, arms[name], strict=True)]
+        if not all(len(s) for s in shared):
+            continue
+        theirs = np.array([shift(a, last, among=s).moved for a, s in zip(arms[name], shared, strict=True)])
+        ours = np.array([shift(c, last, among=s).moved for c, s in zip(concept, shared, strict=True)])
+        gaps[name], controls[name] = ours - theirs, float(theirs.mean())
+    mine = float(own.mean())
+    if not np.isfinite(mine):
+        return "No neuron survived, so there is nowhere for the concept to have moved."
     way = "later" if mine > 0 else "earlier"
     said = (
         f"Among the neurons that survived, the concept's saliency moved by {abs(mine):.3f} of the model's depth "
         f"towards {way} layers"
+        if abs(mine) >= 0.0005
+        else "Among the neurons that survived, the concept's saliency stayed at its depth"
     )
     if not controls:
         return f"{said}; without a control arm this is not evidence of a move."
     beside = " and ".join(f"{value:+.3f} in the {name} arm" for name, value in controls.items())
-    n = len(arms["concept"])
-    if all(value * mine > 0 and abs(value) >= abs(mine) / 2 for value in controls.values()):
-        verdict = "the controls moved the same way at least half as far, so this is not specific to pruning the concept"
+    beside = f"the same neurons: {beside}"
+    if any(value * mine > 0 and abs(value) >= abs(mine) / 2 for value in controls.values()):
+        verdict = "a control moved the same way at least half as far, so this is not specific to pruning the concept"
     elif n < 3:
         verdict = f"with {n} seed(s) there is no interval on this, so it is a description, not a finding"
     else:
-        gaps = [
-            np.array([shift(a, last).moved for a in arms["concept"]])
-            - np.array([shift(a, last).moved for a in arms[name]])
-            for name in controls
-        ]
-        clear = all(abs(gap.mean()) > st.t.ppf(0.975, n - 1) * st.sem(gap) for gap in gaps)
+        clear = all(abs(gap.mean()) > st.t.ppf(0.975, n - 1) * st.sem(gap) for gap in gaps.values())
         verdict = (
             f"the difference from every control is beyond noise over {n} seeds"
             if clear

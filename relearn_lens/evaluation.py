@@ -22,7 +22,7 @@ Label = str | tuple[str, ...]
 
 
 @jaxtyped(typechecker=typechecker)
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SpanScores:
     """Strict span scores: a predicted span counts when its words and its label are both right."""
 
@@ -34,6 +34,9 @@ class SpanScores:
     counts: Int[np.ndarray, "sentence label 3"]
     """Spans of each sentence and label (in the order of `labels`): right, predicted, true."""
     labels: Strings
+
+    def __repr__(self) -> str:
+        return "SpanScores(F1 " + ", ".join(f"{label} {value:.3f}" for label, value in self.f1.items()) + ")"
 
     def support(self) -> dict[str, int]:
         """True spans of each label."""
@@ -50,21 +53,28 @@ class SpanScores:
         if label == OVERALL:
             return self.counts.sum(1)
         names = (label,) if isinstance(label, str) else label
+        if unknown := [name for name in names if name not in self.labels]:
+            raise ValueError(f"no scores of label {unknown[0]!r}; known: {', '.join(self.labels)}, {OVERALL}")
         return self.counts[:, [self.labels.index(name) for name in names]].sum(1)
 
     def resampled(self, label: Label, *, n: int = 1000, seed: int = 0) -> Float[np.ndarray, " draw"]:
-        """F1 of a label over `n` bootstrap draws of the sentences; the draws depend on `seed` alone.
+        """F1 of a label over `n` bootstrap draws of the sentences, NaN in a draw without any span of it.
 
-        Two scores over the same sentences drawn with the same seed are paired: their difference has an interval too.
+        The draws depend on `seed` alone, so two scores over the same sentences are paired: their difference has an
+        interval too.
         """
         counts = self._counts(label)
         draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=n)
         right, predicted, true = (draws @ counts).T.astype(float)
-        return np.divide(2 * right, predicted + true, out=np.zeros(n), where=predicted + true > 0)
+        return np.divide(2 * right, predicted + true, out=np.full(n, np.nan), where=predicted + true > 0)
 
     def interval(self, label: Label, *, level: float = 0.95, n: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Percentile bootstrap interval of a label's F1 over sentences."""
-        low, high = np.quantile(self.resampled(label, n=n, seed=seed), [(1 - level) / 2, (1 + level) / 2])
+        drawn = self.resampled(label, n=n, seed=seed)
+        drawn = drawn[~np.isnan(drawn)]
+        if not len(drawn):
+            return float("nan"), float("nan")
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
 
@@ -84,13 +94,17 @@ def evaluate(
         ValueError: the text has a label that the tagger does not know.
     """
     encoded = text if isinstance(text, Encoded) else encode(text, tagger.tokenizer, context=tagger.context)
-    corpus = encoded.corpus
+    check_labels(tagger, encoded.corpus)
+    return score_spans(encoded.corpus, predict(tagger, encoded, max_tokens=max_tokens, tick=tick), tagger.tags)
+
+
+def check_labels(tagger: Tagger, corpus: Corpus) -> None:
+    """Refuse a text with a label that the tagger does not know."""
     if unknown := sorted(set(corpus.label_names) - set(tagger.label_names)):
         raise ValueError(
             f"corpus {corpus.name!r} has labels {unknown} that the tagger does not know; it was made for "
             f"{', '.join(tagger.label_names)}"
         )
-    return score_spans(corpus, predict(tagger, encoded, max_tokens=max_tokens, tick=tick), tagger.tags)
 
 
 def predict(
@@ -122,7 +136,8 @@ def score_spans(corpus: Corpus, predicted: Int[np.ndarray, " word"], tags: tuple
         guess.append([tags[k] for k in predicted[span]])
     strict = Evaluator(true, guess, tags=list(labels), loader="list").evaluate()
     results = {name: result["strict"] for name, result in strict["entities"].items()}
-    results[OVERALL] = strict["overall"]["strict"]
+    if results:  # without a span on either side there is no overall F1 either
+        results[OVERALL] = strict["overall"]["strict"]
 
     counts = np.zeros((corpus.n_sentences, len(labels), 3), dtype=np.int64)
     loader = ListLoader()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from relearn_lens import readers, sources, toy
-from relearn_lens.ablation import ablated, prune_
+from relearn_lens.ablation import ablated, check_prunable, prune_
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import Corpus, Splits
 from relearn_lens.encoding import Encoded, encode
@@ -161,7 +161,8 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
         ValueError: an unknown name, a label that the text lacks, a concept that the probe corpus lacks.
         OSError: a model or a text that cannot be had.
     """
-    score_of(experiment.score)
+    score_of(experiment.score, experiment.contrast)
+    _check_device(experiment.device)
     concept = concept_of(experiment)
     if progress:
         progress("reading the text", 0, 1)
@@ -176,6 +177,8 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
         progress("loading the model", 0, 1)
     tagger = _load(experiment, drawn[0].label_names)
     site = site_of(tagger.bridge, experiment.site)
+    if {"concept", "random"} & set(experiment.arms):
+        check_prunable(tagger, site)
     train, validation, probe = (
         encode(part, tagger.tokenizer, context=tagger.context, long=data.long) for part in drawn
     )
@@ -192,8 +195,16 @@ def perform(experiment: Experiment, *, kept: Kept | None = None, progress: Progr
     each arm from the same weights. Order of events: `Prepared`; per seed `Base`, `Damage`, and per arm `Measured` for
     each stage and `Arm`.
     """
-    if experiment.threads:
-        torch.set_num_threads(experiment.threads)
+    threads = torch.get_num_threads()
+    try:
+        if experiment.threads:
+            torch.set_num_threads(experiment.threads)
+        yield from _perform(experiment, kept, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _perform(experiment: Experiment, kept: Kept | None, progress: Progress | None) -> Iterator[Event]:
     ready = prepare(experiment, progress=progress)
     yield ready
     for seed in experiment.seeds:
@@ -273,7 +284,8 @@ def _arm(ready: Prepared, base: Base, name: str, progress: Progress | None) -> G
         stage = stage_name(checkpoint)
         snapshots[stage] = _measure(ready, progress, f"measuring ({name}, epoch {stage})", at=checkpoint)
         yield Measured(name, base.seed, stage, snapshots[stage])
-    return Trajectory(snapshots, pruned, name, base.seed, ready.concept)
+    compare = ~base.chosen if pruned is None else None
+    return Trajectory(snapshots, pruned, name, base.seed, ready.concept, compare)
 
 
 def _read(experiment: Experiment) -> Splits:
@@ -317,12 +329,24 @@ def _hashes(experiment: Experiment, drawn: list[Corpus]) -> dict[str, str]:
     """sha256 of the sentences that are used and of the files they and the model come from."""
     found = {f"sentences:{part}": text.sha256() for part, text in zip(Splits._fields, drawn, strict=True)}
     for role, name in (("model", experiment.model), ("corpus", experiment.corpus)):
+        if name == "toy":
+            continue  # made by this package: its version says what it is
         if name in sources.SOURCES:
             found |= {f"{role}:{name}/{file}": digest for file, digest in sources.hashes(name).items()}
         else:
             path = Path(name.partition(":")[2] if role == "corpus" else name).expanduser()
             found |= {f"{role}:{file}": digest for file, digest in sources.hash_files(path).items()}
     return found
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine lacks."""
+    kind, _, index = device.partition(":")
+    there = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= there:
+        raise ValueError(f"device = {device!r}: this machine has {there} CUDA device(s); use device=cpu or auto")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device = 'mps': this machine has none; use device=cpu or auto")
 
 
 def _training(settings: Training) -> dict[str, Any]:

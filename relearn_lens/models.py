@@ -195,7 +195,9 @@ def load_bridge(
         with seeded(seed):
             hf_model = auto.from_pretrained(where, dtype=dtype, attn_implementation="eager", use_safetensors=True)
     except SafetensorError as error:
-        raise ValueError(f"the *.safetensors weights in {where!r} are damaged ({error}); fetch or save the model again") from error
+        raise ValueError(
+            f"the *.safetensors weights in {where!r} are damaged ({error}); fetch or save the model again"
+        ) from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         if folder.is_dir():

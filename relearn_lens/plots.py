@@ -81,6 +81,8 @@ def layer_map(path: Trajectory | Sequence[Trajectory], *, selection: Selection =
         )
     )  # fmt: skip
     who = "surviving neurons on both sides" if selection == "matched" else "all neurons"
+    if selection == "matched" and arms[0].compare is not None:
+        who = "the neurons that survive in the concept arm"
     first = arms[0]
     return _dressed(
         figure,
@@ -99,9 +101,10 @@ def pruned_share(arms: Mapping[str, Sequence[Trajectory]]) -> go.Figure:
     """
     chosen = arms["concept"] if "concept" in arms else next(iter(arms.values()))
     shares = np.mean([(~arm.survivors()).share_by_layer() for arm in chosen], axis=0)
+    colour = ARM_COLOURS["concept" if "concept" in arms else next(iter(arms))]
     figure = go.Figure(
         go.Bar(
-            x=list(chosen[0].site.layers), y=shares, marker_color=ARM_COLOURS["concept"],
+            x=list(chosen[0].site.layers), y=shares, marker_color=colour,
             text=[f"{s:.2f}" for s in shares], hovertemplate="layer %{x}: %{y:.3f}<extra></extra>",
         )
     )  # fmt: skip

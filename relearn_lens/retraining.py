@@ -40,13 +40,13 @@ def finetune_(
     tagger: Tagger,
     text: Corpus | Encoded,
     *,
-    epochs: float = 3,
-    every: float | None = None,
+    epochs: float | int = 3,
+    every: float | int | None = None,
     seed: int = 0,
-    lr: float = 2e-5,
+    lr: float | int = 2e-5,
     batch_size: int = 8,
-    weight_decay: float = 0.01,
-    clip: float = 1.0,
+    weight_decay: float | int = 0.01,
+    clip: float | int = 1.0,
     restart: bool = False,
     prior_bias: bool = False,
     tick: Callable[[int, int], object] | None = None,
@@ -67,10 +67,10 @@ def finetune_(
         ValueError: a setting out of range, or labels that the tagger does not know; at the call, before any step.
         FloatingPointError: the loss is no longer finite.
     """
-    if epochs <= 0 or (every is not None and every <= 0) or batch_size < 1 or lr <= 0 or clip <= 0:
+    if epochs <= 0 or (every is not None and every <= 0) or batch_size < 1 or lr <= 0 or clip <= 0 or weight_decay < 0:
         raise ValueError(
-            f"epochs, every, batch_size, lr and clip must be above 0, got epochs={epochs}, every={every}, "
-            f"batch_size={batch_size}, lr={lr}, clip={clip}"
+            f"epochs, every, batch_size, lr and clip must be above 0 and weight_decay not below, got epochs={epochs}, "
+            f"every={every}, batch_size={batch_size}, lr={lr}, clip={clip}, weight_decay={weight_decay}"
         )
     encoded = text if isinstance(text, Encoded) else encode(text, tagger.tokenizer, context=tagger.context)
     if encoded.corpus.label_names != tagger.label_names:
@@ -95,7 +95,7 @@ def finetune_(
 
 
 def retrain_(
-    tagger: Tagger, text: Corpus | Encoded, *, epochs: float = 8, every: float = 2, **settings
+    tagger: Tagger, text: Corpus | Encoded, *, epochs: float | int = 8, every: float | int = 2, **settings
 ) -> Iterator[Checkpoint]:
     """`finetune_` after something was removed: by default 4 stages of 2 epochs, measured after each.
 
@@ -107,13 +107,13 @@ def retrain_(
 def _train(
     tagger: Tagger,
     encoded: Encoded,
-    epochs: float,
-    every: float,
+    epochs: float | int,
+    every: float | int,
     seed: int,
-    lr: float,
+    lr: float | int,
     batch_size: int,
-    weight_decay: float,
-    clip: float,
+    weight_decay: float | int,
+    clip: float | int,
     restart: bool,
     prior_bias: bool,
     tick: Callable[[int, int], object] | None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from beartype import beartype as typechecker
@@ -284,20 +284,24 @@ def saliency(
     Raises:
         ValueError: the score or the contrast is not known.
     """
-    how = score_of(score)
+    how = score_of(score, contrast)
     for side, which in (("no word that carries", carries), ("no word that does not carry", ~carries)):
         if not int(stats.count[which].sum()):
             raise ValueError(
                 f"{side} concept {concept.name!r} was measured (words that the context cut off are not); use a larger "
                 "probe corpus, or long='split'"
             )
-    if contrast not in ("classes", "rest"):
-        raise ValueError(f"unknown contrast {contrast!r}; known: classes, rest")
     return Saliency(how.of(stats, carries, contrast).float().cpu(), how.name, how.unit, concept.name, stats.site)
 
 
-def score_of(score: str | Score | Callable) -> Score:
-    """A score by name; a `Score` or a function is taken as it is."""
+def score_of(score: str | Score | Callable, contrast: str = "classes") -> Score:
+    """A score by name; a `Score` or a function is taken as it is.
+
+    Raises:
+        ValueError: the score or the contrast is not known.
+    """
+    if contrast not in get_args(Contrast):
+        raise ValueError(f"unknown contrast {contrast!r}; known: {', '.join(get_args(Contrast))}")
     if isinstance(score, Score):
         return score
     if callable(score):

@@ -5,6 +5,7 @@ Imports nothing heavy, so the command line can check a user's settings at once.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,8 @@ class Data(_Group):
     labelled_only: bool = Field(default=True, description="use only sentences with at least one labelled word")
     concept_share: float | None = Field(
         default=0.5, gt=0, le=1,
-        description="share of the drawn sentences that hold the concept, as far as the corpus has them; "
-        "none: as they come",
+        description="at most this share of the drawn sentences holds the concept (fewer if the corpus has fewer; the "
+        "rest is filled with others as far as there are); none: as they come",
     )  # fmt: skip
     long: Literal["split", "truncate", "error"] = Field(
         default="split", description="what happens to a sentence longer than the model's context"
@@ -46,10 +47,11 @@ class Data(_Group):
     )
     column: int = Field(default=-1, description="label column of a conll: corpus; -1 is the last")
 
-    @field_validator("parts")
+    @field_validator("parts", mode="before")
     @classmethod
-    def _sums_to_one(cls, parts: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
+    def _sums_to_one(cls, parts: Any) -> Any:
+        numbers = isinstance(parts, list | tuple) and all(isinstance(p, int | float) for p in parts)
+        if not numbers or len(parts) != 3 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
             raise ValueError("three shares above 0 that sum to 1")
         return parts
 
@@ -124,7 +126,9 @@ class Experiment(_Group):
         default=(0,), min_length=1, description="each seed is a fine-tuning and all arms"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; none: torch's own choice")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of torch while the run lasts; none: torch's own choice"
+    )
     keep: Literal["none", "last"] = Field(
         default="none", description="last: keep base weights and the last weights of every arm in the run folder"
     )
@@ -133,6 +137,21 @@ class Experiment(_Group):
     finetune: Finetune = Finetune()
     retrain: Retrain = Retrain()
     measure: Measure = Measure()
+
+    @field_validator("concept", mode="before")
+    @classmethod
+    def _labels(cls, concept: Any) -> Any:
+        labels = [concept] if isinstance(concept, str) else concept
+        if not isinstance(labels, list | tuple) or not labels or not all(isinstance(k, str) and k for k in labels):
+            raise ValueError("a label, or a list of labels")
+        return concept if isinstance(concept, str) else tuple(labels)
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            raise ValueError("auto, cpu, cuda, cuda:N or mps")
+        return device
 
     @model_validator(mode="after")
     def _distinct(self) -> Experiment:
@@ -151,7 +170,7 @@ class Experiment(_Group):
         """The settings as a TOML file that `relearn-lens run` takes."""
         import tomli_w
 
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(_none_as_text(self.model_dump(mode="json")))
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -260,10 +279,26 @@ def _from_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no settings file at {str(path)!r}, and no preset of that name ({', '.join(PRESETS)})")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = _text_as_none(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
     return _merged(_preset(str(values.pop("preset"))), values) if "preset" in values else values
+
+
+def _none_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has no null: None is written as "none", as on the command line."""
+    return {k: _none_as_text(v) if isinstance(v, Mapping) else "none" if v is None else v for k, v in values.items()}
+
+
+def _text_as_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: _text_as_none(v) if isinstance(v, Mapping) else None if v == "none" and k in _OPTIONAL else v
+        for k, v in values.items()
+    }
+
+
+_OPTIONAL = {"concept_share", "threads"}
+"""The settings that may be none."""
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,4 +339,7 @@ def _said(error: dict[str, Any]) -> str:
         return f"unknown setting {key!r}; known: {', '.join(inside)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if error["type"] == "model_type":
+        inside = [name for name, _, _ in fields() if name.startswith(f"{key}.")]
+        message = f"a group of settings: {', '.join(inside)}"
     return f"{key} = {error['input']!r}: {message}" if key else message

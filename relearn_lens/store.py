@@ -34,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from relearn_lens import settings
 from relearn_lens.concept import Concept
 from relearn_lens.evaluation import SpanScores
 from relearn_lens.experiment import (
@@ -51,7 +52,7 @@ from relearn_lens.experiment import (
 from relearn_lens.neurons import Neurons, Site, Slice
 from relearn_lens.retraining import Checkpoint
 from relearn_lens.saliency import ClassStats, Saliency
-from relearn_lens.settings import Experiment, settings_of
+from relearn_lens.settings import Experiment
 from relearn_lens.tables import layers_table, plain, plain_settings, summary
 from relearn_lens.tracking import Snapshot, Trajectory
 
@@ -80,16 +81,19 @@ def run(
     """
     if out is None:
         return _drive(experiment, None, progress, on_event)
-    folder = RunFolder.open(Path(out), experiment, fresh=fresh)
-    lock = FileLock(folder.path / ".lock", timeout=0)
+    path = Path(out)
+    _check_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise BlockingIOError(
-            f"another process is running into {str(folder.path)!r}; wait for it, or choose another folder with --out"
+            f"another process is running into {str(path)!r}; wait for it, or choose another folder with --out"
         ) from None
     try:
-        if folder.manifest.get("complete"):
+        folder = RunFolder.open(path, experiment, fresh=fresh)
+        if folder.manifest.get("complete") and folder.is_whole(experiment):
             return load_run(folder.path)
         return _drive(experiment, folder, progress, on_event)
     finally:
@@ -139,6 +143,11 @@ def _drive(
     return result
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return (folder / MANIFEST).is_file() and bool(_read_json(folder / MANIFEST).get("complete"))
+
+
 def load_run(folder: str | Path) -> Run:
     """A finished run as objects, without loading the model.
 
@@ -150,7 +159,9 @@ def load_run(folder: str | Path) -> Run:
     if not (path / MANIFEST).is_file():
         raise FileNotFoundError(f"{str(path)!r} is no run folder: there is no {MANIFEST}")
     manifest = _read_json(path / MANIFEST)
-    experiment = settings_of(path / SETTINGS)
+    if not isinstance(manifest.get("settings"), dict):
+        raise ValueError(f"{str(path / MANIFEST)!r} is damaged (it has no settings); run again with --fresh")
+    experiment = settings.experiment(manifest["settings"])
     if not manifest.get("complete"):
         raise ValueError(
             f"the run in {str(path)!r} is not finished; `relearn-lens run {path / SETTINGS} --out {path}` continues it"
@@ -170,6 +181,17 @@ def load_run(folder: str | Path) -> Run:
     return result
 
 
+def _check_folder(path: Path) -> None:
+    """Refuse a path that cannot be a run folder, or a folder that holds something else."""
+    if path.is_file():
+        raise FileExistsError(f"{str(path)!r} is a file; choose a folder with --out")
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NotADirectoryError(f"{str(path)!r} cannot be a folder: {str(above)!r} is a file")
+    if path.is_dir() and not (path / MANIFEST).is_file() and any(p.name != ".lock" for p in path.iterdir()):
+        raise FileExistsError(f"{str(path)!r} holds files that are no run; choose another folder with --out")
+
+
 class RunFolder:
     """A run's folder on disk; gives `perform` what an earlier process left in it."""
 
@@ -180,26 +202,31 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
         """A new folder, or one with a run of the same settings to go on with."""
-        if path.is_file():
-            raise FileExistsError(f"{str(path)!r} is a file; choose a folder with --out")
-        if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
-            if not (path / MANIFEST).is_file():
-                raise FileExistsError(f"{str(path)!r} holds files that are no run; choose another folder with --out")
+        _check_folder(path)
+        if (path / MANIFEST).is_file() and not fresh:
             manifest = _read_json(path / MANIFEST)
-            if not fresh:
-                if manifest.get("settings") == plain_settings(experiment):
-                    return cls(path, manifest)
+            if manifest.get("settings") == plain_settings(experiment):
+                return cls(path, manifest)
+            if manifest.get("inputs"):  # else nothing ran: the settings were refused, and these may be the mended ones
                 changed = _differences(manifest.get("settings", {}), plain_settings(experiment))
                 raise FileExistsError(
                     f"{str(path)!r} holds a run with other settings ({changed}); choose another folder with --out, or "
                     "--fresh to remove that run"
                 )
-            shutil.rmtree(path)
+        for old in path.iterdir() if path.is_dir() else ():
+            if old.name != ".lock":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path, {})
-        write_whole(path / SETTINGS, experiment.to_toml().encode())
+        # The manifest first: it is what makes the folder a run.
         folder.note(settings=plain_settings(experiment), complete=False)
+        write_whole(path / SETTINGS, experiment.to_toml().encode())
         return folder
+
+    def is_whole(self, experiment: Experiment) -> bool:
+        """Whether the measurements of every seed and arm are here; what is missing can be made again."""
+        names = ("damage", *experiment.arms)
+        return all(self._tensors(f"{name}-{seed}").is_file() for seed in experiment.seeds for name in names)
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
@@ -237,11 +264,11 @@ class RunFolder:
         for k, scores in enumerate((damage.concept, *damage.random)):
             tensors[f"{k}/spans"] = torch.from_numpy(scores.counts)
             meta.append(_scores_meta(scores))
-        _write_tensors(self.path / "tensors" / f"damage-{damage.seed}.safetensors", tensors, {"scores": meta})
+        _write_tensors(self._tensors(f"damage-{damage.seed}"), tensors, {"scores": meta})
 
     def damage(self, seed: int) -> Damage | None:
         """What pruning alone does, if it was measured."""
-        path = self.path / "tensors" / f"damage-{seed}.safetensors"
+        path = self._tensors(f"damage-{seed}")
         if not path.exists():
             return None
         tensors, meta = _read_tensors(path)
@@ -254,24 +281,27 @@ class RunFolder:
         if weights and arm.weights is not None:
             tensors = {k: v.cpu() for k, v in arm.weights.items()}
             _write_tensors(self._weights(path.arm, path.seed), tensors, {})
-        self._save(f"{path.arm}-{path.seed}", path.snapshots, path.pruned, concept=path.concept)
+        self._save(f"{path.arm}-{path.seed}", path.snapshots, path.pruned, path.compare, concept=path.concept)
 
     def arm(self, name: str, seed: int, site: Site | None = None) -> Trajectory | None:
         """A finished arm, if it is here."""
         found = self._load(f"{name}-{seed}")
         if found is None:
             return None
-        snapshots, pruned, meta = found
-        return Trajectory(snapshots, pruned, name, seed, Concept(**meta["concept"]))
+        snapshots, pruned, compare, meta = found
+        return Trajectory(snapshots, pruned, name, seed, Concept(**meta["concept"]), compare)
 
     def finish(self, result: Run) -> None:
         """Tables and summary; then the base weights go (unless they are kept), and the run is complete."""
         write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
         write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
         write_whole(self.path / SUMMARY, _json(summary(result)))
+        self.note(complete=True)
         if result.experiment.keep == "none":
             shutil.rmtree(self.path / "weights", ignore_errors=True)
-        self.note(complete=True)
+
+    def _tensors(self, name: str) -> Path:
+        return self.path / "tensors" / f"{name}.safetensors"
 
     def _weights(self, name: str, seed: int) -> Path:
         return self.path / "weights" / f"{name}-{seed}.safetensors"
@@ -281,9 +311,11 @@ class RunFolder:
         name: str,
         snapshots: Mapping[str, Snapshot],
         pruned: Neurons | None,
+        compare: Neurons | None = None,
         concept: Concept | None = None,
     ) -> None:
-        tensors: dict[str, Tensor] = {} if pruned is None else {"pruned": pruned.mask}
+        sets = {"pruned": pruned, "compare": compare}
+        tensors: dict[str, Tensor] = {name: chosen.mask for name, chosen in sets.items() if chosen is not None}
         meta: dict[str, Any] = {"concept": asdict(concept) if concept else None, "stages": []}
         for stage, snapshot in snapshots.items():
             stats, saliency = snapshot.stats, snapshot.saliency
@@ -304,10 +336,10 @@ class RunFolder:
                     "at": asdict(snapshot.at) if snapshot.at else None,
                 }
             )
-        _write_tensors(self.path / "tensors" / f"{name}.safetensors", tensors, meta)
+        _write_tensors(self._tensors(name), tensors, meta)
 
-    def _load(self, name: str) -> tuple[dict[str, Snapshot], Neurons | None, dict[str, Any]] | None:
-        path = self.path / "tensors" / f"{name}.safetensors"
+    def _load(self, name: str) -> tuple[dict[str, Snapshot], Neurons | None, Neurons | None, dict[str, Any]] | None:
+        path = self._tensors(name)
         if not path.exists():
             return None
         tensors, meta = _read_tensors(path)
@@ -327,8 +359,8 @@ class RunFolder:
                 ),
                 at=Checkpoint(**entry["at"]) if entry["at"] else None,
             )
-        pruned = Neurons(tensors["pruned"], site) if "pruned" in tensors else None
-        return snapshots, pruned, meta
+        pruned, compare = (Neurons(tensors[name], site) if name in tensors else None for name in ("pruned", "compare"))
+        return snapshots, pruned, compare, meta
 
 
 def _phase(event: Event) -> str:
@@ -405,7 +437,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, json.loads((file.metadata() or {}).get("relearn-lens", "{}"))
     except Exception as error:  # safetensors raises its own Rust errors
-        raise ValueError(f"{str(path)!r} is damaged ({error}); remove it and run again") from error
+        raise ValueError(f"{str(path)!r} is damaged ({error}); run again with --fresh") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -422,10 +454,10 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(
                 errno.ENOSPC,
                 f"the disk is full: {path.name} needs {len(content):,} bytes, "

@@ -37,7 +37,7 @@ def summary(result: Run) -> dict[str, Any]:
         "units": {
             "f1": "strict span F1, 0 to 1",
             "saliency_by_layer": "mean rank saliency, 1 the most salient neuron and 0 the least, mean over seeds",
-            "score_by_layer": f"mean score of surviving neurons, {first.snapshots[first.stages[0]].saliency.unit}",
+            "score_by_layer": f"mean score of the matched neurons, {first.snapshots[first.stages[0]].saliency.unit}",
             "seconds": "seconds per phase",
         },
         "text": result.manifest.get("text"),
@@ -86,8 +86,8 @@ def summary(result: Run) -> dict[str, Any]:
 
 def _score_by_stage(arm: Trajectory) -> dict[str, list[float]]:
     """Mean score of each layer's surviving neurons at every stage."""
-    survivors = arm.survivors()
-    return {stage: analysis.score_by_layer(s.saliency, survivors) for stage, s in arm.snapshots.items()}
+    chosen = arm.matched()
+    return {stage: analysis.score_by_layer(s.saliency, chosen) for stage, s in arm.snapshots.items()}
 
 
 def layers_table(result: Run) -> pd.DataFrame:
@@ -96,7 +96,7 @@ def layers_table(result: Run) -> pd.DataFrame:
     for name, arms in result.arms.items():
         for arm in arms:
             for which in ("all", "matched"):
-                among = arm.survivors() if which == "matched" else None
+                among = arm.matched() if which == "matched" else None
                 for stage, ranks in analysis.saliency_by_layer(arm, which).items():
                     scores = analysis.score_by_layer(arm[stage].saliency, among)
                     rows += [

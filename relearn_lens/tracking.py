@@ -12,17 +12,17 @@ import xarray as xr
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import Corpus
 from relearn_lens.encoding import Encoded, encode
-from relearn_lens.evaluation import OVERALL, Label, SpanScores, evaluate
+from relearn_lens.evaluation import OVERALL, Label, SpanScores, check_labels, evaluate
 from relearn_lens.models import Tagger
 from relearn_lens.neurons import Neurons, Site
 from relearn_lens.retraining import Checkpoint
-from relearn_lens.saliency import ClassStats, Contrast, Saliency, Score, class_stats, saliency
+from relearn_lens.saliency import ClassStats, Contrast, Saliency, Score, class_stats, saliency, score_of
 
 BASE, PRUNED = "base", "pruned"
 """Names of the stages before and right after pruning; later stages are named by their epoch of retraining."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Snapshot:
     """Everything measured at one pause."""
 
@@ -38,6 +38,9 @@ class Snapshot:
         """Strict span F1 by label and `"overall"`."""
         return self.scores.f1
 
+    def __repr__(self) -> str:
+        return f"Snapshot({self.saliency!r}, {self.scores!r})"
+
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
@@ -49,6 +52,9 @@ class Trajectory:
     arm: str = ""
     seed: int = 0
     concept: Concept | None = None
+    compare: Neurons | None = None
+    """The neurons of matched comparisons, where they are not the survivors: an unpruned arm is compared on the
+    neurons that survive in the concept arm, or choosing those by their score at base would look like a move."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -70,6 +76,10 @@ class Trajectory:
         site = self.site
         everything = Neurons(torch.ones(len(site.layers), site.width, dtype=torch.bool), site)
         return everything if self.pruned is None else everything - self.pruned
+
+    def matched(self) -> Neurons:
+        """The neurons that a matched comparison looks at, on both sides."""
+        return self.survivors() if self.compare is None else self.compare
 
     def __getitem__(self, stage: str) -> Snapshot:
         return self.snapshots[stage]
@@ -150,12 +160,15 @@ def measure(
     """
     encoded = _encoded(tagger, probe)
     classes = concept.classes(encoded.corpus)
+    score = score_of(score, contrast)
+    scored = encoded if validation is None else _encoded(tagger, validation)
+    check_labels(tagger, scored.corpus)
     stats = class_stats(tagger, encoded, classes, site=site, max_tokens=max_tokens, tick=tick)
     return Snapshot(
         saliency=saliency(stats, concept, torch.from_numpy(classes.carries), score=score, contrast=contrast),
         scores=evaluate(
             tagger,
-            encoded if validation is None else _encoded(tagger, validation),
+            scored,
             max_tokens=max_tokens,
             tick=tick,
         ),
@@ -172,6 +185,7 @@ def track(
     *,
     before: Snapshot | None = None,
     pruned: Neurons | None = None,
+    compare: Neurons | None = None,
     validation: Corpus | Encoded | None = None,
     arm: str = "",
     seed: int = 0,
@@ -181,8 +195,12 @@ def track(
     """Measure now, then at every checkpoint of a training loop.
 
     `checkpoints` is `retrain_(...)` or any loop that yields `Checkpoint`. `before` is the snapshot from before
-    pruning (stage `"base"`), `pruned` the set that was pruned. Other keywords are those of `measure`; `on_measured`
-    is called with each stage's name and snapshot as it comes.
+    pruning (stage `"base"`), `pruned` the set that was pruned, `compare` the neurons of matched comparisons where they
+    are not the survivors. Other keywords are those of `measure`; `on_measured` is called with each stage's name and
+    snapshot as it comes.
+
+    Raises:
+        ValueError: as `measure`; or two checkpoints of one epoch.
     """
     probe = _encoded(tagger, probe)
     validation = probe if validation is None else _encoded(tagger, validation)
@@ -195,13 +213,16 @@ def track(
 
     take(PRUNED, None)
     for checkpoint in checkpoints:
-        take(stage_name(checkpoint), checkpoint)
-    return Trajectory(snapshots, pruned, arm, seed, concept)
+        stage = stage_name(checkpoint)
+        if stage in snapshots:
+            raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
+        take(stage, checkpoint)
+    return Trajectory(snapshots, pruned, arm, seed, concept, compare)
 
 
 def stage_name(checkpoint: Checkpoint) -> str:
     """The name of a stage: its epoch of retraining, such as `"2"` or `"0.5"`."""
-    return f"{checkpoint.epoch:.3g}"
+    return f"{round(checkpoint.epoch, 3):.10g}"
 
 
 def _encoded(tagger: Tagger, text: Corpus | Encoded) -> Encoded:

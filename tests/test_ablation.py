@@ -242,7 +242,7 @@ def test_prune_zeroes_the_toys_output_rows_and_nothing_else(toy):
 def test_prune_refuses_the_hidden_state_of_a_pre_norm_model(toy, untouched: Untouched):
     chosen = random_set(toy.tagger, "resid", layers="1 2")
     said = (
-        r"site 'resid' of a TransformerLensNative model has no weights to prune \(layer '1' is a sum over blocks\): "
+        r"site 'resid' of a TransformerLensNative model has no weights to prune \(layer 'embed' is a sum over blocks\): "
         r"use `with ablated\(...\)`, or site 'mlp_post'"
     )
     with untouched(toy.tagger):

@@ -379,7 +379,7 @@ def test_story_of_a_concept_arm_that_is_higher_says_so():
 @pytest.mark.parametrize("way", [0.1, -0.1])
 def test_story_claims_no_move_where_the_controls_move_alike(n, way):
     _, where = told(arms_of(way, way, way, n=n, spread=0.01))
-    assert "controls moved the same way" in where
+    assert "a control moved the same way" in where
     assert not CLAIM.search(where)
 
 
@@ -392,7 +392,7 @@ def test_story_claims_no_move_where_one_control_moves_alike(n):
 @pytest.mark.parametrize("n", [3, 5])
 def test_story_claims_no_move_within_the_noise_of_seeds(n):
     _, where = told(arms_of(0.02, 0, 0, n=n, spread=0.1))
-    assert "within noise" in where
+    assert re.search("within noise|not specific", where)
     assert not CLAIM.search(where)
 
 
@@ -411,13 +411,11 @@ def test_story_tells_a_move_that_the_controls_do_not_make(way, layers):
     assert "+0.0" in where or "-0.0" in where  # what the controls did stands beside it
 
 
-@pytest.mark.xfail(strict=True, reason="says 'moved by 0.000 towards earlier layers'")
 def test_story_of_no_move_at_all_names_no_direction():
     _, where = told(arms_of(0, 0, 0))
     assert not re.search("towards (earlier|later)", where)
 
 
-@pytest.mark.xfail(strict=True, reason="says 'moved by nan'")
 def test_story_without_survivors_has_no_nan():
     stages = {"base": FLAT, "pruned": 0 * FLAT, "1": 0 * FLAT}
     f1 = dict(zip(stages, (0.9, 0.1, 0.8), strict=True))
@@ -453,7 +451,6 @@ def measured_anew(seed: int) -> dict[str, Trajectory]:
     }
 
 
-@pytest.mark.xfail(strict=True, reason="survivors were chosen by their base score; the controls' survivors were not")
 def test_story_claims_no_move_that_choosing_survivors_makes():
     """Survivors score low at base in part by chance, most so where many were pruned, and score higher when measured
     anew. The same neurons do so in the unpruned arm, which is the control for it."""

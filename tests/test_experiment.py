@@ -112,7 +112,6 @@ def test_label_that_the_draw_leaves_out_is_refused_before_training(no_training, 
         list(perform(made))
 
 
-@pytest.mark.xfail(strict=True, reason="refused after fine-tuning and the random draws")
 def test_site_that_cannot_be_pruned_is_refused_before_training(no_training):
     with pytest.raises(ValueError, match=r"site 'resid'.*no weights to prune"):
         list(perform(tiny(site="resid")))
@@ -200,7 +199,6 @@ def test_inputs_hash_the_files_of_a_corpus(write, tmp_path):
     assert [key for key in before if before[key] != after[key]] == [k for k in before if k.endswith("test.conll")]
 
 
-@pytest.mark.xfail(strict=True, reason="corpus 'toy' has no path, and an empty path is the current folder")
 def test_inputs_of_the_toy_are_its_sentences_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis.tex").write_text("nothing to do with it")

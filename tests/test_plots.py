@@ -193,7 +193,6 @@ def test_pruned_share_takes_any_arms(run):
     drawn(plots.pruned_share(run.arms))
 
 
-@pytest.mark.xfail(strict=True, reason="the bars of the random arm have the colour of the concept arm")
 def test_pruned_share_of_a_random_arm_alone_has_its_colour():
     (bars,) = drawn(plots.pruned_share(run_of("random").arms))["data"]
     assert bars["marker"]["color"] == plots.ARM_COLOURS["random"]

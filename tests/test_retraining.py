@@ -311,7 +311,6 @@ def test_finetune_refuses_a_setting_out_of_range_at_the_call(tagger, text, name,
         finetune_(tagger, text, **setting)
 
 
-@pytest.mark.xfail(strict=True, reason="torch refuses it, at the first step")
 def test_finetune_refuses_a_negative_weight_decay_at_the_call(tagger, text):
     with pytest.raises(ValueError, match="weight_decay"):
         finetune_(tagger, text, weight_decay=-0.1)
