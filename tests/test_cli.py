@@ -317,7 +317,7 @@ def test_full_disk_is_one_message(error, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     said = error("run", "toy", "--out", str(tmp_path / "run"))
-    assert re.match(r"the disk is full: manifest\.json needs \d+ bytes, .*same command again to continue", said)
+    assert re.match(r"the disk is full: manifest\.json needs [\d,]+ bytes, .*same command again to continue", said)
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "gpu"])
