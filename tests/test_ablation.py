@@ -242,8 +242,8 @@ def test_prune_zeroes_the_toys_output_rows_and_nothing_else(toy):
 def test_prune_refuses_the_hidden_state_of_a_pre_norm_model(toy, untouched: Untouched):
     chosen = random_set(toy.tagger, "resid", layers="1 2")
     said = (
-        r"site 'resid' of a TransformerLensNative model has no weights to prune \(layer 'embed' is a sum over blocks\): "
-        r"use `with ablated\(...\)`, or site 'mlp_post'"
+        r"site 'resid' of a TransformerLensNative model has no weights to prune "
+        r"\(layer 'embed' is a sum over blocks\): use `with ablated\(...\)`, or site 'mlp_post'"
     )
     with untouched(toy.tagger):
         with pytest.raises(ValueError, match=said):
