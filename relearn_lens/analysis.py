@@ -211,23 +211,29 @@ def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last
         return "; there is no random arm, so whether this is about the concept's neurons cannot be said"
     concept, random = arms["concept"], arms["random"]
     cut, now = _f1(random, PRUNED, label), _f1(random, last, label)
-    said = f"; pruning as many random neurons in every layer took it to {cut}, and retraining to {now}"
+    result = f"; pruning as many random neurons in every layer took it to {cut}, and retraining to {now}"
     if cut < _f1(random, BASE, label):
-        said += f" ({_half(random, label)})"
-    verdicts = []
-    for stage, when in ((PRUNED, "right after pruning"), (last, "at the end")):
-        gap = estimate(
-            np.subtract,
-            label,
-            [a[stage].scores for a in concept],
-            [a[stage].scores for a in random],
-            **interval,
-        )
+        result += f" ({_half(random, label)})"
+    stages = (PRUNED, *retraining_stages(concept[0]))
+    # Several comparisons: each interval is widened so that together they keep the level (Bonferroni).
+    level = interval.get("level", 0.95)
+    widened = {**interval, "level": 1 - (1 - level) / len(stages)}
+    apart, alike = [], []
+    for stage in stages:
+        when = {PRUNED: "right after pruning", last: "at the end"}.get(stage, f"at epoch {stage}")
+        columns = [[arm[stage].scores for arm in side] for side in (concept, random)]
+        gap = estimate(np.subtract, label, *columns, **widened)
         if gap.excludes(0):
-            verdicts.append(f"is {abs(gap.value):.2f} {'below' if gap.value < 0 else 'above'} it {when}")
+            apart.append(f"{abs(gap.value):.2f} {'below' if gap.value < 0 else 'above'} it {when}")
         else:
-            verdicts.append(f"does not differ from it {when} (by {gap})")
-    return f"{said}, so the concept arm {' and '.join(verdicts)}"
+            alike.append(when)
+    verdicts = [f"{verb} {_listed(said)}" for verb, said in (("is", apart), ("does not differ from it", alike)) if said]
+    noise = f"{100 * level:g} % intervals, corrected for {len(stages)} comparisons"
+    return f"{result}, so the concept arm {' and '.join(verdicts)} ({noise})"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
 
 
 def _where(arms: Mapping[str, Sequence[Trajectory]], last: str) -> str:

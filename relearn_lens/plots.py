@@ -34,7 +34,8 @@ def recovery_curves(run: Run) -> go.Figure:
         figure.add_scatter(
             x=stages + stages[::-1],
             y=[e.high for e in found] + [e.low for e in found][::-1],
-            fill="toself", fillcolor=colour, opacity=0.15, line_width=0, hoverinfo="skip", showlegend=False,
+            fill="toself", mode="lines",
+            fillcolor=colour, opacity=0.15, line_width=0, hoverinfo="skip", showlegend=False,
             legendgroup=name,
         )  # fmt: skip
         figure.add_scatter(
@@ -129,6 +130,7 @@ def _dressed(figure: go.Figure, title: str, note: str, *, x: str, y: str) -> go.
             plot_bgcolor="rgba(0,0,0,0)",
             margin={"t": 70, "r": 20},
             font={"color": "#7a7a7a"},
+            legend={"orientation": "h", "y": -0.25},  # below, so that a phone has room for the picture
         )
         .update_xaxes(gridcolor="rgba(128,128,128,0.25)")
         .update_yaxes(gridcolor="rgba(128,128,128,0.25)")
