@@ -179,10 +179,12 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {},
     ),
     "names-quick": (
-        "the same, smaller; about 2 minutes",
+        "the same with a quarter of the text and 30 % pruned; about 2 minutes",
         {
-            "data": {"train_sentences": 400, "validation_sentences": 150, "probe_sentences": 150},
-            "prune": {"control_draws": 2},
+            "data": {"train_sentences": 250, "validation_sentences": 120, "probe_sentences": 120},
+            "prune": {"fraction": 0.3, "control_draws": 2},
+            "finetune": {"epochs": 2, "lr": 2e-4, "batch_size": 8},
+            "retrain": {"epochs": 2, "batch_size": 8},
         },
     ),
     "toy": (

@@ -85,8 +85,12 @@ def _peak(times: int) -> float:
     """Peak resident memory in MB after a saliency pass over the corpus so many times."""
     from relearn_lens.experiment import peak_rss_mb
 
-    tagger, text = _model_and_text(300)
-    text = text.take(np.tile(np.arange(text.n_sentences), times))
+    tagger, text = _model_and_text(2000)
+    # Sentences of one length: otherwise more copies of the longest would fill the widest batch, and that, not the
+    # length of the corpus, would be measured.
+    lengths = np.diff(text.start)
+    alike = np.flatnonzero(lengths == np.bincount(lengths).argmax())
+    text = text.take(np.tile(alike, 16 * times))  # enough batches for the allocator to settle
     encoded: Encoded = encode(text, tagger.tokenizer, context=tagger.context)
     class_stats(tagger, encoded, Concept("place").classes(text))
     return peak_rss_mb()
