@@ -131,7 +131,7 @@ def _dressed(figure: go.Figure, title: str, note: str, *, x: str, y: str) -> go.
             margin={"t": 70, "r": 20},
             font={"color": "#7a7a7a"},
             modebar={"orientation": "v"},
-        legend={"orientation": "h", "y": -0.25},  # below, so that a phone has room for the picture
+            legend={"orientation": "h", "y": -0.25},  # below, so that a phone has room for the picture
         )
         .update_xaxes(gridcolor="rgba(128,128,128,0.25)")
         .update_yaxes(gridcolor="rgba(128,128,128,0.25)")
