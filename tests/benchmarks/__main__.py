@@ -81,7 +81,7 @@ def memory() -> None:
             peaks[times] = float(done.stdout.split()[-1])
         print(
             f"peak memory of the {what} pass: {peaks[1]:,.0f} MB over the corpus, {peaks[4]:,.0f} MB over the corpus "
-            f"four times; ratio {peaks[4] / peaks[1]:.3f} (goal: saliency as bare)"
+            f"four times; ratio {peaks[4] / peaks[1]:.3f} (goal for saliency <= 1.00)"
         )
 
 
