@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from relearn_lens.neurons import Neuron, Neurons, Site, random_neurons, site_of
     from relearn_lens.readers import read_bsb_names, read_conll, read_hf, read_splits
     from relearn_lens.retraining import Checkpoint, finetune_, retrain_
-    from relearn_lens.saliency import ClassStats, Saliency, class_stats
+    from relearn_lens.saliency import Saliency
     from relearn_lens.settings import Experiment, preset, settings_of
     from relearn_lens.store import load_run, run
+    from relearn_lens.streams import ClassStats, class_stats, stream
     from relearn_lens.tracking import Snapshot, Trajectory, measure, track
 
 _HOME = {
@@ -45,7 +46,8 @@ _HOME = {
     "neurons": ("Neuron", "Neurons", "Site", "random_neurons", "site_of"),
     "readers": ("read_bsb_names", "read_conll", "read_hf", "read_splits"),
     "retraining": ("Checkpoint", "finetune_", "retrain_"),
-    "saliency": ("ClassStats", "Saliency", "class_stats"),
+    "saliency": ("Saliency",),
+    "streams": ("ClassStats", "class_stats", "stream"),
     "settings": ("Experiment", "preset", "settings_of"),
     "store": ("load_run", "run"),
     "tracking": ("Snapshot", "Trajectory", "measure", "track"),

@@ -51,8 +51,9 @@ from relearn_lens.experiment import (
 )
 from relearn_lens.neurons import Neurons, Site, Slice
 from relearn_lens.retraining import Checkpoint
-from relearn_lens.saliency import ClassStats, Saliency
+from relearn_lens.saliency import Saliency
 from relearn_lens.settings import Experiment
+from relearn_lens.streams import ClassStats
 from relearn_lens.tables import layers_table, plain, plain_settings, summary
 from relearn_lens.tracking import Snapshot, Trajectory
 

@@ -16,7 +16,8 @@ from relearn_lens.evaluation import OVERALL, Label, SpanScores, check_labels, ev
 from relearn_lens.models import Tagger
 from relearn_lens.neurons import Neurons, Site
 from relearn_lens.retraining import Checkpoint
-from relearn_lens.saliency import ClassStats, Contrast, Saliency, Score, class_stats, saliency, score_of
+from relearn_lens.saliency import Contrast, Saliency, Score, saliency, score_of
+from relearn_lens.streams import ClassStats, class_stats
 
 BASE, PRUNED = "base", "pruned"
 """Names of the stages before and right after pruning; later stages are named by their epoch of retraining."""

@@ -15,7 +15,8 @@ from relearn_lens.concept import Concept
 from relearn_lens.evaluation import SpanScores
 from relearn_lens.neurons import Neurons, Site
 from relearn_lens.retraining import Checkpoint
-from relearn_lens.saliency import ClassStats, Saliency
+from relearn_lens.saliency import Saliency
+from relearn_lens.streams import ClassStats
 from relearn_lens.tracking import Snapshot, Trajectory
 
 LABELS = ("person", "place")

@@ -12,8 +12,8 @@ import relearn_lens
 
 PACKAGE = Path(relearn_lens.__file__).parent
 ORDER = """
-    sources corpus readers encoding models toy concept neurons saliency ablation evaluation retraining tracking analysis
-    settings experiment tables store plots report __main__
+    sources corpus readers encoding models toy concept neurons streams saliency ablation evaluation retraining
+    tracking analysis settings experiment tables store plots report __main__
 """.split()  # noqa: SIM905
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 EVERY = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

@@ -15,7 +15,8 @@ from relearn_lens.corpus import build_corpus
 from relearn_lens.encoding import encode
 from relearn_lens.models import load_tagger
 from relearn_lens.neurons import Neurons, Site, parameter, site_of
-from relearn_lens.saliency import SCORES, ClassStats, Saliency, Score, class_stats, probeless, saliency, score_of
+from relearn_lens.saliency import SCORES, Saliency, Score, probeless, saliency, score_of
+from relearn_lens.streams import ClassStats, class_stats
 from tests.conftest import LABELS, Untouched, sentences_of, unchecked
 
 PLACE = Concept("place", labels=("LOC",))

@@ -22,7 +22,7 @@ from relearn_lens.corpus import Corpus
 from relearn_lens.encoding import Encoded, encode
 from relearn_lens.models import Tagger, hidden, load_tagger, reading
 from relearn_lens.readers import read_bsb_names
-from relearn_lens.saliency import class_stats
+from relearn_lens.streams import class_stats
 
 ROUNDS = 7
 
