@@ -18,41 +18,51 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relearn_lens import analysis, plots, report, sources, toy
+    from relearn_lens import analysis, claims, migration, plots, priming, recovery, report, sources, toy
     from relearn_lens.ablation import ablated, held, prune_
+    from relearn_lens.attribution import Attribution, attribute, attribution_plan
     from relearn_lens.concept import Concept
     from relearn_lens.corpus import Corpus, build_corpus
     from relearn_lens.encoding import encode
     from relearn_lens.evaluation import evaluate
     from relearn_lens.experiment import Run
+    from relearn_lens.meaning import concept_similarity, concept_words, polysemy
     from relearn_lens.models import Tagger, load_bridge, load_tagger
     from relearn_lens.neurons import Neuron, Neurons, Site, random_neurons, site_of
     from relearn_lens.readers import read_bsb_names, read_conll, read_hf, read_splits
     from relearn_lens.retraining import Checkpoint, finetune_, retrain_
-    from relearn_lens.saliency import Saliency
+    from relearn_lens.saliency import Saliency, score_many
     from relearn_lens.settings import Experiment, preset, settings_of
+    from relearn_lens.similarity import ActivationSimilarity, activation_similarity
     from relearn_lens.store import load_run, run
     from relearn_lens.streams import ClassStats, class_stats, stream
+    from relearn_lens.topwords import TopWords, top_words
     from relearn_lens.tracking import Snapshot, Trajectory, measure, track
+    from relearn_lens.vectors import input_embeddings, vectors_from_file
 
 _HOME = {
     "ablation": ("ablated", "held", "prune_"),
+    "attribution": ("Attribution", "attribute", "attribution_plan"),
     "concept": ("Concept",),
     "corpus": ("Corpus", "build_corpus"),
     "encoding": ("encode",),
     "evaluation": ("evaluate",),
     "experiment": ("Run",),
+    "meaning": ("concept_similarity", "concept_words", "polysemy"),
     "models": ("Tagger", "load_bridge", "load_tagger"),
     "neurons": ("Neuron", "Neurons", "Site", "random_neurons", "site_of"),
     "readers": ("read_bsb_names", "read_conll", "read_hf", "read_splits"),
     "retraining": ("Checkpoint", "finetune_", "retrain_"),
-    "saliency": ("Saliency",),
+    "saliency": ("Saliency", "score_many"),
     "streams": ("ClassStats", "class_stats", "stream"),
     "settings": ("Experiment", "preset", "settings_of"),
+    "similarity": ("ActivationSimilarity", "activation_similarity"),
     "store": ("load_run", "run"),
+    "topwords": ("TopWords", "top_words"),
     "tracking": ("Snapshot", "Trajectory", "measure", "track"),
+    "vectors": ("input_embeddings", "vectors_from_file"),
 }
-_MODULES = ("analysis", "plots", "report", "sources", "toy")
+_MODULES = ("analysis", "claims", "migration", "plots", "priming", "recovery", "report", "sources", "toy")
 _OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [*_OF, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

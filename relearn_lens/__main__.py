@@ -157,12 +157,12 @@ def sites() -> None:
     """List what a neuron can be, and in which model families."""
     from relearn_lens.neurons import FAMILIES, SITES
 
-    def families(site: str) -> str:
+    def families(site: str, prunable: bool) -> str:
         plans = {family: sites[site] for family, sites in FAMILIES.items() if site in sites}
-        return ", ".join(family if plan.writes else f"{family} (not prune_)" for family, plan in plans.items())
+        return ", ".join(family for family, plan in plans.items() if bool(plan.writes) == prunable)
 
-    rows = [[name, says, families(name)] for name, says in SITES.items()]
-    _table("sites", ["name", "what a neuron is", "model families"], rows)
+    rows = [[name, says, families(name, True), families(name, False)] for name, says in SITES.items()]
+    _table("sites", ["name", "what a neuron is", "prune_, held and hooks", "hooks only (ablated)"], rows)
 
 
 @app.command()
@@ -314,10 +314,36 @@ def _print_run(result: Run) -> None:
     overlap = summary["overlap_random_with_concept"]
     if overlap is not None:
         print(f"The random arm shares {100 * overlap:.0f} % of its neurons with the concept arm.")
+    _print_findings(result)
     print()
     print(summary["what_happened"])
     seconds = summary["seconds"] or {}
     print(f"\n{sum(seconds.values()):.0f} s, peak memory {summary['peak_rss_mb']} MB; folder {result.folder}")
+
+
+def _print_findings(result: Run) -> None:
+    """What was measured besides F1 and saliency."""
+    from relearn_lens import findings
+
+    print()
+    for title, (header, rows) in (
+        ("how fast F1 came back", findings.speed_rows(result)),
+        ("attribution: share by layer", findings.attribution_rows(result)),
+        ("scores at base", findings.agreement_rows(result)),
+        ("activations, base against the last stage", findings.similarity_rows(result)),
+    ):
+        if rows:
+            _table(title, header, rows)
+    for name in result.arms:
+        if lines := findings.heirs(result, name):
+            print(f"top words at base > at the end, of neurons new in the top tenth ({name} arm, gained most first)")
+            print("\n".join(f"  {line}" for line in lines) + "\n")
+    found = findings.claims_of(result)
+    if found:
+        _table("claims of the paper, against the controls", *findings.claims_rows(found))
+        for claim in found:
+            print(f"{claim.id}: {claim.verdict}. {claim.why}")
+        print(findings.CORRECTED)
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -45,10 +45,10 @@ class SpanScores:
 
     def value(self, label: Label) -> float:
         """F1 of a label, of several together, or `"overall"`; NaN where neither text nor prediction has a span."""
-        right, predicted, true = self._counts(label).sum(0)
+        right, predicted, true = self.counts_of(label).sum(0)
         return float(2 * right / (predicted + true)) if predicted + true else float("nan")
 
-    def _counts(self, label: Label) -> Int[np.ndarray, "sentence 3"]:
+    def counts_of(self, label: Label) -> Int[np.ndarray, "sentence 3"]:
         """Right, predicted and true spans of each sentence for a label or several together."""
         if label == OVERALL:
             return self.counts.sum(1)
@@ -63,7 +63,7 @@ class SpanScores:
         The draws depend on `seed` alone, so two scores over the same sentences are paired: their difference has an
         interval too.
         """
-        counts = self._counts(label)
+        counts = self.counts_of(label)
         draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=n)
         right, predicted, true = (draws @ counts).T.astype(float)
         return np.divide(2 * right, predicted + true, out=np.full(n, np.nan), where=predicted + true > 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from relearn_lens import readers, sources, toy
 from relearn_lens.ablation import ablated, check_prunable, prune_
+from relearn_lens.attribution import attribution_plan
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import Corpus, Splits
 from relearn_lens.encoding import Encoded, encode
@@ -26,9 +27,11 @@ from relearn_lens.evaluation import Label, SpanScores, evaluate
 from relearn_lens.models import Tagger, load_tagger
 from relearn_lens.neurons import Neurons, Site, random_neurons, site_of
 from relearn_lens.retraining import Checkpoint, finetune_, retrain_
-from relearn_lens.saliency import score_of
+from relearn_lens.saliency import SCORES, score_of
 from relearn_lens.settings import Experiment, Training
-from relearn_lens.tracking import BASE, PRUNED, Snapshot, Trajectory, measure, stage_name
+from relearn_lens.similarity import ActivationSimilarity, activation_similarity
+from relearn_lens.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, check_measures, measure, stage_name
+from relearn_lens.vectors import WordVectors, input_embeddings
 
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -59,6 +62,8 @@ class Base:
     weights: Mapping[str, Tensor]
     snapshot: Snapshot
     chosen: Neurons
+    vectors: WordVectors
+    """Word vectors from the base model's input embeddings: what concept similarity compares top words by."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
         OSError: a model or a text that cannot be had.
     """
     score_of(experiment.score, experiment.contrast)
+    check_measures(experiment.measure.what)
     _check_device(experiment.device)
     concept = concept_of(experiment)
     if progress:
@@ -183,6 +189,7 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
         encode(part, tagger.tokenizer, context=tagger.context, long=data.long) for part in drawn
     )
     notes = [note for part in (train, validation, probe) for note in part.notes()]
+    notes += _plans(experiment, tagger, probe, concept, site)
     return Prepared(
         experiment, tagger, site, concept, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
     )
@@ -228,17 +235,30 @@ def _base(ready: Prepared, seed: int, kept: Kept | None, progress: Progress | No
         weights, snapshot = found
         tagger.load_weights({name: value.to(tagger.device) for name, value in weights.items()})
     else:
-        fresh = _load(experiment, tagger.label_names, seed=seed)
-        tagger.load_weights(fresh.weights())
-        del fresh
-        for _ in finetune_(
-            tagger, ready.train, seed=seed, prior_bias=experiment.finetune.prior_bias,
-            tick=_steps(progress, "fine-tuning"), **_training(experiment.finetune),
-        ):  # fmt: skip
-            pass
-        snapshot = _measure(ready, progress, "measuring the base model")
+        _finetune(ready, seed, ready.train, progress)
+        snapshot = _measure(ready, progress, "measuring the base model", seed=seed)
         weights = {name: value.detach().clone() for name, value in tagger.weights().items()}
-    return Base(seed, weights, snapshot, snapshot.saliency.top(fraction=experiment.prune.fraction))
+    chosen = snapshot.saliency.top(fraction=experiment.prune.fraction)
+    return Base(seed, weights, snapshot, chosen, input_embeddings(tagger))
+
+
+def _finetune(ready: Prepared, seed: int, train: Encoded, progress: Progress | None) -> None:
+    """Put freshly loaded weights and a fresh head into the model, and fine-tune it."""
+    experiment = ready.experiment
+    ready.tagger.load_weights(_load(experiment, ready.tagger.label_names, seed=seed).weights())
+    for _ in finetune_(
+        ready.tagger, train, seed=seed, prior_bias=experiment.finetune.prior_bias,
+        tick=_steps(progress, "fine-tuning"), **_training(experiment.finetune),
+    ):  # fmt: skip
+        pass
+
+
+def _without_concept(encoded: Encoded, concept: Concept) -> Encoded:
+    """The same text, in which the words of the concept have no label."""
+    corpus = encoded.corpus
+    classes = concept.classes(corpus)
+    keep = ~classes.carries[classes.of_word]
+    return replace(encoded, corpus=replace(corpus, label=corpus.label * keep, begins=corpus.begins & keep))
 
 
 def _damage(ready: Prepared, base: Base, progress: Progress | None) -> Damage:
@@ -262,18 +282,24 @@ def _arm(ready: Prepared, base: Base, name: str, progress: Progress | None) -> G
     """Prune and retrain one arm; a generator that returns its trajectory."""
     tagger, experiment = ready.tagger, ready.experiment
     tagger.load_weights(base.weights)
+    if name == "never":
+        _finetune(ready, base.seed, _without_concept(ready.train, ready.concept), progress)
+        first = _measure(ready, progress, "measuring the model that never had the concept", seed=base.seed)
+    else:
+        first = base.snapshot
     pruned = {
         "concept": lambda: base.chosen,
         "random": lambda: random_neurons(like=base.chosen, seed=_draw_seed(base.seed, 0)),
         "unpruned": lambda: None,
+        "never": lambda: base.chosen,
     }[name]()
-    yield Measured(name, base.seed, BASE, base.snapshot)
-    snapshots = {BASE: base.snapshot}
+    yield Measured(name, base.seed, BASE, first)
+    snapshots = {BASE: first}
     if pruned is None:  # nothing was taken away, so there is nothing new to measure
-        snapshots[PRUNED] = base.snapshot
+        snapshots[PRUNED] = first
     else:
         prune_(tagger, pruned, sever=experiment.prune.sever)
-        snapshots[PRUNED] = _measure(ready, progress, f"measuring the pruned model ({name})")
+        snapshots[PRUNED] = _measure(ready, progress, f"measuring the pruned model ({name})", seed=base.seed, base=base)
     yield Measured(name, base.seed, PRUNED, snapshots[PRUNED])
     settings = experiment.retrain
     training = retrain_(
@@ -282,10 +308,25 @@ def _arm(ready: Prepared, base: Base, name: str, progress: Progress | None) -> G
     )  # fmt: skip
     for checkpoint in training:
         stage = stage_name(checkpoint)
-        snapshots[stage] = _measure(ready, progress, f"measuring ({name}, epoch {stage})", at=checkpoint)
+        last = checkpoint.epoch >= settings.epochs
+        what = f"measuring ({name}, epoch {stage})"
+        snapshots[stage] = _measure(ready, progress, what, seed=base.seed, base=base, last=last, at=checkpoint)
         yield Measured(name, base.seed, stage, snapshots[stage])
     compare = ~base.chosen if pruned is None else None
-    return Trajectory(snapshots, pruned, name, base.seed, ready.concept, compare)
+    similarity = _similarity(ready, base, progress, f"comparing activations with the base model ({name})")
+    return Trajectory(snapshots, pruned, name, base.seed, ready.concept, compare, similarity)
+
+
+def _similarity(ready: Prepared, base: Base, progress: Progress | None, what: str) -> dict[str, ActivationSimilarity]:
+    """Activations of the base model against those of the model as it is now."""
+    measuring = ready.experiment.measure
+    if "similarity" not in measuring.what:
+        return {}
+    return activation_similarity(
+        base.weights, ready.tagger, ready.probe, concept=ready.concept, site=ready.site,
+        max_memory=_bytes(measuring.max_memory), max_tokens=measuring.max_tokens,
+        tick=_tokens(progress, what, 2 * ready.probe.n_tokens),
+    )  # fmt: skip
 
 
 def _read(experiment: Experiment) -> Splits:
@@ -362,21 +403,67 @@ def _steps(progress: Progress | None, what: str) -> Callable[[int, int], object]
     return None if progress is None else lambda done, total: progress(what, done, total)
 
 
-def _measure(ready: Prepared, progress: Progress | None, what: str, at: Checkpoint | None = None) -> Snapshot:
-    """One snapshot, with progress in tokens."""
-    total, done = ready.probe.n_tokens + ready.validation.n_tokens, 0
+def _measure(
+    ready: Prepared,
+    progress: Progress | None,
+    what: str,
+    *,
+    seed: int,
+    base: Base | None = None,
+    last: bool = False,
+    at: Checkpoint | None = None,
+) -> Snapshot:
+    """One snapshot, with progress in tokens. Base and last stage get every measurement, others the cheap ones."""
+    settings, asked = ready.experiment, ready.experiment.measure
+    ends = base is None or last
+    wanted = [name for name in asked.what if ends or asked.everywhere or name in SCORES]
+    tick = _tokens(
+        progress, what, ready.probe.n_tokens * (2 if "top_words" in wanted else 1) + ready.validation.n_tokens
+    )
+    return measure(
+        ready.tagger, ready.probe, ready.concept, validation=ready.validation, site=ready.site, score=settings.score,
+        contrast=settings.contrast, what=wanted, base=base.snapshot if base else None,
+        vectors=base.vectors if base else None, shuffles=asked.shuffles if ends else 0, seed=seed,
+        attribution=_attribution(settings), sample_words=asked.sample_words, max_memory=_bytes(asked.max_memory), at=at,
+        max_tokens=asked.max_tokens, tick=tick,
+    )  # fmt: skip
+
+
+def _attribution(experiment: Experiment) -> dict[str, Any]:
+    """The settings of attribution, as `attribute` takes them."""
+    asked = experiment.measure
+    return {
+        **{name: getattr(asked, name) for name in ("target", "reference", "quadrature", "steps", "sentences")},
+        "max_memory": _bytes(asked.max_memory),
+        "seed": experiment.data.split_seed,
+    }
+
+
+def _plans(experiment: Experiment, tagger: Tagger, probe: Encoded, concept: Concept, site: Site) -> list[str]:
+    """What the costly measurements will take, and an error now if their settings cannot work."""
+    said = []
+    for name in experiment.measure.what:
+        if name in FORMS:
+            plan = attribution_plan(tagger, probe, concept, site=site, form=FORMS[name], **_attribution(experiment))
+            said.append(f"{name}: {plan}")
+    return said
+
+
+def _bytes(megabytes: float) -> int:
+    return int(megabytes * 2**20)
+
+
+def _tokens(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    """Progress in tokens."""
+    done = 0
 
     def tick(tokens: int) -> None:
         nonlocal done
-        done += tokens
+        done = min(total, done + tokens)
         if progress:
             progress(what, done, total)
 
-    settings = ready.experiment
-    return measure(
-        ready.tagger, ready.probe, ready.concept, validation=ready.validation, site=ready.site,
-        score=settings.score, contrast=settings.contrast, at=at, max_tokens=settings.measure.max_tokens, tick=tick,
-    )  # fmt: skip
+    return tick
 
 
 def peak_rss_mb() -> float:

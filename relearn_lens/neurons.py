@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from beartype import beartype as typechecker
-from jaxtyping import Bool, Float, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -60,9 +60,23 @@ class _Plan(NamedTuple):
     reads: tuple[Slice, ...] = ()
     embed_hook: str | None = None
     embed_writes: tuple[Slice, ...] = ()
+    tokens: str = "embed"
+    """Component that turns token ids into vectors, before positions are added and anything is normalised."""
 
 
+# Of a linear layer, whose weight is [out, in]. A bias that a model does without is left out of the site.
+_MLP_WRITES = (Slice("blocks.{i}.mlp.out", "weight", 1),)
 _MLP_READS = (Slice("blocks.{i}.mlp.in", "weight", 0), Slice("blocks.{i}.mlp.in", "bias", 0))
+_GATE_READS = (Slice("blocks.{i}.mlp.gate", "weight", 0), Slice("blocks.{i}.mlp.gate", "bias", 0))
+
+# Pre-norm: a coordinate of the residual stream is the sum of all earlier blocks, so no weights of one block hold it,
+# and `resid` can be ablated by hook but not pruned.
+_PRE_NORM = _Plan(width="d_model", hook="blocks.{i}.hook_out", embed_hook="blocks.0.hook_in")
+
+
+def _mlp(writes: tuple[Slice, ...] = _MLP_WRITES, reads: tuple[Slice, ...] = _MLP_READS) -> _Plan:
+    return _Plan(width="d_mlp", hook="blocks.{i}.mlp.out.hook_in", writes=writes, reads=reads)
+
 
 FAMILIES: dict[str, dict[str, _Plan]] = {
     # BERT normalises after adding, so gain and bias of the output LayerNorm are what a coordinate is made of.
@@ -74,23 +88,29 @@ FAMILIES: dict[str, dict[str, _Plan]] = {
             embed_hook="embed_ln.hook_out",
             embed_writes=(Slice("embed_ln", "weight", 0), Slice("embed_ln", "bias", 0)),
         ),
-        "mlp_post": _Plan(
-            width="d_mlp",
-            hook="blocks.{i}.mlp.out.hook_in",
-            writes=(Slice("blocks.{i}.mlp.out", "weight", 1),),
-            reads=_MLP_READS,
+        "mlp_post": _mlp(),
+    },
+    "TransformerLensNative": {"resid": _PRE_NORM, "mlp_post": _mlp()},
+    # GPT-2's Conv1D keeps its weight as [in, out].
+    "GPT2LMHeadModel": {
+        "resid": _PRE_NORM,
+        "mlp_post": _mlp(
+            writes=(Slice("blocks.{i}.mlp.out", "weight", 0),),
+            reads=(Slice("blocks.{i}.mlp.in", "weight", 1), Slice("blocks.{i}.mlp.in", "bias", 0)),
         ),
     },
-    # Pre-norm: a coordinate of the residual stream is the sum of all earlier blocks, so no weights of one block
-    # hold it, and `resid` can be ablated by hook but not pruned.
-    "TransformerLensNative": {
-        "resid": _Plan(width="d_model", hook="blocks.{i}.hook_out", embed_hook="blocks.0.hook_in"),
-        "mlp_post": _Plan(
-            width="d_mlp",
-            hook="blocks.{i}.mlp.out.hook_in",
-            writes=(Slice("blocks.{i}.mlp.out", "weight", 1),),
-            reads=_MLP_READS,
-        ),
+    "GPTNeoXForCausalLM": {"resid": _PRE_NORM, "mlp_post": _mlp()},
+    # Gated: a hidden unit is the product of its gate, after the activation function, and its up projection.
+    **{
+        family: {"resid": _PRE_NORM, "mlp_post": _mlp(reads=_GATE_READS + _MLP_READS)}
+        for family in (
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+            "GemmaForCausalLM",
+            "Gemma2ForCausalLM",
+        )
     },
 }
 
@@ -110,16 +130,11 @@ def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
         return site
     if site not in SITES:
         raise ValueError(f"unknown site {site!r}; known: {', '.join(SITES)}")
-    family = str(bridge.cfg.architecture)
-    if family not in FAMILIES:
-        raise ValueError(
-            f"models of the family {family!r} have no sites yet; known: {', '.join(FAMILIES)}. To add one, put its "
-            "hook names into relearn_lens.neurons.FAMILIES"
-        )
-    plan = FAMILIES[family][site]
+    plan = _family(bridge)[site]
 
     def numbered(slices: tuple[Slice, ...], i: int) -> tuple[Slice, ...]:
-        return tuple(part._replace(component=part.component.format(i=i)) for part in slices)
+        parts = (part._replace(component=part.component.format(i=i)) for part in slices)
+        return tuple(part for part in parts if _weight(bridge, part) is not None)
 
     blocks = range(int(bridge.cfg.n_layers))
     head = [plan.embed_hook] if plan.embed_hook else []
@@ -133,12 +148,50 @@ def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     )
 
 
+def _family(bridge: TransformerBridge) -> dict[str, _Plan]:
+    """The plans of the sites of a model's family."""
+    family = str(bridge.cfg.architecture)
+    if family not in FAMILIES:
+        raise ValueError(
+            f"models of the family {family!r} have no sites yet; known: {', '.join(FAMILIES)}. To add one, put its "
+            "hook names into relearn_lens.neurons.FAMILIES"
+        )
+    return FAMILIES[family]
+
+
+def token_site(bridge: TransformerBridge) -> Site:
+    """The token embedding, for `streaming`: one layer, the vectors of the tokens before anything is added to them.
+
+    Raises:
+        ValueError: the model family is not known.
+    """
+    component = _family(bridge)["resid"].tokens
+    return Site("tokens", ("tokens",), (f"{component}.hook_out",), int(bridge.cfg.d_model), ((),), ((),))
+
+
+def token_vectors(bridge: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+    """What the token embedding gives for some token ids, as `token_site` sees it."""
+    return _component(bridge, _family(bridge)["resid"].tokens)(ids[None])[0]
+
+
 def parameter(bridge: TransformerBridge, part: Slice) -> nn.Parameter:
     """The parameter that a slice is of (the one that is trained, not a copy)."""
+    weight = _weight(bridge, part)
+    assert weight is not None, f"{part} is not in the model"
+    return weight
+
+
+def _weight(bridge: TransformerBridge, part: Slice) -> nn.Parameter | None:
+    """The parameter that a slice is of; None for a bias that the model does without."""
+    return getattr(_component(bridge, part.component).original_component, part.parameter)
+
+
+def _component(bridge: TransformerBridge, path: str) -> Any:
+    """A component of a bridge by its TransformerLens name."""
     module: Any = bridge
-    for name in part.component.split("."):
+    for name in path.split("."):
         module = module[int(name)] if name.isdigit() else getattr(module, name)
-    return getattr(module.original_component, part.parameter)
+    return module
 
 
 class Neuron(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from relearn_lens import plots, store
+from relearn_lens import findings, plots, store
 from relearn_lens.experiment import Run
 from relearn_lens.tables import draws_row, f1_rows, layer_rows, summary
 
@@ -26,6 +26,7 @@ def render(run: Run) -> str:
     figures += [plots.layer_map(arms) for arms in run.arms.values()]
     numbers = summary(run)
     f1, layers = f1_rows(run), layer_rows(run)
+    found = findings.claims_of(run)
     manifest = run.manifest
     return (
         Environment(autoescape=True)
@@ -39,6 +40,15 @@ def render(run: Run) -> str:
             figures=[_figure(figure, first=i == 0) for i, figure in enumerate(figures)],
             f1=f1,
             layers=layers,
+            claims=findings.claims_rows(found) if found else None,
+            whys=[(claim.id, claim.verdict, claim.why) for claim in found],
+            corrected=findings.CORRECTED,
+            speeds=findings.speed_rows(run),
+            attribution=findings.attribution_rows(run),
+            agreement=findings.agreement_rows(run),
+            similarity=findings.similarity_rows(run),
+            heirs={name: findings.heirs(run, name) for name in run.arms},
+            moves=[found["says"] for found in numbers["migration"].values()],
             settings=run.experiment.to_toml(),
             versions=manifest.get("versions", {}),
             inputs=manifest.get("inputs", {}),
@@ -91,6 +101,7 @@ the neurons pruned, seed(s) {{ experiment.seeds | join(', ') }}.</p>
 <tbody>{% for row in data[1] %}<tr{% if not loop.first and row[:1] != data[1][loop.index0 - 1][:1] %} class="first"{% endif %}>
 {% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
 {{ table(f1) }}
+{{ table(speeds) }}
 <p><small>Strict span F1 (nervaluate), means over seeds. A stage is <em>base</em>, <em>pruned</em>, or epochs of retraining.</small></p>
 
 <h2>Where it was cut</h2>
@@ -103,6 +114,33 @@ the neurons pruned, seed(s) {{ experiment.seeds | join(', ') }}.</p>
 {{ table(layers) }}
 <p><small>Mean rank saliency, 1 the most salient neuron and 0 the least. <em>matched</em>: survivors ranked among themselves;
 <em>all</em>: all neurons, where pruned ones rank last by construction.</small></p></details>
+
+{% if moves %}<h2>Did it move?</h2>
+<ul>{% for line in moves %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
+
+{% if claims %}<h2>The paper's claims, against the controls</h2>
+{{ table(claims) }}
+<ul>{% for id, verdict, why in whys %}<li><b>{{ id }}: {{ verdict }}.</b> {{ why }}</li>{% endfor %}</ul>
+<p><small>{{ corrected }}</small></p>{% endif %}
+
+{% if attribution[1] %}<h2>What the output owes to each layer</h2>
+{{ table(attribution) }}
+<p><small>Share of each layer in the summed size of its neurons' attributions ({{ experiment.measure.target }}, per concept word).
+<em>output change</em>: what the path from the reference input to the text adds; <em>completeness error</em>: the largest difference between
+that and a layer's sum, as a share of it. Only a layer of <code>resid</code> must account for all of it: MLP units are by-passed.</small></p>{% endif %}
+
+{% if agreement[1] %}<h2>Do the scores agree?</h2>
+{{ table(agreement) }}{% endif %}
+
+{% if similarity[1] %}<h2>Are they still the same neurons?</h2>
+{{ table(similarity) }}
+<p><small>Activations over the same words, base model against the last stage of each arm. What the unpruned arm shows is what training on
+does by itself. CKA is the biased estimator: with fewer words than neurons in a layer it is near 1 whatever the models.</small></p>{% endif %}
+
+{% for name, lines in heirs.items() if lines %}{% if loop.first %}<h2>What the new neurons stand for</h2>
+<p>Top words at base &gt; at the end, of surviving neurons that are new in the top tenth for the concept; those that gained most concept words first.</p>{% endif %}
+<h3>{{ name }} arm</h3>
+<ul>{% for line in lines %}<li><code>{{ line }}</code></li>{% endfor %}</ul>{% endfor %}
 
 <h2>How to repeat it</h2>
 <p><code>relearn-lens run settings.toml</code> with</p>

@@ -23,9 +23,9 @@ class _Group(BaseModel):
 class Data(_Group):
     """Which sentences of the corpus are used."""
 
-    train_sentences: int = Field(default=1000, ge=1, description="sentences to train on, at most")
+    train_sentences: int = Field(default=900, ge=1, description="sentences to train on, at most")
     validation_sentences: int = Field(default=300, ge=1, description="sentences that F1 is measured on, at most")
-    probe_sentences: int = Field(default=300, ge=1, description="sentences that saliency is measured on, at most")
+    probe_sentences: int = Field(default=200, ge=1, description="sentences that saliency is measured on, at most")
     parts: tuple[float, float, float] = Field(
         default=(0.6, 0.2, 0.2),
         description="shares of train, validation and probe where the corpus is not split already",
@@ -64,7 +64,7 @@ class Prune(_Group):
         default="out", description="mlp_post: prune the output weights, or input weights and bias as well"
     )
     control_draws: int = Field(
-        default=5,
+        default=3,
         ge=0,
         description="random sets of the same size per layer whose damage is measured without retraining",
     )
@@ -95,8 +95,28 @@ class Retrain(Training):
 
 
 class Measure(_Group):
-    """How it is measured."""
+    """What is measured, and how. A list alone stands for `what`: `measure = ["probeless", "dprime"]`."""
 
+    what: tuple[str, ...] = Field(
+        default=("probeless", "dprime", "auroc", "conductance", "top_words", "similarity"),
+        description="scores (`relearn-lens scores`), conductance or layer_ig, top_words, similarity",
+    )
+    everywhere: bool = Field(
+        default=False,
+        description="attribution and top words at every stage; else at base and at the last stage, which is cheaper",
+    )
+    target: str = Field(
+        default="margin", description="attribution: what the neurons are asked for; logit, logprob or margin"
+    )
+    reference: str = Field(
+        default="auto", description="attribution: the reference input; auto, mask, pad, end, mean (or zero)"
+    )
+    quadrature: str = Field(default="gauss-legendre", description="attribution: gauss-legendre or riemann")
+    steps: int = Field(default=8, ge=2, description="attribution: points of the quadrature")
+    sentences: int = Field(default=24, ge=1, description="attribution: sentences that hold the concept, at most")
+    sample_words: int = Field(default=2000, ge=20, description="words that fitted and exact scores are made from")
+    shuffles: int = Field(default=19, ge=0, description="label shuffles of the base model behind null distributions")
+    max_memory: Positive = Field(default=512, description="MB that attribution, top words and similarity may each take")
     max_tokens: int = Field(default=4096, ge=16, description="tokens per batch when the model is only read")
     draws: int = Field(default=1000, ge=100, description="bootstrap draws behind an interval")
     level: float = Field(default=0.95, gt=0.5, lt=1, description="coverage of the intervals")
@@ -118,9 +138,10 @@ class Experiment(_Group):
         default="classes",
         description="compare the concept with each other class and sum, or with all other words together",
     )
-    arms: tuple[Literal["concept", "random", "unpruned"], ...] = Field(
+    arms: tuple[Literal["concept", "random", "unpruned", "never"], ...] = Field(
         default=("concept", "random", "unpruned"), min_length=1,
-        description="concept: its neurons are pruned; random: as many in every layer, drawn; unpruned: none",
+        description="concept: its neurons are pruned; random: as many in every layer, drawn; unpruned: none; never: "
+        "pruned as the concept arm, but fine-tuned on text in which the concept has no label, for savings",
     )  # fmt: skip
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(0,), min_length=1, description="each seed is a fine-tuning and all arms"
@@ -146,6 +167,11 @@ class Experiment(_Group):
             raise ValueError("a label, or a list of labels")
         return concept if isinstance(concept, str) else tuple(labels)
 
+    @field_validator("measure", mode="before")
+    @classmethod
+    def _what(cls, measure: Any) -> Any:
+        return _group("measure", measure)
+
     @field_validator("device")
     @classmethod
     def _device(cls, device: str) -> str:
@@ -155,8 +181,7 @@ class Experiment(_Group):
 
     @model_validator(mode="after")
     def _distinct(self) -> Experiment:
-        for name in ("arms", "seeds"):
-            values = getattr(self, name)
+        for name, values in (("arms", self.arms), ("seeds", self.seeds), ("measure.what", self.measure.what)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} = {list(values)} names one twice")
         return self
@@ -173,19 +198,26 @@ class Experiment(_Group):
         return tomli_w.dumps(_none_as_text(self.model_dump(mode="json")))
 
 
+_QUICK: dict[str, Any] = {
+    "data": {"train_sentences": 250, "validation_sentences": 120, "probe_sentences": 120},
+    "prune": {"fraction": 0.3, "control_draws": 2},
+    "finetune": {"epochs": 2, "lr": 2e-4, "batch_size": 8},
+    "retrain": {"epochs": 2, "batch_size": 8},
+    "measure": {"sentences": 16, "steps": 6},
+}
+
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "names": (
-        "MiniLM and named entities of the New Testament, concept place; about 7 minutes on 2 cores",
+        "MiniLM and named entities of the New Testament, concept place; about 8 minutes on 2 cores",
         {},
     ),
     "names-quick": (
         "the same with a quarter of the text and 30 % pruned; about 2 minutes",
-        {
-            "data": {"train_sentences": 250, "validation_sentences": 120, "probe_sentences": 120},
-            "prune": {"fraction": 0.3, "control_draws": 2},
-            "finetune": {"epochs": 2, "lr": 2e-4, "batch_size": 8},
-            "retrain": {"epochs": 2, "batch_size": 8},
-        },
+        _QUICK,
+    ),
+    "names-seeds": (
+        "names-quick with three training seeds: intervals and verdicts on what training did; about 7 minutes",
+        {**_QUICK, "seeds": [0, 1, 2]},
     ),
     "toy": (
         "a planted concept in a toy model, no download; seconds",
@@ -306,7 +338,7 @@ _OPTIONAL = {"concept_share", "threads"}
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     both = dict(under)
     for key, value in over.items():
-        mine = both.get(key)
+        mine, value = both.get(key), _group(key, value)
         both[key] = _merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
     return both
 
@@ -314,11 +346,17 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 def _put(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """The values with one more, at a dotted key."""
     first, _, rest = key.partition(".")
-    inner = values.get(first)
-    return {
-        **values,
-        first: _put(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value,
-    }
+    inner = _group(first, values.get(first))
+    if not rest:
+        value = _group(key, value)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        return {**values, first: {**inner, **value} if both else value}
+    return {**values, first: _put(inner if isinstance(inner, Mapping) else {}, rest, value)}
+
+
+def _group(key: str, value: Any) -> Any:
+    """A list of measurements is the group `measure` with that list in it."""
+    return {"what": value} if key == "measure" and isinstance(value, list | tuple) else value
 
 
 def _value(text: str) -> Any:

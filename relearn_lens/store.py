@@ -18,25 +18,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from relearn_lens import settings
-from relearn_lens.concept import Concept
-from relearn_lens.evaluation import SpanScores
+from relearn_lens import archive, settings
 from relearn_lens.experiment import (
     Arm,
     Base,
@@ -49,11 +44,8 @@ from relearn_lens.experiment import (
     peak_rss_mb,
     perform,
 )
-from relearn_lens.neurons import Neurons, Site, Slice
-from relearn_lens.retraining import Checkpoint
-from relearn_lens.saliency import Saliency
+from relearn_lens.neurons import Site
 from relearn_lens.settings import Experiment
-from relearn_lens.streams import ClassStats
 from relearn_lens.tables import layers_table, plain, plain_settings, summary
 from relearn_lens.tracking import Snapshot, Trajectory
 
@@ -249,32 +241,23 @@ class RunFolder:
         weights = self._weights("base", base.seed)
         if not weights.exists():
             _write_tensors(weights, {k: v.cpu() for k, v in base.weights.items()}, {})
-        self._save(f"base-{base.seed}", {"base": base.snapshot}, base.chosen)
+        self._keep(f"base-{base.seed}", base.snapshot)
 
     def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
         """A seed's base model, if both its weights and its measurement are here."""
         weights = self._weights("base", seed)
-        found = self._load(f"base-{seed}")
-        if found is None or not weights.exists():
+        snapshot = self._kept(f"base-{seed}")
+        if snapshot is None or not weights.exists():
             return None
-        return _read_tensors(weights)[0], next(iter(found[0].values()))
+        return _read_tensors(weights)[0], snapshot
 
     def keep_damage(self, damage: Damage) -> None:
         """What pruning alone does."""
-        tensors, meta = {}, []
-        for k, scores in enumerate((damage.concept, *damage.random)):
-            tensors[f"{k}/spans"] = torch.from_numpy(scores.counts)
-            meta.append(_scores_meta(scores))
-        _write_tensors(self._tensors(f"damage-{damage.seed}"), tensors, {"scores": meta})
+        self._keep(f"damage-{damage.seed}", damage)
 
     def damage(self, seed: int) -> Damage | None:
         """What pruning alone does, if it was measured."""
-        path = self._tensors(f"damage-{seed}")
-        if not path.exists():
-            return None
-        tensors, meta = _read_tensors(path)
-        scores = [_scores(m, tensors[f"{k}/spans"]) for k, m in enumerate(meta["scores"])]
-        return Damage(seed, scores[0], tuple(scores[1:]))
+        return self._kept(f"damage-{seed}")
 
     def keep_arm(self, arm: Arm, *, weights: bool) -> None:
         """A finished arm."""
@@ -282,15 +265,11 @@ class RunFolder:
         if weights and arm.weights is not None:
             tensors = {k: v.cpu() for k, v in arm.weights.items()}
             _write_tensors(self._weights(path.arm, path.seed), tensors, {})
-        self._save(f"{path.arm}-{path.seed}", path.snapshots, path.pruned, path.compare, concept=path.concept)
+        self._keep(f"{path.arm}-{path.seed}", path)
 
     def arm(self, name: str, seed: int, site: Site | None = None) -> Trajectory | None:
         """A finished arm, if it is here."""
-        found = self._load(f"{name}-{seed}")
-        if found is None:
-            return None
-        snapshots, pruned, compare, meta = found
-        return Trajectory(snapshots, pruned, name, seed, Concept(**meta["concept"]), compare)
+        return self._kept(f"{name}-{seed}")
 
     def finish(self, result: Run) -> None:
         """Tables and summary; then the base weights go (unless they are kept), and the run is complete."""
@@ -307,61 +286,19 @@ class RunFolder:
     def _weights(self, name: str, seed: int) -> Path:
         return self.path / "weights" / f"{name}-{seed}.safetensors"
 
-    def _save(
-        self,
-        name: str,
-        snapshots: Mapping[str, Snapshot],
-        pruned: Neurons | None,
-        compare: Neurons | None = None,
-        concept: Concept | None = None,
-    ) -> None:
-        sets = {"pruned": pruned, "compare": compare}
-        tensors: dict[str, Tensor] = {name: chosen.mask for name, chosen in sets.items() if chosen is not None}
-        meta: dict[str, Any] = {"concept": asdict(concept) if concept else None, "stages": []}
-        for stage, snapshot in snapshots.items():
-            stats, saliency = snapshot.stats, snapshot.saliency
-            tensors |= {
-                f"{stage}/score": saliency.score,
-                f"{stage}/spans": torch.from_numpy(snapshot.scores.counts),
-                f"{stage}/class_count": stats.count,
-                f"{stage}/class_mean": stats.mean,
-                f"{stage}/class_m2": stats.m2,
-            }
-            meta["site"] = asdict(saliency.site)
-            meta["stages"].append(
-                {
-                    "stage": stage,
-                    "scores": _scores_meta(snapshot.scores),
-                    "saliency": {"kind": saliency.kind, "unit": saliency.unit, "concept": saliency.concept},
-                    "classes": list(stats.class_names),
-                    "at": asdict(snapshot.at) if snapshot.at else None,
-                }
-            )
-        _write_tensors(self._tensors(name), tensors, meta)
+    def _keep(self, name: str, result: Any) -> None:
+        _write_tensors(self._tensors(name), *archive.pack(result))
 
-    def _load(self, name: str) -> tuple[dict[str, Snapshot], Neurons | None, Neurons | None, dict[str, Any]] | None:
+    def _kept(self, name: str) -> Any:
         path = self._tensors(name)
         if not path.exists():
             return None
         tensors, meta = _read_tensors(path)
-        site = _site(meta["site"])
-        snapshots = {}
-        for entry in meta["stages"]:
-            stage = entry["stage"]
-            snapshots[stage] = Snapshot(
-                saliency=Saliency(score=tensors[f"{stage}/score"], site=site, **entry["saliency"]),
-                scores=_scores(entry["scores"], tensors[f"{stage}/spans"]),
-                stats=ClassStats(
-                    tensors[f"{stage}/class_count"],
-                    tensors[f"{stage}/class_mean"],
-                    tensors[f"{stage}/class_m2"],
-                    tuple(entry["classes"]),
-                    site,
-                ),
-                at=Checkpoint(**entry["at"]) if entry["at"] else None,
-            )
-        pruned, compare = (Neurons(tensors[name], site) if name in tensors else None for name in ("pruned", "compare"))
-        return snapshots, pruned, compare, meta
+        try:
+            return archive.unpack(tensors, meta)
+        except ValueError as error:
+            why = f"{str(path)!r} is damaged or of another version: {error}; run again with --fresh"
+            raise ValueError(why) from error
 
 
 def _phase(event: Event) -> str:
@@ -392,27 +329,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif a != b:
             said.append(f"{prefix}{key} {a!r} there, {b!r} here")
     return "; ".join(said)
-
-
-def _scores_meta(scores: SpanScores) -> dict[str, Any]:
-    return {
-        "f1": plain(scores.f1), "precision": plain(scores.precision), "recall": plain(scores.recall),
-        "labels": list(scores.labels),
-    }  # fmt: skip
-
-
-def _scores(meta: Mapping[str, Any], counts: Tensor) -> SpanScores:
-    f1, precision, recall = (
-        {k: math.nan if v is None else v for k, v in meta[name].items()} for name in ("f1", "precision", "recall")
-    )
-    return SpanScores(f1, precision, recall, counts.numpy(), tuple(meta["labels"]))
-
-
-def _site(meta: Mapping[str, Any]) -> Site:
-    slices = {
-        name: tuple(tuple(Slice(*part) for part in layer) for layer in meta[name]) for name in ("writes", "reads")
-    }
-    return Site(meta["name"], tuple(meta["layers"]), tuple(meta["hooks"]), meta["width"], **slices)
 
 
 def _json(value: Any) -> bytes:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from relearn_lens import analysis
 from relearn_lens.experiment import Run
+from relearn_lens.findings import findings
 from relearn_lens.settings import Experiment
 from relearn_lens.tracking import Snapshot, Trajectory
 
@@ -39,6 +40,12 @@ def summary(result: Run) -> dict[str, Any]:
             "saliency_by_layer": "mean rank saliency, 1 the most salient neuron and 0 the least, mean over seeds",
             "score_by_layer": f"mean score of the matched neurons, {first.snapshots[first.stages[0]].saliency.unit}",
             "seconds": "seconds per phase",
+            "claims": "effect and bar as `measures` says, positive in the direction of the claim",
+            "migration": "shares of the model's depth, positive towards later layers; `share`: shares of the score",
+            "recovery_speed": "epochs and tokens of retraining",
+            "attribution": "`unit` per concept word",
+            "similarity": "correlations and shares, base against the last stage",
+            "meaning": "means over a layer's neurons; cosines; counts",
         },
         "text": result.manifest.get("text"),
         "notes": result.manifest.get("notes"),
@@ -78,6 +85,7 @@ def summary(result: Run) -> dict[str, Any]:
             name: mean([_score_by_stage(arm) for arm in arms]) for name, arms in result.arms.items()
         },
         "what_happened": analysis.what_happened(result.arms, label, **interval),
+        **findings(result),
         "seconds": result.manifest.get("seconds"),
         "peak_rss_mb": result.manifest.get("peak_rss_mb"),
         "versions": result.manifest.get("versions"),
@@ -173,6 +181,8 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
+    if isinstance(value, np.floating | np.integer | np.bool_):
+        value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
 import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from relearn_lens import meaning
+from relearn_lens.attribution import Attribution, Form, attribute
 from relearn_lens.concept import Concept
-from relearn_lens.corpus import Corpus
+from relearn_lens.corpus import Corpus, Strings
 from relearn_lens.encoding import Encoded, encode
 from relearn_lens.evaluation import OVERALL, Label, SpanScores, check_labels, evaluate
+from relearn_lens.meaning import concept_similarity, similarity_to
 from relearn_lens.models import Tagger
-from relearn_lens.neurons import Neurons, Site
+from relearn_lens.neurons import Neurons, Site, site_of
 from relearn_lens.retraining import Checkpoint
-from relearn_lens.saliency import Contrast, Saliency, Score, saliency, score_of
-from relearn_lens.streams import ClassStats, class_stats
+from relearn_lens.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
+from relearn_lens.similarity import ActivationSimilarity
+from relearn_lens.streams import ClassStats
+from relearn_lens.topwords import TopWords, top_words
+from relearn_lens.vectors import WordVectors, input_embeddings
 
 BASE, PRUNED = "base", "pruned"
 """Names of the stages before and right after pruning; later stages are named by their epoch of retraining."""
@@ -30,9 +39,38 @@ class Snapshot:
     saliency: Saliency
     scores: SpanScores
     stats: ClassStats
-    """Class statistics of the probe corpus: any other score follows from them without the model."""
+    """Class statistics of the probe corpus: any score of class means and variances follows from them."""
     at: Checkpoint | None = None
     """Where in training; None before any."""
+    also: Mapping[str, Saliency] = field(default_factory=dict)
+    """The other scores that were measured, by name."""
+    attribution: Attribution | None = None
+    words: TopWords | None = None
+    """Top words of every neuron."""
+    meaning: Float[Tensor, "layer neuron"] | None = None
+    """Concept similarity: cosine of the neuron's top words now and at base; NaN for null neurons."""
+    near_concept: Float[Tensor, "layer neuron"] | None = None
+    """Cosine of the neuron's top words and the concept's own words; NaN for null neurons."""
+    shuffled: tuple[Saliency, ...] = ()
+    """The main score under shuffled labels: what it gives by chance."""
+    concept_words: Strings = ()
+    """The words that carry the concept, where top words were measured."""
+    separated: Int[Tensor, "layer neuron"] | None = None
+    """Number of classes that the neuron separates from all other words beyond the label-shuffle null."""
+
+    def by(self, name: str) -> Saliency:
+        """The saliency of a score, or of the attribution, by name.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        known = {self.saliency.kind: self.saliency, **self.also}
+        if self.attribution is not None:
+            found = self.attribution.saliency()
+            known["attribution"] = known[found.kind] = found
+        if name not in known:
+            raise ValueError(f"{name!r} was not measured at this stage; measured: {', '.join(known)}")
+        return known[name]
 
     @property
     def f1(self) -> dict[str, float]:
@@ -56,6 +94,8 @@ class Trajectory:
     compare: Neurons | None = None
     """The neurons of matched comparisons, where they are not the survivors: an unpruned arm is compared on the
     neurons that survive in the concept arm, or choosing those by their score at base would look like a move."""
+    similarity: Mapping[str, ActivationSimilarity] = field(default_factory=dict)
+    """Activations at base against those at the last stage: over `"all"` words and over the `"concept"`'s."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -139,6 +179,28 @@ class Trajectory:
         return f"Trajectory({self.arm or 'arm'}, seed {self.seed}, F1 of {what}: {curve})"
 
 
+FORMS: dict[str, Form] = {"conductance": "conductance", "layer_ig": "layer"}
+"""The measurements that are attributions, and the form of each."""
+
+MEASURES: dict[str, str] = {
+    "conductance": "attribution of every neuron of every layer: conductance along the path from a reference input",
+    "layer_ig": "attribution by integrated gradients in each layer's own activations; a pass per layer",
+    "top_words": "top words of every neuron, concept similarity to base, polysemy",
+    "similarity": "activation similarity of base and last stage: correlation, best match, flow, CKA (a run only)",
+}
+"""What can be measured besides the scores."""
+
+
+def check_measures(what: Sequence[str]) -> None:
+    """Refuse a measurement that is not known.
+
+    Raises:
+        ValueError: it is no score and none of `MEASURES`.
+    """
+    if unknown := [name for name in what if name not in SCORES and name not in MEASURES]:
+        raise ValueError(f"unknown measurement {unknown[0]!r}; known: {', '.join([*SCORES, *MEASURES])}")
+
+
 def measure(
     tagger: Tagger,
     probe: Corpus | Encoded,
@@ -148,33 +210,73 @@ def measure(
     site: str | Site = "resid",
     score: str | Score | Callable = "probeless",
     contrast: Contrast = "classes",
+    what: Sequence[str] = (),
+    base: Snapshot | None = None,
+    vectors: WordVectors | None = None,
+    shuffles: int = 0,
+    attribution: Mapping[str, Any] | None = None,
+    sample_words: int = 2000,
+    max_memory: int = 512 * 2**20,
+    seed: int = 0,
     at: Checkpoint | None = None,
     max_tokens: int = 4096,
     tick: Callable[[int], object] | None = None,
 ) -> Snapshot:
     """Saliency of every neuron for a concept over the probe corpus, and span F1 on `validation` (or on the probe).
 
-    The model is read only: mode, gradients, weights and random state are as before.
+    `what` names further measurements: scores (from the same pass), `"conductance"` or `"layer_ig"` (with the keywords
+    of `attribute` in `attribution`), `"top_words"` (with `base` and `vectors`, concept similarity too; by default the
+    vectors are the model's own input embeddings as they are now). With `shuffles`, the main score under so many
+    shuffles of the labels, from the same pass. The model is read only: mode, gradients, weights and random state are
+    as before.
 
     Raises:
-        ValueError: an unknown site, score or label; a concept that no word of the probe corpus carries.
+        ValueError: an unknown site, score, measurement or label; a concept that no word of the probe corpus carries.
     """
     encoded = _encoded(tagger, probe)
     classes = concept.classes(encoded.corpus)
-    score = score_of(score, contrast)
+    main = score_of(score, contrast)
+    check_measures(what)
     scored = encoded if validation is None else _encoded(tagger, validation)
     check_labels(tagger, scored.corpus)
-    stats = class_stats(tagger, encoded, classes, site=site, max_tokens=max_tokens, tick=tick)
+    place = site_of(tagger.bridge, site)
+
+    others = [score_of(name) for name in what if name in SCORES and name != main.name]
+    gathered = gather(
+        tagger, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
+        relabelled=meaning.shuffles(classes, shuffles, seed=seed), sample_words=sample_words, seed=seed,
+        max_tokens=max_tokens, tick=tick,
+    )  # fmt: skip
+    stats, by_chance = gathered.stats, gathered.shuffled
+    assert stats is not None
+    carries = torch.from_numpy(classes.carries)
+    attributed = [name for name in what if name in FORMS]
+    words = None
+    if "top_words" in what:
+        words = top_words(
+            tagger, encoded, site=place, stats=stats, max_memory=max_memory, max_tokens=max_tokens, tick=tick
+        )
+        vectors = vectors or input_embeddings(tagger)
+    spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
+
+    def scored_by(how: Score, of: Gathered | ClassStats = gathered) -> Saliency:
+        return saliency(of, concept, carries, score=how, contrast=contrast)
+
     return Snapshot(
-        saliency=saliency(stats, concept, torch.from_numpy(classes.carries), score=score, contrast=contrast),
-        scores=evaluate(
-            tagger,
-            scored,
-            max_tokens=max_tokens,
-            tick=tick,
-        ),
+        saliency=scored_by(main),
+        scores=evaluate(tagger, scored, max_tokens=max_tokens, tick=tick),
         stats=stats,
         at=at,
+        also={how.name: scored_by(how) for how in others},
+        attribution=attribute(tagger, encoded, concept, site=place, form=FORMS[attributed[0]], **(attribution or {}))
+        if attributed
+        else None,
+        words=words,
+        meaning=concept_similarity(base.words, words, vectors) if base and base.words and words and vectors else None,
+        near_concept=similarity_to(spoken, words, vectors) if words and vectors else None,
+        concept_words=spoken,
+        shuffled=tuple(scored_by(main, s) for s in by_chance) if main.needs == "stats" else (),
+        separated=meaning.separated(stats, by_chance) if len(by_chance) >= 19 else None,
     )
 
 

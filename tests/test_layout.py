@@ -12,8 +12,9 @@ import relearn_lens
 
 PACKAGE = Path(relearn_lens.__file__).parent
 ORDER = """
-    sources corpus readers encoding models toy concept neurons streams saliency ablation evaluation retraining
-    tracking analysis settings experiment tables store plots report __main__
+    sources corpus readers encoding models toy concept neurons streams probes saliency attribution ablation evaluation
+    retraining topwords vectors meaning similarity tracking intervals recovery priming migration analysis claims
+    settings experiment findings tables archive store plots report __main__
 """.split()  # noqa: SIM905
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 EVERY = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

@@ -1,12 +1,17 @@
 """Python's own sets as oracle; sites of two families by hand; binomial bounds for random controls."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.config import TransformerBridgeConfig
 
-from relearn_lens.models import hidden, reading
+from relearn_lens.ablation import ablated, prune_
+from relearn_lens.models import Tagger, hidden, load_tagger, reading, trunk
 from relearn_lens.neurons import (
     FAMILIES,
     SITES,
@@ -18,8 +23,10 @@ from relearn_lens.neurons import (
     random_neurons,
     site_of,
     streaming,
+    token_site,
+    token_vectors,
 )
-from tests.conftest import D_MLP, D_MODEL, N_LAYERS, Untouched
+from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, Untouched, warmed
 
 SITE = Site("mlp_post", ("embed", "0", "1"), ("a", "b", "c"), 4, ((), (), ()), ((), (), ()))
 """A site of 12 neurons that no model has."""
@@ -71,7 +78,7 @@ def test_site_of_lists_the_known_names(bert_model):
 def test_site_of_lists_the_known_families(bert, monkeypatch):
     monkeypatch.setattr(bert.bridge.cfg, "architecture", "FortuneTeller")
     said = (
-        r"the family 'FortuneTeller' have no sites yet; known: BertForMaskedLM, TransformerLensNative. .*"
+        r"the family 'FortuneTeller' have no sites yet; known: BertForMaskedLM, TransformerLensNative, .*"
         r"relearn_lens.neurons.FAMILIES"
     )
     with pytest.raises(ValueError, match=said):
@@ -120,6 +127,124 @@ def test_parameter_changes_when_the_optimiser_steps(bert):
     optimizer.step()
     assert parameter(bert.bridge, part) is weight
     assert not torch.equal(weight, before)
+
+
+# --- families of decoders
+
+
+DECODERS: dict[str, tuple[str, dict]] = {
+    "gpt2": ("GPT2Config", {"n_inner": D_MLP, "n_positions": CONTEXT}),
+    "neox": ("GPTNeoXConfig", {}),
+    "neox-sequential": ("GPTNeoXConfig", {"use_parallel_residual": False}),
+    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "llama-with-biases": ("LlamaConfig", {"num_key_value_heads": 2, "mlp_bias": True}),
+    "mistral": ("MistralConfig", {"num_key_value_heads": 2}),
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma": ("GemmaConfig", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 8}),
+}
+"""Class of the configuration and what it has beside the sizes."""
+
+
+def decoder(kind: str, folder: Path) -> Tagger:
+    """A decoder of 3 layers with random weights and the small BERT's words, saved to a folder and loaded from it."""
+    name, special = DECODERS[kind]
+    end = len(VOCAB)
+    sizes = {
+        "vocab_size": end + 1, "hidden_size": D_MODEL, "intermediate_size": D_MLP, "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "bos_token_id": end, "eos_token_id": end,
+    }  # fmt: skip
+    if kind == "gpt2":  # its names differ, and it takes the others for nothing
+        sizes |= {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4}
+        sizes = {k: v for k, v in sizes.items() if k.startswith("n_") or k.endswith(("_id", "_size"))}
+        sizes = {k: v for k, v in sizes.items() if k not in ("hidden_size", "intermediate_size")}
+    config = getattr(transformers, name)(**sizes, **special)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.2)
+    model.save_pretrained(folder)
+    backend = Tokenizer(models.WordPiece({**VOCAB, "<|endoftext|>": end}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="<|endoftext|>")
+    words.save_pretrained(folder)
+    return warmed(load_tagger(folder, LABELS, device="cpu"))
+
+
+IDS = torch.tensor([[5, 9, 7, 20, 22, 6], [8, 11, 30, 5, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("kind", list(DECODERS))
+def test_a_family_of_decoders(kind, tmp_path, untouched: Untouched):
+    """Hooks see what Hugging Face's own model computes; ablated by hook equals pruned in the weights."""
+    tagger = decoder(kind, tmp_path)
+    bridge = tagger.bridge
+    resid, mlp = site_of(bridge, "resid"), site_of(bridge, "mlp_post")
+    assert resid.layers == ("embed", "0", "1", "2")
+    assert (resid.width, resid.writes) == (D_MODEL, ((),) * 4)
+    assert (mlp.layers, mlp.width) == (("0", "1", "2"), D_MLP)
+
+    plain = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    seen: list[torch.Tensor] = []
+    with untouched(tagger), reading(tagger), streaming(bridge, resid, lambda _, x: seen.append(x)):
+        last = hidden(bridge, IDS, MASK)
+    with torch.no_grad():
+        states = plain(IDS, attention_mask=MASK, output_hidden_states=True)
+    real = MASK.bool()
+    torch.testing.assert_close(last[real], states.last_hidden_state[real], atol=1e-5, rtol=1e-5)
+    # Hugging Face's last hidden state is after the final norm, the last block's own is not handed out.
+    for mine, theirs in zip(seen[:-1], states.hidden_states[:-1], strict=True):
+        torch.testing.assert_close(mine[real], theirs[real], atol=1e-5, rtol=1e-5)
+
+    trained = {id(weight) for weight in tagger.parameters()}
+    parts = [part for layer in (*mlp.writes, *mlp.reads) for part in layer]
+    weights = [(parameter(bridge, part), part) for part in parts]
+    assert all(id(weight) in trained and weight.shape[part.axis] == D_MLP for weight, part in weights)
+    n_biases = sum(part.parameter == "bias" for part in parts)
+    assert n_biases == {"gpt2": 3, "neox": 3, "neox-sequential": 3, "llama-with-biases": 6}.get(kind, 0)
+
+    chosen = Neurons(torch.rand(3, D_MLP, generator=torch.Generator().manual_seed(1)) < 0.3, mlp)
+    before = tagger(IDS, MASK)[real]
+    saved = {name: weight.clone() for name, weight in tagger.weights().items()}
+    with ablated(tagger, chosen):
+        by_hook = tagger(IDS, MASK)[real]
+    for sever in ("out", "both"):
+        prune_(tagger, chosen, sever=sever)
+        torch.testing.assert_close(tagger(IDS, MASK)[real], by_hook, atol=1e-5, rtol=0)
+        pruned: list[torch.Tensor] = []
+        with reading(tagger), streaming(bridge, mlp, lambda layer, x, to=pruned: to.append(x[..., chosen.mask[layer]])):
+            hidden(bridge, IDS, MASK)
+        assert all((x == 0).all() == (sever == "both") for x in pruned)
+        tagger.load_weights(saved)
+    assert (by_hook - before).abs().max() > 1e-2
+    torch.testing.assert_close(tagger(IDS, MASK)[real], before)
+
+
+def test_every_family_is_tried():
+    tried = {name.replace("Config", "ForCausalLM") for name, _ in DECODERS.values()} - {"GPT2ForCausalLM"}
+    assert tried | {"GPT2LMHeadModel", "BertForMaskedLM", "TransformerLensNative"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", ["bert", "toy", "gpt2", "gemma"])
+def test_token_vectors_are_what_the_token_site_sees(kind, bert_model, toy_model, tmp_path, untouched: Untouched):
+    tagger = {"bert": bert_model, "toy": toy_model.tagger}.get(kind) or decoder(kind, tmp_path)
+    seen: list[torch.Tensor] = []
+    with (
+        untouched(tagger),
+        reading(tagger),
+        streaming(tagger.bridge, token_site(tagger.bridge), lambda _, x: seen.append(x)),
+    ):
+        hidden(tagger.bridge, IDS, MASK)
+    with untouched(tagger), reading(tagger):
+        again = token_vectors(tagger.bridge, IDS[0])
+    (tokens,) = seen
+    assert torch.equal(tokens[0], again)
+    (weight,) = [weight for weight in trunk(tagger.bridge).parameters() if weight.shape[0] > int(IDS.max())][:1]
+    scale = D_MODEL**0.5 if kind == "gemma" else 1
+    torch.testing.assert_close(again, weight[IDS[0]] * scale)
 
 
 # --- sets

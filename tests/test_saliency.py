@@ -1,4 +1,4 @@
-"""Class statistics against a slow loop over plain Hugging Face; scores and ranks by hand; the toy's planted answer."""
+"""Class statistics against a slow loop; scores against peers; ranks by hand; the toy's planted answer."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,15 +8,34 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu, pointbiserialr
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from relearn_lens.concept import Concept
+from relearn_lens.concept import Classes, Concept
 from relearn_lens.corpus import build_corpus
-from relearn_lens.encoding import encode
+from relearn_lens.encoding import Batch, encode
 from relearn_lens.models import load_tagger
 from relearn_lens.neurons import Neurons, Site, parameter, site_of
-from relearn_lens.saliency import SCORES, Saliency, Score, probeless, saliency, score_of
-from relearn_lens.streams import ClassStats, class_stats
+from relearn_lens.saliency import (
+    SCORES,
+    Gathered,
+    Saliency,
+    Score,
+    auroc,
+    auroc_exact,
+    difference,
+    dprime,
+    gather,
+    point_biserial,
+    probeless,
+    saliency,
+    score_many,
+    score_of,
+    signed_dprime,
+    signed_point_biserial,
+)
+from relearn_lens.streams import BinCounts, ClassStats, ClassSums, WordSample, class_stats
 from tests.conftest import LABELS, Untouched, sentences_of, unchecked
 
 PLACE = Concept("place", labels=("LOC",))
@@ -236,7 +255,7 @@ def test_scores_follow_a_permutation_of_the_neurons(neurons, layers, contrast, d
     stats = replace(stats_of([4, 3, 2], mean.tolist()), m2=mean.square())
     moved = replace(stats, mean=mean[:, layers][:, :, neurons], m2=stats.m2[:, layers][:, :, neurons])
     carries = torch.tensor([False, True, False])
-    for score in SCORES.values():
+    for score in (score for score in SCORES.values() if score.needs == "stats"):
         expected = score.of(stats, carries, contrast)[layers][:, neurons]
         torch.testing.assert_close(score.of(moved, carries, contrast), expected, equal_nan=True)
 
@@ -299,6 +318,255 @@ def test_saliency_refuses_a_concept_whose_words_were_all_cut_off(bert_model, tok
     classes = PLACE.classes(corpus)
     with pytest.raises(ValueError, match="place"):
         saliency(class_stats(bert_model, encoded, classes), PLACE, torch.from_numpy(classes.carries))
+
+
+# --- scores against peers
+
+STREAMED = ("probeless", "difference", "dprime", "point_biserial", "auroc", "auroc_exact")
+
+
+class Words:
+    """Words `[word, layer, neuron]` of two classes, as one pass would gather them."""
+
+    def __init__(self, x: Tensor, is_concept: np.ndarray):
+        self.x, self.is_concept = x, is_concept
+        self.carries = torch.tensor([False, True])
+        self.of_word = is_concept.astype(np.int64)
+        self.site = site(*x.shape[1:])
+
+    @property
+    def gathered(self) -> Gathered:
+        classes = Classes(("O", "A"), self.of_word, self.carries.numpy())
+        sums, bins = ClassSums(self.site, classes), BinCounts(self.site, classes)
+        words = torch.arange(len(self.x))
+        for collector in (sums, bins):
+            collector.begin(Batch(words[None], words[None], words, words, words, words, words))
+            for layer in range(self.x.shape[1]):
+                collector.add(layer, self.x[:, layer])
+        sample = WordSample(self.x, words, torch.from_numpy(self.of_word), words // 3, ("O", "A"), self.site, 0)
+        return Gathered(sums.stats(), bins.histograms(), sample)
+
+    def score(self, name: str) -> Tensor:
+        return saliency(self.gathered, PLACE, self.carries, score=name, contrast="rest").score
+
+
+def some_words(seed: int = 0, n: int = 400) -> Words:
+    """Neurons that rise and fall with the concept, with ties (rounded), of all sizes."""
+    rng = np.random.default_rng(seed)
+    is_concept = rng.random(n) < 0.3
+    x = rng.normal(size=(n, 2, 4)) + is_concept[:, None, None] * np.array([[0, 1, -2, 0.3], [5, -0.1, 0.5, -0.5]])
+    x[:, 1] = np.round(x[:, 1] * 2)
+    return Words(torch.from_numpy(x * np.array([1, 100, 0.01, 3]) + 7).float(), is_concept)
+
+
+def test_dprime_is_the_difference_in_pooled_standard_deviations():
+    # concept 2, 4 (m2 = 2) and rest 0, 1, 2 (m2 = 2): (3 - 1) / sqrt((2 + 2) / 3)
+    words = Words(torch.tensor([2.0, 4.0, 0.0, 1.0, 2.0]).view(5, 1, 1), np.arange(5) < 2)
+    for flip in (False, True):
+        stats = words.gathered.stats
+        assert stats is not None
+        expected = 2 / (4 / 3) ** 0.5 * (-1 if flip else 1)
+        carries = ~words.carries if flip else words.carries
+        assert signed_dprime(stats, carries).item() == pytest.approx(expected)
+        assert dprime(stats, carries).item() == pytest.approx(abs(expected))
+        assert difference(stats, carries).item() == pytest.approx(-2 if flip else 2)
+
+
+@pytest.mark.parametrize("where", ["resid", "mlp_post"])
+def test_scores_of_a_model_agree_with_numpy_and_scipy(bert_model, corpus, encoded, where, untouched: Untouched):
+    classes = PLACE.classes(corpus)
+    carries = torch.from_numpy(classes.carries)
+    with untouched(bert_model):
+        got = gather(
+            bert_model, encoded, classes, ("stats", "histograms", "sample"), site=where, sample_words=500, max_tokens=60
+        )
+    assert got.stats is not None
+    assert got.histograms is not None
+    assert got.sample is not None
+    x, y = got.sample.activations.double().numpy(), classes.carries[got.sample.of_word.numpy()]
+    assert len(x) == corpus.n_words
+    a, b = x[y], x[~y]
+    np.testing.assert_allclose(difference(got.stats, carries), a.mean(0) - b.mean(0), atol=1e-5)
+    pooled = ((a.var(0, ddof=1) * (len(a) - 1) + b.var(0, ddof=1) * (len(b) - 1)) / (len(x) - 2)) ** 0.5
+    np.testing.assert_allclose(signed_dprime(got.stats, carries), (a.mean(0) - b.mean(0)) / pooled, atol=1e-4)
+    u = mannwhitneyu(a, b, axis=0, method="asymptotic").statistic / (len(a) * len(b))
+    np.testing.assert_allclose(auroc_exact(got.sample, carries), np.maximum(u, 1 - u), atol=1e-9)
+    off = np.abs(auroc(got.histograms, carries).numpy() - np.maximum(u, 1 - u))
+    assert (off <= got.histograms.auroc_error.numpy() + 1e-9).all()
+    assert np.median(off) < 0.005
+    r = signed_point_biserial(got.stats, carries).numpy()
+    for layer in range(x.shape[1]):
+        for neuron in range(0, x.shape[2], 5):
+            column = x[:, layer, neuron]
+            assert r[layer, neuron] == pytest.approx(pointbiserialr(y, column)[0], abs=1e-5)
+            area = roc_auc_score(y, column)
+            assert auroc_exact(got.sample, carries)[layer, neuron] == pytest.approx(max(area, 1 - area))
+    np.testing.assert_allclose(point_biserial(got.stats, carries), np.abs(r))
+
+
+def test_auroc_exact_counts_ties_half():
+    # pairs of concept 1, 2, 2 and rest 1, 2, 0: wins 0 + 2 * 1 + 3 below, ties 1 + 2
+    words = Words(torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0, 0.0]).view(6, 1, 1), np.arange(6) < 3)
+    assert words.score("auroc_exact").item() == pytest.approx((1 + 2 + 2 + 3 / 2) / 9)
+
+
+def test_scores_agree_with_peers_where_values_tie_and_sizes_differ():
+    words = some_words()
+    x, y = words.x.double().numpy(), words.is_concept
+    for layer in range(2):
+        for neuron in range(4):
+            column = x[:, layer, neuron]
+            area, r = roc_auc_score(y, column), float(np.corrcoef(y, column)[0, 1])
+            assert words.score("auroc_exact")[layer, neuron] == pytest.approx(max(area, 1 - area), abs=1e-6)
+            assert words.score("auroc")[layer, neuron] == pytest.approx(max(area, 1 - area), abs=0.02)
+            assert words.score("point_biserial")[layer, neuron] == pytest.approx(abs(r), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dprime", "point_biserial", "auroc", "auroc_exact"])
+def test_scores_without_a_unit_do_not_depend_on_a_neurons_scale_shift_or_sign(name):
+    words = some_words()
+    before = words.score(name)
+    scale = torch.tensor([[0.01, 4.0, 1.0, 1000.0], [-1.0, 0.25, -8.0, 3.0]])
+    after = Words(words.x * scale + torch.tensor([0.0, -5.0, 3.0, 1.0]), words.is_concept).score(name)
+    # histograms round a value at the edge of a bin to either side
+    torch.testing.assert_close(after, before, atol=0.01 if name == "auroc" else 1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_every_streamed_score_follows_a_permutation_of_the_neurons(name):
+    words = some_words()
+    moved = Words(words.x[:, [1, 0]][:, :, [2, 0, 3, 1]], words.is_concept)
+    torch.testing.assert_close(moved.score(name), words.score(name)[[1, 0]][:, [2, 0, 3, 1]])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1000.3])
+@pytest.mark.parametrize("name", STREAMED)
+def test_constant_neuron_scores_nothing_and_never_nan(name, value):
+    words = some_words()
+    words.x[:, 1, 2] = value
+    words.x[torch.from_numpy(words.is_concept), 1, 2] *= 1 + 1e-7  # what averaging sub-words leaves
+    score = words.score(name)
+    assert not score.isnan().any()
+    expected = 0.5 if name.startswith("auroc") else 0.0
+    assert score[1, 2] == pytest.approx(expected, abs=1e-3 if name in ("probeless", "difference") else 0)
+
+
+def test_neuron_whose_squares_underflow_is_constant_to_statistics_but_not_to_auroc():
+    """MiniLM has one: its last LayerNorm multiplies it by 1e-32."""
+    words = some_words()
+    words.x[:, 0, 1] = (words.x[:, 0, 1] - 7) * 1e-32
+    before = some_words()
+    assert words.score("dprime")[0, 1] == words.score("point_biserial")[0, 1] == 0
+    for name in ("auroc", "auroc_exact"):
+        assert words.score(name)[0, 1] == pytest.approx(before.score(name)[0, 1].item(), abs=0.01)
+
+
+def test_dprime_of_a_perfect_detector_is_finite():
+    words = Words(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(4, 1, 1), np.arange(4) < 2)
+    assert words.score("dprime").isfinite().all()
+    assert words.score("dprime").item() > 1e4
+    assert words.score("point_biserial").item() == pytest.approx(1)
+    assert words.score("auroc").item() == words.score("auroc_exact").item() == 1
+
+
+def test_every_score_says_its_unit():
+    for name, score in SCORES.items():
+        assert (score.name, bool(score.unit), bool(score.says)) == (name, True, True)
+        assert score.of.__doc__
+
+
+# --- several scores at once
+
+
+def test_score_many_is_one_pass_for_every_score(toy_model, untouched: Untouched):
+    concept = Concept("place")
+    classes = concept.classes(toy_model.corpus)
+    encoded = encode(toy_model.corpus, toy_model.tagger.tokenizer)
+
+    def spread(stats: ClassStats, carries: Tensor, contrast: str) -> Tensor:
+        return stats.mean.amax(0) - stats.mean.amin(0)
+
+    seen: list[int] = []
+    scores = [*SCORES, spread]
+    with untouched(toy_model.tagger):
+        many = score_many(
+            toy_model.tagger, encoded, concept, classes, scores, site="mlp_post", contrast="rest", sample_words=500,
+            seed=2, tick=seen.append,
+        )  # fmt: skip
+    assert list(many) == [*SCORES, "spread"]
+    assert sum(seen) == encoded.n_tokens
+    place = many["probeless"].site
+    planted = Neurons.of(place, toy_model.planted)
+    both = Neurons.of(place, toy_model.planted + toy_model.decoys)
+    for name, scored in many.items():
+        assert (scored.kind, scored.concept, scored.site) == (name, "place", place)
+        assert not scored.score.isnan().any()
+        if name != "spread":
+            # decoys answer to places as planted neurons do: only their size tells the two apart
+            assert scored.top(8) == both, name
+        if name in ("probeless", "difference"):
+            assert scored.top(4) == planted
+        if name in ("elastic_net", "k_sparse"):
+            assert scored.quality is not None
+            assert scored.quality.held_out > 0.99
+            assert 0.2 < scored.quality.control < 0.8
+        else:
+            assert scored.quality is None
+    alone = gather(toy_model.tagger, encoded, classes, ["sample"], site="mlp_post", sample_words=500, seed=2)
+    assert (alone.stats, alone.histograms) == (None, None)
+    again = saliency(alone, concept, torch.from_numpy(classes.carries), score="auroc_exact")
+    assert torch.equal(again.score, many["auroc_exact"].score)
+
+
+def test_gather_takes_label_shuffles_along(bert_model, corpus, encoded):
+    classes = PLACE.classes(corpus)
+    other = np.random.default_rng(0).permutation(classes.of_word)
+    got = gather(bert_model, encoded, classes, relabelled=[other])
+    assert got.stats is not None
+    close(got.stats, class_stats(bert_model, encoded, classes))
+    (shuffled,) = got.shuffled
+    close(shuffled, class_stats(bert_model, encoded, classes._replace(of_word=other)))
+
+
+def test_score_many_refuses_before_any_pass(bert_model, corpus, encoded):
+    classes = PLACE.classes(corpus)
+
+    def run(scores: list, **options: Any) -> None:
+        unchecked(score_many)(bert_model, encoded, PLACE, classes, scores, tick=lambda n: pytest.fail("ran"), **options)
+
+    with pytest.raises(ValueError, match="unknown score 'magic'; known: probeless, difference, dprime"):
+        run(["auroc", "magic"])
+    with pytest.raises(ValueError, match="unknown contrast 'most'"):
+        run(["auroc"], contrast="most")
+    with pytest.raises(ValueError, match=r"each with a name of its own, got \['auroc', 'auroc'\]"):
+        run(["auroc", SCORES["auroc"]])
+    with pytest.raises(ValueError, match=r"scores must be at least one, .* got \[\]"):
+        run([])
+    with pytest.raises(ValueError, match="unknown need 'words' of a score; known: stats, histograms, sample"):
+        unchecked(gather)(bert_model, encoded, classes, ["words"])
+
+
+def test_saliency_says_what_a_score_needs_and_what_it_was_given():
+    got, carries = some_words().gathered, torch.tensor([False, True])
+    for thing, had in ((got.stats, "'stats'"), (got.sample, "'sample'"), (Gathered(), "nothing")):
+        said = rf"score 'auroc' needs 'histograms', and {had} was gathered; use score_many\(..., \['auroc'\]\)"
+        with pytest.raises(ValueError, match=said):
+            saliency(thing, PLACE, carries, score="auroc")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="score 'probeless' needs 'stats', and 'histograms' was gathered"):
+        saliency(got.histograms, PLACE, carries)  # pyright: ignore[reportArgumentType]
+    for name in ("dprime", "auroc", "auroc_exact"):
+        thing = getattr(got, SCORES[name].needs)
+        assert torch.equal(
+            saliency(thing, PLACE, carries, score=name).score, saliency(got, PLACE, carries, score=name).score
+        )
+
+
+@pytest.mark.parametrize(("words", "said"), [(0, "no word that carries"), (400, "no word that does not carry")])
+def test_saliency_refuses_one_sided_words_whatever_was_gathered(words, said):
+    one_sided = Words(some_words().x, np.arange(400) < words)
+    for name in ("dprime", "auroc", "auroc_exact", "elastic_net"):
+        with pytest.raises(ValueError, match=f"{said} concept 'place' was measured"):
+            one_sided.score(name)
 
 
 # --- ranks

@@ -233,7 +233,7 @@ def test_unknown_key_of_any_depth_is_one_line(key):
         ("seeds=[0, -1]", r"seeds\.1 = -1: .*greater than or equal to 0"),
         ("seeds=[0, 0]", r"seeds = \[0, 0\] names one twice"),
         ('arms=["concept", "concept"]', r"arms = \['concept', 'concept'\] names one twice"),
-        ('arms=["concept", "rnadom"]', r"arms\.1 = 'rnadom': .*'concept', 'random' or 'unpruned'"),
+        ('arms=["concept", "rnadom"]', r"arms\.1 = 'rnadom': .*'concept', 'random', 'unpruned' or 'never'"),
         ("prune.sever=in", r"prune\.sever = 'in': .*'out' or 'both'"),
     ],
 )  # fmt: skip

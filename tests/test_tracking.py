@@ -79,7 +79,7 @@ def test_measure_refuses_it_before_any_forward_pass(toy_model, settings, monkeyp
     def forward(*_, **__):
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(tracking, "class_stats", forward)
+    monkeypatch.setattr(tracking, "gather", forward)
     with pytest.raises(ValueError, match="unknown"):
         unchecked(measure)(toy_model.tagger, toy_model.corpus, PLACE, **settings)
 
@@ -88,7 +88,7 @@ def test_measure_refuses_a_validation_text_of_other_labels_before_any_forward_pa
     def forward(*_, **__):
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(tracking, "class_stats", forward)
+    monkeypatch.setattr(tracking, "gather", forward)
     with pytest.raises(ValueError, match="does not know"):
         measure(toy_model.tagger, toy_model.corpus, PLACE, validation=corpus)
 

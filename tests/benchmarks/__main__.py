@@ -6,6 +6,7 @@ median of several rounds and prints their ratio beside its goal.
 
 from __future__ import annotations
 
+import importlib
 import os
 import statistics
 import subprocess
@@ -113,16 +114,33 @@ def startup() -> None:
     print(f"relearn-lens --help: {helped:.3f} s (goal < 0.3 s), an empty Python {empty:.3f} s; {helped / empty:.1f} x")
 
 
+def _elsewhere(module: str, name: str, *args: object) -> Callable[[], None]:
+    """A benchmark of another file here, imported when it is run."""
+    return lambda: getattr(importlib.import_module(f"tests.benchmarks.{module}"), name)(*args)
+
+
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "saliency": saliency,
     "saliency-mlp": lambda: saliency("mlp_post"),
+    "scores": _elsewhere("scores", "scores"),
+    "attribution": _elsewhere("attribution", "attribution"),
+    "top-words": _elsewhere("meaning", "top_words_benchmark"),
+    "similarity": _elsewhere("similarity", "similarity"),
     "memory": memory,
     "startup": startup,
 }
+"""Ratios of speed and memory: what runs without a name."""
+
+BY_NAME: dict[str, Callable[[], None]] = {
+    "fitted": _elsewhere("scores", "fitted"),
+    "false-alarms": _elsewhere("false_alarms", "false_alarms"),
+}
+"""What runs only when it is named."""
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or list(BENCHMARKS)
-    if unknown := sorted(set(wanted) - set(BENCHMARKS)):
-        raise SystemExit(f"unknown benchmark {unknown[0]!r}; known: {', '.join(BENCHMARKS)}")
+    known = BENCHMARKS | BY_NAME
+    if unknown := sorted(set(wanted) - set(known)):
+        raise SystemExit(f"unknown benchmark {unknown[0]!r}; known: {', '.join(known)}")
     for name in wanted:
-        BENCHMARKS[name]()
+        known[name]()

@@ -1,0 +1,134 @@
+"""Results as named tensors and plain JSON, and back: what a run folder's safetensors files hold.
+
+Any of our result types is taken apart field by field: tensors and arrays under a name of their own, everything else as
+JSON. Nothing but the types listed here is ever made from a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relearn_lens.attribution import Attribution
+from relearn_lens.concept import Concept
+from relearn_lens.evaluation import SpanScores
+from relearn_lens.experiment import Damage
+from relearn_lens.neurons import Neurons, Site, Slice
+from relearn_lens.probes import AtK, Quality
+from relearn_lens.retraining import Checkpoint
+from relearn_lens.saliency import Saliency
+from relearn_lens.similarity import ActivationSimilarity
+from relearn_lens.streams import ClassStats
+from relearn_lens.topwords import TopWords
+from relearn_lens.tracking import Snapshot, Trajectory
+
+TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        ActivationSimilarity, AtK, Attribution, Checkpoint, ClassStats, Concept, Damage, Neurons, Quality, Saliency,
+        Site, Slice, Snapshot, SpanScores, TopWords, Trajectory,
+    )
+}  # fmt: skip
+"""The types that a file may hold."""
+
+
+def pack(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A result as named tensors and JSON. Tensors that are the same object are kept once, and so are equal sites.
+
+    Raises:
+        TypeError: it holds something that is none of `TYPES`, no tensor and nothing plain.
+    """
+    packer = _Packer()
+    body = packer.take(value, "")
+    return packer.tensors, {"body": body, "sites": packer.site_bodies}
+
+
+def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Any:
+    """The result that `pack` took apart.
+
+    Raises:
+        ValueError: a type, a field or a tensor that is not there.
+    """
+    try:
+        sites = [_make(body, tensors, []) for body in meta["sites"]]
+        return _make(meta["body"], tensors, sites)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"it does not hold what this version writes ({type(error).__name__}: {error})") from error
+
+
+class _Packer:
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.names: dict[int, str] = {}
+        self.kept: list[Any] = []  # so that no id is used again while we look at them
+        self.sites: list[Site] = []
+        self.site_bodies: list[Any] = []
+
+    def take(self, value: Any, where: str) -> Any:
+        match value:
+            case None | bool() | int() | str():
+                return value
+            case np.integer():
+                return int(value)
+            case float() | np.floating():
+                return float(value) if math.isfinite(value) else {"float": str(float(value))}
+            case Tensor() | np.ndarray():
+                return {"array" if isinstance(value, np.ndarray) else "tensor": self._tensor(value, where)}
+            case Site():
+                return {"site": self._site(value)}
+            case Mapping():
+                return {"map": [[self.take(k, ""), self.take(v, f"{where}/{k}")] for k, v in value.items()]}
+            case _ if type(value) in TYPES.values():
+                if is_dataclass(value):
+                    return self._fields(value, where)
+                return {"type": type(value).__name__, "items": [self.take(v, "") for v in value]}  # a named tuple
+            case tuple() | list():
+                return {"list": [self.take(v, f"{where}/{i}") for i, v in enumerate(value)]}
+        raise TypeError(f"{where.strip('/') or 'the result'} is a {type(value).__name__}, which cannot be written")
+
+    def _fields(self, value: Any, where: str) -> dict[str, Any]:
+        inner = {f.name: self.take(getattr(value, f.name), f"{where}/{f.name}") for f in fields(value) if f.init}
+        return {"type": type(value).__name__, "fields": inner}
+
+    def _tensor(self, value: Tensor | np.ndarray, where: str) -> str:
+        if id(value) not in self.names:
+            name = where.strip("/") or "it"
+            while name in self.tensors:  # such as of keys 1 and "1"
+                name += "'"
+            self.kept.append(value)
+            self.names[id(value)] = name
+            self.tensors[name] = torch.as_tensor(value)
+        return self.names[id(value)]
+
+    def _site(self, site: Site) -> int:
+        if site not in self.sites:
+            self.sites.append(site)
+            self.site_bodies.append(self._fields(site, ""))
+        return self.sites.index(site)
+
+
+def _make(body: Any, tensors: Mapping[str, Tensor], sites: list[Any]) -> Any:
+    if not isinstance(body, Mapping):
+        return body
+    if "float" in body:
+        return float(body["float"])
+    if "tensor" in body:
+        return tensors[body["tensor"]]
+    if "array" in body:
+        return tensors[body["array"]].numpy()
+    if "site" in body:
+        return sites[body["site"]]
+    if "map" in body:
+        return {_make(k, tensors, sites): _make(v, tensors, sites) for k, v in body["map"]}
+    if "list" in body:
+        return tuple(_make(v, tensors, sites) for v in body["list"])
+    kind = TYPES[body["type"]]
+    if "items" in body:
+        return kind(*(_make(v, tensors, sites) for v in body["items"]))
+    return kind(**{name: _make(v, tensors, sites) for name, v in body["fields"].items()})
