@@ -14,6 +14,7 @@ from scipy import stats as st
 from relearn_lens.evaluation import Label
 from relearn_lens.intervals import Estimate, bonferroni, estimate
 from relearn_lens.migration import (
+    FEWEST_SEEDS,
     Selection,
     Shift,
     is_mass,
@@ -90,7 +91,10 @@ def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last
         else:
             alike.append(when)
     verdicts = [f"{verb} {_listed(said)}" for verb, said in (("is", apart), ("does not differ from it", alike)) if said]
-    noise = f"{100 * level:g} % intervals, corrected for {len(stages)} comparisons"
+    noise = f"{100 * level:g} % intervals over {gap.over}, corrected for {len(stages)} comparisons"
+    if len(concept) < FEWEST_SEEDS:
+        # Two random sets, or two training seeds, often differ by more than sentences do.
+        noise += "; they hold for these two models, and another random set or training seed may differ as much"
     return f"{result}, so the concept arm {' and '.join(verdicts)} ({noise})"
 
 

@@ -22,14 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats as st
 
 from relearn_lens import meaning, migration, priming, recovery
 from relearn_lens.evaluation import Label, SpanScores
-from relearn_lens.intervals import Estimate, estimate, holm, over_seeds, paired
+from relearn_lens.intervals import Estimate, Gap, beside_control, estimate, holm, over_seeds
 from relearn_lens.neurons import Neurons
 from relearn_lens.saliency import Saliency
 from relearn_lens.tracking import BASE, PRUNED, Trajectory
@@ -188,7 +188,7 @@ class _Measured:
             return _unmeasured(
                 id, says, measures, bar, "it is not defined here, in an arm there was nothing to take it over"
             )
-        gap = _gap(ours, [[value] for value in theirs], self.level)
+        gap = beside_control(ours, [[value] for value in theirs], self.level)
         beside = f"{np.mean(ours):.3f} in the concept arm, {np.mean(theirs):.3f} in the random arm"
         row = Claim(
             id, says, gap.effect, measures, bar, "inconclusive", "", float(np.mean(ours)), float(np.mean(theirs)),
@@ -204,40 +204,7 @@ class _Measured:
         return _judged(row, gap, beside)
 
 
-class _Gap(NamedTuple):
-    """Concept minus control."""
-
-    effect: Estimate
-    p: float | None
-    p_flips: float | None
-
-
-def _gap(ours: Sequence[float], control: Sequence[Sequence[float]], level: float) -> _Gap:
-    """Ours minus the control's values, both by seed: the wider of two intervals, and the larger of their p-values.
-
-    Over seeds (from `SEEDS` on), and where one more value of the control would lie beside its others: those of its own
-    seed if there are several, else those of the other seeds.
-    """
-    means = [float(np.mean(values)) for values in control]
-    gap, n = float(np.mean(ours) - np.mean(means)), sum(map(len, control))
-    several = n > len(control)
-    middles = means if several else [float(np.mean(means))] * len(means)
-    off = np.concatenate([np.subtract(values, middle) for values, middle in zip(control, middles, strict=True)])
-    df = n - (len(control) if several else 1)
-    found = []
-    if df:
-        found.append((math.sqrt(float(off @ off) / df * (1 + 1 / n)), df, f"{n} values of the control"))
-    if len(ours) >= SEEDS:
-        found.append((float(st.sem(np.subtract(ours, means))), len(ours) - 1, f"{len(ours)} seeds"))
-    p_flips = paired(ours, means, level=level).p
-    if not found:
-        return _Gap(Estimate(gap, math.nan, math.nan, "one value of the control", n=n), None, p_flips)
-    half, over = max((float(st.t.ppf((1 + level) / 2, df) * error), over) for error, df, over in found)
-    p = max(2 * float(st.t.sf(abs(gap) / error, df)) if error > 0 else float(gap == 0) for error, df, _ in found)
-    return _Gap(Estimate(gap, gap - half, gap + half, over, p, n), p, p_flips)
-
-
-def _judged(row: Claim, gap: _Gap, beside: str) -> Claim:
+def _judged(row: Claim, gap: Gap, beside: str) -> Claim:
     """A row with its verdict and what it rests on."""
     effect = gap.effect
     why = f"{_said(beside)}{_reading(effect, row.bar)}."
@@ -343,7 +310,7 @@ def _random_costs_more(run: _Measured) -> Claim:
         return _unmeasured(id, says, measures, bar, "there are no random sets (prune.control_draws)")
     ours = [1 - run.f1(arm, PRUNED) / run.f1(arm, BASE) for arm in run.concept]
     # The claim is that the control loses more.
-    gap = _gap([-v for v in ours], [[-v for v in each] for each in theirs], run.level)
+    gap = beside_control([-v for v in ours], [[-v for v in each] for each in theirs], run.level)
     control = float(np.mean([np.mean(each) for each in theirs]))
     row = Claim(
         id, says, gap.effect, measures, bar, "inconclusive", "", float(np.mean(ours)), control,
@@ -386,7 +353,7 @@ def _late_before(run: _Measured) -> Claim:
         )
         return replace(row, concept=float(np.mean(ours)))
     nulls = [[_depth_of_top(s, k) for s in base.shuffled] for base, k in zip(bases, ks, strict=True)]
-    gap = _gap(ours, nulls, run.level)
+    gap = beside_control(ours, nulls, run.level)
     control = float(np.mean([np.mean(null) for null in nulls]))
     row = Claim(
         id, says, gap.effect, measures, bar, "inconclusive", "", float(np.mean(ours)), control, "label shuffles"
@@ -404,14 +371,24 @@ def _earlier_as_published(run: _Measured) -> Claim:
 
     if not all(len(arm.survivors()) for arm in run.concept):
         return _unmeasured(id, says, measures, bar, "no neuron survived (a smaller prune.fraction)")
-    each = [migration.saliency_by_layer(arm, "published") for arm in run.concept]
-    ours = [centre(by_stage[BASE]) - centre(by_stage[run.last]) for by_stage in each]
+
+    def earlier(arm: Trajectory) -> float:
+        by_stage = migration.saliency_by_layer(arm, "published")
+        return centre(by_stage[BASE]) - centre(by_stage[run.last])
+
+    ours = [earlier(arm) for arm in run.concept]
     mean = float(np.mean(ours))
     what = (
         f"{abs(mean):.3f} of the depth {'earlier' if mean > 0 else 'later'}, but all base neurons are compared with "
         "survivors, so pruning late layers alone looks like this"
     )
-    row = Claim(id, says, None, measures, bar, "inconclusive", f"{_said(what)}.", mean)
+    control = None
+    if unpruned := run.arms.get("unpruned"):
+        control = float(np.mean([earlier(arm) for arm in unpruned]))
+        what += f"; training on without pruning moved it {abs(control):.3f} {'earlier' if control > 0 else 'later'}"
+    row = Claim(id, says, None, measures, bar, "inconclusive", f"{_said(what)}.", mean, control)
+    if control is not None:
+        row = replace(row, control_is="unpruned arm; it is not in the effect")
     effect = over_seeds(ours, level=run.level)
     if len(ours) < SEEDS:
         return replace(row, effect=effect, why=f"{_said(what)}; {len(ours)} training seed(s).")

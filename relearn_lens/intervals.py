@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats as st
@@ -242,6 +242,42 @@ def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95, draws: int = 
         rng=np.random.default_rng(seed),
     )
     return Estimate(found.value, found.low, found.high, found.over, float(test.pvalue), found.n)
+
+
+class Gap(NamedTuple):
+    """Concept minus control."""
+
+    effect: Estimate
+    p: float | None
+    p_flips: float | None
+
+
+def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, fewest: int = 3) -> Gap:
+    """Ours minus the control's values, both by seed: the wider of two intervals, and the larger of their p-values.
+
+    Seeds share the text, and often the neurons: what one control value does by luck it does in every seed, so
+    Student's t over seeds alone takes luck for an effect (`python -m tests.benchmarks false-alarms`).
+
+    Over seeds (from `fewest` on), and where one more value of the control would lie beside its others: those of its own
+    seed if there are several, else those of the other seeds.
+    """
+    means = [float(np.mean(values)) for values in control]
+    gap, n = float(np.mean(ours) - np.mean(means)), sum(map(len, control))
+    several = n > len(control)
+    middles = means if several else [float(np.mean(means))] * len(means)
+    off = np.concatenate([np.subtract(values, middle) for values, middle in zip(control, middles, strict=True)])
+    df = n - (len(control) if several else 1)
+    found = []
+    if df:
+        found.append((math.sqrt(float(off @ off) / df * (1 + 1 / n)), df, f"{n} values of the control"))
+    if len(ours) >= fewest:
+        found.append((float(st.sem(np.subtract(ours, means))), len(ours) - 1, f"{len(ours)} seeds"))
+    p_flips = paired(ours, means, level=level).p
+    if not found:
+        return Gap(Estimate(gap, math.nan, math.nan, "one value of the control", n=n), None, p_flips)
+    half, over = max((float(st.t.ppf((1 + level) / 2, df) * error), over) for error, df, over in found)
+    p = max(2 * float(st.t.sf(abs(gap) / error, df)) if error > 0 else float(gap == 0) for error, df, _ in found)
+    return Gap(Estimate(gap, gap - half, gap + half, over, p, n), p, p_flips)
 
 
 def against_null(value: float | int, null_values: Numbers, *, level: float = 0.95) -> Against:

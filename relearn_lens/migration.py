@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from scipy import stats as st
 from torch import Tensor
 
-from relearn_lens.intervals import ONE_SEED, Estimate, bonferroni, over_seeds, paired
+from relearn_lens.intervals import ONE_SEED, Estimate, beside_control, bonferroni, over_seeds
 from relearn_lens.neurons import Neurons
 from relearn_lens.priming import count_of, turnover
 from relearn_lens.recovery import name_of
@@ -333,7 +333,11 @@ def _compared(ours: Sequence[float], theirs: Sequence[float] | None, level: floa
         return Estimate(found.value, math.nan, math.nan, over, n=len(ours))
 
     control = None if theirs is None else told(over_seeds(theirs, level=level))
-    gap = None if theirs is None else told(paired(ours, theirs, level=level))
+    gap = None
+    if theirs is not None:
+        found = beside_control(ours, [[value] for value in theirs], level, fewest=FEWEST_SEEDS)
+        over = f"{len(ours)} seeds and the spread of the control"
+        gap = told(replace(found.effect, p=found.p_flips, over=over, n=len(ours)))
     return Compared(told(over_seeds(ours, level=level)), control, gap)
 
 

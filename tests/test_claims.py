@@ -16,7 +16,7 @@ from scipy import stats as st
 from relearn_lens import claims as module
 from relearn_lens.claims import Claim, claims, verdict_of
 from relearn_lens.evaluation import SpanScores
-from relearn_lens.intervals import Estimate, holm
+from relearn_lens.intervals import Estimate, beside_control, holm
 from relearn_lens.neurons import Neurons, Site
 from relearn_lens.tables import plain
 from relearn_lens.topwords import TopWords
@@ -184,7 +184,7 @@ def test_verdict_by_hand(low, high, verdict):
 
 
 def gap_of(ours: Any, control: Any) -> Any:
-    return module._gap(np.array(ours, dtype=float).tolist(), np.array(control, dtype=float).tolist(), 0.95)
+    return beside_control(np.array(ours, dtype=float).tolist(), np.array(control, dtype=float).tolist(), 0.95)
 
 
 def t_test(gaps: Any) -> float:
@@ -419,6 +419,16 @@ def test_move_as_published_is_there_where_nothing_moves(slope, as_published):
     assert matched.verdict == "not supported"
     assert "the control shows the same" in matched.why
     assert "no control" in published.measures
+
+
+def test_move_as_published_says_what_training_alone_does():
+    arms = arms_of(3)
+    moved = [replace(arm, pruned=None) for arm in arms_of(3, {"f1": F1["concept"], "earlier": 0.9})["concept"]]
+    found = row("C5 unmatched", {**arms, "unpruned": moved})
+    assert "training on without pruning moved it 0." in found.why
+    assert found.control is not None
+    assert "not in the effect" in found.control_is
+    assert row("C5 unmatched", arms).control is None
 
 
 def test_move_as_published_of_few_seeds_has_no_verdict():
