@@ -189,12 +189,12 @@ def claims_rows(found: Sequence[Claim]) -> Table:
     """The claims table: the number in the concept arm and in its control, effect with interval, verdict."""
     rows = [
         [
-            claim.id, claim.says, _number(claim.concept), _number(claim.control), _interval(claim.effect),
-            f"{claim.bar:g}", _number(claim.p), _number(claim.p_holm), claim.verdict,
+            claim.id, claim.says, claim.verdict, _number(claim.concept), _number(claim.control),
+            _interval(claim.effect), f"{claim.bar:g}", _number(claim.p), _number(claim.p_holm),
         ]
         for claim in found
     ]  # fmt: skip
-    return ["", "claim", "concept", "control", "effect", "bar", "p", "p (Holm)", "verdict"], rows
+    return ["", "claim", "verdict", "concept", "control", "effect", "bar", "p", "p (Holm)"], rows
 
 
 def speed_rows(run: Run) -> Table:
