@@ -56,9 +56,13 @@ class Toy:
     decoys: tuple[tuple[str, int], ...] = DECOYS
 
 
-def load(*, sentences: int = 600, seed: int = 0) -> Toy:
-    """The toy tagger (its F1 is about 1 as it is) and a corpus of so many sentences."""
-    return Toy(tagger(seed=seed), corpus(sentences=sentences, seed=seed))
+def load(*, sentences: int = 600, seed: int = 0, mixed: bool = False) -> Toy:
+    """The toy tagger (its F1 is about 1 as it is) and a corpus of so many sentences.
+
+    `mixed` decoys answer to other words too. Plain ones tell places apart as well as the planted neurons do, so no
+    score of how well a neuron tells them apart can rank the planted ones first.
+    """
+    return Toy(tagger(seed=seed, mixed=mixed), corpus(sentences=sentences, seed=seed))
 
 
 def corpus(*, sentences: int = 600, seed: int = 0) -> Corpus:
@@ -92,8 +96,8 @@ def tokenizer() -> Any:
     return fast
 
 
-def tagger(*, seed: int = 0) -> Tagger:
-    """The planted model with its planted head."""
+def tagger(*, seed: int = 0, mixed: bool = False) -> Tagger:
+    """The planted model with its planted head; `mixed` as in `load`."""
     words = tokenizer()
     config = TransformerBridgeConfig.from_dict(
         {
@@ -105,7 +109,7 @@ def tagger(*, seed: int = 0) -> Tagger:
     bridge = boot_native(config, tokenizer=words, model_name="toy")
     planted = Tagger(bridge, LABELS, seed=seed)
     with torch.no_grad():
-        _plant(bridge.original_model, planted.head, words.get_vocab(), torch.Generator().manual_seed(seed))
+        _plant(bridge.original_model, planted.head, words.get_vocab(), torch.Generator().manual_seed(seed), mixed)
     planted.eval()
     return planted
 
@@ -115,7 +119,7 @@ def _pieces(name: str) -> tuple[str, ...]:
     return (name[:3], f"##{name[3:]}") if len(name) >= 6 else (name,)
 
 
-def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Generator) -> None:
+def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Generator, mixed: bool) -> None:
     """Write the planted weights into a freshly initialised native model and its head."""
 
     def normal(*shape: int) -> Tensor:
@@ -158,7 +162,10 @@ def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Genera
     ):
         for layer, index in neurons:
             mlp = model.layers[int(layer)].mlp
+            own = mlp.fc_in.weight[index] / mlp.fc_in.weight[index].norm()
             mlp.fc_in.weight[index] = gain * direction
+            if mixed and writes is None:
+                mlp.fc_in.weight[index] += 1.2 * gain * own
             mlp.fc_in.bias[index] = -gain
             mlp.fc_out.weight[:, index] = 0 if writes is None else 0.4 * writes
 

@@ -163,6 +163,19 @@ def test_migration_names_the_only_layer_where_it_can_come_back(
         assert members(heir, 4) == DECOYS  # a model that may change block 2 alone recruits what responds already
 
 
+def test_every_score_ranks_the_planted_neurons_first_where_decoys_answer_to_other_words_too():
+    here = toy_module.load(sentences=400, mixed=True)
+    text = encode(here.corpus, here.tagger.tokenizer, context=here.tagger.context)
+    found = score_many(here.tagger, text, PLACE, PLACE.classes(here.corpus), list(SCORES), site=SITE)
+    for name, saliency in found.items():
+        assert members(saliency, 4) == PLANTED, name
+        least = min(float(saliency.score[int(layer), i]) for layer, i in PLANTED)
+        assert least > max(float(saliency.score[int(layer), i]) for layer, i in DECOYS), name
+    for form in ("conductance", "layer"):
+        owed = attribute(here.tagger, text, PLACE, site=SITE, form=form, steps=6, sentences=16).saliency()
+        assert members(owed, 4) == PLANTED
+
+
 # --- nothing to be found
 
 
