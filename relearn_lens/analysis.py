@@ -12,9 +12,8 @@ import numpy as np
 from scipy import stats as st
 
 from relearn_lens.evaluation import Label
-from relearn_lens.intervals import Estimate, bonferroni, estimate
+from relearn_lens.intervals import FEWEST_SEEDS, Estimate, bonferroni, estimate
 from relearn_lens.migration import (
-    FEWEST_SEEDS,
     Selection,
     Shift,
     is_mass,

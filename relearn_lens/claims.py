@@ -29,15 +29,13 @@ from scipy import stats as st
 
 from relearn_lens import meaning, migration, priming, recovery
 from relearn_lens.evaluation import Label, SpanScores
-from relearn_lens.intervals import Estimate, Gap, beside_control, estimate, holm, over_seeds
+from relearn_lens.intervals import FEWEST_SEEDS, Estimate, Gap, beside_control, estimate, holm, over_seeds
 from relearn_lens.neurons import Neurons
 from relearn_lens.saliency import Saliency
 from relearn_lens.tracking import BASE, PRUNED, Trajectory
 
 Verdict = Literal["supported", "not supported", "reversed", "inconclusive"]
 Arms = Mapping[str, Sequence[Trajectory]]
-SEEDS = 3
-"""Fewest training seeds for a verdict on what training did."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ class _Measured:
             id, says, gap.effect, measures, bar, "inconclusive", "", float(np.mean(ours)), float(np.mean(theirs)),
             "random arm, same neurons", p_flips=gap.p_flips,
         )  # fmt: skip
-        if len(ours) < SEEDS:
+        if len(ours) < FEWEST_SEEDS:
             few = f"{len(ours)} training seed{'s' if len(ours) > 1 else ''}"
             return replace(
                 row,
@@ -390,7 +388,7 @@ def _earlier_as_published(run: _Measured) -> Claim:
     if control is not None:
         row = replace(row, control_is="unpruned arm; it is not in the effect")
     effect = over_seeds(ours, level=run.level)
-    if len(ours) < SEEDS:
+    if len(ours) < FEWEST_SEEDS:
         return replace(row, effect=effect, why=f"{_said(what)}; {len(ours)} training seed(s).")
     return replace(row, effect=effect, verdict=verdict_of(effect, bar))
 

@@ -26,6 +26,8 @@ from torch import Tensor
 from relearn_lens.evaluation import Label, SpanScores
 
 Numbers = Sequence[float | int] | np.ndarray
+FEWEST_SEEDS = 3
+"""Fewest training seeds that say anything of what training did: below, a difference between arms has no interval."""
 ONE_SEED = "one training seed: no interval over training"
 JACKKNIFED = 1000
 """Most neurons for which BCa is taken: its jackknife recomputes the statistic once per neuron. With more, skewness
@@ -252,14 +254,14 @@ class Gap(NamedTuple):
     p_flips: float | None
 
 
-def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, fewest: int = 3) -> Gap:
+def beside_control(ours: Numbers, control: Sequence[Numbers], level: float) -> Gap:
     """Ours minus the control's values, both by seed: the wider of two intervals, and the larger of their p-values.
 
     Seeds share the text, and often the neurons: what one control value does by luck it does in every seed, so
     Student's t over seeds alone takes luck for an effect (`python -m tests.benchmarks false-alarms`).
 
-    Over seeds (from `fewest` on), and where one more value of the control would lie beside its others: those of its own
-    seed if there are several, else those of the other seeds.
+    Over seeds (from `FEWEST_SEEDS` on), and where one more value of the control would lie beside its others: those of
+    its own seed if there are several, else those of the other seeds.
     """
     means = [float(np.mean(values)) for values in control]
     gap, n = float(np.mean(ours) - np.mean(means)), sum(map(len, control))
@@ -270,7 +272,7 @@ def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, f
     found = []
     if df:
         found.append((math.sqrt(float(off @ off) / df * (1 + 1 / n)), df, f"{n} values of the control"))
-    if len(ours) >= fewest:
+    if len(ours) >= FEWEST_SEEDS:
         found.append((float(st.sem(np.subtract(ours, means))), len(ours) - 1, f"{len(ours)} seeds"))
     p_flips = paired(ours, means, level=level).p
     if not found:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from scipy import stats as st
 from torch import Tensor
 
-from relearn_lens.intervals import ONE_SEED, Estimate, beside_control, bonferroni, over_seeds
+from relearn_lens.intervals import FEWEST_SEEDS, ONE_SEED, Estimate, beside_control, bonferroni, over_seeds
 from relearn_lens.neurons import Neurons
 from relearn_lens.priming import count_of, turnover
 from relearn_lens.recovery import name_of
@@ -32,9 +32,6 @@ from relearn_lens.tracking import BASE, Snapshot, Trajectory
 
 Selection = Literal["all", "matched", "published"]
 """Which neurons are compared: all on both sides, the same survivors on both, or all at base and survivors later."""
-
-FEWEST_SEEDS = 3
-"""Below this no interval is given on a move."""
 
 
 def is_mass(saliency: Saliency, among: Neurons | None = None) -> bool:
@@ -335,7 +332,7 @@ def _compared(ours: Sequence[float], theirs: Sequence[float] | None, level: floa
     control = None if theirs is None else told(over_seeds(theirs, level=level))
     gap = None
     if theirs is not None:
-        found = beside_control(ours, [[value] for value in theirs], level, fewest=FEWEST_SEEDS)
+        found = beside_control(ours, [[value] for value in theirs], level)
         over = f"{len(ours)} seeds and the spread of the control"
         gap = told(replace(found.effect, p=found.p_flips, over=over, n=len(ours)))
     return Compared(told(over_seeds(ours, level=level)), control, gap)
