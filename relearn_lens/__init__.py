@@ -18,16 +18,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relearn_lens import analysis, claims, migration, plots, priming, recovery, report, sources, toy
+    from relearn_lens import (
+        analysis,
+        captions,
+        claims,
+        explore,
+        migration,
+        plots,
+        priming,
+        recovery,
+        reference,
+        report,
+        sources,
+        toy,
+    )
     from relearn_lens.ablation import ablated, held, prune_
     from relearn_lens.attribution import Attribution, attribute, attribution_plan
+    from relearn_lens.checkpoints import export
     from relearn_lens.concept import Concept
     from relearn_lens.corpus import Corpus, build_corpus
     from relearn_lens.encoding import encode
-    from relearn_lens.evaluation import evaluate
+    from relearn_lens.evaluation import SpanScores, TokenLoss, evaluate
     from relearn_lens.experiment import Run
+    from relearn_lens.lora import adapted
+    from relearn_lens.lora import adapted
     from relearn_lens.meaning import concept_similarity, concept_words, polysemy
-    from relearn_lens.models import Tagger, load_bridge, load_tagger
+    from relearn_lens.models import LanguageModel, Tagger, computing, load_bridge, load_language_model, load_tagger
     from relearn_lens.neurons import Neuron, Neurons, Site, random_neurons, site_of
     from relearn_lens.readers import read_bsb_names, read_conll, read_hf, read_splits
     from relearn_lens.retraining import Checkpoint, finetune_, retrain_
@@ -43,13 +59,16 @@ if TYPE_CHECKING:
 _HOME = {
     "ablation": ("ablated", "held", "prune_"),
     "attribution": ("Attribution", "attribute", "attribution_plan"),
+    "checkpoints": ("export",),
     "concept": ("Concept",),
     "corpus": ("Corpus", "build_corpus"),
     "encoding": ("encode",),
-    "evaluation": ("evaluate",),
+    "evaluation": ("SpanScores", "TokenLoss", "evaluate"),
     "experiment": ("Run",),
+    "lora": ("adapted",),
+    "lora": ("adapted",),
     "meaning": ("concept_similarity", "concept_words", "polysemy"),
-    "models": ("Tagger", "load_bridge", "load_tagger"),
+    "models": ("LanguageModel", "Tagger", "computing", "load_bridge", "load_language_model", "load_tagger"),
     "neurons": ("Neuron", "Neurons", "Site", "random_neurons", "site_of"),
     "readers": ("read_bsb_names", "read_conll", "read_hf", "read_splits"),
     "retraining": ("Checkpoint", "finetune_", "retrain_"),
@@ -62,7 +81,10 @@ _HOME = {
     "tracking": ("Snapshot", "Trajectory", "measure", "track"),
     "vectors": ("input_embeddings", "vectors_from_file"),
 }
-_MODULES = ("analysis", "claims", "migration", "plots", "priming", "recovery", "report", "sources", "toy")
+_MODULES = (
+    "analysis", "captions", "claims", "explore", "migration", "plots", "priming", "recovery", "reference", "report",
+    "sources", "toy",
+)  # fmt: skip
 _OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [*_OF, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -102,12 +102,49 @@ def show(
         _print_run(store.load_run(run))
 
 
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Print a finished run beside the numbers of the paper's release, with differences."""
+    from relearn_lens import reference, store
+
+    found = reference.compare(store.load_run(run))
+    if json:
+        from json import dumps
+
+        print(dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        return
+    print(found)
+    print()
+    for title, header, rows in reference.comparison_tables(found):
+        _table(title, header, rows)
+
+
 @app.command(name="report")
-def report_(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Write report.html of a finished run again."""
+def report_(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="One run folder, or several.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes.")] = None,
+) -> None:
+    """Write report.html of a finished run again; of several runs, a page that compares them."""
     from relearn_lens import report, store
 
-    print(report.write_report(store.load_run(run), run / "report.html"))
+    loaded = [store.load_run(run) for run in runs]
+    if len(loaded) == 1:
+        print(report.write_report(loaded[0], out or runs[0] / "report.html"))
+    else:
+        print(report.write_comparison(loaded, out or Path("comparison.html")))
+
+
+@app.command()
+def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Hash the files of a finished run, and its inputs where they are here, again; exit 1 if any is not what it was."""
+    from relearn_lens import integrity
+
+    found = integrity.verify(run)
+    print("\n".join(integrity.report_of(run, found, integrity.checked(run))))
+    raise typer.Exit(any(finding.is_wrong for finding in found))
 
 
 @app.command()
@@ -157,12 +194,18 @@ def sites() -> None:
     """List what a neuron can be, and in which model families."""
     from relearn_lens.neurons import FAMILIES, SITES
 
-    def families(site: str, prunable: bool) -> str:
-        plans = {family: sites[site] for family, sites in FAMILIES.items() if site in sites}
-        return ", ".join(family for family, plan in plans.items() if bool(plan.writes) == prunable)
-
-    rows = [[name, says, families(name, True), families(name, False)] for name, says in SITES.items()]
-    _table("sites", ["name", "what a neuron is", "prune_, held and hooks", "hooks only (ablated)"], rows)
+    forms = {"writes": "out", "reads": "both", "gains": "gain", "writers": "writes"}
+    rows = []
+    for site, says in SITES.items():
+        by_forms: dict[str, list[str]] = {}
+        for family, sites in FAMILIES.items():
+            if site in sites:
+                has = [sever for weights, sever in forms.items() if getattr(sites[site], weights)]
+                by_forms.setdefault(", ".join(has) or "none", []).append(family)
+        rows += [[site, says, has, ", ".join(families)] for has, families in by_forms.items()]
+    _table(
+        "sites", ["name", "what a neuron is", "prune.sever (weights)", "families; all can be ablated by hooks"], rows
+    )
 
 
 @app.command()
@@ -175,14 +218,14 @@ def scores() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has: versions, devices, cache, and what is missing."""
+    """Say what this machine has and lacks, and which presets it can run."""
     import platform
     import shutil
     from importlib import metadata
 
     import torch
 
-    from relearn_lens import sources
+    from relearn_lens import estimates, sources
     from relearn_lens.store import PACKAGES
 
     rows = [["python", platform.python_version(), platform.platform()]]
@@ -215,13 +258,14 @@ def doctor() -> None:
             ]
         )
     _table("doctor", ["what", "found", "note"], rows)
+    _table("presets on this machine", estimates.HEADER, estimates.doctor_rows())
 
 
 def main() -> None:
     """The entry point: our own errors become one message and exit code 1, without a traceback."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("RELEARN_LENS_TRACEBACK"):
             raise
         text = re.sub(r"^\[Errno \d+\] ", "", str(error))
@@ -288,26 +332,28 @@ def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Ev
                     say(f"note: {note}")
             case events.Base():
                 shares = " ".join(f"{s:.2f}" for s in event.chosen.share_by_layer())
-                say(f"seed {event.seed}, base: {_scores(event.snapshot.f1)}")
+                scores = event.snapshot.scores
+                say(f"seed {event.seed}, base: {scores.metric} {_scores(event.snapshot.shown)}")
                 say(f"{len(event.chosen):,} of {event.chosen.site.n_neurons:,} neurons chosen; share by layer {shares}")
             case events.Damage() if event.random:
-                draws = " ".join(f"{scores.value(experiment.labels):.3f}" for scores in event.random)
-                say(f"ablated: F1 {event.concept.value(experiment.labels):.3f}; random sets {draws}")
+                draws = " ".join(f"{scores.shown(experiment.labels):.3f}" for scores in event.random)
+                cut = event.concept
+                say(f"ablated: {cut.metric} {cut.shown(experiment.labels):.3f}; random sets {draws}")
             case events.Measured(stage=stage) if stage != "base":
-                say(f"{event.arm:>9} {stage:>6}: {_scores(event.snapshot.f1)}")
+                say(f"{event.arm:>9} {stage:>6}: {_scores(event.snapshot.shown)}")
 
     return tell
 
 
-def _scores(f1: dict[str, float]) -> str:
-    return "  ".join(f"{label} {value:.3f}" for label, value in f1.items())
+def _scores(shown: dict[str, float]) -> str:
+    return "  ".join(f"{label} {value:.3f}" for label, value in shown.items())
 
 
 def _print_run(result: Run) -> None:
     """The tables of a run and what happened."""
     from relearn_lens import tables
 
-    _table("F1, strict spans", *tables.f1_rows(result))
+    _table(tables.score_title(result), *tables.score_rows(result))
     _table("by layer: pruned share; mean rank saliency (1 highest)", *tables.layer_rows(result))
     print(tables.draws_row(result))
     summary = tables.summary(result)
@@ -327,7 +373,7 @@ def _print_findings(result: Run) -> None:
 
     print()
     for title, (header, rows) in (
-        ("how fast F1 came back", findings.speed_rows(result)),
+        ("how fast it came back", findings.speed_rows(result)),
         ("attribution: share by layer", findings.attribution_rows(result)),
         ("scores at base", findings.agreement_rows(result)),
         ("activations, base against the last stage", findings.similarity_rows(result)),

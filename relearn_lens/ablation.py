@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,20 +16,18 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.models import Tagger
-from relearn_lens.neurons import Neurons, Site, Slice, parameter, site_of, streaming
-
-Sever = Literal["out", "both"]
+from relearn_lens.models import Model, wearing
+from relearn_lens.neurons import Neurons, Sever, Site, parameter, site_of, streaming
 
 
 @contextlib.contextmanager
 def ablated(
-    model: Tagger | TransformerBridge, neurons: Neurons, *, value: float | Float[Tensor, "layer neuron"] = 0.0
+    model: Model | TransformerBridge, neurons: Neurons, *, value: float | Float[Tensor, "layer neuron"] = 0.0
 ) -> Iterator[None]:
     """For a while, hold the neurons' activations at a value, on every token.
 
-    `value` is in activation units: 0, or one value for each neuron (its mean over a corpus, say). The weights are not
-    touched, and the hooks are gone when the block ends.
+    `value` is in activation units: 0, or one value for each neuron (its mean over a corpus, say). A head is a vector,
+    and each of its units is held at the value. The weights are not touched, and the hooks are gone when the block ends.
 
     Raises:
         ValueError: a tensor of values of another shape.
@@ -39,51 +37,61 @@ def ablated(
     if values.ndim and values.shape != neurons.mask.shape:
         raise ValueError(f"value must be a number or of shape {tuple(neurons.mask.shape)}, got {tuple(values.shape)}")
     device = next(_bridge(model).original_model.parameters()).device
-    masks = neurons.mask.to(device)
-    values = values.expand(neurons.mask.shape).to(device)
+    size = neurons.site.size
+    masks = neurons.mask.to(device).repeat_interleave(size, 1)
+    values = values.expand(neurons.mask.shape).to(device).repeat_interleave(size, 1)
 
     def replace(layer: int, activations: Tensor) -> Tensor:
         return torch.where(masks[layer], values[layer].to(activations.dtype), activations)
 
-    with streaming(_bridge(model), neurons.site, replace):
+    with streaming(_bridge(model), neurons.site, replace, units=True):
         yield
 
 
-def prune_(model: Tagger | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> None:
-    """Set the weights of the neurons to zero, once. Training is free to grow them back.
+def prune_(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> None:
+    """Set the weights of the neurons to what has no effect, once. Training is free to grow them back.
 
-    The model then computes what it computes with the neurons ablated to 0. `mlp_post`: the neuron's row of the MLP's
-    output matrix, and with `sever="both"` its input weights and bias too (then it is dead: no gradient reaches it).
-    `resid` of a model that normalises after adding (BERT): gain and bias of the LayerNorm that writes the coordinate.
-    Source: Lo et al. 2024, section 3; they keep the bias.
+    `sever="out"`: the weights that carry a neuron on. The model then computes what it computes with the neurons ablated
+    to 0. `mlp_post`: the neuron's row of the MLP's output matrix; `attn_head`: the head's rows of the attention's
+    output matrix; `resid` of a model that normalises after adding (BERT): gain and bias of the LayerNorm that writes
+    the coordinate. A model that normalises before (GPT-2, Llama) has no such weights for `resid`.
+
+    `sever="both"`: its input weights too (of a head: queries, keys and values, where it has its own). Then it is dead:
+    no gradient reaches it. `resid` has no input weights: as `"out"`.
+
+    `sever="gain"`: what the released code of Lo et al. does, `resid` only. After-norm: the gain of the output
+    LayerNorm, while its bias stays, so the coordinate is not 0 but a constant. Pre-norm: the gain of the LayerNorm
+    before that block's MLP (`ln_2`), which hides the coordinate from that one MLP: attention and all other blocks still
+    read it, so this is *not* what ablating the neurons computes. There is none for the embedding's output.
+
+    `sever="writes"`: `resid` of a pre-norm model. The block itself no longer writes the coordinate (rows of the output
+    matrices of attention and MLP); what earlier blocks wrote stays. Of the embedding's output: the coordinate of the
+    token and position embeddings, which a tied vocabulary head reads too.
+
+    Source: Lo et al. 2024, section 3, and METHODS section 4.
 
     Raises:
-        ValueError: the site has no weights in this model family, or `sever` is not known.
+        ValueError: the model family has no such weights for one of the neurons, or they have a low-rank adapter now, or
+            `sever` is not known.
     """
-    if sever not in ("out", "both"):
-        raise ValueError(f"unknown sever {sever!r}; known: out, both")
     with torch.no_grad():
-        for weight, mask, axis in _slices(model, neurons, sever):
-            weight.masked_fill_(_along(mask, axis, weight), 0.0)
+        for weight, mask, nothing in _slices(model, neurons, sever):
+            weight.masked_fill_(mask, nothing)
 
 
 @contextlib.contextmanager
-def held(model: Tagger | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> Iterator[None]:
+def held(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> Iterator[None]:
     """For a while, keep the neurons' weights at exactly the value they have now, whatever trains the model.
 
     Their gradient is masked, and after every step of any torch optimiser their value is put back (weight decay and
     momentum move a weight without a gradient too). To ask whether a concept can come back elsewhere:
-    `prune_(tagger, chosen)`, then retrain inside `with held(tagger, chosen)`.
+    `prune_(tagger, chosen)`, then retrain inside `with held(tagger, chosen)`. `sever` is that of `prune_`.
 
     Raises:
-        ValueError: the site has no weights in this model family, or `sever` is not known.
+        ValueError: the model family has no such weights for one of the neurons, or they have a low-rank adapter now, or
+            `sever` is not known.
     """
-    if sever not in ("out", "both"):
-        raise ValueError(f"unknown sever {sever!r}; known: out, both")
-    kept = [
-        (weight, _along(mask, axis, weight), weight.detach().clone())
-        for weight, mask, axis in _slices(model, neurons, sever)
-    ]
+    kept = [(weight, mask, weight.detach().clone()) for weight, mask, _ in _slices(model, neurons, sever)]
 
     def put_back(*_: Any) -> None:
         with torch.no_grad():
@@ -103,12 +111,12 @@ def held(model: Tagger | TransformerBridge, neurons: Neurons, *, sever: Sever = 
             handle.remove()
 
 
-def _bridge(model: Tagger | TransformerBridge) -> TransformerBridge:
-    return model.bridge if isinstance(model, Tagger) else model
+def _bridge(model: Model | TransformerBridge) -> TransformerBridge:
+    return model.bridge if isinstance(model, Model) else model
 
 
-def _same_site(model: Tagger | TransformerBridge, neurons: Neurons) -> Site:
-    """The neurons' site, if it is one of this model."""
+def _same_site(model: Model | TransformerBridge, neurons: Neurons) -> Site:
+    """The neurons' site, if it is one of this model; as the model has it."""
     mine, theirs = site_of(_bridge(model), neurons.site.name), neurons.site
     if mine != theirs:
         raise ValueError(
@@ -116,45 +124,63 @@ def _same_site(model: Tagger | TransformerBridge, neurons: Neurons) -> Site:
             f"{theirs.width} ({theirs.hooks[0]}, ...), this model's {len(mine.layers)} of {mine.width} "
             f"({mine.hooks[0]}, ...)"
         )
-    return theirs
+    return mine
 
 
-def _along(mask: Tensor, axis: int, weight: Tensor) -> Tensor:
-    """A neuron mask in the shape in which it broadcasts over a weight."""
-    shape = [1] * weight.ndim
-    shape[axis] = len(mask)
-    return mask.to(weight.device).view(shape).expand_as(weight)
-
-
-def check_prunable(model: Tagger | TransformerBridge, site: Site) -> None:
-    """Refuse a site that has no weights to prune in this model.
+def check_prunable(model: Model | TransformerBridge, neurons: Site | Neurons, sever: Sever | str = "out") -> None:
+    """Refuse neurons whose weights this model does not have: a set, or all layers of a site.
 
     Raises:
-        ValueError: a layer of the site has no such weights.
+        ValueError: a layer has no weights for `sever`, or `sever` is not known.
     """
-    for layer, parts in zip(site.layers, site.writes, strict=True):
-        if not parts:
-            raise ValueError(
-                f"site {site.name!r} of a {_bridge(model).cfg.architecture} model has no weights to prune (layer "
-                f"{layer!r} is a sum over blocks): use `with ablated(...)`, or site 'mlp_post'"
-            )
+    if sever not in get_args(Sever):
+        raise ValueError(f"unknown sever {sever!r}; known: {', '.join(get_args(Sever))}")
+    site = neurons.site if isinstance(neurons, Neurons) else neurons
+    asked = neurons.mask.any(1).tolist() if isinstance(neurons, Neurons) else [True] * len(site.layers)
+    sever = cast(Sever, sever)
+    site = site_of(_bridge(model), site.name)
+    lacking = [
+        layer for layer, parts, of in zip(site.layers, site.parts(sever), asked, strict=True) if of and not parts
+    ]
+    if not lacking:
+        return
+    others = {
+        other: [layer for layer, parts in zip(site.layers, site.parts(other), strict=True) if parts]
+        for other in get_args(Sever)
+        if other != sever
+    }
+    has = "; ".join(f"sever={other!r} (layers {', '.join(layers)})" for other, layers in others.items() if layers)
+    why = {
+        "resid": "is a sum over blocks" if sever in ("out", "both") else "has none of that kind",
+        "attn_head": "shares input weights between heads" if sever == "both" else "has none of that kind",
+    }
+    raise ValueError(
+        f"site {site.name!r} of a {_bridge(model).cfg.architecture} model has no weights to prune with sever={sever!r} "
+        f"(layer {lacking[0]!r} {why.get(site.name, 'has none of that kind')}): use `with ablated(...)`, or "
+        + (f"{has}, or " if has else "")
+        + f"site {'mlp_post' if site.name != 'mlp_post' else 'resid'!r}"
+    )
 
 
 def _slices(
-    model: Tagger | TransformerBridge, neurons: Neurons, sever: Sever
-) -> list[tuple[torch.nn.Parameter, Tensor, int]]:
-    """The parameters that hold the neurons, with the mask of each and its neuron axis."""
+    model: Model | TransformerBridge, neurons: Neurons, sever: Sever | str
+) -> list[tuple[torch.nn.Parameter, Tensor, float]]:
+    """The parameters that hold the neurons, with where in each they are and the value that has no effect."""
     bridge, site = _bridge(model), _same_site(model, neurons)
-    check_prunable(model, site)
+    check_prunable(model, neurons, sever)
+    sever = cast(Sever, sever)
     found = []
-    for layer, mask in enumerate(neurons.mask):
+    for parts, mask in zip(site.parts(sever), neurons.mask.repeat_interleave(site.size, 1), strict=True):
         if not mask.any():
             continue
-        parts: list[Slice] = list(site.writes[layer])
-        if sever == "both":
-            parts += site.reads[layer]
         for part in parts:
             weight = parameter(bridge, part)
-            if weight is not None:
-                found.append((weight, mask, part.axis))
+            if wearing(bridge, weight):
+                raise ValueError(
+                    f"{part.component} has a low-rank adapter now, beside which its own weights cannot be set or held; "
+                    "prune before the block of `adapted`, or use `with ablated(...)`"
+                )
+            shape = [1] * weight.ndim
+            shape[part.axis] = len(mask)
+            found.append((weight, mask.to(weight.device).view(shape).expand_as(weight), part.nothing))
     return found

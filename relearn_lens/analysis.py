@@ -54,8 +54,11 @@ def what_happened(arms: Mapping[str, Sequence[Trajectory]], label: Label, **inte
     concept = arms["concept"]
     last = retraining_stages(concept[0])[-1]
     back = recovery(concept, label, last, **interval)
-    before, cut, now = (_f1(concept, stage, label) for stage in (BASE, PRUNED, last))
-    first = f"Pruning the neurons of {name_of(concept[0])!r} took its F1 from {before} to {cut}"
+    before, cut, now = (_shown(concept, stage, label) for stage in (BASE, PRUNED, last))
+    metric = concept[0][BASE].scores.metric
+    first = f"Pruning the neurons of {name_of(concept[0])!r} took its {metric} from {before} to {cut}"
+    if metric != "F1":
+        first += f" {concept[0][BASE].scores.unit}"
     if back.share is None:
         first += f" (change {back.damage}), which is within noise, so there is nothing to recover from"
     else:
@@ -72,9 +75,9 @@ def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last
     if "random" not in arms:
         return "; there is no random arm, so whether this is about the concept's neurons cannot be said"
     concept, random = arms["concept"], arms["random"]
-    cut, now = _f1(random, PRUNED, label), _f1(random, last, label)
+    cut, now = _shown(random, PRUNED, label), _shown(random, last, label)
     result = f"; pruning as many random neurons in every layer took it to {cut}, and retraining to {now}"
-    if cut < _f1(random, BASE, label):
+    if _shown(random, BASE, label) != cut and _value(random, PRUNED, label) < _value(random, BASE, label):
         result += f" ({_half(random, label)})"
     stages = (PRUNED, *retraining_stages(concept[0]))
     # Several comparisons: each interval is widened so that together they keep the level (Bonferroni).
@@ -86,7 +89,8 @@ def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last
         columns = [[arm[stage].scores for arm in side] for side in (concept, random)]
         gap = estimate(np.subtract, label, *columns, **widened)
         if gap.excludes(0):
-            apart.append(f"{abs(gap.value):.2f} {'below' if gap.value < 0 else 'above'} it {when}")
+            scores = concept[0][BASE].scores
+            apart.append(f"{abs(gap.value):.2f} {scores.worse if gap.value < 0 else scores.better} it {when}")
         else:
             alike.append(when)
     verdicts = [f"{verb} {_listed(said)}" for verb, said in (("is", apart), ("does not differ from it", alike)) if said]
@@ -153,8 +157,12 @@ def _half(arms: Sequence[Trajectory], label: Label) -> str:
     return f"half of it by epoch {half}" if half else "less than half of it at any stage"
 
 
-def _f1(arms: Sequence[Trajectory], stage: str, label: Label) -> str:
-    return f"{np.mean([arm[stage].scores.value(label) for arm in arms]):.2f}"
+def _shown(arms: Sequence[Trajectory], stage: str, label: Label) -> str:
+    return f"{np.mean([arm[stage].scores.shown(label) for arm in arms]):.2f}"
+
+
+def _value(arms: Sequence[Trajectory], stage: str, label: Label) -> float:
+    return float(np.mean([arm[stage].scores.value(label) for arm in arms]))
 
 
 def _percent(share: Estimate) -> str:

@@ -6,10 +6,12 @@ JSON. Nothing but the types listed here is ever made from a file.
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from relearn_lens.attribution import Attribution
 from relearn_lens.concept import Concept
-from relearn_lens.evaluation import SpanScores
+from relearn_lens.evaluation import SpanScores, TokenLoss
 from relearn_lens.experiment import Damage
 from relearn_lens.neurons import Neurons, Site, Slice
 from relearn_lens.probes import AtK, Quality
@@ -32,7 +34,7 @@ TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         ActivationSimilarity, AtK, Attribution, Checkpoint, ClassStats, Concept, Damage, Neurons, Quality, Saliency,
-        Site, Slice, Snapshot, SpanScores, TopWords, Trajectory,
+        Site, Slice, Snapshot, SpanScores, TokenLoss, TopWords, Trajectory,
     )
 }  # fmt: skip
 """The types that a file may hold."""
@@ -49,16 +51,19 @@ def pack(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return packer.tensors, {"body": body, "sites": packer.site_bodies}
 
 
-def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Any:
-    """The result that `pack` took apart.
+def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], kind: type = object) -> Any:
+    """The result that `pack` took apart; every field is checked against its type and its site.
 
     Raises:
-        ValueError: a type, a field or a tensor that is not there.
+        ValueError: a type, a field or a tensor that is not there or not what it should be; another result than `kind`.
     """
     try:
         sites = [_make(body, tensors, []) for body in meta["sites"]]
-        return _make(meta["body"], tensors, sites)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        value = _make(meta["body"], tensors, sites)
+        if not isinstance(value, kind):
+            raise TypeError(f"a {type(value).__name__} where a {kind.__name__} should be")
+        return value
+    except Exception as error:  # whatever a constructor says of values that it was never meant to get
         raise ValueError(f"it does not hold what this version writes ({type(error).__name__}: {error})") from error
 
 
@@ -130,5 +135,55 @@ def _make(body: Any, tensors: Mapping[str, Tensor], sites: list[Any]) -> Any:
         return tuple(_make(v, tensors, sites) for v in body["list"])
     kind = TYPES[body["type"]]
     if "items" in body:
-        return kind(*(_make(v, tensors, sites) for v in body["items"]))
-    return kind(**{name: _make(v, tensors, sites) for name, v in body["fields"].items()})
+        made = kind(*(_make(v, tensors, sites) for v in body["items"]))
+    else:
+        made = kind(**{name: _make(v, tensors, sites) for name, v in body["fields"].items()})
+    _check_fields(made)
+    return made
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _check_fields(value: Any) -> None:
+    """Refuse fields of another type, and axes of another length than the site and the classes have.
+
+    The type checks of the classes themselves look at one item of a list; what comes from a file is looked at whole.
+    """
+    site = value if isinstance(value, Site) else getattr(value, "site", None)
+    lengths = {"layer": len(site.layers), "neuron": site.width} if isinstance(site, Site) else {}
+    if isinstance(value, ClassStats):
+        lengths["class"] = len(value.class_names)
+    if isinstance(value, TopWords) and not ((value.words >= -1) & (value.words < len(value.vocab))).all():
+        raise ValueError("words of a TopWords that are not in its vocab")
+    for name, hint in _hints(type(value)).items():
+        if get_origin(hint) is ClassVar:
+            continue
+        found = getattr(value, name)
+        if not _fits(found, hint):
+            raise TypeError(f"{name} of a {type(value).__name__} is a {type(found).__name__} that does not fit {hint}")
+        axes = getattr(hint, "dim_str", "").split()
+        if wrong := [a for a, n in zip(axes, getattr(found, "shape", ()), strict=False) if lengths.get(a, n) != n]:
+            raise TypeError(f"{name} of a {type(value).__name__} has another number of {wrong[0]}s than its site")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value, with all that it holds, is of a type."""
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return any(_fits(value, one) for one in get_args(hint))
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in args
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if hint is tuple:  # as `corpus.Strings` is at run time
+        origin, args = tuple, (str, ...)
+    if not isinstance(value, origin if isinstance(origin, type) else hint):
+        return False
+    if isinstance(value, Mapping):
+        return all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if args and isinstance(value, tuple | list):
+        return all(_fits(item, args[0]) for item in value)
+    return True

@@ -2,7 +2,7 @@
 
 1. Each word's token embeddings go on a straight line from a reference to their own: x(a) = x0 + a (x - x0).
 2. At each node of a quadrature one forward pass keeps the activations X of all layers in one graph, and one backward
-   pass gives df/dX of all of them, where f is what the tagger says for the concept, summed over the concept's words.
+   pass gives df/dX of all of them, where f is what the model says for the concept, summed over the concept's words.
 3. The conductance of a neuron is the integral of df/dX dX/da over the path. Every quadrature is a pair (nodes, W), and
    the integral is the sum over i, j of W[i, j] df/dX(node i) X(node j), summed over positions and sentences.
 4. In a layer that everything goes through, the sum over its neurons is f(x) - f(x0): what is missing is reported.
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import OUTSIDE, Corpus
-from relearn_lens.encoding import Encoded, encode
-from relearn_lens.models import Tagger, reading
+from relearn_lens.encoding import Encoded
+from relearn_lens.models import LanguageModel, Model, Tagger, encoded_for, hidden, reading
 from relearn_lens.neurons import Neuron, Site, site_of, streaming, token_site, token_vectors
 from relearn_lens.saliency import Saliency
 
@@ -42,7 +42,11 @@ MEMORY = 512 * 2**20
 
 @dataclass(frozen=True)
 class Target:
-    """What the output says for a concept, one number per word."""
+    """What the output says for a concept, one number per word.
+
+    For a language model there are two "tags": the word's own first token, which is the concept, and all other tokens
+    together (their logsumexp).
+    """
 
     name: str
     unit: str
@@ -67,7 +71,8 @@ TARGETS: dict[str, Target] = {
         Target(
             "margin",
             "logit",
-            "the concept's logit minus the highest logit of another tag: above 0 the tagger says the concept",
+            "the concept's logit minus the highest logit of another tag: above 0 the tagger says the concept; for a "
+            "language model the log-odds of the word's token",
             lambda logits, is_concept: _concept(logits, is_concept) - logits[:, ~is_concept].amax(1),
         ),
     )
@@ -211,12 +216,12 @@ class Plan:
 
 
 def attribute(
-    tagger: Tagger,
+    model: Model,
     text: Corpus | Encoded,
     concept: Concept,
     *,
     site: str | Site = "resid",
-    target: str | Target | Callable = "margin",
+    target: str | Target | Callable = "auto",
     reference: Reference = "auto",
     quadrature: str | Callable[[int], Rule] = "gauss-legendre",
     steps: int = 16,
@@ -227,15 +232,16 @@ def attribute(
     tick: Callable[[int], object] | None = None,
     on_plan: Callable[[Plan], object] | None = None,
 ) -> Attribution:
-    """Attribute what the tagger says for a concept, on the words that carry it, to every neuron of a site.
+    """Attribute what the model says for a concept, on the words that carry it, to every neuron of a site.
 
-    A word's logits are those of its first sub-word. Only sentences with a word of the concept are run; `sentences`
-    takes a sample of so many of them, drawn by `seed`.
+    A word's logits are those of its first sub-word: a tagger's there, a language model's on the token before. Only
+    sentences with a word of the concept are run; `sentences` takes a sample of so many of them, drawn by `seed`.
 
     `target` is a name in `TARGETS`, a `Target`, or a function `(logits["word tag"], is_concept["tag"]) -> ["word"]`.
-    By default the margin: it is what the tagger decides by, it does not saturate as the log-probability does, and it
-    does not move when all logits do, as the concept's own logit would. Its price is a kink where another tag becomes
-    the best other one, so the smooth targets gain more accuracy from more steps.
+    `"auto"` is a language model's log-probability of the word, and a tagger's margin: it is what the tagger decides by,
+    it does not saturate as the log-probability does, and it does not move when all logits do, as the concept's own
+    logit would. Its price is a kink where another tag becomes the best other one, so the smooth targets gain more
+    accuracy from more steps.
 
     `reference` is what stands in place of each word at the start of the path: the embedding of the tokenizer's mask,
     padding or end token (separator, or end of text), or the `"mean"` of all embeddings. `"auto"` is the first of mask,
@@ -253,7 +259,7 @@ def attribute(
             argument out of range; all before any forward pass. Attributions that are not finite, after it.
     """
     run = _Run(
-        tagger, text, concept, site=site, target=target, reference=reference, quadrature=quadrature, steps=steps,
+        model, text, concept, site=site, target=target, reference=reference, quadrature=quadrature, steps=steps,
         form=form, max_memory=max_memory, sentences=sentences, seed=seed,
     )  # fmt: skip
     with run.hooked():
@@ -262,7 +268,9 @@ def attribute(
             on_plan(plan)
         for pieces, at_once in chunks:
             run.add(pieces, at_once, tick or (lambda _: None))
-    score, change = run.total.cpu() / run.n_words, run.change / run.n_words
+    # A head's attribution is that of its units together.
+    score = run.total.cpu().unflatten(1, (run.site.width, run.site.size)).sum(2) / run.n_words
+    change = run.change / run.n_words
     for name, row in zip(run.site.layers, score, strict=True):
         if not row.isfinite().all():
             raise ValueError(
@@ -286,19 +294,19 @@ def attribute(
     )
 
 
-def attribution_plan(tagger: Tagger, text: Corpus | Encoded, concept: Concept, **settings: Any) -> Plan:
+def attribution_plan(model: Model, text: Corpus | Encoded, concept: Concept, **settings: Any) -> Plan:
     """What `attribute` with the same keywords will cost, from one forward pass over the longest sentence.
 
     Raises:
         ValueError: as `attribute` does.
     """
-    run = _Run(tagger, text, concept, **settings)
+    run = _Run(model, text, concept, **settings)
     with run.hooked():
         return run.plan()[0]
 
 
-def target_of(target: str | Target | Callable) -> Target:
-    """A target by name; a `Target` or a function is taken as it is.
+def target_of(target: str | Target | Callable, model: Model | None = None) -> Target:
+    """A target by name; a `Target` or a function is taken as it is, `"auto"` is by the kind of model.
 
     Raises:
         ValueError: the target is not known.
@@ -307,18 +315,23 @@ def target_of(target: str | Target | Callable) -> Target:
         return target
     if callable(target):
         return Target(getattr(target, "__name__", "target"), "", (target.__doc__ or "").strip(), target)
+    if target == "auto":
+        return TARGETS["logprob" if isinstance(model, LanguageModel) else "margin"]
     if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+        raise ValueError(f"unknown target {target!r}; known: auto, {', '.join(TARGETS)}")
     return TARGETS[target]
 
 
 def _check_concept(
-    tagger: Tagger, corpus: Corpus, concept: Concept, target: str | Target | Callable
+    tagger: Model, corpus: Corpus, concept: Concept, target: str | Target | Callable
 ) -> tuple[Bool[Tensor, " tag"], Bool[np.ndarray, " word"]]:
-    """Which of the tagger's tags are the concept's, and which words of the corpus carry it."""
+    """Which of the model's tags are the concept's, and which words of the corpus carry it."""
+    if not isinstance(tagger, Tagger):
+        classes = concept.classes(corpus)
+        return torch.tensor([True, False]), classes.carries[classes.of_word]
     if concept.words and isinstance(target, str):
         raise ValueError(
-            f"concept {concept.name!r} is given by words, which have no tags, so there is no {target} of it: "
+            f"concept {concept.name!r} is given by words, which have no tags, so a tagger says nothing of it: "
             "attribution needs a concept by labels, or a target function"
         )
     classes = concept.classes(corpus)
@@ -364,7 +377,7 @@ def _pieces(
     return found[np.argsort(-encoded.lengths[found], kind="stable")]
 
 
-def _reference(tagger: Tagger, asked: str) -> tuple[str, Float[Tensor, " d_model"]]:
+def _reference(tagger: Model, asked: str) -> tuple[str, Float[Tensor, " d_model"]]:
     """The vector at the start of the path, float32, and its name."""
     tokenizer, bridge = tagger.tokenizer, tagger.bridge
     rows = int(bridge.cfg.d_vocab)
@@ -404,12 +417,12 @@ class _Run:
 
     def __init__(
         self,
-        tagger: Tagger,
+        tagger: Model,
         text: Corpus | Encoded,
         concept: Concept,
         *,
         site: str | Site = "resid",
-        target: str | Target | Callable = "margin",
+        target: str | Target | Callable = "auto",
         reference: str = "auto",
         quadrature: str | Callable[[int], Rule] = "gauss-legendre",
         steps: int = 16,
@@ -419,7 +432,7 @@ class _Run:
         seed: int = 0,
     ):
         self.tagger, self.form, self.max_memory = tagger, form, max_memory
-        self.site, self.target = site_of(tagger.bridge, site), target_of(target)
+        self.site, self.target = site_of(tagger.bridge, site), target_of(target, tagger)
         for what, asked, known in (
             ("form", form, get_args(Form)),
             ("reference", reference, get_args(Reference)),
@@ -434,7 +447,8 @@ class _Run:
         is_concept, self.carries = _check_concept(tagger, corpus, concept, target)
         _check_target(self.target, is_concept)
         self.reference, self.start = _reference(tagger, reference)
-        self.encoded = text if isinstance(text, Encoded) else encode(text, tagger.tokenizer, context=tagger.context)
+        self.encoded = encoded_for(tagger, text)
+        self.carries = self.carries & np.isin(np.arange(len(self.carries)), self.encoded.read_words)
         self.pieces = _pieces(self.encoded, self.carries, concept, sentences, seed)
 
         self.quadrature = quadrature if isinstance(quadrature, str) else getattr(quadrature, "__name__", "quadrature")
@@ -443,7 +457,8 @@ class _Run:
         self.is_concept = is_concept.to(device)
         self.nodes, self.weights = (t.to(device, torch.float32) for t in rule)
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self.total = torch.zeros(len(self.site.layers), self.site.width, dtype=wide, device=device)
+        units = self.site.width * self.site.size
+        self.total = torch.zeros(len(self.site.layers), units, dtype=wide, device=device)
         self.change, self.n_words = 0.0, 0
         self.seen: list[Tensor] = []
         self.put: tuple[int, Tensor] | None = None
@@ -461,7 +476,7 @@ class _Run:
             with (
                 reading(tagger),
                 streaming(bridge, token_site(bridge), self._tokens),
-                streaming(bridge, self.site, self._layer),
+                streaming(bridge, self.site, self._layer, units=True),
             ):
                 yield
         finally:
@@ -574,7 +589,7 @@ class _Run:
         """Take up some pieces: where their words, their tokens and the concept's words are."""
         batch, device = self.encoded.batch(pieces), self.nodes.device
         carries = torch.from_numpy(self.carries)[batch.words]
-        self.words = batch.subword[batch.offset[carries]].to(device)
+        self.words = batch.subword[batch.first[carries]].to(device)
         is_word = torch.zeros(batch.ids.numel(), dtype=torch.bool).index_fill_(0, batch.subword, True)
         self.is_word = is_word.view(*batch.ids.shape, 1).to(device)
         self.real = batch.mask.flatten().nonzero().flatten().to(device)
@@ -583,9 +598,22 @@ class _Run:
     def _said(self, nodes: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
         """f at some nodes of the path, in one forward pass; every layer's activations are in `seen`."""
         n, self.at, self.seen = len(nodes), nodes, []
-        logits = self.tagger(self.ids.repeat(n, 1), self.mask.repeat(n, 1)).float()
-        words = logits.unflatten(0, (n, -1)).flatten(1, 2)[:, self.words]
+        ids, mask = self.ids.repeat(n, 1), self.mask.repeat(n, 1)
+        if isinstance(self.tagger, LanguageModel):
+            words = self._own_and_others(self.tagger, hidden(self.tagger.bridge, ids, mask))
+        else:
+            words = self.tagger(ids, mask).float().unflatten(0, (n, -1)).flatten(1, 2)[:, self.words]
         return self.target.of(words.flatten(0, 1), self.is_concept).view(n, -1).sum(1)
+
+    def _own_and_others(
+        self, model: LanguageModel, states: Float[Tensor, "row token d_model"]
+    ) -> Float[Tensor, "node word 2"]:
+        """Logit of each word's own first token, and the logsumexp of all others', on the token before."""
+        before = states.unflatten(0, (-1, len(self.ids))).flatten(1, 2)[:, self.words - 1]
+        logits = model.logits(before).float()
+        own = self.ids.flatten()[self.words].expand(len(logits), -1)[..., None]
+        others = logits.scatter(-1, own, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([logits.gather(-1, own), others], -1)
 
     def _tokens(self, _: int, x: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
         """Move the words to the current nodes of the path."""

@@ -28,7 +28,7 @@ import numpy as np
 from scipy import stats as st
 
 from relearn_lens import meaning, migration, priming, recovery
-from relearn_lens.evaluation import Label, SpanScores
+from relearn_lens.evaluation import Label, Scores
 from relearn_lens.intervals import FEWEST_SEEDS, Estimate, Gap, beside_control, estimate, holm, over_seeds
 from relearn_lens.neurons import Neurons
 from relearn_lens.saliency import Saliency
@@ -85,7 +85,7 @@ def claims(
     arms: Arms,
     label: Label,
     *,
-    random_sets: Sequence[Sequence[SpanScores]] = (),
+    random_sets: Sequence[Sequence[Scores]] = (),
     level: float = 0.95,
     draws: int = 1000,
 ) -> list[Claim]:
@@ -119,7 +119,7 @@ class _Measured:
         self,
         arms: Arms,
         label: Label,
-        random_sets: Sequence[Sequence[SpanScores]],
+        random_sets: Sequence[Sequence[Scores]],
         level: float,
         draws: int,
     ):
@@ -144,13 +144,20 @@ class _Measured:
     def name(self) -> str:
         return recovery.name_of(self.concept[0])
 
-    def f1(self, arm: Trajectory, stage: str) -> float:
+    def score(self, arm: Trajectory, stage: str) -> float:
         return arm[stage].scores.value(self.label)
 
+    @property
+    def quantity(self) -> str:
+        """What shares are taken of: F1, or what a language model gains over a uniform guess."""
+        return self.concept[0][BASE].scores.quantity
+
     def unknown(self) -> str:
-        """Why shares of the base F1 are not defined; empty if they are."""
-        base = [self.f1(arm, BASE) for arm in (*self.concept, *self.random)]
-        return "" if all(f1 > 0 for f1 in base) else f"a base model has no F1 on {self.name!r} to lose"
+        """Why shares of the base score are not defined; empty if they are."""
+        base = [self.score(arm, BASE) for arm in (*self.concept, *self.random)]
+        return (
+            "" if all(score > 0 for score in base) else f"a base model has no {self.quantity} on {self.name!r} to lose"
+        )
 
     def estimate(self, of: Callable[..., object], arms: Sequence[Trajectory], *stages: str) -> Estimate:
         columns = [[arm[stage].scores for arm in arms] for stage in stages]
@@ -234,20 +241,20 @@ def _reading(effect: Estimate, bar: float) -> str:
 
 
 def _lost(base: object, pruned: object) -> object:
-    """Share of the base F1 that pruning took."""
+    """Share of the base score that pruning took."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return 1 - np.divide(pruned, base)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _collapse(run: _Measured) -> Claim:
     says, bar = "Pruning the concept's neurons collapses performance", 0.5
-    measures = "share of the base model's F1 on the concept that pruning takes"
+    measures = f"share of the base model's {run.quantity} on the concept that pruning takes"
     if unknown := run.unknown():
         return _unmeasured("C1", says, measures, bar, unknown)
     effect = run.estimate(_lost, run.concept, BASE, PRUNED)
     theirs = _random_losses(run)
     control = float(np.mean([v for seed in theirs for v in seed])) if any(theirs) else None
-    beside = f"pruning took {effect.value:.0%} of the F1 of {run.name!r}"
+    beside = f"pruning took {effect.value:.0%} of the {run.quantity} of {run.name!r}"
     if control is None:
         beside += "; there is no random set to compare with"
     elif 0 < effect.value / 2 <= control:
@@ -263,20 +270,20 @@ def _collapse(run: _Measured) -> Claim:
 
 
 def _random_losses(run: _Measured) -> list[list[float]]:
-    """Per seed, the share of the base F1 that each random set takes; nothing is trained."""
+    """Per seed, the share of the base score that each random set takes; nothing is trained."""
     found = []
     for i, concept in enumerate(run.concept):
-        base = run.f1(concept, BASE)
+        base = run.score(concept, BASE)
         scores = [s.value(run.label) for s in run.random_sets[i]] if i < len(run.random_sets) else []
         if i < len(run.random):
-            scores.append(run.f1(run.random[i], PRUNED))
+            scores.append(run.score(run.random[i], PRUNED))
         found.append([float(1 - s / base) for s in scores] if base > 0 else [])
     return found
 
 
 def _returns(run: _Measured) -> Claim:
     says, bar = "The concept returns within a few epochs", 0.9
-    measures = f"share of the lost F1 that is back after {run.last} epoch(s)"
+    measures = f"share of the lost {run.quantity} that is back after {run.last} epoch(s)"
     back = recovery.recovery(run.concept, run.label, run.last, level=run.level, draws=run.draws)
     if back.share is None:
         return _unmeasured("C2", says, measures, bar, f"the damage ({back.damage}) is within noise")
@@ -289,8 +296,8 @@ def _returns(run: _Measured) -> Claim:
         control = theirs.share.value if theirs.share else None
         beside += f", {control:.0%} in the random arm" if control is not None else "; the random arm lost nothing"
     if unpruned := run.arms.get("unpruned"):
-        drift = np.mean([run.f1(arm, run.last) - run.f1(arm, BASE) for arm in unpruned])
-        beside += f"; training on without pruning changed F1 by {drift:+.3f}"
+        drift = np.mean([run.score(arm, run.last) - run.score(arm, BASE) for arm in unpruned])
+        beside += f"; training on without pruning changed {run.quantity} by {drift:+.3f}"
     said = f"{_said(beside)}; the claim's bar is {bar:.0%}."
     return Claim(
         "C2", says, back.share, measures, bar, verdict_of(back.share, bar), said, back.share.value, control,
@@ -300,13 +307,13 @@ def _returns(run: _Measured) -> Claim:
 
 def _random_costs_more(run: _Measured) -> Claim:
     id, says, bar = "C3a", "Random pruning costs more than pruning the concept's neurons", 0.05
-    measures = "share of base F1 lost to random sets minus share lost to the concept's neurons"
+    measures = f"share of base {run.quantity} lost to random sets minus share lost to the concept's neurons"
     if unknown := run.unknown():
         return _unmeasured(id, says, measures, bar, unknown)
     theirs = _random_losses(run)
     if not all(theirs):
         return _unmeasured(id, says, measures, bar, "there are no random sets (prune.control_draws)")
-    ours = [1 - run.f1(arm, PRUNED) / run.f1(arm, BASE) for arm in run.concept]
+    ours = [1 - run.score(arm, PRUNED) / run.score(arm, BASE) for arm in run.concept]
     # The claim is that the control loses more.
     gap = beside_control([-v for v in ours], [[-v for v in each] for each in theirs], run.level)
     control = float(np.mean([np.mean(each) for each in theirs]))
@@ -314,17 +321,19 @@ def _random_costs_more(run: _Measured) -> Claim:
         id, says, gap.effect, measures, bar, "inconclusive", "", float(np.mean(ours)), control,
         "random sets of the same size per layer",
     )  # fmt: skip
-    return _judged(row, gap, f"random sets take {control:.0%} of the F1, the concept's neurons {np.mean(ours):.0%}")
+    return _judged(
+        row, gap, f"random sets take {control:.0%} of the {run.quantity}, the concept's neurons {np.mean(ours):.0%}"
+    )
 
 
 def _random_is_slower(run: _Measured) -> Claim:
     id, says, bar = "C3b", "After random pruning the concept returns more slowly", 0.05
-    measures = "mean F1 over the stages of retraining as a share of base, concept arm minus random arm"
+    measures = f"mean {run.quantity} over the stages of retraining as a share of base, concept arm minus random arm"
     if unknown := run.unknown():
         return _unmeasured(id, says, measures, bar, unknown)
 
     def area(arm: Trajectory, _: Neurons) -> float:
-        return float(np.mean([run.f1(arm, stage) for stage in run.stages]) / run.f1(arm, BASE))
+        return float(np.mean([run.score(arm, stage) for stage in run.stages]) / run.score(arm, BASE))
 
     return run.versus(id, says, measures, bar, area)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from beartype import beartype as typechecker
 from jaxtyping import Bool, Int, jaxtyped
+
+from relearn_lens import markup
 
 if TYPE_CHECKING:
     Strings = tuple[str, ...]
@@ -23,6 +25,10 @@ else:
 
 OUTSIDE = "O"
 """The label of a word that belongs to no class. It is always label 0."""
+
+
+MOST_LABELS = np.iinfo(np.int16).max
+"""Labels are kept in 16 bits."""
 
 
 class Word(NamedTuple):
@@ -131,7 +137,7 @@ class Corpus:
         Raises:
             ValueError: the parts do not sum to 1, or there are fewer than three groups.
         """
-        if min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
+        if not (min(parts) > 0 and abs(sum(parts) - 1) <= 1e-6):  # so that nan is refused too
             raise ValueError(f"split parts must be above 0 and sum to 1, got {parts}")
         groups, member = np.unique(self.group, return_inverse=True)
         if len(groups) < 3:
@@ -169,6 +175,12 @@ class Corpus:
         counts = ", ".join(f"{k} {n:,}" for k, n in self.words_per_label().items())
         return f"Corpus({self.name}: {self.n_sentences:,} sentences, {self.n_words:,} words; {counts})"
 
+    def _repr_html_(self) -> str:
+        """Words of each label, and the first sentences."""
+        rows = [[label, f"{count:,}"] for label, count in self.words_per_label().items()]
+        first = [markup.sentence(self.sentence(i), OUTSIDE) for i in range(min(3, self.n_sentences))]
+        return markup.box(repr(self), markup.table(["label", "words"], rows), *first)
+
 
 def build_corpus(
     sentences: Iterable[Sequence[tuple[str, str, bool]]],
@@ -204,12 +216,21 @@ def build_corpus(
         group.append(i if groups is None else groups[i])
     if not word:
         raise ValueError(f"corpus {name!r} has no words")
+    _check_strings(vocab, labels, name)
     names = tuple(label_names or [OUTSIDE, *sorted(set(labels) - {OUTSIDE})])
+    if len(names) > MOST_LABELS:
+        raise ValueError(
+            f"corpus {name!r} has {len(names):,} different labels, of at most {MOST_LABELS:,}; is its label column "
+            "one of words or numbers? Choose another column"
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(f"the label names of corpus {name!r} hold one twice: {list(names)}; name each once")
     if names[0] != OUTSIDE:
         raise ValueError(f"the first label of corpus {name!r} must be {OUTSIDE!r}, got {list(names)}")
     if unknown := sorted(set(labels) - set(names)):
         raise ValueError(f"corpus {name!r} has labels {unknown} that are not among {list(names)}")
-    renumber = np.array([names.index(k) for k in labels], dtype=np.int64)
+    number = {kind: i for i, kind in enumerate(names)}
+    renumber = np.array([number[k] for k in labels], dtype=np.int64)
     return Corpus(
         vocab=tuple(vocab),
         word=np.array(word, dtype=np.int32),
@@ -222,6 +243,19 @@ def build_corpus(
         source=source,
         licence=licence,
     )
+
+
+def _check_strings(words: Iterable[Any], labels: Iterable[Any], name: str) -> None:
+    """Refuse what is no text: what tokenizers, hashes and files would each refuse later, and none of them clearly."""
+    for what, values in (("word", words), ("label", labels)):
+        for text in values:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"corpus {name!r} has the {what} {text!r}; every {what} must be a string, not empty")
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(
+                    f"corpus {name!r} has the {what} {text!r} with half a character (a lone surrogate), which is no "
+                    "text; read the file with its own encoding="
+                )
 
 
 def bio(labels: Sequence[str], begins: Sequence[bool]) -> list[str]:

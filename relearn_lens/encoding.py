@@ -19,26 +19,35 @@ from torch import Tensor
 from relearn_lens.corpus import Corpus
 
 LongSentences = Literal["split", "truncate", "error"]
+Reading = Literal["word", "before"]
+"""Where a word's activations are read: on its own sub-words (their mean), or on the token before its first one, from
+which a causal model predicts it."""
 
 
 @jaxtyped(typechecker=typechecker)
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Padded sentences and, for each of their words, where its sub-words are.
+    """Padded sentences, where their sub-words are, and where the activations of their words are read.
 
-    Words are numbered within the batch, in the order of their sub-words.
+    Words are numbered within the batch, in the order of their sub-words. Positions are flat: row * width + column.
     """
 
     ids: Int[Tensor, "sentence token"]
     mask: Int[Tensor, "sentence token"]
     """1 for tokens, 0 for padding."""
     words: Int[Tensor, " word"]
-    """Index of each word in the corpus."""
+    """Index in the corpus of each word that is read."""
     label: Int[Tensor, " word"]
-    subword: Int[Tensor, " subword"]
-    """Flat position (row * width + column) of every sub-word; special tokens and padding are left out."""
+    read: Int[Tensor, " read"]
+    """The positions that words are read at."""
     offset: Int[Tensor, " word"]
-    """The sub-words of word i start at `subword[offset[i]]`."""
+    """Word i is read from `read[offset[i]]` up to the next word's."""
+    subword: Int[Tensor, " subword"]
+    """Position of every sub-word; special tokens and padding are left out."""
+    word_of: Int[Tensor, " subword"]
+    """Index in the corpus of every sub-word's word."""
+    first: Int[Tensor, " word"]
+    """The first sub-word of word i is `subword[first[i]]`."""
     tag: Int[Tensor, " subword"]
     """BIO tag of every sub-word: 0 outside, 2k - 1 opens a span of label k, 2k inside one."""
 
@@ -79,6 +88,7 @@ class Encoded:
     """Words that no piece holds; they are never measured and count as predicted `"O"`."""
     n_unreadable: int = 0
     """Words that the tokenizer drops and the unknown token stands for."""
+    reading: Reading = "word"
 
     @property
     def n_pieces(self) -> int:
@@ -89,6 +99,13 @@ class Encoded:
     def lengths(self) -> Int[np.ndarray, " piece"]:
         """Tokens per piece, special tokens included."""
         return np.diff(self.piece_start) + len(self.prefix) + len(self.suffix)
+
+    @property
+    def read_words(self) -> Int[np.ndarray, " word"]:
+        """Index in the corpus of every word that is read: not what was cut off, nor what nothing is before if words are
+        read on the token before them."""
+        there = np.unique(self.word_of).astype(np.int64)
+        return there if self.reading == "word" else np.setdiff1d(there, self.word_of[self.piece_start[:-1]])
 
     @property
     def n_tokens(self) -> int:
@@ -126,13 +143,22 @@ class Encoded:
         tag = 2 * kind
         begins = opens[self.corpus.begins[word_of[opens]]]
         tag[begins] -= 1
+        position = rows * width + columns + len(self.prefix)
+        read, offset = position, opens
+        if self.reading == "before":
+            # What precedes a piece's first word is a special token, whose activations are like no other's.
+            opens = opens[columns[opens] > 0]
+            read, offset = position[opens] - 1, np.arange(len(opens))
         return Batch(
             ids=torch.from_numpy(ids),
             mask=torch.from_numpy(mask),
             words=torch.from_numpy(word_of[opens].astype(np.int64)),
             label=torch.from_numpy(kind[opens]),
-            subword=torch.from_numpy(rows * width + columns + len(self.prefix)),
-            offset=torch.from_numpy(opens.astype(np.int64)),
+            read=torch.from_numpy(read),
+            offset=torch.from_numpy(offset.astype(np.int64)),
+            subword=torch.from_numpy(position),
+            word_of=torch.from_numpy(word_of.astype(np.int64)),
+            first=torch.from_numpy(opens.astype(np.int64)),
             tag=torch.from_numpy(tag),
         )
 
@@ -169,17 +195,32 @@ class Encoded:
         return f"Encoded({self.corpus.name}: {self.n_pieces:,} pieces, {self.n_tokens:,} tokens)"
 
 
-def encode(corpus: Corpus, tokenizer: Any, *, context: int | None = None, long: LongSentences = "split") -> Encoded:
+def encode(
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    context: int | None = None,
+    long: LongSentences = "split",
+    reading: Reading = "word",
+    opening: bool = False,
+) -> Encoded:
     """The corpus in a tokenizer's sub-words.
 
     `context` is the largest number of tokens a piece may have, special tokens included. A longer sentence is cut
     between words (`long="split"`), loses its end (`"truncate"`) or is refused (`"error"`). A single word that alone
     is longer loses its last sub-words. What happened is counted in the result.
 
+    With `opening` every piece begins with a special token (the tokenizer's first, else its end-of-text token), so that
+    a causal model predicts the first word too. `reading="before"` leaves out each piece's first word: nothing of the
+    text is before it.
+
     Raises:
         ValueError: the tokenizer cannot take words that are already split, has no padding token, or drops a word
-            without having an unknown token; or a sentence is too long and `long="error"`.
+            without having an unknown token; or a sentence is too long and `long="error"`; or there is no special
+            token to open with.
     """
+    if reading not in get_args(Reading):
+        raise ValueError(f"unknown reading {reading!r}; known: {', '.join(get_args(Reading))}")
     if long not in get_args(LongSentences):
         raise ValueError(f"unknown long {long!r}; known: {', '.join(get_args(LongSentences))}")
     if not corpus.n_words:
@@ -198,6 +239,14 @@ def encode(corpus: Corpus, tokenizer: Any, *, context: int | None = None, long: 
     for i in empty:
         pieces[i] = [tokenizer.unk_token_id]
     prefix, suffix = _special_tokens(tokenizer, [corpus.vocab[w] for w in used])
+    if opening and not prefix:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first is None:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no token to open a sentence with (no bos_token, no "
+                "eos_token), so its first word cannot be predicted; set tokenizer.bos_token"
+            )
+        prefix = (int(first),)
     size = np.array([len(ids) for ids in pieces], dtype=np.int64)
     flat, first = np.concatenate(pieces).astype(np.int32), np.cumsum(size) - size
 
@@ -207,7 +256,7 @@ def encode(corpus: Corpus, tokenizer: Any, *, context: int | None = None, long: 
     piece_start = np.concatenate([[0], np.cumsum(n_sub)])[corpus.start]
     whole = Encoded(
         corpus, ids, word_of, piece_start, prefix, suffix, int(tokenizer.pad_token_id),
-        n_unreadable=int(np.isin(inverse, empty).sum()),
+        n_unreadable=int(np.isin(inverse, empty).sum()), reading=reading,
     )  # fmt: skip
     room = None if context is None else context - len(prefix) - len(suffix)
     if room is None or int(np.diff(piece_start).max()) <= room:

@@ -6,6 +6,8 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import resource
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -13,23 +15,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from relearn_lens import readers, sources, toy
-from relearn_lens.ablation import ablated, check_prunable, prune_
+from relearn_lens import markup, sources, toy
+from relearn_lens.ablation import ablated, prune_
 from relearn_lens.attribution import attribution_plan
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import Corpus, Splits
-from relearn_lens.encoding import Encoded, encode
-from relearn_lens.evaluation import Label, SpanScores, evaluate
-from relearn_lens.models import Tagger, load_tagger
+from relearn_lens.encoding import Encoded, Reading
+from relearn_lens.evaluation import Label, evaluate
+from relearn_lens.lora import adapted
+from relearn_lens.models import Model, computing, load_language_model, load_tagger
 from relearn_lens.neurons import Neurons, Site, random_neurons, site_of
+from relearn_lens.protocol import choose, control_of, placed, resolved
 from relearn_lens.retraining import Checkpoint, finetune_, retrain_
 from relearn_lens.saliency import SCORES, score_of
 from relearn_lens.settings import Experiment, Training
 from relearn_lens.similarity import ActivationSimilarity, activation_similarity
+from relearn_lens.texts import draw, read_texts
 from relearn_lens.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, check_measures, measure, stage_name
 from relearn_lens.vectors import WordVectors, input_embeddings
 
@@ -42,21 +46,23 @@ class Prepared:
     """Everything loaded and checked, before any training."""
 
     experiment: Experiment
-    tagger: Tagger
+    """The settings, with what depends on the model's family decided."""
+    tagger: Model
+    """The model that is trained: a tagger, or a language model."""
     site: Site
     concept: Concept
     train: Encoded
     validation: Encoded
     probe: Encoded
     notes: tuple[str, ...]
-    """What the user should know of the text: sentences cut, words lost."""
+    """What the user should know: sentences cut, words lost, what was decided by the model's family."""
     inputs: Mapping[str, str]
     """Hash of every input."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The fine-tuned base model of one seed, measured, and the neurons that will be pruned."""
+    """The fine-tuned base model of one seed, measured, and the neurons that were chosen there."""
 
     seed: int
     weights: Mapping[str, Tensor]
@@ -71,8 +77,9 @@ class Damage:
     """What pruning alone does to the base model: the concept's neurons, and random sets of the same size per layer."""
 
     seed: int
-    concept: SpanScores
-    random: tuple[SpanScores, ...]
+    concept: Any
+    """`Scores`"""
+    random: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """A training stands at a pause. What is here is enough to go on from it; no copies."""
+
+    training: str
+    """`"base"`, the name of an arm, or `"never-fine"` for the fine-tuning of the arm that never had the concept."""
+    seed: int
+    at: Checkpoint
+    weights: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
+    """Of the optimiser: `Training.state`."""
+
+
+@dataclass(frozen=True)
 class Arm:
     """One arm of one seed is done."""
 
@@ -94,7 +114,7 @@ class Arm:
     """The model's weights as they are now, no copies; None for an arm that an earlier process finished."""
 
 
-Event = Prepared | Base | Damage | Measured | Arm
+Event = Prepared | Base | Damage | Measured | Paused | Arm
 
 
 @runtime_checkable
@@ -109,6 +129,13 @@ class Kept(Protocol):
 
     def arm(self, name: str, seed: int, site: Site) -> Trajectory | None:
         """A finished arm."""
+
+    def stages(self, arm: str, seed: int) -> dict[str, Snapshot]:
+        """The measured stages of an unfinished arm."""
+        ...
+
+    def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
+        """Last pause, weights and optimiser state of an unfinished training."""
 
 
 @dataclass
@@ -149,6 +176,27 @@ class Run:
         ]
         return xr.concat(arms, dim="arm").assign_coords(arm=list(self.arms))
 
+    def neuron(self, name: str | tuple[str, int], **how: Any) -> Any:
+        """The card of a neuron, such as `"L4N217"`: `plots.neuron_card`."""
+        # By name: what reads results is below this module in the order.
+        return importlib.import_module("relearn_lens.plots").neuron_card(self, name, **how)
+
+    def explore(self, **how: Any) -> Any:
+        """An interactive view in a notebook, else a plain figure: `explore.explore`."""
+        return importlib.import_module("relearn_lens.explore").explore(self, **how)
+
+    def _repr_html_(self) -> str:
+        """The concept's score by arm and stage, means over seeds."""
+        stages = list(dict.fromkeys(stage for arms in self.arms.values() for stage in arms[0].stages))
+        rows = []
+        for name, arms in self.arms.items():
+            shown = {s: sum(arm[s].scores.shown(self.label) for arm in arms) / len(arms) for s in arms[0].stages}
+            rows.append([name, len(arms), *(f"{shown[s]:.3f}" if s in shown else "" for s in stages)])
+        metric = next((arm[BASE].scores.metric for arms in self.arms.values() for arm in arms), "F1")
+        how = self.experiment
+        title = f"{how.model}, {how.corpus}, {how.site}: {metric} of {'+'.join(how.labels)}"
+        return markup.box(title, markup.table(["arm", "seeds", *stages], rows))
+
     def __repr__(self) -> str:
         arms = "\n  ".join(repr(t) for arm in self.arms.values() for t in arm)
         return f"Run({self.experiment.model}, {self.experiment.corpus}, {self.experiment.site})\n  {arms}"
@@ -156,6 +204,8 @@ class Run:
 
 def concept_of(experiment: Experiment) -> Concept:
     """The concept that the settings name."""
+    if experiment.words:
+        return Concept(experiment.labels[0], words=experiment.words)
     return Concept("+".join(experiment.labels), experiment.labels)
 
 
@@ -172,23 +222,24 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
     concept = concept_of(experiment)
     if progress:
         progress("reading the text", 0, 1)
-    splits = _read(experiment)
+    splits = read_texts(experiment, concept)
     for part in splits:
         concept.classes(part)
     data = experiment.data
     sizes = (data.train_sentences, data.validation_sentences, data.probe_sentences)
-    drawn = [_draw(part, size, concept, experiment) for part, size in zip(splits, sizes, strict=True)]
+    drawn = [draw(part, size, concept, experiment) for part, size in zip(splits, sizes, strict=True)]
     concept.classes(drawn[2])
     if progress:
         progress("loading the model", 0, 1)
     tagger = _load(experiment, drawn[0].label_names)
     site = site_of(tagger.bridge, experiment.site)
-    if {"concept", "random"} & set(experiment.arms):
-        check_prunable(tagger, site)
-    train, validation, probe = (
-        encode(part, tagger.tokenizer, context=tagger.context, long=data.long) for part in drawn
-    )
-    notes = [note for part in (train, validation, probe) for note in part.notes()]
+    with _adapters(tagger, experiment.retrain.lora_rank, seed=0):
+        pass  # peft, and layers to adapt, are there
+    decided: list[str] = []
+    if set(experiment.arms) - {"unpruned"}:
+        experiment, decided = resolved(experiment, tagger.bridge, site)
+    train, validation, probe = (tagger.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
+    notes = [note for part in (train, validation, probe) for note in part.notes()] + decided
     notes += _plans(experiment, tagger, probe, concept, site)
     return Prepared(
         experiment, tagger, site, concept, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
@@ -200,7 +251,7 @@ def perform(experiment: Experiment, *, kept: Kept | None = None, progress: Progr
 
     What `kept` gives back is not computed again. Each seed: fine-tune the base, measure it, choose the neurons; then
     each arm from the same weights. Order of events: `Prepared`; per seed `Base`, `Damage`, and per arm `Measured` for
-    each stage and `Arm`.
+    each stage and `Arm`; `Paused` wherever a training can be taken up again (not with `retrain.lora_rank`).
     """
     threads = torch.get_num_threads()
     try:
@@ -213,9 +264,15 @@ def perform(experiment: Experiment, *, kept: Kept | None = None, progress: Progr
 
 def _perform(experiment: Experiment, kept: Kept | None, progress: Progress | None) -> Iterator[Event]:
     ready = prepare(experiment, progress=progress)
+    with computing(ready.tagger, getattr(torch, experiment.precision)):
+        yield from _perform_prepared(ready, kept, progress)
+
+
+def _perform_prepared(ready: Prepared, kept: Kept | None, progress: Progress | None) -> Iterator[Event]:
+    experiment = ready.experiment
     yield ready
     for seed in experiment.seeds:
-        base = _base(ready, seed, kept, progress)
+        base = yield from _base(ready, seed, kept, progress)
         yield base
         yield (kept.damage(seed) if kept else None) or _damage(ready, base, progress)
         for arm in experiment.arms:
@@ -223,11 +280,11 @@ def _perform(experiment: Experiment, kept: Kept | None, progress: Progress | Non
             if done is not None:
                 yield Arm(done, None)
             else:
-                done = yield from _arm(ready, base, arm, progress)
+                done = yield from _arm(ready, base, arm, kept, progress)
                 yield Arm(done, ready.tagger.weights())
 
 
-def _base(ready: Prepared, seed: int, kept: Kept | None, progress: Progress | None) -> Base:
+def _base(ready: Prepared, seed: int, kept: Kept | None, progress: Progress | None) -> Generator[Event, None, Base]:
     """The fine-tuned model of a seed, from the run folder if it is there."""
     tagger, experiment = ready.tagger, ready.experiment
     found = kept.base(seed, ready.site) if kept else None
@@ -235,22 +292,42 @@ def _base(ready: Prepared, seed: int, kept: Kept | None, progress: Progress | No
         weights, snapshot = found
         tagger.load_weights({name: value.to(tagger.device) for name, value in weights.items()})
     else:
-        _finetune(ready, seed, ready.train, progress)
+        yield from _finetune(ready, "base", seed, ready.train, kept, progress)
         snapshot = _measure(ready, progress, "measuring the base model", seed=seed)
         weights = {name: value.detach().clone() for name, value in tagger.weights().items()}
-    chosen = snapshot.saliency.top(fraction=experiment.prune.fraction)
+    chosen = choose(snapshot.saliency, experiment.prune.fraction, experiment.prune.which)
     return Base(seed, weights, snapshot, chosen, input_embeddings(tagger))
 
 
-def _finetune(ready: Prepared, seed: int, train: Encoded, progress: Progress | None) -> None:
-    """Put freshly loaded weights and a fresh head into the model, and fine-tune it."""
-    experiment = ready.experiment
-    ready.tagger.load_weights(_load(experiment, ready.tagger.label_names, seed=seed).weights())
-    for _ in finetune_(
-        ready.tagger, train, seed=seed, prior_bias=experiment.finetune.prior_bias,
+def _finetune(
+    ready: Prepared, name: str, seed: int, train: Encoded, kept: Kept | None, progress: Progress | None
+) -> Generator[Event, None, None]:
+    """Put freshly loaded weights and a fresh head into the model, or those of the last pause, and fine-tune it."""
+    experiment, tagger = ready.experiment, ready.tagger
+    resume = _resumed(ready, name, seed, kept)
+    if resume is None:
+        tagger.load_weights(_load(experiment, ready.train.corpus.label_names, seed=seed).weights())
+    if experiment.finetune.epochs == 0:
+        return
+    prior_bias = experiment.finetune.prior_bias and experiment.task == "tag"
+    training = finetune_(
+        tagger, train, seed=seed, prior_bias=prior_bias, resume=resume,
         tick=_steps(progress, "fine-tuning"), **_training(experiment.finetune),
-    ):  # fmt: skip
-        pass
+    )  # fmt: skip
+    for checkpoint in training:
+        yield Paused(name, seed, checkpoint, tagger.weights(), training.state())
+
+
+def _resumed(
+    ready: Prepared, name: str, seed: int, kept: Kept | None
+) -> tuple[Checkpoint, Mapping[str, Tensor]] | None:
+    """Put the weights of a training's last pause into the model, if an earlier process left one."""
+    found = kept.state(name, seed) if kept else None
+    if found is None:
+        return None
+    at, weights, state = found
+    ready.tagger.load_weights({key: value.to(ready.tagger.device) for key, value in weights.items()})
+    return at, state
 
 
 def _without_concept(encoded: Encoded, concept: Concept) -> Encoded:
@@ -262,7 +339,7 @@ def _without_concept(encoded: Encoded, concept: Concept) -> Encoded:
 
 
 def _damage(ready: Prepared, base: Base, progress: Progress | None) -> Damage:
-    """F1 of the base model with the concept's neurons ablated, and with random sets; no training."""
+    """F1 of the base model without the concept's neurons, and without random sets; no training."""
     tagger, draws = ready.tagger, ready.experiment.prune.control_draws
     tagger.load_weights(base.weights)
     sets = [
@@ -273,48 +350,88 @@ def _damage(ready: Prepared, base: Base, progress: Progress | None) -> Damage:
     for k, neurons in enumerate(sets):
         if progress:
             progress("ablating random sets for comparison", k, len(sets))
-        with ablated(tagger, neurons):
-            scores.append(evaluate(tagger, ready.validation, max_tokens=ready.experiment.measure.max_tokens))
+        with _without(ready, base, placed(neurons, ready.experiment.prune.embedding)):
+            scores.append(
+                evaluate(
+                    tagger, ready.validation, concept=ready.concept, max_tokens=ready.experiment.measure.max_tokens
+                )
+            )
     return Damage(base.seed, scores[0], tuple(scores[1:]))
 
 
-def _arm(ready: Prepared, base: Base, name: str, progress: Progress | None) -> Generator[Event, None, Trajectory]:
-    """Prune and retrain one arm; a generator that returns its trajectory."""
-    tagger, experiment = ready.tagger, ready.experiment
-    tagger.load_weights(base.weights)
-    if name == "never":
-        _finetune(ready, base.seed, _without_concept(ready.train, ready.concept), progress)
-        first = _measure(ready, progress, "measuring the model that never had the concept", seed=base.seed)
+@contextlib.contextmanager
+def _without(ready: Prepared, base: Base, neurons: Neurons) -> Iterator[None]:
+    """For a while, the base model as pruning leaves it."""
+    sever = ready.experiment.prune.sever
+    if sever in ("auto", "out"):  # the same by hooks, and for any site; auto is left where no arm prunes
+        with ablated(ready.tagger, neurons):
+            yield
     else:
-        first = base.snapshot
-    pruned = {
-        "concept": lambda: base.chosen,
-        "random": lambda: random_neurons(like=base.chosen, seed=_draw_seed(base.seed, 0)),
-        "unpruned": lambda: None,
-        "never": lambda: base.chosen,
-    }[name]()
+        prune_(ready.tagger, neurons, sever=sever)
+        try:
+            yield
+        finally:
+            ready.tagger.load_weights(base.weights)
+
+
+def _arm(
+    ready: Prepared, base: Base, name: str, kept: Kept | None, progress: Progress | None
+) -> Generator[Event, None, Trajectory]:
+    """Prune and retrain one arm, from its last pause if there is one; a generator that returns its trajectory."""
+    tagger, experiment = ready.tagger, ready.experiment
+    measured = kept.stages(name, base.seed) if kept else {}
+    settings = experiment.retrain
+    # The optimiser's state is of the adapters, which merged weights no longer have: with them, from the beginning.
+    resume = _resumed(ready, name, base.seed, kept) if PRUNED in measured and not settings.lora_rank else None
+    if resume is None:
+        tagger.load_weights(base.weights)
+    first = base.snapshot
+    if name == "never":
+        if resume is None:
+            without = _without_concept(ready.train, ready.concept)
+            yield from _finetune(ready, "never-fine", base.seed, without, kept, progress)
+        what = "measuring the model that never had the concept"
+        first = measured.get(BASE) or _measure(ready, progress, what, seed=base.seed)
+    asked = experiment.prune
+    chosen = base.chosen
+    if name == "random":
+        chosen = control_of(chosen, asked.control, seed=_draw_seed(base.seed, 0))
+    pruned = None if name == "unpruned" else placed(chosen, asked.embedding)
     yield Measured(name, base.seed, BASE, first)
     snapshots = {BASE: first}
     if pruned is None:  # nothing was taken away, so there is nothing new to measure
         snapshots[PRUNED] = first
     else:
-        prune_(tagger, pruned, sever=experiment.prune.sever)
-        snapshots[PRUNED] = _measure(ready, progress, f"measuring the pruned model ({name})", seed=base.seed, base=base)
+        assert asked.sever != "auto"  # resolved() decided
+        if resume is None:
+            prune_(tagger, pruned, sever=asked.sever)
+        what = f"measuring the pruned model ({name})"
+        snapshots[PRUNED] = measured.get(PRUNED) or _measure(ready, progress, what, seed=base.seed, base=base)
     yield Measured(name, base.seed, PRUNED, snapshots[PRUNED])
-    settings = experiment.retrain
     training = retrain_(
-        tagger, ready.train, seed=base.seed + 1, every=settings.every, restart=settings.restart,
+        tagger, ready.train, seed=base.seed + 1, every=settings.every, restart=settings.restart, resume=resume,
         tick=_steps(progress, f"retraining ({name})"), **_training(settings),
     )  # fmt: skip
-    for checkpoint in training:
-        stage = stage_name(checkpoint)
-        last = checkpoint.epoch >= settings.epochs
-        what = f"measuring ({name}, epoch {stage})"
-        snapshots[stage] = _measure(ready, progress, what, seed=base.seed, base=base, last=last, at=checkpoint)
-        yield Measured(name, base.seed, stage, snapshots[stage])
-    compare = ~base.chosen if pruned is None else None
+    before = [(stage, s) for stage, s in measured.items() if resume and s.at and s.at.step <= resume[0].step]
+    for stage, snapshot in sorted(before, key=lambda entry: entry[1].at.step if entry[1].at else 0):
+        snapshots[stage] = snapshot
+        yield Measured(name, base.seed, stage, snapshot)
+    with _adapters(tagger, settings.lora_rank, seed=base.seed + 1):
+        for checkpoint in training:
+            stage = stage_name(checkpoint)
+            last = checkpoint.epoch >= settings.epochs
+            what = f"measuring ({name}, epoch {stage})"
+            snapshots[stage] = _measure(ready, progress, what, seed=base.seed, base=base, last=last, at=checkpoint)
+            yield Measured(name, base.seed, stage, snapshots[stage])
+            if not settings.lora_rank:
+                yield Paused(name, base.seed, checkpoint, tagger.weights(), training.state())
+    compare = ~placed(chosen, asked.embedding) if pruned is None else None
     similarity = _similarity(ready, base, progress, f"comparing activations with the base model ({name})")
     return Trajectory(snapshots, pruned, name, base.seed, ready.concept, compare, similarity)
+
+
+def _adapters(tagger: Model, rank: int | None, *, seed: int) -> contextlib.AbstractContextManager[None]:
+    return adapted(tagger, rank=rank, seed=seed) if rank else contextlib.nullcontext()
 
 
 def _similarity(ready: Prepared, base: Base, progress: Progress | None, what: str) -> dict[str, ActivationSimilarity]:
@@ -329,36 +446,18 @@ def _similarity(ready: Prepared, base: Base, progress: Progress | None, what: st
     )  # fmt: skip
 
 
-def _read(experiment: Experiment) -> Splits:
-    """The corpus that the settings name, in its three parts."""
-    data = experiment.data
-    if experiment.corpus == "toy":
-        return toy.corpus().split(seed=data.split_seed, parts=data.parts)
-    return readers.read_splits_named(
-        experiment.corpus, seed=data.split_seed, parts=data.parts, scheme=data.scheme, column=data.column
-    )
+def _reading(experiment: Experiment) -> Reading | None:
+    """Where words are read; None for what suits the model."""
+    return None if experiment.measure.reading == "auto" else experiment.measure.reading
 
 
-def _draw(corpus: Corpus, sentences: int, concept: Concept, experiment: Experiment) -> Corpus:
-    """At most so many sentences of a part, with the share that holds the concept that the settings ask for."""
-    data = experiment.data
-    rng = np.random.default_rng(data.split_seed)
-    classes = concept.classes(corpus)
-    holds = np.add.reduceat(classes.carries[classes.of_word], corpus.start[:-1]) > 0
-    labelled = np.add.reduceat(corpus.label > 0, corpus.start[:-1]) > 0
-    usable = np.flatnonzero(labelled | ~np.array(data.labelled_only))
-    if data.concept_share is None:
-        chosen = rng.permutation(usable)[:sentences]
-    else:
-        with_it = rng.permutation(usable[holds[usable]])[: round(sentences * data.concept_share)]
-        without = rng.permutation(usable[~holds[usable]])[: sentences - len(with_it)]
-        chosen = np.concatenate([with_it, without])
-    return corpus.take(np.sort(chosen))
-
-
-def _load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0) -> Tagger:
+def _load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0) -> Model:
     """The model with its head; the planted toy comes with its own."""
     device = None if experiment.device == "auto" else experiment.device
+    if experiment.task == "next_token":
+        if experiment.model == "toy":
+            return toy.language_model(seed=seed).to(device or "cpu")
+        return load_language_model(experiment.model, device=device)
     if experiment.model == "toy":
         if labels != toy.LABELS:
             raise ValueError(f"model 'toy' knows the labels {toy.LABELS} of corpus 'toy', not {labels}")
@@ -369,13 +468,14 @@ def _load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0) -> 
 def _hashes(experiment: Experiment, drawn: list[Corpus]) -> dict[str, str]:
     """sha256 of the sentences that are used and of the files they and the model come from."""
     found = {f"sentences:{part}": text.sha256() for part, text in zip(Splits._fields, drawn, strict=True)}
-    for role, name in (("model", experiment.model), ("corpus", experiment.corpus)):
-        if name == "toy":
+    named = {"model": experiment.model, "corpus": experiment.corpus, "probe_corpus": experiment.probe_corpus}
+    for role, name in named.items():
+        if name is None or name == "toy":
             continue  # made by this package: its version says what it is
         if name in sources.SOURCES:
             found |= {f"{role}:{name}/{file}": digest for file, digest in sources.hashes(name).items()}
         else:
-            path = Path(name.partition(":")[2] if role == "corpus" else name).expanduser()
+            path = Path(name if role == "model" else name.partition(":")[2]).expanduser()
             found |= {f"{role}:{file}": digest for file, digest in sources.hash_files(path).items()}
     return found
 
@@ -391,7 +491,8 @@ def _check_device(device: str) -> None:
 
 
 def _training(settings: Training) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in ("epochs", "lr", "batch_size", "weight_decay", "clip")}
+    names = ("epochs", "lr", "batch_size", "weight_decay", "clip", "accumulate", "checkpointing")
+    return {name: getattr(settings, name) for name in names}
 
 
 def _draw_seed(seed: int, draw: int) -> int:
@@ -424,6 +525,7 @@ def _measure(
         ready.tagger, ready.probe, ready.concept, validation=ready.validation, site=ready.site, score=settings.score,
         contrast=settings.contrast, what=wanted, base=base.snapshot if base else None,
         vectors=base.vectors if base else None, shuffles=asked.shuffles if ends else 0, seed=seed,
+        rank_bucket=asked.rank_bucket, nulls=asked.nulls,
         attribution=_attribution(settings), sample_words=asked.sample_words, max_memory=_bytes(asked.max_memory), at=at,
         max_tokens=asked.max_tokens, tick=tick,
     )  # fmt: skip
@@ -439,7 +541,7 @@ def _attribution(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _plans(experiment: Experiment, tagger: Tagger, probe: Encoded, concept: Concept, site: Site) -> list[str]:
+def _plans(experiment: Experiment, tagger: Model, probe: Encoded, concept: Concept, site: Site) -> list[str]:
     """What the costly measurements will take, and an error now if their settings cannot work."""
     said = []
     for name in experiment.measure.what:

@@ -185,6 +185,24 @@ def _savings(run: Run) -> dict[str, Any] | None:
     return {"saved": saved, "area": asdict(found.area)}
 
 
+MOST_LAYERS = 14
+"""Columns of layers that a terminal and a page have room for; deeper models are shown in groups of neighbours."""
+
+
+def layer_columns(layers: Sequence[str]) -> list[tuple[str, slice]]:
+    """Name and layers of each column of a table: one layer each, or groups such as `"3-5"` where there are many."""
+    size = -(-len(layers) // MOST_LAYERS)
+    parts = [slice(i, min(i + size, len(layers))) for i in range(0, len(layers), size)]
+    return [(layers[p.start] if p.stop - p.start == 1 else f"{layers[p.start]}-{layers[p.stop - 1]}", p) for p in parts]
+
+
+def _by_column(layers: Sequence[str], values: Any, of: Any = np.mean) -> list[str]:
+    """Values by layer as cells: means (or sums) over the layers of each column."""
+    values = np.asarray(values, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return [_number(of(values[part])) for _, part in layer_columns(layers)]
+
+
 def claims_rows(found: Sequence[Claim]) -> Table:
     """The claims table: the number in the concept arm and in its control, effect with interval, verdict."""
     rows = [
@@ -227,8 +245,8 @@ def attribution_rows(run: Run) -> Table:
             said = f"{error:.1%}" if known[0].is_cut_set else "no cut set"
             change = float(np.mean([each.change for each in known]))
             who = "all arms" if stage == BASE and name != "never" else name
-            rows.append([who, stage, *map(_number, shares), f"{change:.2f}", said])
-    return ["arm", "stage", *layers, "output change", "completeness error"], rows
+            rows.append([who, stage, *_by_column(layers, shares, np.sum), f"{change:.2f}", said])
+    return ["arm", "stage", *(name for name, _ in layer_columns(layers)), "output change", "completeness error"], rows
 
 
 def similarity_rows(run: Run) -> Table:
@@ -249,10 +267,10 @@ def similarity_rows(run: Run) -> Table:
                         name,
                         f"{which}, {found[0].n_words:,} words",
                         what,
-                        *map(_number, torch.stack(values).mean(0).tolist()),
+                        *_by_column(layers, torch.stack(values).mean(0)),
                     ]
                 )
-    return ["arm", "over", "base against last stage", *layers], rows
+    return ["arm", "over", "base against last stage", *(name for name, _ in layer_columns(layers))], rows
 
 
 def agreement_rows(run: Run) -> Table:

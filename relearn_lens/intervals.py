@@ -23,7 +23,7 @@ from scipy import stats as st
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from relearn_lens.evaluation import Label, SpanScores
+from relearn_lens.evaluation import Label, Scores
 
 Numbers = Sequence[float | int] | np.ndarray
 FEWEST_SEEDS = 3
@@ -83,12 +83,12 @@ class Against:
 def estimate(
     of: Callable[..., Any],
     label: Label,
-    *columns: Sequence[SpanScores],
+    *columns: Sequence[Scores],
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A function of one or more F1 scores, with its interval.
+    """A function of one or more scores' values (F1, say), with its interval.
 
     `columns` are the arguments of `of`: for each, one score per seed of the run. With one seed the interval is over
     sentences (`over_sentences`), with more it is Student's t over seeds (`over_seeds`).
@@ -108,12 +108,12 @@ def estimate(
 def over_sentences(
     of: Callable[..., Any],
     label: Label,
-    *scores: SpanScores,
+    *scores: Scores,
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A function of F1 scores of one model or several, with its BCa bootstrap interval over the sentences.
+    """A function of the values of one model's scores or of several, with its BCa bootstrap interval over the sentences.
 
     `of` takes as many numbers as there are scores, or as many arrays of them, and works element by element. Every
     score is drawn with the same sentences, so a difference is paired. Where BCa is not defined (draws or jackknife all
@@ -123,7 +123,7 @@ def over_sentences(
     Raises:
         ValueError: scores of different numbers of sentences, which cannot be paired.
     """
-    counts = [score.counts_of(label) for score in scores]
+    counts = [score.sums(label) for score in scores]
     sizes = {len(count) for count in counts}
     if len(sizes) != 1:
         raise ValueError(
@@ -131,14 +131,12 @@ def over_sentences(
             "of them on the same text"
         )
     n = sizes.pop()
-    table = np.concatenate(counts, axis=1).astype(float)
+    table = np.concatenate(counts, axis=1)
 
     def of_counts(sums: np.ndarray) -> np.ndarray:
-        f1 = []
-        for right, predicted, true in sums.T.reshape(len(counts), 3, -1):
-            spans = predicted + true
-            f1.append(np.divide(2 * right, spans, out=np.full(len(spans), np.nan), where=spans > 0))
-        return np.broadcast_to(np.asarray(of(*f1), dtype=float), len(sums))
+        parts = np.split(sums, np.cumsum([count.shape[1] for count in counts])[:-1], axis=1)
+        values = [score.of_sums(part) for score, part in zip(scores, parts, strict=True)]
+        return np.broadcast_to(np.asarray(of(*values), dtype=float), len(sums))
 
     value = float(of(*(score.value(label) for score in scores)))
     drawn = of_counts(_weights(n, draws, seed) @ table)

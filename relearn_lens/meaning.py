@@ -25,7 +25,7 @@ from relearn_lens.streams import ClassStats
 from relearn_lens.topwords import TopWords, is_dead
 from relearn_lens.vectors import WordVectors, look_up
 
-Nulls = Literal["drop", "zero"]
+Nulls = Literal["drop", "zero_then_drop"]
 
 
 def concept_similarity(
@@ -34,9 +34,9 @@ def concept_similarity(
     """How near each neuron's meaning is to what it was: the cosine, -1 to 1, of the mean vectors of its top words.
 
     Words without a vector are left out of a mean. NaN where either side is null or has no word with a vector, by the
-    same rule at every stage (`nulls="drop"`). `nulls="zero"` is what the published code does: a neuron that was null
-    before counts as 0, one that is null later is dropped (NaN). At the base stage itself, where `now` is `before`,
-    there is no later.
+    same rule at every stage (`nulls="drop"`). `nulls="zero_then_drop"` is what the published code does: a neuron that
+    was null before counts as 0, one that is null later is dropped (NaN). At the base stage itself, where `now` is
+    `before`, there is no later.
 
     Raises:
         ValueError: an unknown `nulls`, top words of different sites, or vectors of another shape than word by d.
@@ -51,7 +51,7 @@ def concept_similarity(
     # Layer by layer: the vectors of all neurons at once may not fit.
     rows = zip(*(_sums(table, ids, null) for ids, null in sides), strict=True)
     found = torch.stack([_cosine(old, new) for old, new in rows]).float()
-    if nulls == "zero":
+    if nulls == "zero_then_drop":
         found[before.null if now is before else before.null & ~now.null] = 0.0
     return found
 

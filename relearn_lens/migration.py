@@ -95,12 +95,14 @@ def flow_moved(flow: Float[Tensor, "layer layer2"]) -> Flow:
     return Flow(float((share * (depth[None, :] - depth[:, None])).sum()), float(np.trace(share)))
 
 
-def rank_saliency_by_layer(saliency: Saliency, among: Neurons | None = None) -> list[float]:
+def rank_saliency_by_layer(
+    saliency: Saliency, among: Neurons | None = None, *, bucket: int | None = None
+) -> list[float]:
     """Mean rank saliency of each layer, 1 the most salient and 0 the least; ranks among the given neurons.
 
-    NaN for a layer without any of them.
+    `bucket` as in `Saliency.by_rank`. NaN for a layer without any of the neurons.
     """
-    return saliency.by_rank(among).nanmean(1).tolist()
+    return saliency.by_rank(among, bucket=bucket).nanmean(1).tolist()
 
 
 def score_by_layer(saliency: Saliency, among: Neurons | None = None) -> list[float]:
@@ -121,7 +123,7 @@ def saliency_by_layer(arm: Trajectory, selection: Selection = "matched") -> dict
     """
     found = {}
     for stage, snapshot in arm.snapshots.items():
-        before, later = _sides(arm.matched(), arm.survivors(), selection)
+        before, later = sides(arm.matched(), arm.survivors(), selection)
         found[stage] = rank_saliency_by_layer(snapshot.saliency, before if stage == BASE else later)
     return found
 
@@ -153,7 +155,7 @@ def shift(arm: Trajectory, stage: str, selection: Selection = "matched", *, amon
     Raises:
         ValueError: a score below 0 or not finite.
     """
-    before, later = _sides(arm.matched() if among is None else among, arm.survivors(), selection)
+    before, later = sides(arm.matched() if among is None else among, arm.survivors(), selection)
     return Shift(centre(arm[BASE].saliency, before), centre(arm[stage].saliency, later), stage, selection)
 
 
@@ -277,7 +279,7 @@ def migration(
 
     def followed(arm: Trajectory, neurons: Neurons) -> _Followed:
         before, later = (taken(arm[s]) for s in (BASE, stage))
-        then, now = _sides(neurons, arm.survivors(), selection)
+        then, now = sides(neurons, arm.survivors(), selection)
         old, new = np.array(layer_share(before, then)), np.array(layer_share(later, now))
         depth = _depth(len(old))
         k = max(1, round(top * count_of(before, then)))
@@ -338,7 +340,7 @@ def _compared(ours: Sequence[float], theirs: Sequence[float] | None, level: floa
     return Compared(told(over_seeds(ours, level=level)), control, gap)
 
 
-def _sides(matched: Neurons, survivors: Neurons, selection: Selection) -> tuple[Neurons | None, Neurons | None]:
+def sides(matched: Neurons, survivors: Neurons, selection: Selection) -> tuple[Neurons | None, Neurons | None]:
     """The neurons at base and later; None for all."""
     if selection == "matched":
         return matched, matched

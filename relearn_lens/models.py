@@ -1,25 +1,31 @@
-"""Models: load a TransformerBridge, and put a tagging head on it.
+"""Models: load a TransformerBridge, and put a tagging head on it or take its own vocabulary head.
 
 Everything here works on the unprocessed weights of the model, so that what is trained is what Hugging Face would
-train. The vocabulary head is never computed.
+train. Under a tagger the vocabulary head is never computed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens import sources
-from relearn_lens.corpus import OUTSIDE
+from relearn_lens import adapters, sources
+from relearn_lens.corpus import OUTSIDE, Corpus
+from relearn_lens.encoding import Batch, Encoded, LongSentences, Reading, encode
+from relearn_lens.heads import tags_of, trained_head
+from relearn_lens.quantised import dequantised, silent
 
 _TOKENIZER_FILES = {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"}
 
@@ -27,21 +33,112 @@ _WRAPPED = "_original_component."
 """What the bridge adds to a parameter's name for each component it wraps."""
 
 
-class Tagger(nn.Module):
+class Model(nn.Module):
+    """A transformer with a head on its last hidden state: a `Tagger` or a `LanguageModel`."""
+
+    bridge: TransformerBridge
+    head: Any
+
+    def __init__(self, bridge: TransformerBridge):
+        super().__init__()
+        self.__dict__["bridge"] = bridge  # its wrapped components are already in the trunk: registered once
+        self.trunk = trunk(bridge)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The bridge's tokenizer."""
+        return self.bridge.tokenizer
+
+    @property
+    def context(self) -> int:
+        """Largest number of tokens in one forward pass."""
+        return int(self.bridge.cfg.n_ctx)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and so where the work happens."""
+        return next(self.trunk.parameters()).device
+
+    def encode(
+        self,
+        corpus: Corpus,
+        *,
+        long: LongSentences = "split",
+        reading: Reading | None = None,
+        context: int | None = None,
+    ) -> Encoded:
+        """A corpus in this model's sub-words, words read on their own tokens unless another `reading` is asked for.
+
+        Raises:
+            ValueError: as `encoding.encode`.
+        """
+        return encode(corpus, self.tokenizer, context=context or self.context, long=long, reading=reading or "word")
+
+    def losses(self, batch: Batch) -> Float[Tensor, " subword"]:
+        """What training lowers: nats at each sub-word of a batch, float32."""
+        raise NotImplementedError
+
+    def check_text(self, corpus: Corpus) -> None:
+        """Refuse a text that this model cannot be trained on."""
+
+    def train(self, mode: bool = True) -> Model:
+        """Set training mode, in the bridge's own components too."""
+        super().train(mode)
+        self.bridge.train(mode)
+        return self
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights under the names that the plain Hugging Face model uses (with `trunk.` before them), plus
+        `head.*` where the head has weights of its own; no copies."""
+        if (adapted := _ADAPTED.get(self.bridge)) is not None:
+            return adapted.merged()
+        return {name: value.detach() for name, value in self.plain().items()}
+
+    def plain(self) -> dict[str, Tensor]:
+        """`weights()` as the parameters and buffers themselves."""
+        names: dict[int, str] = {}
+        state = self.state_dict(keep_vars=True)
+        for name, value in state.items():
+            # A bridge reaches a tensor by several names; the one through every wrapper is Hugging Face's.
+            best = names.get(id(value))
+            if best is None or (
+                name.count(_WRAPPED) > best.count(_WRAPPED) and name.split(".")[0] == best.split(".")[0]
+            ):
+                names[id(value)] = name
+        return {name.replace(_WRAPPED, ""): state[name] for name in names.values()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights from `weights()` back, in place.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape differs; or the model has low-rank adapters now.
+        """
+        if wearing(self.bridge):
+            raise ValueError("this model has low-rank adapters now; load weights when the block of `adapted` has ended")
+        mine = self.weights()
+        if missing := sorted(set(mine) ^ set(weights)):
+            raise ValueError(f"these weights are of another model: {len(missing)} names differ, such as {missing[:3]}")
+        for name, value in weights.items():
+            if mine[name].shape != value.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, the model has {tuple(mine[name].shape)}")
+        with torch.no_grad():
+            for name, value in weights.items():
+                mine[name].copy_(value)
+
+
+class Tagger(Model):
     """A transformer with a linear head on its last hidden state that gives every sub-word a BIO tag.
 
     The head's classes are `O, B-x, I-x, B-y, ...` for the labels `O, x, y, ...`. Source: Lo et al. 2024, section 4
     (dropout 0.1 and a linear layer).
     """
 
-    bridge: TransformerBridge
+    head: nn.Linear
 
     def __init__(self, bridge: TransformerBridge, labels: Sequence[str], *, seed: int = 0, dropout: float = 0.1):
-        super().__init__()
         if len(labels) < 2 or labels[0] != OUTSIDE or len(set(labels)) != len(labels):
             raise ValueError(f"labels must be 'O' and at least one more, each once; got {list(labels)}")
-        self.__dict__["bridge"] = bridge  # its wrapped components are already in the trunk: registered once
-        self.trunk = trunk(bridge)
+        super().__init__(bridge)
         self.dropout = nn.Dropout(dropout)
         self.label_names = tuple(labels)
         d_model = int(bridge.cfg.d_model)
@@ -57,88 +154,211 @@ class Tagger(nn.Module):
         """The head's classes."""
         return tags_of(self.label_names)
 
-    @property
-    def tokenizer(self) -> Any:
-        """The bridge's tokenizer."""
-        return self.bridge.tokenizer
-
-    @property
-    def context(self) -> int:
-        """Largest number of tokens in one forward pass."""
-        return int(self.bridge.cfg.n_ctx)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, and so where the work happens."""
-        return self.head.weight.device
-
-    def train(self, mode: bool = True) -> Tagger:
-        """Set training mode, in the bridge's own components too."""
-        super().train(mode)
-        self.bridge.train(mode)
-        return self
-
     def forward(
         self, ids: Int[Tensor, "sentence token"], mask: Int[Tensor, "sentence token"]
     ) -> Float[Tensor, "sentence token tag"]:
         """Tag logits of every token."""
         return self.head(self.dropout(hidden(self.bridge, ids, mask)))
 
-    def weights(self) -> dict[str, Tensor]:
-        """The trained weights under the names that the plain Hugging Face model uses (with `trunk.` before them), plus
-        `head.*`; no copies."""
-        names: dict[int, str] = {}
-        state = self.state_dict(keep_vars=True)
-        for name, value in state.items():
-            # A bridge reaches a tensor by several names; the one through every wrapper is Hugging Face's.
-            best = names.get(id(value))
-            if best is None or name.count(_WRAPPED) > best.count(_WRAPPED):
-                names[id(value)] = name
-        return {name.replace(_WRAPPED, ""): state[name].detach() for name in names.values()}
+    def losses(self, batch: Batch) -> Float[Tensor, " subword"]:
+        """Cross-entropy of the tag of each sub-word of a batch, in nats, float32."""
+        logits = self(batch.ids, batch.mask).flatten(0, 1)[batch.subword]
+        return F.cross_entropy(logits.float(), batch.tag, reduction="none")
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put weights from `weights()` back, in place.
+    def check_text(self, corpus: Corpus) -> None:
+        """Refuse a text to train on whose labels are not the tagger's.
 
         Raises:
-            ValueError: a name is missing or unknown, or a shape differs.
+            ValueError: other labels, or in another order.
         """
-        mine = self.weights()
-        if missing := sorted(set(mine) ^ set(weights)):
-            raise ValueError(f"these weights are of another model: {len(missing)} names differ, such as {missing[:3]}")
-        for name, value in weights.items():
-            if mine[name].shape != value.shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, the model has {tuple(mine[name].shape)}")
-        with torch.no_grad():
-            for name, value in weights.items():
-                mine[name].copy_(value)
+        if corpus.label_names != self.label_names:
+            raise ValueError(
+                f"corpus {corpus.name!r} has labels {corpus.label_names}, the tagger was made for {self.label_names}"
+            )
 
 
-def tags_of(labels: Sequence[str]) -> tuple[str, ...]:
-    """BIO tags of some labels, in the order in which `Batch.tag` numbers them."""
-    return (OUTSIDE, *(f"{prefix}-{name}" for name in labels[1:] for prefix in "BI"))
+class LanguageModel(Model):
+    """A causal language model with its own vocabulary head: every sub-word is predicted from all before it.
+
+    Each sentence is read by itself, after one special token.
+    """
+
+    def __init__(self, bridge: TransformerBridge):
+        super().__init__(bridge)
+        direction = getattr(bridge.cfg, "attention_dir", "causal")
+        if direction != "causal":
+            raise ValueError(
+                f"a {bridge.cfg.architecture} model sees the words after a token ({direction} attention), so it does "
+                "not predict the next one; use a causal model, or task 'tag'"
+            )
+        self.head = bridge.unembed
+        self._check_head()
+
+    def _check_head(self) -> None:
+        """Compare logits made here with the model's own, on one token: families scale them in ways of their own."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with reading(self):
+            mine, own = self(ids, torch.ones_like(ids)), self.bridge(ids, return_type="logits")
+        if not torch.allclose(mine.float(), own.float(), rtol=1e-2, atol=1e-3 * float(own.abs().max())):
+            raise ValueError(
+                f"the logits of a {self.bridge.cfg.architecture} model are not its unembedding of the last hidden "
+                "state, so next-token concepts cannot be followed in it; task 'tag' can be"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the head chooses from."""
+        return int(self.bridge.cfg.d_vocab)
+
+    def encode(
+        self,
+        corpus: Corpus,
+        *,
+        long: LongSentences = "split",
+        reading: Reading | None = None,
+        context: int | None = None,
+    ) -> Encoded:
+        """A corpus in this model's sub-words, each piece after a special token; words are read where they are
+        predicted unless another `reading` is asked for.
+
+        Raises:
+            ValueError: as `encoding.encode`.
+        """
+        return encode(
+            corpus,
+            self.tokenizer,
+            context=context or self.context,
+            long=long,
+            reading=reading or "before",
+            opening=True,
+        )
+
+    def forward(
+        self, ids: Int[Tensor, "sentence token"], mask: Int[Tensor, "sentence token"]
+    ) -> Float[Tensor, "sentence token vocabulary"]:
+        """Next-token logits of every token."""
+        return self.logits(hidden(self.bridge, ids, mask))
+
+    def logits(self, states: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token vocabulary"]:
+        """Next-token logits of last hidden states."""
+        logits = self.head(states)
+        config = getattr(self.bridge.original_model, "config", self.bridge.cfg)
+        for name in ("final_logit_softcapping", "output_logits_soft_cap"):
+            cap = getattr(config, name, None)
+            if cap is not None and cap > 0:
+                return cap * torch.tanh(logits / cap)
+        return logits
+
+    def losses(self, batch: Batch) -> Float[Tensor, " subword"]:
+        """Cross-entropy of each sub-word of a batch given all before it, in nats, float32."""
+        # Only what predicts a sub-word goes through the vocabulary, which is most of a small model's work.
+        states = hidden(self.bridge, batch.ids, batch.mask).flatten(0, 1)[batch.subword - 1]
+        return F.cross_entropy(self.logits(states).float(), batch.ids.flatten()[batch.subword], reduction="none")
 
 
 def load_tagger(
-    model: str | Path | TransformerBridge,
+    model: str | Path | TransformerBridge | nn.Module,
     labels: Sequence[str],
     *,
+    tokenizer: Any = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tagger:
-    """A model with a fresh tagging head for the given labels (`corpus.label_names`).
+    """A model with a tagging head for the given labels (`corpus.label_names`).
 
-    `model` is a source name (`"minilm"`), a local Hugging Face folder, a name on the hub, or a bridge. `seed` draws the
-    head.
+    `model` is a source name (`"minilm"`), a local Hugging Face folder, a name on the hub, a bridge, or a Hugging Face
+    model that is loaded already (with its `tokenizer`; the model is wrapped in place). The head is fresh, drawn by
+    `seed`; but a model for token classification keeps the one it was trained with, if its labels are the BIO tags of
+    these, in any order.
 
     Raises:
-        ValueError: labels without `"O"` first; a folder that holds no model, or only a pickled one.
+        ValueError: labels without `"O"` first; a folder that holds no model, or only a pickled one; a trained head for
+            other labels.
         OSError: the name is neither a folder nor to be had from the hub.
     """
-    bridge = (
-        model if isinstance(model, TransformerBridge) else load_bridge(model, device=device, dtype=dtype, seed=seed)
+    head = None
+    if isinstance(model, TransformerBridge):
+        bridge = model
+    elif isinstance(model, nn.Module):
+        if _has_trained_head(getattr(model, "config", None)):
+            head = trained_head(model, labels)
+        bridge = _bridge_of(model, tokenizer, device=device, dtype=dtype)
+    else:
+        bridge = load_bridge(model, device=device, dtype=dtype, seed=seed)
+        head = None if str(model) in sources.SOURCES else _head_in(str(model), labels)
+    tagger = Tagger(bridge, labels, seed=seed).eval()
+    if head is not None:
+        with torch.no_grad():
+            tagger.head.weight.copy_(head[0])
+            tagger.head.bias.copy_(head[1])
+    return tagger
+
+
+def _has_trained_head(config: Any) -> bool:
+    """Whether a configuration is of a model for token classification."""
+    named = getattr(config, "architectures", None)
+    return isinstance(named, list) and any(str(name).endswith("ForTokenClassification") for name in named)
+
+
+def _head_in(where: str, labels: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+    """The head of a checkpoint for token classification; None for any other."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    if not _has_trained_head(config):
+        return None
+    with silent():
+        plain = AutoModelForTokenClassification.from_pretrained(where, use_safetensors=True, trust_remote_code=False)
+    return trained_head(plain, labels)
+
+
+def _bridge_of(
+    model: Any, tokenizer: Any, *, device: str | torch.device | None, dtype: torch.dtype
+) -> TransformerBridge:
+    """A bridge around a Hugging Face model that is loaded already; the body of one for token classification."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    if tokenizer is None:
+        raise ValueError("a loaded model needs its tokenizer: load_tagger(model, labels, tokenizer=tokenizer)")
+    if not hasattr(model, "base_model_prefix"):
+        raise ValueError(f"a {type(model).__name__} is no Hugging Face model; pass a bridge, or a folder")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if _has_trained_head(model.config):
+        auto: Any = AutoModelForMaskedLM if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING else AutoModelForCausalLM
+        with silent(), seeded(0):
+            whole = auto.from_config(model.config, attn_implementation="eager")
+        whole.base_model.load_state_dict(model.base_model.state_dict())
+        model = whole
+    else:
+        model.set_attn_implementation("eager")
+    device = torch.device(device) if device else next(model.parameters()).device
+    model.to(device=device, dtype=dtype)
+    model.config.architectures = [type(model).__name__]
+    adapters.register()
+    bridge = TransformerBridge.boot_transformers(
+        str(model.config._name_or_path or "model"), hf_model=model, tokenizer=tokenizer, device=device, dtype=dtype
     )
-    return Tagger(bridge, labels, seed=seed).eval()
+    bridge.eval()
+    return bridge
+
+
+def load_language_model(
+    model: str | Path | TransformerBridge,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """A causal language model with its own vocabulary head: a source (`"smollm2"`), a local Hugging Face folder, a name
+    on the hub, or a bridge.
+
+    Raises:
+        ValueError: a model that does not predict the next token; as `load_bridge`.
+        OSError: the name is neither a folder nor to be had from the hub.
+    """
+    bridge = model if isinstance(model, TransformerBridge) else load_bridge(model, device=device, dtype=dtype)
+    return LanguageModel(bridge).eval()
 
 
 def load_bridge(
@@ -169,6 +389,9 @@ def load_bridge(
 
     where = str(sources.fetch(str(model))) if str(model) in sources.SOURCES else str(model)
     folder = Path(where)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and (packed := sorted(folder.glob("*.gguf"))):
+        folder = dequantised(packed[0])
+        where = str(folder)
     if folder.is_dir():
         _check_folder(folder)
     elif where.count("/") > 1 or where.startswith((".", "/", "~")):
@@ -178,7 +401,7 @@ def load_bridge(
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(where)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
             auto = AutoModelForMaskedLM
         elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -191,9 +414,11 @@ def load_bridge(
                 f"{where!r} holds no tokenizer (none of {', '.join(sorted(_TOKENIZER_FILES))}); save it there with "
                 "tokenizer.save_pretrained(folder)"
             )
-        tokenizer = AutoTokenizer.from_pretrained(where, add_prefix_space=True)
+        tokenizer = AutoTokenizer.from_pretrained(where, add_prefix_space=True, trust_remote_code=False)
         with seeded(seed):
-            hf_model = auto.from_pretrained(where, dtype=dtype, attn_implementation="eager", use_safetensors=True)
+            hf_model = auto.from_pretrained(
+                where, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+            )
     except SafetensorError as error:
         raise ValueError(
             f"the *.safetensors weights in {where!r} are damaged ({error}); fetch or save the model again"
@@ -207,6 +432,14 @@ def load_bridge(
             f"hub did not give it ({reason}). Download it once where there is a network "
             "(`hf download NAME --local-dir DIR`) and pass the folder"
         ) from error
+    except Exception as error:  # a config.json or tokenizer of wrong values ends in any error that there is
+        if isinstance(error, ImportError) or error.__traceback__ is None or error.__traceback__.tb_next is None:
+            raise  # a package that is missing, or our own words from above
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"cannot load model {where!r}: {reason}. Its config.json or its tokenizer is damaged, or asks for code of "
+            "its own, which is never run; fetch it again, or save it again with save_pretrained(folder)"
+        ) from error
     finally:
         hf_logging.set_verbosity(quiet)
         if bars:
@@ -214,6 +447,9 @@ def load_bridge(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     torch.nn.Module.to(hf_model, device)
+    # TransformerLens goes by this name, and a checkpoint that was saved with another head names that.
+    hf_model.config.architectures = [type(hf_model).__name__]
+    adapters.register()
     bridge = TransformerBridge.boot_transformers(
         where, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
     )
@@ -230,7 +466,16 @@ def trunk(bridge: TransformerBridge) -> nn.Module:
 def hidden(
     bridge: TransformerBridge, ids: Int[Tensor, "sentence token"], mask: Int[Tensor, "sentence token"]
 ) -> Float[Tensor, "sentence token d_model"]:
-    """Last hidden state, with the bridge's hooks firing and the vocabulary head skipped."""
+    """Last hidden state in the dtype of the weights, with the bridge's hooks firing and the vocabulary head skipped."""
+    dtype = _COMPUTING.get(bridge)
+    if dtype is None:
+        return _hidden(bridge, ids, mask)
+    with torch.autocast(ids.device.type, dtype):
+        states = _hidden(bridge, ids, mask)
+    return states.to(next(trunk(bridge).parameters()).dtype)
+
+
+def _hidden(bridge: TransformerBridge, ids: Tensor, mask: Tensor) -> Tensor:
     model: Any = bridge.original_model
     if hasattr(model, "base_model"):
         return model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -242,6 +487,120 @@ def hidden(
     for block in model.layers:
         (x,) = block(x, attention_mask=mask, position_ids=position)
     return model.ln_out(x)
+
+
+def encoded_for(model: Model | TransformerBridge, text: Corpus | Encoded, *, context: int | None = None) -> Encoded:
+    """A text in a model's sub-words; one that is encoded already is given back as it is.
+
+    Raises:
+        ValueError: as `encoding.encode`.
+    """
+    if isinstance(text, Encoded):
+        return text
+    if isinstance(model, Model):
+        return model.encode(text, context=context)
+    return encode(text, model.tokenizer, context=context or int(model.cfg.n_ctx))
+
+
+_COMPUTING: WeakKeyDictionary[TransformerBridge, torch.dtype] = WeakKeyDictionary()
+"""The bridges whose bodies run in another dtype than their weights have."""
+
+
+@contextlib.contextmanager
+def computing(model: Model, dtype: torch.dtype) -> Iterator[None]:
+    """For a while, run the body of a model in bfloat16 or float16 by autocast; its weights and its head stay as they
+    are.
+
+    Weights that themselves are bfloat16 would lose the small steps of training; these do not. `torch.float32` changes
+    nothing.
+
+    Raises:
+        ValueError: a dtype that autocast does not take.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"a model computes in float32, bfloat16 or float16, not in {dtype}")
+    before = _COMPUTING.get(model.bridge)
+    try:
+        if dtype == torch.float32:
+            _COMPUTING.pop(model.bridge, None)
+        else:
+            _COMPUTING[model.bridge] = dtype
+        yield
+    finally:
+        _COMPUTING.pop(model.bridge, None)
+        if before is not None:
+            _COMPUTING[model.bridge] = before
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model's plain weights while adapters stand beside some of them."""
+
+    plain: Mapping[str, Tensor]
+    """As `Model.plain()` gave them before."""
+    changes: Mapping[str, Callable[[], Tensor]]
+    """What an adapter adds to a weight at the moment."""
+
+    def merged(self) -> dict[str, Tensor]:
+        """The weights that the model computes by; copies where there is an adapter."""
+        own = {name: value.detach() for name, value in self.plain.items()}
+        storages = {name: value.untyped_storage() for name, value in own.items()}
+        copied = {storages[name].data_ptr(): storages[name] for name in self.changes}
+        copied = {at: storage.clone() for at, storage in copied.items()}
+        for name, value in own.items():
+            # A GPT-2's queries, keys and values are views of one matrix, which must say what they say.
+            if (storage := copied.get(storages[name].data_ptr())) is not None:
+                where = value.storage_offset(), value.shape, value.stride()
+                own[name] = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage, *where)
+        for name, change in self.changes.items():
+            own[name] += change()
+        return own
+
+    @contextlib.contextmanager
+    def on(self, bridge: TransformerBridge) -> Iterator[None]:
+        """For a while, `Model.weights()` gives these."""
+        _ADAPTED[bridge] = self
+        try:
+            yield
+        finally:
+            del _ADAPTED[bridge]
+
+
+_ADAPTED: WeakKeyDictionary[TransformerBridge, Adapted] = WeakKeyDictionary()
+"""The bridges that have adapters now."""
+
+
+def wearing(bridge: TransformerBridge, weight: Tensor | None = None) -> bool:
+    """Whether a model has adapters now, or one of its weights has."""
+    adapted = _ADAPTED.get(bridge)
+    if adapted is None or weight is None:
+        return adapted is not None
+    return any(adapted.plain[name] is weight for name in adapted.changes)
+
+
+@contextlib.contextmanager
+def checkpointed(model: Model) -> Iterator[None]:
+    """For a while, training keeps only each block's input and computes the block again in the backward pass: less
+    memory, about a third more time, the same gradients.
+
+    Raises:
+        ValueError: a model that cannot (a native bridge).
+    """
+    inner: Any = model.bridge.original_model
+    if not getattr(inner, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"a {model.bridge.cfg.architecture} model cannot checkpoint its blocks; use accumulate to save memory"
+        )
+    # transformers 5.23 calls it activation checkpointing, earlier ones know the other name alone.
+    kind = "activation" if hasattr(inner, "activation_checkpointing_enable") else "gradient"
+    off = getattr(inner, f"{kind}_checkpointing_disable")
+    getattr(inner, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+    try:
+        yield
+    finally:
+        off()
+        if hasattr(inner, "disable_input_require_grads"):
+            inner.disable_input_require_grads()  # a hook on the embedding that switching it off leaves behind
 
 
 @contextlib.contextmanager
@@ -258,7 +617,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients for a while; each module's own mode is back afterwards."""
-    bridge = model.bridge if isinstance(model, Tagger) else model
+    bridge = model.bridge if isinstance(model, Model) else model
     # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
     parts = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
     modes = [(module, module.training) for part in parts for module in part.modules()]
@@ -278,7 +637,7 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} holds no Hugging Face model: there is no config.json")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(folder / 'config.json')!r} is damaged: {error}") from error
     if any(name.endswith(".safetensors") for name in names):
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from beartype import beartype as typechecker
@@ -16,14 +16,20 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+Sever = Literal["out", "both", "gain", "writes"]
+"""Which weights of a neuron are cut; `relearn_lens.ablation.prune_` says what each does."""
+
 
 class Slice(NamedTuple):
-    """The part of a parameter that belongs to each neuron: index `axis` of `component.parameter` by neuron."""
+    """The part of a parameter that belongs to each neuron: along `axis` of `component.parameter`, `Site.size` indices
+    for each neuron."""
 
     component: str
     """TransformerLens name of the component, such as `blocks.0.mlp.out`."""
     parameter: str
     axis: int
+    nothing: float = 0.0
+    """The value that has no effect: -1 for the gains of Gemma, which are kept as their difference from 1."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Site:
     """Where neurons are read and cut: one hook per layer, all of one width.
 
     `resid` is a coordinate of the hidden state (embedding output, then each block's output; the choice of Lo et al.
-    2024); `mlp_post` a hidden unit of a block's MLP.
+    2024); `mlp_post` a hidden unit of a block's MLP; `attn_head` a whole attention head, a vector of `size` units.
     """
 
     name: str
@@ -44,6 +50,24 @@ class Site:
     where the model has no such weights."""
     reads: tuple[tuple[Slice, ...], ...] = field(repr=False)
     """Per layer: the weights that feed the neuron, for `prune_(sever="both")`."""
+    # What a site is called, where it is read and how wide it is make it the same site; these two follow from that.
+    gains: tuple[tuple[Slice, ...], ...] = field(default=(), repr=False, compare=False)
+    """Per layer: the one LayerNorm gain that the released code of Lo et al. sets to zero."""
+    writers: tuple[tuple[Slice, ...], ...] = field(default=(), repr=False, compare=False)
+    """Per layer: the weights by which this block alone writes the coordinate of a hidden state that is a sum."""
+    size: int = 1
+    """Units of one neuron, next to each other: `d_head` where a neuron is a head."""
+
+    def parts(self, sever: Sever) -> tuple[tuple[Slice, ...], ...]:
+        """Per layer: the weights that `sever` cuts; empty where the model has no such weights."""
+        nothing: tuple[tuple[Slice, ...], ...] = ((),) * len(self.layers)
+        if sever == "both":
+            # A coordinate of the hidden state has no inputs beside what makes it. A head has, and may share them.
+            return tuple(
+                () if self.size > 1 and not reads else writes + reads
+                for writes, reads in zip(self.writes, self.reads, strict=True)
+            )
+        return {"out": self.writes, "gain": self.gains, "writes": self.writers}[sever] or nothing
 
     @property
     def n_neurons(self) -> int:
@@ -52,71 +76,125 @@ class Site:
 
 
 class _Plan(NamedTuple):
-    """A site of one family. `{i}` stands for the number of a block."""
+    """A site of one family. `{i}` stands for the number of a block, and weights that a model does without are left out
+    of its site."""
 
     width: str
     hook: str
     writes: tuple[Slice, ...] = ()
     reads: tuple[Slice, ...] = ()
+    gains: tuple[Slice, ...] = ()
+    writers: tuple[Slice, ...] = ()
+    size: str | None = None
     embed_hook: str | None = None
     embed_writes: tuple[Slice, ...] = ()
+    embed_gains: tuple[Slice, ...] = ()
+    embed_writers: tuple[Slice, ...] = ()
     tokens: str = "embed"
     """Component that turns token ids into vectors, before positions are added and anything is normalised."""
 
 
-# Of a linear layer, whose weight is [out, in]. A bias that a model does without is left out of the site.
-_MLP_WRITES = (Slice("blocks.{i}.mlp.out", "weight", 1),)
-_MLP_READS = (Slice("blocks.{i}.mlp.in", "weight", 0), Slice("blocks.{i}.mlp.in", "bias", 0))
-_GATE_READS = (Slice("blocks.{i}.mlp.gate", "weight", 0), Slice("blocks.{i}.mlp.gate", "bias", 0))
-
-# Pre-norm: a coordinate of the residual stream is the sum of all earlier blocks, so no weights of one block hold it,
-# and `resid` can be ablated by hook but not pruned.
-_PRE_NORM = _Plan(width="d_model", hook="blocks.{i}.hook_out", embed_hook="blocks.0.hook_in")
+def _linear(component: str, axis: int) -> tuple[Slice, ...]:
+    """Of a linear layer (weight [out, in]): weight and bias by its output (axis 0), or weight by its input (axis 1)."""
+    weight = Slice(f"blocks.{{i}}.{component}", "weight", axis)
+    return (weight,) if axis else (weight, weight._replace(parameter="bias"))
 
 
-def _mlp(writes: tuple[Slice, ...] = _MLP_WRITES, reads: tuple[Slice, ...] = _MLP_READS) -> _Plan:
-    return _Plan(width="d_mlp", hook="blocks.{i}.mlp.out.hook_in", writes=writes, reads=reads)
+def _conv1d(component: str, axis: int) -> tuple[Slice, ...]:
+    """The same of GPT-2's Conv1D, whose weight is [in, out]."""
+    weight, *bias = _linear(component, axis)
+    return (weight._replace(axis=1 - axis), *bias)
 
 
-FAMILIES: dict[str, dict[str, _Plan]] = {
-    # BERT normalises after adding, so gain and bias of the output LayerNorm are what a coordinate is made of.
-    "BertForMaskedLM": {
+def _gain(component: str, nothing: float = 0.0) -> tuple[Slice, ...]:
+    return (Slice(component, "weight", 0, nothing),)
+
+
+_EMBEDDINGS = (Slice("embed", "weight", 1), Slice("pos_embed", "weight", 1))
+
+
+def _post_norm() -> dict[str, _Plan]:
+    """BERT and its like normalise after adding, so gain and bias of the output LayerNorm are what a coordinate of the
+    hidden state is made of."""
+    return {
         "resid": _Plan(
             width="d_model",
             hook="blocks.{i}.hook_out",
             writes=(Slice("blocks.{i}.ln2", "weight", 0), Slice("blocks.{i}.ln2", "bias", 0)),
+            gains=_gain("blocks.{i}.ln2"),
             embed_hook="embed_ln.hook_out",
             embed_writes=(Slice("embed_ln", "weight", 0), Slice("embed_ln", "bias", 0)),
+            embed_gains=_gain("embed_ln"),
         ),
         "mlp_post": _mlp(),
-    },
-    "TransformerLensNative": {"resid": _PRE_NORM, "mlp_post": _mlp()},
-    # GPT-2's Conv1D keeps its weight as [in, out].
-    "GPT2LMHeadModel": {
-        "resid": _PRE_NORM,
-        "mlp_post": _mlp(
-            writes=(Slice("blocks.{i}.mlp.out", "weight", 0),),
-            reads=(Slice("blocks.{i}.mlp.in", "weight", 1), Slice("blocks.{i}.mlp.in", "bias", 0)),
+        "attn_head": _heads(),
+    }
+
+
+def _pre_norm(
+    *,
+    linear: Callable[[str, int], tuple[Slice, ...]] = _linear,
+    split: bool = True,
+    gated: bool = False,
+    nothing: float = 0.0,
+    writers: tuple[Slice, ...] = (),
+) -> dict[str, _Plan]:
+    """Pre-norm: a coordinate of the residual stream is the sum of all earlier blocks, so no weights of one block hold
+    it. It can be ablated by hook, and one block can be kept from reading or from writing it.
+
+    `split`: queries, keys and values have a matrix each. `nothing`: the stored gain that has no effect. `writers`: the
+    last weights before a block's parts are added to the stream, where those are not the output matrices.
+    """
+    return {
+        "resid": _Plan(
+            width="d_model",
+            hook="blocks.{i}.hook_out",
+            embed_hook="blocks.0.hook_in",
+            gains=_gain("blocks.{i}.ln2", nothing),
+            writers=writers or linear("attn.o", 0) + linear("mlp.out", 0),
+            embed_writers=_EMBEDDINGS,
         ),
-    },
-    "GPTNeoXForCausalLM": {"resid": _PRE_NORM, "mlp_post": _mlp()},
+        "mlp_post": _mlp(linear, gated),
+        "attn_head": _heads(linear, split),
+    }
+
+
+def _mlp(linear: Callable[[str, int], tuple[Slice, ...]] = _linear, gated: bool = False) -> _Plan:
     # Gated: a hidden unit is the product of its gate, after the activation function, and its up projection.
-    **{
-        family: {"resid": _PRE_NORM, "mlp_post": _mlp(reads=_GATE_READS + _MLP_READS)}
-        for family in (
-            "LlamaForCausalLM",
-            "MistralForCausalLM",
-            "Qwen2ForCausalLM",
-            "Qwen3ForCausalLM",
-            "GemmaForCausalLM",
-            "Gemma2ForCausalLM",
-        )
-    },
+    reads = (linear("mlp.gate", 0) if gated else ()) + linear("mlp.in", 0)
+    return _Plan(width="d_mlp", hook="blocks.{i}.mlp.out.hook_in", writes=linear("mlp.out", 1), reads=reads)
+
+
+def _heads(linear: Callable[[str, int], tuple[Slice, ...]] = _linear, split: bool = True) -> _Plan:
+    reads = linear("attn.q", 0) + linear("attn.k", 0) + linear("attn.v", 0) if split else ()
+    writes = linear("attn.o", 1)
+    return _Plan(width="n_heads", size="d_head", hook="blocks.{i}.attn.o.hook_in", writes=writes, reads=reads)
+
+
+FAMILIES: dict[str, dict[str, _Plan]] = {
+    "BertForMaskedLM": _post_norm(),
+    "DistilBertForMaskedLM": _post_norm(),
+    "RobertaForMaskedLM": _post_norm(),
+    "TransformerLensNative": _pre_norm(gated=True),
+    "GPT2LMHeadModel": _pre_norm(linear=_conv1d, split=False),
+    "GPTNeoXForCausalLM": _pre_norm(split=False),
+    "LlamaForCausalLM": _pre_norm(gated=True),
+    "MistralForCausalLM": _pre_norm(gated=True),
+    "Qwen2ForCausalLM": _pre_norm(gated=True),
+    "Qwen3ForCausalLM": _pre_norm(gated=True),
+    "GemmaForCausalLM": _pre_norm(gated=True, nothing=-1.0),
+    # What a part of the block gives is normalised once more before it is added.
+    "Gemma2ForCausalLM": _pre_norm(
+        gated=True,
+        nothing=-1.0,
+        writers=_gain("blocks.{i}.ln1_post", -1.0) + _gain("blocks.{i}.ln2_post", -1.0),
+    ),
 }
 
 SITES: dict[str, str] = {
     "resid": "coordinate of the hidden state: embedding output, then each block's output",
     "mlp_post": "hidden unit of a block's MLP, after its activation function",
+    "attn_head": "attention head of a block: what it gathered (hook_z), a vector that is read as its length",
 }
 
 
@@ -131,20 +209,33 @@ def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     if site not in SITES:
         raise ValueError(f"unknown site {site!r}; known: {', '.join(SITES)}")
     plan = _family(bridge)[site]
-
-    def numbered(slices: tuple[Slice, ...], i: int) -> tuple[Slice, ...]:
-        parts = (part._replace(component=part.component.format(i=i)) for part in slices)
-        return tuple(part for part in parts if _weight(bridge, part) is not None)
-
+    size = int(getattr(bridge.cfg, plan.size)) if plan.size else 1
+    width = int(getattr(bridge.cfg, plan.width))
     blocks = range(int(bridge.cfg.n_layers))
     head = [plan.embed_hook] if plan.embed_hook else []
+
+    def layers(embed: tuple[Slice, ...], block: tuple[Slice, ...]) -> tuple[tuple[Slice, ...], ...]:
+        """The parts that the model has, of every layer."""
+        named = [embed] * len(head) + [
+            tuple(part._replace(component=part.component.format(i=i)) for part in block) for i in blocks
+        ]
+        return tuple(tuple(part for part in parts if _weight(bridge, part) is not None) for parts in named)
+
+    def own(parts: tuple[Slice, ...]) -> tuple[Slice, ...]:
+        """The parts, or none where several neurons share them, as grouped heads share keys and values."""
+        shapes = ((_weight(bridge, part), part.axis) for part in parts)
+        return parts if all(w is not None and w.shape[axis] == width * size for w, axis in shapes) else ()
+
     return Site(
         name=site,
         layers=tuple(["embed"] * len(head) + [str(i) for i in blocks]),
         hooks=tuple(head + [plan.hook.format(i=i) for i in blocks]),
-        width=int(getattr(bridge.cfg, plan.width)),
-        writes=tuple([plan.embed_writes] * len(head) + [numbered(plan.writes, i) for i in blocks]),
-        reads=tuple([()] * len(head) + [numbered(plan.reads, i) for i in blocks]),
+        width=width,
+        writes=layers(plan.embed_writes, plan.writes),
+        reads=tuple(own(parts) for parts in layers((), plan.reads)),
+        gains=layers(plan.embed_gains, plan.gains),
+        writers=layers(plan.embed_writers, plan.writers),
+        size=size,
     )
 
 
@@ -154,7 +245,8 @@ def _family(bridge: TransformerBridge) -> dict[str, _Plan]:
     if family not in FAMILIES:
         raise ValueError(
             f"models of the family {family!r} have no sites yet; known: {', '.join(FAMILIES)}. To add one, put its "
-            "hook names into relearn_lens.neurons.FAMILIES"
+            f"hooks and weights into relearn_lens.neurons.FAMILIES[{family!r}] (of a family that is built like a known "
+            "one: that one's)"
         )
     return FAMILIES[family]
 
@@ -182,8 +274,12 @@ def parameter(bridge: TransformerBridge, part: Slice) -> nn.Parameter:
 
 
 def _weight(bridge: TransformerBridge, part: Slice) -> nn.Parameter | None:
-    """The parameter that a slice is of; None for a bias that the model does without."""
-    return getattr(_component(bridge, part.component).original_component, part.parameter)
+    """The parameter that a slice is of; None for one that the model does without."""
+    try:
+        component = _component(bridge, part.component).original_component
+    except AttributeError:
+        return None
+    return getattr(component, part.parameter, None)
 
 
 def _component(bridge: TransformerBridge, path: str) -> Any:
@@ -302,14 +398,34 @@ def streaming(
     bridge: TransformerBridge,
     site: Site,
     visit: Callable[[int, Float[Tensor, "sentence token neuron"]], Tensor | None],
+    *,
+    units: bool = False,
 ) -> Iterator[None]:
     """For a while, call `visit(layer, activations)` whenever a layer of the site is computed.
 
     What it returns, if anything, replaces the activations. The hooks are gone when the block ends, also by an error.
+
+    A head is a vector, and is read as its length: the L2 norm of its `hook_z` on each token, in activation units, never
+    negative. That says how much the head gathered, not what: two classes for which it gathers equally long vectors in
+    different directions look alike, and what the output matrix makes of it is not in it. `units=True` gives all units
+    of all neurons instead, `[sentence token (neuron unit)]`; only those can be replaced.
     """
 
     def hook_for(layer: int) -> Callable[..., Tensor | None]:
-        return lambda activations, hook: visit(layer, activations)
+        def see(activations: Tensor, hook: Any) -> Tensor | None:
+            flat = activations.flatten(2)  # heads come as [sentence token head unit]
+            if site.size > 1 and not units:
+                lengths = torch.linalg.vector_norm(flat.unflatten(2, (site.width, site.size)), dim=-1)
+                if visit(layer, lengths) is not None:
+                    raise ValueError(
+                        f"a neuron of {site.name} is a vector of {site.size} units: its length cannot replace it; use "
+                        "streaming(..., units=True)"
+                    )
+                return None
+            new = visit(layer, flat)
+            return None if new is None else new.view_as(activations)
+
+        return see
 
     with bridge.hooks(fwd_hooks=[(name, hook_for(i)) for i, name in enumerate(site.hooks)]):
         yield

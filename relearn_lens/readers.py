@@ -32,6 +32,9 @@ SCHEMES = {"auto": "BIESLUM", "bio": "BI", "iob1": "BI", "io": "I", "bioes": "BI
 CORPORA = ("bsb-names", "conll:PATH", "hf:NAME[:CONFIG]")
 """What `read_splits_named` takes; PATH and NAME may be a folder."""
 
+_DATA = (".parquet", ".json", ".jsonl", ".arrow", ".csv", ".tsv")
+"""What a local data set may consist of."""
+
 _READABLE = "bio|conll|iob|iob2|tsv|txt"
 _ROLES = {"train": "train", "validation": "dev|valid|testa", "probe": "test(?!a)"}
 
@@ -92,14 +95,20 @@ def _marks(first: Mapping[str, int], scheme: str, where: str) -> dict[str, tuple
 
 
 def _text(path: Path, encoding: str) -> str:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; read_splits reads folders, read_conll reads one file")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a file with a word and its label on each line")
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; read_splits reads folders, read_conll reads one file")
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; give a file with a word and its label on each line")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be read ({error.strerror}); give a file that can be") from error
     try:
         codec = codecs.lookup(encoding).name
-        text = path.read_bytes().decode("utf-8-sig" if codec == "utf-8" else codec)
-    except LookupError:
+        text = content.decode("utf-8-sig" if codec == "utf-8" else codec)
+    except (LookupError, TypeError):
         raise ValueError(f"{path}: no encoding is called {encoding!r}; try 'utf-8' or 'latin-1'") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -107,6 +116,8 @@ def _text(path: Path, encoding: str) -> str:
             f"{path}, line {line}: byte {error.start} (0x{error.object[error.start]:02x}) is not {encoding}; "
             "give the file's own encoding=, for instance 'latin-1'"
         ) from None
+    except ValueError as error:  # not every codec says where
+        raise ValueError(f"{path} is not {encoding} ({error}); give the file's own encoding=") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(
@@ -255,9 +266,16 @@ def read_hf(name: str, *, seed: int, parts: Parts = PARTS, config: str | None = 
 
 def _load_hf(name: str, config: str | None) -> Any:
     import datasets  # slow to import, and only this reader needs it
-    from datasets.exceptions import DatasetsError
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 
     folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_data_folder(folder)
+    elif name in BUILDERS or folder.suffix == ".py":  # such as "pandas", which unpickles what lies in this folder
+        raise ValueError(
+            f"{name!r} is no data set, but code of the package datasets or a script; give a name on the hub "
+            "(hf:OWNER/NAME), or a folder with Parquet, JSON or Arrow files"
+        )
     try:
         if any((folder / file).exists() for file in ("dataset_dict.json", "state.json")):
             return datasets.load_from_disk(str(folder))
@@ -272,14 +290,33 @@ def _load_hf(name: str, config: str | None) -> Any:
             f"data set {name!r} cannot be reached: {error}. Without a network give a folder with its data "
             "files (hf:FOLDER), or a file (conll:PATH)"
         ) from error
-    except (ValueError, RuntimeError, OSError, DatasetsError) as error:
+    except Exception as error:  # a damaged folder ends in any error that there is
         raise ValueError(
-            f"data set {name!r} with configuration {config!r} cannot be loaded: {error}. Give its name on "
+            f"data set {name!r} with configuration {config!r} cannot be loaded: {_why(error)}. Give its name on "
             "the hub and its configuration (hf:NAME:CONFIG), or a folder"
         ) from error
 
 
+def _check_data_folder(folder: Path) -> None:
+    """Refuse a local data set with files that are not plain data: a pickle or a script runs code, an archive can hold
+    one, or more than a disk holds."""
+    for file in sorted(folder.rglob("*")):
+        spoken = file.name.startswith(".") or re.match(r"(?i)readme|licen|citation|.*\.(md|lock)$", file.name)
+        if file.is_file() and not spoken and file.suffix.lower() not in _DATA:
+            raise ValueError(
+                f"{folder}: {file.name!r} is none of {', '.join(_DATA)}, and only those are read (a pickle or a script "
+                "would run code); move it out of the folder, or save the data with to_parquet() or save_to_disk()"
+            )
+
+
+def _why(error: Exception) -> str:
+    """An error of a library as a reason: its text, else its kind."""
+    return str(error) or type(error).__name__
+
+
 def _from_hf(table: Any, name: str) -> Corpus:
+    if not hasattr(table, "column_names") or not hasattr(table, "features"):
+        raise ValueError(f"data set {name!r} is a {type(table).__name__}; give one with rows and columns")
     wanted = (("tokens", "words"), ("ner_tags", "tags", "labels"))
     words, tags = (next((c for c in names if c in table.column_names), None) for names in wanted)
     if words is None or tags is None:
@@ -289,9 +326,19 @@ def _from_hf(table: Any, name: str) -> Corpus:
         )
     names = getattr(getattr(table.features[tags], "feature", None), "names", [])
     sentences = []
-    for i, (texts, marks) in enumerate(zip(table[words][:], table[tags][:], strict=True)):
+    try:
+        columns = table[words][:], table[tags][:]
+    except Exception as error:  # the Arrow file is damaged below its header
+        raise ValueError(
+            f"data set {name!r}: the columns {words!r} and {tags!r} cannot be read ({_why(error)}); save it again"
+        ) from error
+    for i, (texts, marks) in enumerate(zip(*columns, strict=True)):
         if not isinstance(texts, list) or not isinstance(marks, list) or len(texts) != len(marks):
             raise ValueError(f"data set {name!r}, row {i}: {words!r} and {tags!r} must be equally long lists")
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(
+                f"data set {name!r}, row {i}: {words!r} holds {odd[0]!r}, which is no word; words must be strings"
+            )
         if unnamed := [k for k in marks if not isinstance(k, str) and k not in range(len(names))]:
             raise ValueError(
                 f"data set {name!r}, row {i}: {tags!r} holds {unnamed[0]!r}, which has no name; labels must "

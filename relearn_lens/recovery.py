@@ -1,6 +1,7 @@
 """How much came back, and how fast: shares of the damage made good, epochs and tokens to a target, savings.
 
-Everything compares F1s that were measured on the same sentences. An arm is a sequence of trajectories, one per
+Everything compares scores (F1, or what a language model gains over a uniform guess) that were measured on the same
+sentences. An arm is a sequence of trajectories, one per
 training seed; of one seed the interval is over sentences, of several over seeds.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.integrate import trapezoid
 
-from relearn_lens.evaluation import Label, SpanScores
+from relearn_lens.evaluation import Label, Scores
 from relearn_lens.intervals import Estimate, estimate, over_seeds, over_sentences
 from relearn_lens.tracking import BASE, PRUNED, Trajectory
 
@@ -185,7 +186,7 @@ def savings(
     rows = [(area_of(m, t), (*m.scores, *t.scores)) for m, t in pairs]
     area, _ = _over(rows, label, **interval)
     if area is None:
-        raise ValueError(f"label {label!r} has no F1 at some stage: neither text nor prediction has a span of it")
+        raise ValueError(f"label {label!r} has no score at some stage: there is nothing of it to score")
     return Savings({share: saved(share) for share in shares}, area)
 
 
@@ -195,7 +196,7 @@ class _Curve:
 
     epochs: np.ndarray
     tokens: np.ndarray
-    scores: tuple[SpanScores, ...]
+    scores: tuple[Scores, ...]
 
 
 def _curves(arms: Sequence[Trajectory], what: str, needed: Sequence[str] = ()) -> list[_Curve]:
@@ -223,9 +224,7 @@ def _curves(arms: Sequence[Trajectory], what: str, needed: Sequence[str] = ()) -
     return curves
 
 
-def _over(
-    rows: Sequence[tuple[Callable, Sequence[SpanScores]]], label: Label, **interval
-) -> tuple[Estimate | None, int]:
+def _over(rows: Sequence[tuple[Callable, Sequence[Scores]]], label: Label, **interval) -> tuple[Estimate | None, int]:
     """A function of each seed's scores over seeds, or over sentences if there is one; and for how many it is finite.
 
     None where it is not finite for all.

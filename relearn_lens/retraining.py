@@ -6,8 +6,9 @@ training loop plugs into `track` by yielding `Checkpoint` too.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,10 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from relearn_lens.corpus import Corpus
-from relearn_lens.encoding import Encoded, encode
-from relearn_lens.models import Tagger, seeded
+from relearn_lens.encoding import Encoded
+from relearn_lens.models import Model, Tagger, checkpointed, seeded
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,34 @@ class Checkpoint:
     """Nats per sub-word since the last pause, summed over sub-words before dividing."""
 
 
+class Training(Iterator[Checkpoint]):
+    """A training under way: asks for its next `Checkpoint` train on to there.
+
+    Between two checkpoints nothing moves. `state()` and the model's weights, kept at a checkpoint, are all that is
+    needed to go on from it in another process, with the same result to the bit on the same machine.
+    """
+
+    def __init__(self, checkpoints: Generator[Checkpoint, None, None], optimizers: list[torch.optim.Optimizer]):
+        self._checkpoints, self._optimizers = checkpoints, optimizers
+
+    def __next__(self) -> Checkpoint:
+        return next(self._checkpoints)
+
+    def close(self) -> None:
+        """Stop here; the model is put back into its mode."""
+        self._checkpoints.close()
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts of the optimiser, no copies: what `resume` takes beside the checkpoint. Empty before
+        the first step."""
+        if not self._optimizers:
+            return {}
+        state = self._optimizers[-1].state_dict()["state"]
+        return {f"{i}.{key}": value for i, kept in state.items() for key, value in kept.items()}
+
+
 def finetune_(
-    tagger: Tagger,
+    model: Model,
     text: Corpus | Encoded,
     *,
     epochs: float | int = 3,
@@ -49,66 +75,87 @@ def finetune_(
     clip: float | int = 1.0,
     restart: bool = False,
     prior_bias: bool = False,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
     tick: Callable[[int, int], object] | None = None,
-) -> Iterator[Checkpoint]:
-    """Train a tagger on labelled text; yields after every `every` epochs (by default each) and at the end.
+) -> Training:
+    """Train a tagger on labelled text, or a language model on any; yields after every `every` epochs (by default each)
+    and at the end.
 
     AdamW (`weight_decay` not on biases and LayerNorms), learning rate falling linearly from `lr` to 0, gradients
-    clipped at norm `clip`; all sub-words of a word are in the loss, special tokens are not. With `restart` optimiser
-    and learning rate begin anew after every pause. Nothing is trained until the generator is asked for its next
-    checkpoint; between checkpoints the tagger is in the mode in which it came. `tick` is called with the step and
-    the number of steps. Source: Lo et al. 2024, section 4; `restart` is what their released code does.
+    clipped at norm `clip`; all sub-words of a word are in the loss (a tag, or the sub-word itself given all before it),
+    special tokens are not. With `restart` optimiser and learning rate begin anew after every pause. Nothing is trained
+    until the iterator is asked for its next checkpoint; between checkpoints the model is in the mode in which it came.
+    `tick` is called with the step and the number of steps. Source: Lo et al. 2024, section 4; `restart` is what their
+    released code does.
+
+    With `accumulate` every batch goes through the model in so many parts, and with `checkpointing` every block is
+    computed again in the backward pass: both need less memory for the same gradient.
 
     With `prior_bias` (ours) the head's bias is first set to the log share of each tag in the text. A fresh head
     otherwise makes the body learn, as a constant part of its hidden state, that most words are `"O"`; a model that
     loses this part to pruning collapses to one hidden state for all words when it is retrained.
 
+    `resume` goes on from a checkpoint of a training with the same settings: the checkpoint and what `Training.state`
+    gave there. The weights of that moment must be in the model already.
+
     Raises:
-        ValueError: a setting out of range, or labels that the tagger does not know; at the call, before any step.
+        ValueError: a setting out of range, labels that the tagger does not know, or a `resume` that is none of this
+            training's pauses or of another model; at the call, before any step.
         FloatingPointError: the loss is no longer finite.
     """
-    if epochs <= 0 or (every is not None and every <= 0) or batch_size < 1 or lr <= 0 or clip <= 0 or weight_decay < 0:
+    positive = (epochs, batch_size, accumulate, lr, clip, *(() if every is None else (every,)))
+    if min(positive) <= 0 or weight_decay < 0:
         raise ValueError(
-            f"epochs, every, batch_size, lr and clip must be above 0 and weight_decay not below, got epochs={epochs}, "
-            f"every={every}, batch_size={batch_size}, lr={lr}, clip={clip}, weight_decay={weight_decay}"
+            "epochs, every, batch_size, accumulate, lr and clip must be above 0 and weight_decay not below, got "
+            f"epochs={epochs}, every={every}, batch_size={batch_size}, accumulate={accumulate}, lr={lr}, clip={clip}, "
+            f"weight_decay={weight_decay}"
         )
-    encoded = text if isinstance(text, Encoded) else encode(text, tagger.tokenizer, context=tagger.context)
-    if encoded.corpus.label_names != tagger.label_names:
+    encoded = text if isinstance(text, Encoded) else model.encode(text)
+    model.check_text(encoded.corpus)
+    if prior_bias and not isinstance(model, Tagger):
+        raise ValueError("prior_bias is for the head of a tagger; a language model keeps its own head")
+    pauses = _pauses(epochs, every or 1.0, -(-encoded.n_pieces // batch_size))
+    if resume is not None and resume[0].step not in pauses:
         raise ValueError(
-            f"corpus {encoded.corpus.name!r} has labels {encoded.corpus.label_names}, the tagger was made for "
-            f"{tagger.label_names}"
+            f"this training pauses at steps {', '.join(map(str, pauses))}, so it cannot go on from step "
+            f"{resume[0].step}; resume with the settings, the text and the seed that it began with"
         )
-    return _train(
-        tagger,
-        encoded,
-        epochs,
-        every or 1.0,
-        seed,
-        lr,
-        batch_size,
-        weight_decay,
-        clip,
-        restart,
-        prior_bias,
-        tick,
-    )
+    optimizers: list[torch.optim.Optimizer] = []
+    if resume is not None and resume[1] and not restart:
+        optimizers.append(_with_state(_adamw(model, lr, weight_decay), resume[1]))
+    checkpoints = _train(
+        model, encoded, pauses, optimizers, seed=seed, lr=lr, batch_size=batch_size, weight_decay=weight_decay,
+        clip=clip, restart=restart, prior_bias=prior_bias and resume is None, accumulate=accumulate,
+        checkpointing=checkpointing, after=resume[0] if resume else None, tick=tick,
+    )  # fmt: skip
+    return Training(checkpoints, optimizers)
 
 
 def retrain_(
-    tagger: Tagger, text: Corpus | Encoded, *, epochs: float | int = 8, every: float | int = 2, **settings
-) -> Iterator[Checkpoint]:
+    model: Model, text: Corpus | Encoded, *, epochs: float | int = 8, every: float | int = 2, **settings
+) -> Training:
     """`finetune_` after something was removed: by default 4 stages of 2 epochs, measured after each.
 
     Takes the settings of `finetune_`. Source: Lo et al. 2024, section 4.
     """
-    return finetune_(tagger, text, epochs=epochs, every=every, **settings)
+    return finetune_(model, text, epochs=epochs, every=every, **settings)
+
+
+def _pauses(epochs: float | int, every: float | int, per_epoch: int) -> dict[int, float]:
+    """Step to epoch of every pause, the last one at the end."""
+    total = max(1, round(epochs * per_epoch))
+    marks = [k * every for k in range(1, math.ceil(epochs / every - 1e-9))]
+    return {round(mark * per_epoch): float(mark) for mark in marks if round(mark * per_epoch)} | {total: float(epochs)}
 
 
 def _train(
-    tagger: Tagger,
+    model: Model,
     encoded: Encoded,
-    epochs: float | int,
-    every: float | int,
+    pauses: Mapping[int, float],
+    optimizers: list[torch.optim.Optimizer],
+    *,
     seed: int,
     lr: float | int,
     batch_size: int,
@@ -116,57 +163,95 @@ def _train(
     clip: float | int,
     restart: bool,
     prior_bias: bool,
+    accumulate: int,
+    checkpointing: bool,
+    after: Checkpoint | None,
     tick: Callable[[int, int], object] | None,
-) -> Iterator[Checkpoint]:
+) -> Generator[Checkpoint, None, None]:
     accelerator = Accelerator(device_placement=False)
-    per_epoch = -(-encoded.n_pieces // batch_size)
-    total = max(1, round(epochs * per_epoch))
-    marks = [k * every for k in range(1, math.ceil(epochs / every - 1e-9))]
-    pauses = {round(mark * per_epoch): mark for mark in marks if round(mark * per_epoch)} | {total: float(epochs)}
-    mode = tagger.training
-    tokens = step = 0
-    order: list[np.ndarray] = []
-    optimizer = schedule = None
-    if prior_bias:
+    per_epoch, total = -(-encoded.n_pieces // batch_size), max(pauses)
+    step, tokens = (after.step, after.tokens_seen) if after else (0, 0)
+    order: tuple[int, list[np.ndarray]] = (-1, [])
+    if prior_bias and isinstance(model, Tagger):
         with torch.no_grad():
-            tagger.head.bias.copy_(tag_shares(encoded, len(tagger.tags)).log())
+            model.head.bias.copy_(tag_shares(encoded, len(model.tags)).log())
     for end, epoch in pauses.items():
+        if end <= step:
+            continue
         begin = step
-        if optimizer is None or schedule is None or restart:
-            horizon = end - begin if restart else total
-            optimizer = accelerator.prepare(_adamw(tagger, lr, weight_decay))
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda done, horizon=horizon: max(0.0, 1 - done / horizon)
-            )
-        loss_sum = torch.zeros((), device=tagger.device)
-        n_losses = 0
-        tagger.train()
-        while step < end:
-            if step % per_epoch == 0:
-                order = encoded.shuffled(batch_size=batch_size, seed=seed, epoch=step // per_epoch)
-            batch = encoded.batch(order[step % per_epoch])
-            tokens, n_losses = tokens + batch.n_tokens, n_losses + len(batch.tag)
-            batch = batch.to(tagger.device)
-            with seeded(_seed_of(seed, step), tagger.device):
-                logits = tagger(batch.ids, batch.mask).flatten(0, 1)[batch.subword]
-                loss = F.cross_entropy(logits.float(), batch.tag)
-                accelerator.backward(loss)
-            accelerator.clip_grad_norm_(tagger.parameters(), clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            loss_sum += loss.detach() * len(batch.tag)
-            step += 1
-            if tick:
-                tick(step, total)
-        tagger.train(mode)
-        mean = float(loss_sum) / n_losses
-        if not np.isfinite(mean):
+        if not optimizers or restart:
+            optimizers[:] = [_adamw(model, lr, weight_decay)]
+        optimizer = accelerator.prepare(optimizers[-1])
+        since, horizon = (begin, end - begin) if restart else (0, total)
+        losses, n_losses = [], 0
+        with _learning(model), checkpointed(model) if checkpointing else contextlib.nullcontext():
+            while step < end:
+                if order[0] != step // per_epoch:
+                    at = step // per_epoch
+                    order = at, encoded.shuffled(batch_size=batch_size, seed=seed, epoch=at)
+                parts = [encoded.batch(part) for part in _parts(order[1][step % per_epoch], accumulate)]
+                n_here = sum(len(batch.tag) for batch in parts)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * max(0.0, 1 - (step - since) / horizon)
+                loss = torch.zeros((), device=model.device)
+                with seeded(_seed_of(seed, step), model.device):
+                    for batch in parts:
+                        tokens += batch.n_tokens
+                        nats = model.losses(batch.to(model.device))
+                        accelerator.backward(nats.sum() / n_here)
+                        loss += nats.detach().sum()
+                losses.append(loss)
+                n_losses += n_here
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                if tick:
+                    tick(step, total)
+        # Looked at once per stage: to look at every step would make a GPU wait for it.
+        each = torch.stack(losses).double()
+        if not each.isfinite().all():
+            bad = int((~each.isfinite()).nonzero()[0])
             raise FloatingPointError(
-                f"the loss is {mean} between step {begin} and {end} (learning rate {lr}); the weights are lost, use a "
-                "smaller learning rate"
+                f"the loss is {float(each[bad])} at step {begin + bad} (batch {(begin + bad) % per_epoch} of epoch "
+                f"{(begin + bad) // per_epoch}, learning rate {lr}), between step {begin} and {end}; what was kept "
+                "before is still there, the weights since are lost: use a smaller learning rate"
             )
-        yield Checkpoint(epoch=epoch, step=end, tokens_seen=tokens, loss=mean)
+        yield Checkpoint(epoch=epoch, step=end, tokens_seen=tokens, loss=float(each.sum()) / n_losses)
+
+
+@contextlib.contextmanager
+def _learning(model: Model) -> Iterator[None]:
+    """Training mode for a while; a step that fails (out of memory, say) leaves neither it nor gradients behind."""
+    mode = model.training
+    try:
+        model.train()
+        yield
+    except BaseException:
+        for parameter in model.parameters():
+            parameter.grad = None
+        raise
+    finally:
+        model.train(mode)
+
+
+def _with_state(optimizer: torch.optim.AdamW, state: Mapping[str, Tensor]) -> torch.optim.AdamW:
+    """An optimiser with the state that `Training.state` gave."""
+    whole, kept = optimizer.state_dict(), {}
+    for name, value in state.items():
+        i, _, key = name.partition(".")
+        kept.setdefault(int(i), {})[key] = value
+    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    theirs = {i: tuple(entry["exp_avg"].shape) for i, entry in kept.items() if "exp_avg" in entry}
+    if any(i >= len(shapes) or shape != shapes[i] for i, shape in theirs.items()) or len(theirs) != len(kept):
+        raise ValueError("the state to resume from is of another model: its moments have other shapes")
+    optimizer.load_state_dict({**whole, "state": {i: {k: v.clone() for k, v in e.items()} for i, e in kept.items()}})
+    return optimizer
+
+
+def _parts(pieces: np.ndarray, n: int) -> list[np.ndarray]:
+    """A batch's pieces in at most `n` groups, none empty."""
+    return [part for part in np.array_split(pieces, n) if len(part)]
 
 
 def tag_shares(encoded: Encoded, n_tags: int) -> Float[Tensor, " tag"]:
@@ -177,14 +262,14 @@ def tag_shares(encoded: Encoded, n_tags: int) -> Float[Tensor, " tag"]:
     return counts / counts.sum()
 
 
-def _adamw(tagger: Tagger, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def _adamw(model: Model, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that leaves vectors (biases, LayerNorm gains) out of weight decay."""
-    trained = [p for p in tagger.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, fused=tagger.device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=lr, fused=model.device.type in ("cpu", "cuda"))
 
 
 def _seed_of(seed: int, step: int) -> int:

@@ -19,9 +19,10 @@ from scipy.stats import rankdata
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens import markup
 from relearn_lens.concept import Classes, Concept
 from relearn_lens.encoding import Encoded
-from relearn_lens.models import Tagger
+from relearn_lens.models import Model
 from relearn_lens.neurons import Neurons, Site, site_of
 from relearn_lens.probes import Quality, elastic_net, k_sparse
 from relearn_lens.streams import (
@@ -54,6 +55,8 @@ class Saliency:
     site: Site
     quality: Quality | None = None
     """Of the probe on held-out words, for scores that are fitted."""
+    bucket: int = 1
+    """Neurons per step of `by_rank`."""
 
     def top(self, k: int | None = None, *, fraction: float | None = None) -> Neurons:
         """The `k` highest neurons, or a fraction of all, over all layers together; ties go to the earlier neuron.
@@ -84,14 +87,15 @@ class Saliency:
         rank[mask] = torch.from_numpy(rankdata(-self.score[mask].double().numpy()) - 1).float()
         return rank
 
-    def by_rank(self, among: Neurons | None = None, *, bucket: int = 1) -> Float[Tensor, "layer neuron"]:
+    def by_rank(self, among: Neurons | None = None, *, bucket: int | None = None) -> Float[Tensor, "layer neuron"]:
         """Rank saliency, 1 the most salient neuron and 0 the least; no unit.
 
-        s = |(floor(i / b) + 1 - N / b) / (1 - N / b)| for rank i of N neurons. As it is a rank, its mean over all
-        neurons is fixed: one layer can only gain what another loses. Source: Lo et al. 2024, section 3, where b is
-        100; ours is 1 by default, and neurons that tie share their mean rank.
+        s = |(floor(i / b) + 1 - N / b) / (1 - N / b)| for rank i of N neurons; b is `bucket`, by default the
+        saliency's own. As it is a rank, its mean over all neurons is fixed: one layer can only gain what another
+        loses. Source: Lo et al. 2024, section 3, where b is 100; ours is 1 by default, and neurons that tie share
+        their mean rank.
         """
-        rank = self.rank(among)
+        rank, bucket = self.rank(among), bucket or self.bucket
         buckets = (~rank.isnan()).sum() / bucket
         if buckets <= 1:
             return torch.where(rank.isnan(), torch.nan, 1.0)
@@ -101,6 +105,18 @@ class Saliency:
         best = next(iter(self.top(1)))
         highest = f"highest {best} at {self.score.max():.3g} {self.unit}"
         return f"Saliency({self.concept}, {self.kind}, {self.site.name}; {highest})"
+
+    def _repr_html_(self) -> str:
+        """The highest neurons, and the mean rank of each layer."""
+        best = self.score.flatten().argsort(descending=True, stable=True)[:8].tolist()
+        neurons = [divmod(i, self.site.width) for i in best]
+        rows = [[f"L{self.site.layers[i]}N{k}", f"{self.score[i, k]:.4g}"] for i, k in neurons]
+        means = dict(zip(self.site.layers, self.by_rank().nanmean(1).tolist(), strict=True))
+        return markup.box(
+            repr(self),
+            markup.bars(["layer", "mean rank saliency (0.5 is chance)"], means),
+            markup.table(["highest neurons", self.unit], rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -293,7 +309,7 @@ class Gathered:
 
 
 def gather(
-    model: Tagger | TransformerBridge,
+    model: Model | TransformerBridge,
     encoded: Encoded,
     classes: Classes,
     needs: Collection[Needs] = ("stats",),
@@ -314,7 +330,7 @@ def gather(
     """
     if unknown := sorted(set(needs) - set(get_args(Needs))):
         raise ValueError(f"unknown need {unknown[0]!r} of a score; known: {', '.join(get_args(Needs))}")
-    place = site_of(model.bridge if isinstance(model, Tagger) else model, site)
+    place = site_of(model.bridge if isinstance(model, Model) else model, site)
     sums = ClassSums(place, classes, relabelled) if "stats" in needs or relabelled else None
     bins = BinCounts(place, classes) if "histograms" in needs else None
     draw = WordDraw(place, encoded, classes, sample_words, seed) if "sample" in needs else None
@@ -374,7 +390,7 @@ def _words(thing: ClassStats | Histograms | WordSample, carries: Bool[Tensor, " 
 
 
 def score_many(
-    model: Tagger | TransformerBridge,
+    model: Model | TransformerBridge,
     encoded: Encoded,
     concept: Concept,
     classes: Classes,

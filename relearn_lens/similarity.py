@@ -28,8 +28,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import Corpus
-from relearn_lens.encoding import Batch, Encoded, encode
-from relearn_lens.models import Tagger, hidden, reading
+from relearn_lens.encoding import Batch, Encoded
+from relearn_lens.models import Model, encoded_for, hidden, reading
 from relearn_lens.neurons import Neurons, Site, site_of, streaming
 from relearn_lens.streams import word_means
 
@@ -118,8 +118,8 @@ class Plan:
 
 
 def activation_similarity(
-    before: Tagger | TransformerBridge | Mapping[str, Tensor],
-    after: Tagger | TransformerBridge,
+    before: Model | TransformerBridge | Mapping[str, Tensor],
+    after: Model | TransformerBridge,
     text: Corpus | Encoded,
     *,
     concept: Concept | None = None,
@@ -154,13 +154,13 @@ def activation_similarity(
     """
     place, first = _checked(before, after, site)
     context = min(int(_bridge(model).cfg.n_ctx) for model in (first, after))
-    encoded = text if isinstance(text, Encoded) else encode(text, _bridge(after).tokenizer, context=context)
+    encoded = encoded_for(after, text, context=context)
     chosen: dict[Which, np.ndarray] = {"all": np.ones(encoded.corpus.n_words, dtype=bool)}
     if concept is not None:
         classes = concept.classes(encoded.corpus)
         chosen["concept"] = classes.carries[classes.of_word]
     for which, words in chosen.items():
-        if (n := int(words[np.unique(encoded.word_of)].sum())) < 3:
+        if (n := int(words[encoded.read_words].sum())) < 3:
             raise ValueError(
                 f"a correlation needs at least 3 words, and {encoded.corpus.name!r} has {n} ({which} words; those that "
                 "the context cut off are not measured); use a larger text"
@@ -188,7 +188,7 @@ def activation_similarity(
 
 
 def _read(
-    model: Tagger | TransformerBridge, site: Site, batch: Batch, visits: Sequence[tuple[Callable, Tensor]]
+    model: Model | TransformerBridge, site: Site, batch: Batch, visits: Sequence[tuple[Callable, Tensor]]
 ) -> None:
     """One forward pass, whose words are handed over layer by layer: to each visitor those that it picks."""
 
@@ -378,19 +378,22 @@ def _plan(site: Site, encoded: Encoded, groups: int, max_memory: int, max_tokens
     return Plan(passes, rows, words, fixed + rows * each)
 
 
-def _bridge(model: Tagger | TransformerBridge) -> TransformerBridge:
-    return model.bridge if isinstance(model, Tagger) else model
+def _bridge(model: Model | TransformerBridge) -> TransformerBridge:
+    return model.bridge if isinstance(model, Model) else model
 
 
 def _checked(
-    before: Tagger | TransformerBridge | Mapping[str, Tensor], after: Tagger | TransformerBridge, site: str | Site
-) -> tuple[Site, Tagger | TransformerBridge]:
+    before: Model | TransformerBridge | Mapping[str, Tensor], after: Model | TransformerBridge, site: str | Site
+) -> tuple[Site, Model | TransformerBridge]:
     """The site of both models, and the module that is run as the one before."""
     name = site if isinstance(site, str) else site.name
     place = site_of(_bridge(after), name)
     if isinstance(before, Mapping):
-        if not isinstance(after, Tagger):
-            raise ValueError("weights before are put into a Tagger, and the model after is a bridge; give a Tagger")
+        if not isinstance(after, Model):
+            raise ValueError(
+                "weights before are put into a Tagger or LanguageModel, and the model after is a bridge; give one of "
+                "these"
+            )
         mine = after.weights()
         if any(key in mine and mine[key].data_ptr() == value.data_ptr() for key, value in before.items()):
             raise ValueError(
@@ -416,9 +419,9 @@ def _checked(
 
 
 @contextlib.contextmanager
-def _wardrobe(before: object, after: Tagger | TransformerBridge) -> Iterator[Callable[[str], None]]:
+def _wardrobe(before: object, after: Model | TransformerBridge) -> Iterator[Callable[[str], None]]:
     """`wear(side)` puts the weights of a side into the model, where `before` is weights; its own come back."""
-    if not isinstance(before, Mapping) or not isinstance(after, Tagger):
+    if not isinstance(before, Mapping) or not isinstance(after, Model):
         yield lambda side: None
         return
     own = {name: value.clone() for name, value in after.weights().items()}

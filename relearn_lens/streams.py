@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from relearn_lens.concept import Classes
 from relearn_lens.corpus import Strings
 from relearn_lens.encoding import Batch, Encoded
-from relearn_lens.models import Tagger, hidden, reading, trunk
+from relearn_lens.models import Model, hidden, reading, trunk
 from relearn_lens.neurons import Site, site_of, streaming
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps
@@ -42,7 +42,7 @@ class Collector(Protocol):
 
 
 def stream(
-    model: Tagger | TransformerBridge,
+    model: Model | TransformerBridge,
     encoded: Encoded,
     collectors: Sequence[Collector],
     *,
@@ -55,7 +55,7 @@ def stream(
     Special tokens and padding are left out, and so are words that the model's context cut off. The model is read
     only. `tick` is called with the number of tokens of each batch.
     """
-    bridge = model.bridge if isinstance(model, Tagger) else model
+    bridge = model.bridge if isinstance(model, Model) else model
     device = next(trunk(bridge).parameters()).device
     here: list[Batch] = []
 
@@ -78,7 +78,7 @@ def word_means(activations: Float[Tensor, "sentence token neuron"], batch: Batch
     """Activations averaged over the sub-words of each word of a batch, float32."""
     flat = rearrange(activations, "s t n -> (s t) n").float()
     # embedding_bag is a fused gather and mean, which is what averaging sub-words is.
-    return F.embedding_bag(batch.subword, flat, batch.offset, mode="mean")
+    return F.embedding_bag(batch.read, flat, batch.offset, mode="mean")
 
 
 @jaxtyped(typechecker=typechecker)
@@ -407,7 +407,7 @@ class WordDraw:
         if n < 2:
             raise ValueError(f"a sample needs at least 2 words, one on each side, got n={n}")
         self.site, self.names, self.seed = site, classes.names, seed
-        readable = np.unique(encoded.word_of).astype(np.int64)
+        readable = encoded.read_words
         of_word = np.asarray(classes.of_word, dtype=np.int64)
         is_concept = np.asarray(classes.carries)[of_word[readable]]
         concept, rest = readable[is_concept], readable[~is_concept]
@@ -451,7 +451,7 @@ class WordDraw:
 
 
 def class_stats(
-    model: Tagger | TransformerBridge,
+    model: Model | TransformerBridge,
     encoded: Encoded,
     classes: Classes,
     *,
@@ -460,7 +460,7 @@ def class_stats(
     tick: Callable[[int], object] | None = None,
 ) -> ClassStats:
     """Class statistics of every neuron of a site in one pass (`stream` with `ClassSums` alone)."""
-    place = site_of(model.bridge if isinstance(model, Tagger) else model, site)
+    place = site_of(model.bridge if isinstance(model, Model) else model, site)
     sums = ClassSums(place, classes)
     stream(model, encoded, [sums], site=place, max_tokens=max_tokens, tick=tick)
     return sums.stats()

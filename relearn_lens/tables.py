@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 
 from relearn_lens import analysis
+from relearn_lens.evaluation import OVERALL, Scores
 from relearn_lens.experiment import Run
-from relearn_lens.findings import findings
+from relearn_lens.findings import findings, layer_columns
+from relearn_lens.migration import Selection, sides
 from relearn_lens.settings import Experiment
-from relearn_lens.tracking import Snapshot, Trajectory
+from relearn_lens.tracking import BASE, Snapshot, Trajectory
 
 
 def summary(result: Run) -> dict[str, Any]:
@@ -21,6 +23,7 @@ def summary(result: Run) -> dict[str, Any]:
     label, interval = result.label, result.interval
     first = next(iter(result.arms.values()))[0]
     site = first.site
+    metric = first.snapshots[first.stages[0]].scores.metric.lower()
 
     def by_stage(arm: Trajectory, of: Callable[[Snapshot], Any]) -> dict[str, Any]:
         return {stage: of(snapshot) for stage, snapshot in arm.snapshots.items()}
@@ -36,7 +39,7 @@ def summary(result: Run) -> dict[str, Any]:
         "n_neurons": site.n_neurons,
         "stages": list(first.stages),
         "units": {
-            "f1": "strict span F1, 0 to 1",
+            first.snapshots[first.stages[0]].scores.metric.lower(): first.snapshots[first.stages[0]].scores.unit,
             "saliency_by_layer": "mean rank saliency, 1 the most salient neuron and 0 the least, mean over seeds",
             "score_by_layer": f"mean score of the matched neurons, {first.snapshots[first.stages[0]].saliency.unit}",
             "seconds": "seconds per phase",
@@ -53,13 +56,13 @@ def summary(result: Run) -> dict[str, Any]:
             name: [
                 {
                     "seed": arm.seed,
-                    "f1": by_stage(arm, lambda s: s.f1),
-                    "f1_interval": by_stage(
+                    metric: by_stage(arm, lambda s: s.shown),
+                    f"{metric}_interval": by_stage(
                         arm,
                         lambda s: s.scores.interval(label, level=interval["level"], n=interval["draws"]),
                     ),
                     "support": next(iter(arm.snapshots.values())).scores.support(),
-                    "loss": by_stage(arm, lambda s: s.at.loss if s.at else None),
+                    "training_loss": by_stage(arm, lambda s: s.at.loss if s.at else None),
                     "n_pruned": 0 if arm.pruned is None else len(arm.pruned),
                 }
                 for arm in arms
@@ -67,7 +70,7 @@ def summary(result: Run) -> dict[str, Any]:
             for name, arms in result.arms.items()
         },
         "random_draws": [
-            {"seed": d.seed, "concept": d.concept.f1, "random": [scores.f1 for scores in d.random]}
+            {"seed": d.seed, "concept": _each(d.concept), "random": [_each(scores) for scores in d.random]}
             for d in result.damage
         ],
         "overlap_random_with_concept": _overlap(result),
@@ -77,7 +80,7 @@ def summary(result: Run) -> dict[str, Any]:
         },
         "saliency_by_layer": {
             name: {
-                which: mean([analysis.saliency_by_layer(arm, which) for arm in arms]) for which in ("all", "matched")
+                which: mean([analysis.saliency_by_layer(arm, which) for arm in arms]) for which in selections(result)
             }
             for name, arms in result.arms.items()
         },
@@ -103,10 +106,10 @@ def layers_table(result: Run) -> pd.DataFrame:
     rows = []
     for name, arms in result.arms.items():
         for arm in arms:
-            for which in ("all", "matched"):
-                among = arm.matched() if which == "matched" else None
+            for which in selections(result):
                 for stage, ranks in analysis.saliency_by_layer(arm, which).items():
-                    scores = analysis.score_by_layer(arm[stage].saliency, among)
+                    before, later = sides(arm.matched(), arm.survivors(), which)
+                    scores = analysis.score_by_layer(arm[stage].saliency, before if stage == BASE else later)
                     rows += [
                         {"arm": name, "seed": arm.seed, "stage": stage, "selection": which, "layer": layer,
                          "rank_saliency": rank, "score": score}
@@ -123,20 +126,38 @@ def _overlap(result: Run) -> float | None:
     return float(np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned]))
 
 
-def f1_rows(run: Run) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the F1 table: every arm and stage, every label, means over seeds; the concept's interval."""
+def _each(scores: Scores) -> dict[str, float]:
+    return {label: scores.shown(label) for label in (*scores.labels, OVERALL)}
+
+
+def selections(run: Run) -> tuple[Selection, ...]:
+    """The neurons that layers are compared on: first as the settings ask, then matched and all."""
+    return tuple(dict.fromkeys((run.experiment.measure.selection, "matched", "all")))
+
+
+def score_title(run: Run) -> str:
+    """What the numbers of `score_rows` are."""
+    scores = next(iter(run.arms.values()))[0][BASE].scores
+    return scores.unit[:1].upper() + scores.unit[1:] if scores.metric == "F1" else f"{scores.metric}, {scores.unit}"
+
+
+def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of F1 (or loss): every arm and stage, every label, means over seeds; the concept's
+    interval."""
     first = next(iter(run.arms.values()))[0]
     labels = [*next(iter(first.snapshots.values())).scores.labels, "overall"]
     rows = []
     for name, arms in run.arms.items():
         for stage in arms[0].stages:
-            concept = analysis.estimate(np.asarray, run.label, [arm[stage].scores for arm in arms], **run.interval)
+            scores = [arm[stage].scores for arm in arms]
+            concept = analysis.estimate(np.asarray, run.label, scores, **run.interval)
+            low, high = sorted((scores[0].displayed(concept.low), scores[0].displayed(concept.high)))
             rows.append(
                 [
                     name,
                     stage,
-                    *(_number(np.mean([arm[stage].f1[k] for arm in arms])) for k in labels),
-                    f"{concept.low:.2f} to {concept.high:.2f}",
+                    *(_number(np.mean([s.shown(k) for s in scores])) for k in labels),
+                    f"{low:.2f} to {high:.2f}",
                 ]
             )
     return ["arm", "stage", *labels, f"{analysis.name_of(first)} interval"], rows
@@ -145,28 +166,35 @@ def f1_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 def layer_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the layer table: pruned share, then mean rank saliency per layer, matched and all."""
     layers = list(next(iter(run.arms.values()))[0].site.layers)
-    numbers = summary(run)
+    numbers, columns = summary(run), layer_columns(layers)
+
+    def cells(values: list[float]) -> list[str]:
+        """Means over the layers of each column that have a value."""
+        known = [[v for v in values[part] if np.isfinite(v)] for _, part in columns]
+        return [_number(np.mean(some)) if some else "" for some in known]
+
     rows = [
-        ["pruned share", name, "pruned", *map(_number, shares)]
+        ["pruned share", name, "pruned", *cells(shares)]
         for name, shares in numbers["pruned_share_by_layer"].items()
         if any(shares)
     ]
-    for which in ("matched", "all"):
+    for which in selections(run):
         for name, by_selection in numbers["saliency_by_layer"].items():
             for stage, values in by_selection[which].items():
-                rows.append([f"saliency, {which}", name, stage, *map(_number, values)])
-    return ["", "arm", "stage", *layers], rows
+                rows.append([f"saliency, {which}", name, stage, *cells(values)])
+    return ["", "arm", "stage", *(name for name, _ in columns)], rows
 
 
 def draws_row(run: Run) -> str:
     """In words: what ablating the concept's neurons, and random sets, does to the concept without any training."""
-    draws = [scores.value(run.label) for damage in run.damage for scores in damage.random]
-    concept = np.mean([damage.concept.value(run.label) for damage in run.damage])
+    draws = [scores.shown(run.label) for damage in run.damage for scores in damage.random]
+    concept = np.mean([damage.concept.shown(run.label) for damage in run.damage])
+    metric = run.damage[0].concept.metric
     if not draws:
-        return f"Ablated, not retrained: F1 {concept:.3f} without the concept's neurons."
+        return f"Ablated, not retrained: {metric} {concept:.3f} without the concept's neurons."
     return (
-        f"Ablated, not retrained: F1 {concept:.3f} without the concept's neurons; {len(draws)} random sets of the same "
-        f"size per layer: {np.mean(draws):.3f} on average, {min(draws):.3f} to {max(draws):.3f}."
+        f"Ablated, not retrained: {metric} {concept:.3f} without the concept's neurons; {len(draws)} random sets "
+        f"of the same size per layer: {np.mean(draws):.3f} on average, {min(draws):.3f} to {max(draws):.3f}."
     )
 
 

@@ -20,8 +20,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.concept import Classes
 from relearn_lens.corpus import Corpus, Strings
-from relearn_lens.encoding import Batch, Encoded, encode
-from relearn_lens.models import Tagger
+from relearn_lens.encoding import Batch, Encoded
+from relearn_lens.models import Model, encoded_for
 from relearn_lens.neurons import Neurons, Site, site_of
 from relearn_lens.streams import ClassStats, class_stats, stream
 
@@ -125,7 +125,7 @@ class WordSums:
 
 
 def top_words(
-    model: Tagger | TransformerBridge,
+    model: Model | TransformerBridge,
     text: Corpus | Encoded,
     *,
     site: str | Site = "resid",
@@ -156,10 +156,10 @@ def top_words(
     """
     if k < 1 or not 0 <= keep < 1:
         raise ValueError(f"top words need k of at least 1 and keep from 0 to below 1, got k={k}, keep={keep}")
-    bridge = model.bridge if isinstance(model, Tagger) else model
+    bridge = model.bridge if isinstance(model, Model) else model
     place = site_of(bridge, site)
-    encoded = text if isinstance(text, Encoded) else encode(text, bridge.tokenizer, context=int(bridge.cfg.n_ctx))
-    corpus, seen = encoded.corpus, np.unique(encoded.word_of)
+    encoded = encoded_for(model, text)
+    corpus, seen = encoded.corpus, encoded.read_words
     if stats is not None and (stats.site != place or int(stats.count.sum()) != len(seen)):
         raise ValueError(
             f"stats are of {int(stats.count.sum()):,} words at site {stats.site.name!r}, and top words are asked of "

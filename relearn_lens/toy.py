@@ -5,6 +5,8 @@ In layer 1 a few MLP neurons respond to it and write what the tagging head reads
 few others respond half as strongly and write nothing: decoys, which a model that is retrained can recruit. No other
 neuron, attention head or tag reads the place direction. Persons are planted in layer 0 in the same way, so that there
 is something that pruning places should leave alone.
+
+`language_model` is a causal model of the same size in which nothing is planted; it learns the text in seconds.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.native import boot as boot_native
 
 from relearn_lens.corpus import OUTSIDE, Corpus, build_corpus
-from relearn_lens.models import Tagger
+from relearn_lens.models import LanguageModel, Tagger
 
 PLACES = ("Tarn", "Velda", "Osmere", "Brack", "Linholm", "Sarnow", "Querin", "Haldor")
 PERSONS = ("Mira", "Oskar", "Ilse", "Benno", "Tamsin", "Rurik", "Edda", "Castor")
@@ -81,8 +84,8 @@ def corpus(*, sentences: int = 600, seed: int = 0) -> Corpus:
     return build_corpus(text, name="toy", label_names=LABELS, source="made by relearn_lens.toy")
 
 
-def tokenizer() -> Any:
-    """A WordPiece tokenizer of the toy's words; half of the names are two sub-words."""
+def tokenizer(*, opening: bool = False) -> Any:
+    """A WordPiece tokenizer of the toy's words; half of the names are two sub-words. With `opening`, `[BOS]` too."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -91,22 +94,34 @@ def tokenizer() -> Any:
     vocab = {word: i for i, word in enumerate(dict.fromkeys(["[PAD]", "[UNK]", *words, *pieces]))}
     backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+    bos = {"bos_token": "[BOS]"} if opening else {}
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", **bos)
     fast.name_or_path = "toy"
     return fast
+
+
+def _bridge(words: Any, seed: int, **how: Any) -> TransformerBridge:
+    config = TransformerBridgeConfig.from_dict(
+        {
+            "d_model": D_MODEL, "n_layers": N_LAYERS, "n_heads": 2, "d_head": D_MODEL // 2, "d_mlp": D_MLP,
+            "n_ctx": 32, "act_fn": "gelu", "normalization_type": "LN", "seed": seed, **how,
+        }
+    )  # fmt: skip
+    return boot_native(config, tokenizer=words, model_name="toy")
+
+
+def language_model(*, seed: int = 0) -> LanguageModel:
+    """A causal model with random weights, for next-token concepts: train it on `corpus` first."""
+    words = tokenizer(opening=True)
+    bridge = _bridge(None, seed, attention_dir="causal", d_vocab=len(words))
+    bridge.tokenizer = words  # TransformerLens would load one with a first token anew, by a name that is none
+    return LanguageModel(bridge).eval()
 
 
 def tagger(*, seed: int = 0, mixed: bool = False) -> Tagger:
     """The planted model with its planted head; `mixed` as in `load`."""
     words = tokenizer()
-    config = TransformerBridgeConfig.from_dict(
-        {
-            "d_model": D_MODEL, "n_layers": N_LAYERS, "n_heads": 2, "d_head": D_MODEL // 2, "d_mlp": D_MLP,
-            "n_ctx": 32, "d_vocab": len(words), "d_vocab_out": 1, "act_fn": "gelu", "normalization_type": "LN",
-            "attention_dir": "bidirectional", "seed": seed,
-        }
-    )  # fmt: skip
-    bridge = boot_native(config, tokenizer=words, model_name="toy")
+    bridge = _bridge(words, seed, d_vocab=len(words), d_vocab_out=1, attention_dir="bidirectional")
     planted = Tagger(bridge, LABELS, seed=seed)
     with torch.no_grad():
         _plant(bridge.original_model, planted.head, words.get_vocab(), torch.Generator().manual_seed(seed), mixed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -12,14 +12,14 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from relearn_lens import meaning
+from relearn_lens import markup, meaning
 from relearn_lens.attribution import Attribution, Form, attribute
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import Corpus, Strings
-from relearn_lens.encoding import Encoded, encode
-from relearn_lens.evaluation import OVERALL, Label, SpanScores, check_labels, evaluate
-from relearn_lens.meaning import concept_similarity, similarity_to
-from relearn_lens.models import Tagger
+from relearn_lens.encoding import Encoded
+from relearn_lens.evaluation import OVERALL, Label, Scores, SpanScores, check_labels, evaluate
+from relearn_lens.meaning import Nulls, concept_similarity, similarity_to
+from relearn_lens.models import Model, encoded_for
 from relearn_lens.neurons import Neurons, Site, site_of
 from relearn_lens.retraining import Checkpoint
 from relearn_lens.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
@@ -37,7 +37,8 @@ class Snapshot:
     """Everything measured at one pause."""
 
     saliency: Saliency
-    scores: SpanScores
+    scores: Any
+    """`SpanScores` of a tagger, or the `TokenLoss` of a language model; both are `Scores`."""
     stats: ClassStats
     """Class statistics of the probe corpus: any score of class means and variances follows from them."""
     at: Checkpoint | None = None
@@ -74,8 +75,19 @@ class Snapshot:
 
     @property
     def f1(self) -> dict[str, float]:
-        """Strict span F1 by label and `"overall"`."""
+        """Strict span F1 by label and `"overall"`.
+
+        Raises:
+            AttributeError: the model is no tagger; see `scores`.
+        """
+        if not isinstance(self.scores, SpanScores):
+            raise AttributeError(f"a language model has no F1 but a {self.scores.metric}: see snapshot.scores")
         return self.scores.f1
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """The numbers that people read, by label and `"overall"`: F1, or loss in nats per token."""
+        return {label: self.scores.shown(label) for label in (*self.scores.labels, OVERALL)}
 
     def __repr__(self) -> str:
         return f"Snapshot({self.saliency!r}, {self.scores!r})"
@@ -109,8 +121,13 @@ class Trajectory:
 
     @property
     def label(self) -> Label:
-        """What the concept's F1 is looked up by; all labels together for a concept that is a list of words."""
-        return tuple(self.concept.labels) or OVERALL if self.concept else OVERALL
+        """What the concept's score is looked up by: its labels together, or its name where it is a list of words; then
+        a tagger has no score of its own for it, and the overall one stands in."""
+        if self.concept is None:
+            return OVERALL
+        names = tuple(self.concept.labels) or (self.concept.name,)
+        known = next(iter(self.snapshots.values())).scores.labels if self.snapshots else names
+        return names if set(names) <= set(known) or self.concept.labels else OVERALL
 
     def survivors(self) -> Neurons:
         """The neurons that were not pruned: what a matched comparison looks at on both sides."""
@@ -126,7 +143,8 @@ class Trajectory:
         return self.snapshots[stage]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per stage and label: epoch, step, tokens seen, loss (nats per sub-word), F1, precision, recall."""
+        """One row per stage and label: epoch, step, tokens seen, loss in training (nats per sub-word), and F1,
+        precision, recall of a tagger, or the loss of a language model on the label's tokens (`nats_per_token`)."""
         rows = []
         for stage, snapshot in self.snapshots.items():
             scores, at = snapshot.scores, snapshot.at
@@ -142,16 +160,14 @@ class Trajectory:
                         "tokens_seen": at.tokens_seen if at else 0,
                         "loss": at.loss if at else float("nan"),
                         "label": label,
-                        "f1": scores.f1[label],
-                        "precision": scores.precision[label],
-                        "recall": scores.recall[label],
+                        **_columns(scores, label),
                         "support": support[label],
                     }
                 )
         return pd.DataFrame(rows)
 
     def to_xarray(self) -> xr.Dataset:
-        """`saliency[stage, layer, neuron]`, `f1[stage, label]` and `pruned[layer, neuron]`, axes by name."""
+        """`saliency[stage, layer, neuron]`, `f1[stage, label]` or `loss`, and `pruned[layer, neuron]`, axes by name."""
         first = next(iter(self.snapshots.values()))
         labels = [*first.scores.labels, OVERALL]
         return xr.Dataset(
@@ -161,7 +177,11 @@ class Trajectory:
                     torch.stack([s.saliency.score for s in self.snapshots.values()]).numpy(),
                     {"units": first.saliency.unit, "kind": first.saliency.kind},
                 ),
-                "f1": (("stage", "label"), [[s.f1[k] for k in labels] for s in self.snapshots.values()]),
+                first.scores.metric.lower(): (
+                    ("stage", "label"),
+                    [[s.shown[k] for k in labels] for s in self.snapshots.values()],
+                    {"units": first.scores.unit},
+                ),
                 "pruned": (("layer", "neuron"), (~self.survivors().mask).numpy()),
             },
             coords={"stage": list(self.stages), "layer": list(self.site.layers), "label": labels},
@@ -174,9 +194,27 @@ class Trajectory:
         )
 
     def __repr__(self) -> str:
-        curve = " > ".join(f"{stage} {s.scores.value(self.label):.3f}" for stage, s in self.snapshots.items())
+        curve = " > ".join(f"{stage} {s.scores.shown(self.label):.3f}" for stage, s in self.snapshots.items())
         what = self.concept.name if self.concept else OVERALL
-        return f"Trajectory({self.arm or 'arm'}, seed {self.seed}, F1 of {what}: {curve})"
+        metric = next((s.scores.metric for s in self.snapshots.values()), "F1")
+        return f"Trajectory({self.arm or 'arm'}, seed {self.seed}, {metric} of {what}: {curve})"
+
+    def _repr_html_(self) -> str:
+        """Scores, and the neuron that is highest, stage by stage."""
+        rows, header = [], ["stage"]
+        for stage, snapshot in self.snapshots.items():
+            header = ["stage", *(f"{snapshot.scores.metric} {label}" for label in snapshot.shown), "highest neuron"]
+            best = next(iter(snapshot.saliency.top(1)))
+            rows.append([stage, *(f"{value:.3f}" for value in snapshot.shown.values()), best])
+        pruned = "nothing pruned" if self.pruned is None else f"{len(self.pruned):,} neurons pruned"
+        return markup.box(f"{self!r}; {pruned}", markup.table(header, rows))
+
+
+def _columns(scores: Scores, label: str) -> dict[str, float]:
+    """A label's scores, as columns of a table."""
+    if isinstance(scores, SpanScores):
+        return {"f1": scores.f1[label], "precision": scores.precision[label], "recall": scores.recall[label]}
+    return {"nats_per_token": scores.shown(label)}
 
 
 FORMS: dict[str, Form] = {"conductance": "conductance", "layer_ig": "layer"}
@@ -202,7 +240,7 @@ def check_measures(what: Sequence[str]) -> None:
 
 
 def measure(
-    tagger: Tagger,
+    model: Model,
     probe: Corpus | Encoded,
     concept: Concept,
     *,
@@ -214,6 +252,8 @@ def measure(
     base: Snapshot | None = None,
     vectors: WordVectors | None = None,
     shuffles: int = 0,
+    rank_bucket: int = 1,
+    nulls: Nulls = "drop",
     attribution: Mapping[str, Any] | None = None,
     sample_words: int = 2000,
     max_memory: int = 512 * 2**20,
@@ -222,28 +262,30 @@ def measure(
     max_tokens: int = 4096,
     tick: Callable[[int], object] | None = None,
 ) -> Snapshot:
-    """Saliency of every neuron for a concept over the probe corpus, and span F1 on `validation` (or on the probe).
+    """Saliency of every neuron for a concept over the probe corpus, and span F1 on `validation` (or on the probe); of a
+    language model the loss there.
 
     `what` names further measurements: scores (from the same pass), `"conductance"` or `"layer_ig"` (with the keywords
     of `attribute` in `attribution`), `"top_words"` (with `base` and `vectors`, concept similarity too; by default the
     vectors are the model's own input embeddings as they are now). With `shuffles`, the main score under so many
-    shuffles of the labels, from the same pass. The model is read only: mode, gradients, weights and random state are
+    shuffles of the labels, from the same pass. `rank_bucket` is the `Saliency.bucket` of every score, `nulls` is for
+    `concept_similarity`. The model is read only: mode, gradients, weights and random state are
     as before.
 
     Raises:
         ValueError: an unknown site, score, measurement or label; a concept that no word of the probe corpus carries.
     """
-    encoded = _encoded(tagger, probe)
+    encoded = encoded_for(model, probe)
     classes = concept.classes(encoded.corpus)
     main = score_of(score, contrast)
     check_measures(what)
-    scored = encoded if validation is None else _encoded(tagger, validation)
-    check_labels(tagger, scored.corpus)
-    place = site_of(tagger.bridge, site)
+    scored = encoded if validation is None else encoded_for(model, validation)
+    check_labels(model, scored.corpus)
+    place = site_of(model.bridge, site)
 
     others = [score_of(name) for name in what if name in SCORES and name != main.name]
     gathered = gather(
-        tagger, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
+        model, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
         relabelled=meaning.shuffles(classes, shuffles, seed=seed), sample_words=sample_words, seed=seed,
         max_tokens=max_tokens, tick=tick,
     )  # fmt: skip
@@ -254,25 +296,27 @@ def measure(
     words = None
     if "top_words" in what:
         words = top_words(
-            tagger, encoded, site=place, stats=stats, max_memory=max_memory, max_tokens=max_tokens, tick=tick
+            model, encoded, site=place, stats=stats, max_memory=max_memory, max_tokens=max_tokens, tick=tick
         )
-        vectors = vectors or input_embeddings(tagger)
+        vectors = vectors or input_embeddings(model)
     spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
 
     def scored_by(how: Score, of: Gathered | ClassStats = gathered) -> Saliency:
-        return saliency(of, concept, carries, score=how, contrast=contrast)
+        return replace(saliency(of, concept, carries, score=how, contrast=contrast), bucket=rank_bucket)
 
     return Snapshot(
         saliency=scored_by(main),
-        scores=evaluate(tagger, scored, max_tokens=max_tokens, tick=tick),
+        scores=evaluate(model, scored, concept=concept, max_tokens=max_tokens, tick=tick),
         stats=stats,
         at=at,
         also={how.name: scored_by(how) for how in others},
-        attribution=attribute(tagger, encoded, concept, site=place, form=FORMS[attributed[0]], **(attribution or {}))
+        attribution=attribute(model, encoded, concept, site=place, form=FORMS[attributed[0]], **(attribution or {}))
         if attributed
         else None,
         words=words,
-        meaning=concept_similarity(base.words, words, vectors) if base and base.words and words and vectors else None,
+        meaning=concept_similarity(base.words, words, vectors, nulls=nulls)
+        if base and base.words and words and vectors
+        else None,
         near_concept=similarity_to(spoken, words, vectors) if words and vectors else None,
         concept_words=spoken,
         shuffled=tuple(scored_by(main, s) for s in by_chance) if main.needs == "stats" else (),
@@ -281,7 +325,7 @@ def measure(
 
 
 def track(
-    tagger: Tagger,
+    model: Model,
     probe: Corpus | Encoded,
     concept: Concept,
     checkpoints: Iterable[Checkpoint],
@@ -305,12 +349,12 @@ def track(
     Raises:
         ValueError: as `measure`; or two checkpoints of one epoch.
     """
-    probe = _encoded(tagger, probe)
-    validation = probe if validation is None else _encoded(tagger, validation)
+    probe = encoded_for(model, probe)
+    validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
 
     def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = measure(tagger, probe, concept, validation=validation, at=at, **measuring)
+        snapshots[stage] = measure(model, probe, concept, validation=validation, at=at, **measuring)
         if on_measured:
             on_measured(stage, snapshots[stage])
 
@@ -326,7 +370,3 @@ def track(
 def stage_name(checkpoint: Checkpoint) -> str:
     """The name of a stage: its epoch of retraining, such as `"2"` or `"0.5"`."""
     return f"{round(checkpoint.epoch, 3):.10g}"
-
-
-def _encoded(tagger: Tagger, text: Corpus | Encoded) -> Encoded:
-    return text if isinstance(text, Encoded) else encode(text, tagger.tokenizer, context=tagger.context)

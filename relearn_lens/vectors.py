@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.encoding import _tokenize
-from relearn_lens.models import Tagger
+from relearn_lens.models import Model
 
 WordVectors = Callable[[Sequence[str]], Float[Tensor, "word d"]]
 """One vector for each word, in order; a row of NaN for a word that is not known. A NumPy array will do."""
@@ -41,13 +41,13 @@ def look_up(vectors: WordVectors, words: Sequence[str]) -> Float[Tensor, "word d
     return found.to("cpu", torch.float32)
 
 
-def input_embeddings(model: Tagger | TransformerBridge) -> WordVectors:
+def input_embeddings(model: Model | TransformerBridge) -> WordVectors:
     """Word vectors from the model's input embedding as it is now: the mean over the sub-words of each word.
 
     The embedding is copied, so training the model later does not move them. Sub-words are those that `encode` makes.
     Unknown sub-words are left out, and a word that has no others is not known.
     """
-    bridge = model.bridge if isinstance(model, Tagger) else model
+    bridge = model.bridge if isinstance(model, Model) else model
     inner: Any = bridge.original_model
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else inner.tok_embed
     table = embedding.weight.detach().to("cpu", torch.float32, copy=True)

@@ -23,7 +23,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer  
 from relearn_lens import toy as toy_module  # noqa: E402
 from relearn_lens.corpus import Corpus, build_corpus  # noqa: E402
 from relearn_lens.encoding import Encoded, encode  # noqa: E402
-from relearn_lens.models import Tagger, load_tagger  # noqa: E402
+from relearn_lens.models import Model, Tagger, load_tagger  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -222,7 +222,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _state(model: nn.Module, weights: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    parts = {"": model, "bridge": model.bridge} if isinstance(model, Tagger) else {"": model}
+    parts = {"": model, "bridge": model.bridge} if isinstance(model, Model) else {"": model}
     modules, tensors = {}, {}
     for prefix, part in parts.items():
         for name, module in part.named_modules():

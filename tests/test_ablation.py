@@ -242,8 +242,8 @@ def test_prune_zeroes_the_toys_output_rows_and_nothing_else(toy):
 def test_prune_refuses_the_hidden_state_of_a_pre_norm_model(toy, untouched: Untouched):
     chosen = random_set(toy.tagger, "resid", layers="1 2")
     said = (
-        r"site 'resid' of a TransformerLensNative model has no weights to prune "
-        r"\(layer 'embed' is a sum over blocks\): use `with ablated\(...\)`, or site 'mlp_post'"
+        r"site 'resid' of a TransformerLensNative model has no weights to prune with sever='out' "
+        r"\(layer '1' is a sum over blocks\): use `with ablated\(...\)`, or sever='gain' .*site 'mlp_post'"
     )
     with untouched(toy.tagger):
         with pytest.raises(ValueError, match=said):
@@ -255,10 +255,10 @@ def test_prune_refuses_the_hidden_state_of_a_pre_norm_model(toy, untouched: Unto
 def test_prune_refuses_an_unknown_sever(bert, untouched: Untouched):
     chosen = random_set(bert, "mlp_post")
     with untouched(bert):
-        with pytest.raises(ValueError, match="unknown sever 'in'; known: out, both"):
+        with pytest.raises(ValueError, match="unknown sever 'in'; known: out, both, gain, writes"):
             unchecked(prune_)(bert, chosen, sever="in")
         with (
-            pytest.raises(ValueError, match="unknown sever 'in'; known: out, both"),
+            pytest.raises(ValueError, match="unknown sever 'in'; known: out, both, gain, writes"),
             unchecked(held)(bert, chosen, sever="in"),
         ):
             pass

@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from relearn_lens import store
-from relearn_lens.archive import TYPES, pack, unpack
+from relearn_lens.archive import TYPES, _check_fields, pack, unpack
 from relearn_lens.concept import Concept
-from relearn_lens.evaluation import SpanScores
+from relearn_lens.evaluation import SpanScores, TokenLoss
 from relearn_lens.experiment import Arm, Base, Damage, perform
 from relearn_lens.neurons import Neurons, Site, Slice
 from relearn_lens.probes import AtK, Quality
 from relearn_lens.retraining import Checkpoint
+from relearn_lens.saliency import Saliency
 from relearn_lens.settings import settings_of
+from relearn_lens.topwords import TopWords
 from relearn_lens.tracking import Snapshot, Trajectory
 from tests.test_experiment import TINY
 
@@ -83,8 +85,8 @@ def types_in(value: Any) -> set[str]:
 
 
 def test_every_type_comes_back_from_a_real_run(results):
-    """Also a test that the run above holds every type that a file may hold, but for what k-sparse probes say."""
-    assert set().union(*map(types_in, results.values())) == set(TYPES) - {"AtK"}
+    """Also a test that the run above holds every type that a file may hold, but for two of other runs."""
+    assert set().union(*map(types_in, results.values())) == set(TYPES) - {"AtK", "TokenLoss"}
     for name, value in results.items():
         assert same(value, written(value)), name
 
@@ -243,7 +245,7 @@ def test_run_folder_gives_back_what_it_kept(results, tmp_path: Path):
     folder = store.RunFolder(tmp_path, {})
     arm = results["arm"]
     folder.keep_damage(results["damage"])
-    folder.keep_arm(Arm(arm, None), weights=False)
+    folder.keep_arm(Arm(arm, None))
     assert same(folder.damage(arm.seed), results["damage"])
     assert same(folder.arm("concept", arm.seed), arm)
     assert folder.arm("random", arm.seed) is None
@@ -256,3 +258,63 @@ def test_run_folder_says_which_file_is_damaged(results, tmp_path: Path):
     store._write_tensors(folder._tensors("damage-0"), tensors, {"body": {"type": "Unknown"}, "sites": []})
     with pytest.raises(ValueError, match=r"damage-0.safetensors.*damaged or of another version: .*Unknown.*--fresh"):
         folder.damage(0)
+
+
+def test_scores_of_a_language_model_come_back():
+    scores = TokenLoss(np.array([[1.5, 2.0]]), np.array([[1, 3]]), ("others",), 50)
+    back = unpack(*pack(scores))
+    assert isinstance(back, TokenLoss)
+    assert (back.nats == scores.nats).all()
+    assert (back.tokens == scores.tokens).all()
+    assert (back.labels, back.vocabulary) == (("others",), 50)
+
+
+# --- what a file says is checked whole
+
+
+@pytest.fixture
+def site() -> Site:
+    """Two layers of three neurons."""
+    return Site("mlp_post", ("0", "1"), ("a", "b"), 3, ((), ()), ((), ()))
+
+
+def packed(site: Site) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A saliency as a file holds it."""
+    return pack(Saliency(torch.ones(len(site.layers), site.width), "probeless", "activation", "place", site))
+
+
+@pytest.mark.parametrize("change", [("kind", 5), ("bucket", "many"), ("quality", {"list": []}), ("site", 5)])
+def test_unpack_refuses_fields_of_another_type(site, change):
+    tensors, meta = packed(site)
+    meta["body"]["fields"] |= dict([change])
+    with pytest.raises(ValueError, match="it does not hold what this version writes"):
+        unpack(tensors, meta)
+
+
+def test_fields_of_another_type_are_named(site):
+    odd = copy.copy(Saliency(torch.ones(2, 3), "probeless", "activation", "place", site))
+    object.__setattr__(odd, "kind", 5)  # the type checks of the test run let none be made
+    with pytest.raises(TypeError, match="kind of a Saliency is a int that does not fit"):
+        _check_fields(odd)
+
+
+def test_unpack_refuses_axes_of_another_length(site):
+    tensors, meta = packed(site)
+    with pytest.raises(ValueError, match="score of a Saliency has another number of neurons than its site"):
+        unpack({name: value[:, 1:] for name, value in tensors.items()}, meta)
+
+
+def test_unpack_refuses_another_result_than_was_asked_for(site):
+    tensors, meta = packed(site)
+    assert isinstance(unpack(tensors, meta, Saliency), Saliency)
+    with pytest.raises(ValueError, match="a Saliency where a Site should be"):
+        unpack(tensors, meta, Site)
+
+
+def test_unpack_refuses_words_that_are_not_in_the_vocab(site):
+    shape = (len(site.layers), site.width)
+    none = torch.zeros(shape, dtype=torch.bool)
+    words = torch.full((*shape, 1), 7)
+    made = TopWords(words, torch.ones(*shape, 1), ("a", "b"), none, none, site, 2, 0.5)
+    with pytest.raises(ValueError, match="words of a TopWords that are not in its vocab"):
+        unpack(*pack(made))

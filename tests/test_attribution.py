@@ -516,7 +516,7 @@ def test_a_bf16_model_gives_the_same_picture(bert_folder, bert_model, corpus):
     ("how", "said"),
     [
         ({"site": "mlp_pre"}, "unknown site 'mlp_pre'; known: resid, mlp_post"),
-        ({"target": "loss"}, "unknown target 'loss'; known: logit, logprob, margin"),
+        ({"target": "loss"}, "unknown target 'loss'; known: auto, logit, logprob, margin"),
         ({"reference": "blank"}, "unknown reference 'blank'; known: auto, mask, pad, end, mean, zero"),
         ({"quadrature": "simpson"}, "unknown quadrature 'simpson'; known: gauss-legendre, riemann, captum-gauss"),
         ({"form": "neuron"}, "unknown form 'neuron'; known: conductance, layer"),
@@ -543,7 +543,7 @@ def test_attribution_refuses_before_any_forward_pass(bert_model, corpus, how, sa
 
 def test_attribution_refuses_a_concept_that_has_no_tags(bert_model, corpus):
     with pytest.raises(
-        ValueError, match=r"given by words, which have no tags, so there is no margin of it: .* function"
+        ValueError, match=r"given by words, which have no tags, so a tagger says nothing of it: .* function"
     ):
         attribute(bert_model, corpus, Concept("rome", words=("Rome",)))
     with pytest.raises(ValueError, match="corpus 'tiny' has no label 'GPE' for concept 'place'; its labels are O, LOC"):

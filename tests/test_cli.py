@@ -125,7 +125,7 @@ def test_sites_lists_the_sites():
     text = printed("sites")
     assert all(name in text for name in SITES)
     assert all(family in text.replace(" ", "") for family in FAMILIES)
-    assert "hooks only" in text
+    assert "gain, writes" in text
 
 
 def test_scores_lists_the_scores():
@@ -173,6 +173,16 @@ def test_show_json_is_the_summary(folder):
     assert json.loads(result.stdout) == json.loads((folder / "summary.json").read_text())
 
 
+def test_compare_prints_the_run_beside_the_release(folder):
+    text = printed("compare", str(folder))
+    assert "not comparable: the model is toy, there distilbert-base-cased; the corpus is toy, there CoNLL-2003" in text
+    assert "release 0.935 0.028 0.914 0.924 0.928 0.929" in text or "release 0.938 0.058 0.914" in text
+    assert "difference" in text
+    found = json.loads(CliRunner().invoke(app, ["compare", str(folder), "--json"]).stdout)
+    assert {"variant", "differs", "source", "rows"} == set(found)
+    assert "arXiv 2401.01814" in found["source"]
+
+
 def test_report_writes_the_page_again(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink()
@@ -184,7 +194,7 @@ def test_run_of_a_finished_folder_says_so_and_prints_it(folder, monkeypatch):
     monkeypatch.setattr(store, "perform", lambda *_, **__: pytest.fail("it ran again"))
     text = printed("run", "toy", "--out", str(folder), *SETS)
     assert "complete already; --fresh runs it again" in text
-    assert "F1, strict spans" in text
+    assert "Strict span F1" in text
 
 
 def test_run_of_an_interrupted_folder_does_not_call_it_complete(folder, tmp_path, monkeypatch):
@@ -258,6 +268,7 @@ def test_run_folder_is_named_by_what_is_run(error, called, tmp_path):
         (["show", "no/run"], r"'no/run' is no run folder"),
         (["show", "no/run", "--json"], r"'no/run' is no run folder"),
         (["report", "no/run"], r"'no/run' is no run folder"),
+        (["compare", "no/run"], r"'no/run' is no run folder"),
         (["fetch", "nothing"], r"'nothing'.*minilm"),
     ],
 )

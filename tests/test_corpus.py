@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from relearn_lens.corpus import Corpus, Word, bio, build_corpus
+from tests.conftest import unchecked
 
 SENTENCES = [
     [("Paul", "PER", True), ("saw", "O", False), ("Rome", "LOC", True)],
@@ -182,3 +183,28 @@ def test_take_agrees_with_a_slow_loop_and_can_be_undone(drawn, data):
 
 def test_bio_opens_each_span_with_b():
     assert bio(["X", "X", "X", "O"], [True, False, True, False]) == ["B-X", "I-X", "B-X", "O"]
+
+
+@pytest.mark.parametrize(
+    ("word", "label", "message"),
+    [
+        ("", "LOC", "has the word ''; every word must be a string, not empty"),
+        (5, "LOC", "has the word 5; every word must be a string"),
+        ("Rome", None, "has the label None; every label must be a string"),
+        ("Rome", b"LOC", "has the label b'LOC'; every label must be"),
+        ("R\udfff", "LOC", r"the word 'R\\udfff' with half a character"),
+    ],
+)
+def test_build_corpus_refuses_what_is_no_text(word, label, message):
+    with pytest.raises(ValueError, match=message):
+        unchecked(build_corpus)([[(word, label, True)]], name="odd")
+
+
+def test_build_corpus_refuses_a_label_name_twice():
+    with pytest.raises(ValueError, match=r"label names of corpus 'twice' hold one twice: \['O', 'O'\]; name each once"):
+        build_corpus([[("a", "O", False)]], name="twice", label_names=["O", "O"])
+
+
+def test_split_refuses_parts_that_are_not_numbers(corpus):
+    with pytest.raises(ValueError, match="parts must be above 0 and sum to 1"):
+        corpus.split(seed=0, parts=(float("nan"), 0.5, 0.5))

@@ -6,13 +6,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from relearn_lens import experiment as module
 from relearn_lens import toy
-from relearn_lens.experiment import Arm, Base, Damage, Event, Measured, Prepared, Run, peak_rss_mb, perform, prepare
-from relearn_lens.neurons import Neurons
+from relearn_lens.experiment import (
+    Arm,
+    Base,
+    Damage,
+    Event,
+    Measured,
+    Paused,
+    Prepared,
+    Run,
+    peak_rss_mb,
+    perform,
+    prepare,
+)
+from relearn_lens.neurons import Neurons, Site
+from relearn_lens.protocol import choose, control_of, placed
 from relearn_lens.retraining import Checkpoint
+from relearn_lens.saliency import Saliency
 from relearn_lens.settings import Experiment, settings_of
+from relearn_lens.texts import together
 
 TINY = {
     "data.train_sentences": 64, "data.validation_sentences": 40, "data.probe_sentences": 40,
@@ -112,14 +129,9 @@ def test_label_that_the_draw_leaves_out_is_refused_before_training(no_training, 
         list(perform(made))
 
 
-def test_site_that_cannot_be_pruned_is_refused_before_training(no_training):
-    with pytest.raises(ValueError, match=r"site 'resid'.*no weights to prune"):
-        list(perform(tiny(site="resid")))
-
-
-def test_site_that_cannot_be_pruned_is_refused():
+def test_site_that_cannot_be_pruned_as_asked_is_refused_before_training(no_training):
     with pytest.raises(ValueError, match=r"site 'resid' of a .* no weights to prune .*'mlp_post'"):
-        list(perform(tiny(site="resid", prune__control_draws=0)))
+        list(perform(tiny(site="resid", prune__sever="out")))
 
 
 def test_site_that_cannot_be_pruned_serves_where_nothing_is(no_training):
@@ -224,7 +236,8 @@ def test_events_come_in_order(events):
     stages = ("base", "pruned", "1", "2")
     arm = [*((Measured, stage) for stage in stages), (Arm, None)]
     want = [(Prepared, None), (Base, None), (Damage, None), *arm, *arm, *arm]
-    assert [(type(e), e.stage if isinstance(e, Measured) else None) for e in events] == want
+    told = [event for event in events if not isinstance(event, Paused)]
+    assert [(type(e), e.stage if isinstance(e, Measured) else None) for e in told] == want
     arms = [e.arm if isinstance(e, Measured) else e.trajectory.arm for e in events if isinstance(e, Measured | Arm)]
     assert arms == ["concept"] * 5 + ["random"] * 5 + ["unpruned"] * 5
 
@@ -288,11 +301,15 @@ def test_every_arm_begins_from_the_same_weights(monkeypatch):
     """Training is left out; what each arm would train is kept."""
     begun: list[dict[str, torch.Tensor]] = []
 
+    class Retrained(list):
+        def state(self):
+            return {}
+
     def retrain(tagger, *_, **__):
         begun.append({name: value.detach().clone() for name, value in tagger.weights().items()})
         with torch.no_grad():
             tagger.head.weight.add_(1)  # an arm that leaves its weights changed
-        yield Checkpoint(1.0, 1, 1, 1.0)
+        return Retrained([Checkpoint(1.0, 1, 1, 1.0)])
 
     monkeypatch.setattr(module, "retrain_", retrain)
     base, pruned = None, {}
@@ -309,6 +326,160 @@ def test_every_arm_begins_from_the_same_weights(monkeypatch):
             if layer and pruned[arm]:
                 want[:, pruned[arm].mask[int(layer[1])]] = 0
             assert torch.equal(value, want), (arm, name)
+
+
+# --- what a protocol decides
+
+SITE = Site("resid", ("embed", "0", "1"), ("embed", "0", "1"), 3, ((),) * 3, ((),) * 3)
+SCORE = Saliency(torch.tensor([[9.0, 1, 2], [3, 8, 4], [5, 6, 7]]), "probeless", "activation", "place", SITE)
+
+
+def those(neurons: Neurons) -> list[str]:
+    return [str(neuron) for neuron in neurons]
+
+
+def test_choose_takes_the_first_or_the_last_of_the_ranking():
+    assert those(choose(SCORE, 1 / 3)) == ["LembedN0", "L0N1", "L1N2"]
+    assert those(choose(SCORE, 1 / 3, "least")) == ["LembedN1", "LembedN2", "L0N0"]
+    assert choose(SCORE, 1.0, "least") == choose(SCORE, 1.0)
+    with pytest.raises(ValueError, match=r"unknown which 'by_family'; known: most, least"):
+        choose(SCORE, 0.5, "by_family")
+
+
+def test_placed_moves_the_embeddings_indices_to_the_last_block_as_published():
+    chosen = Neurons.of(SITE, [("embed", 0), ("embed", 2), ("0", 1), ("1", 2)])
+    assert placed(chosen, "own") is chosen
+    assert those(placed(chosen, "last_block")) == ["L0N1", "L1N0", "L1N2"]
+    blocks = Site("mlp_post", ("0", "1"), ("0", "1"), 3, ((),) * 2, ((),) * 2)
+    alone = Neurons.of(blocks, [("0", 0)])
+    assert placed(alone, "last_block") is alone
+
+
+def test_control_of_is_as_many_neurons_each_way():
+    chosen = Neurons.of(SITE, [("embed", 0), ("0", 1), ("1", 1), ("1", 2)])
+    assert those(control_of(chosen, "first", seed=5)) == ["LembedN0", "LembedN1", "LembedN2", "L0N0"]
+    assert control_of(chosen, "layers", seed=5).per_layer() == chosen.per_layer()
+    drawn = [control_of(chosen, "uniform", seed=seed) for seed in range(200)]
+    assert {len(d) for d in drawn} == {4}
+    assert control_of(chosen, "uniform", seed=3) == drawn[3]
+    assert torch.stack([d.mask for d in drawn]).double().mean(0).sub(4 / 9).abs().max() < 0.15
+
+
+def gpt2_folder(path):
+    """A GPT-2 of 2 layers with random weights, and a tokenizer of the text's words."""
+    words = ["<|endoftext|>", *sorted({word.text for sentence in toy.corpus() for word in sentence})]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|endoftext|>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0,
+                       eos_token_id=0)
+        ).save_pretrained(path)  # fmt: skip
+    PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    ).save_pretrained(path)
+    return str(path)
+
+
+def weights_of(run: list[Event], arm: str) -> Any:
+    return next(event for event in run if isinstance(event, Arm) and event.trajectory.arm == arm)
+
+
+def test_protocol_is_carried_out_on_gpt2(tmp_path):
+    folder = gpt2_folder(tmp_path / "gpt2")
+    runs = {}
+    for protocol in ("corrected", "published"):
+        made = tiny(
+            model=folder, site="resid", protocol=protocol, prune__fraction=0.5, prune__control_draws=1,
+            retrain__epochs=1, measure__what=("top_words",), arms=("concept", "random", "unpruned"),
+        )  # fmt: skip
+        runs[protocol] = list(perform(made))
+    for protocol, (sever, which) in {"corrected": ("writes", "most"), "published": ("gain", "least")}.items():
+        ready, base = runs[protocol][0], next(e for e in runs[protocol] if isinstance(e, Base))
+        assert isinstance(ready, Prepared)
+        assert (ready.experiment.prune.sever, ready.experiment.prune.which) == (sever, which)
+        assert base.chosen == choose(base.snapshot.saliency, 0.5, which)
+        arms = arms_in(runs[protocol])
+        assert arms["concept"].pruned == placed(base.chosen, ready.experiment.prune.embedding)
+        assert arms["unpruned"].matched() == arms["concept"].survivors()
+        assert base.snapshot.saliency.bucket == (1 if protocol == "corrected" else 100)
+    said = "\n".join(runs["corrected"][0].notes), "\n".join(runs["published"][0].notes)
+    assert "prune.sever = 'auto': 'writes' is taken" in said[0]
+    assert "prune.which = 'by_family': the least salient" in said[1]
+    published = arms_in(runs["published"])
+    assert published["concept"].pruned.per_layer()["embed"] == 0
+    first = published["random"].pruned.mask
+    # Of 48 neurons the first 24: the embedding's 16, which go to the last block, and 8 of block 0.
+    assert first.sum(1).tolist() == [0, 8, 16]
+    assert first[1, :8].all()
+
+
+def test_sever_is_out_where_the_family_has_it(bert_folder, write):
+    text = "the O\nRome B-place\n\nAnna B-person\nleft O\n\n" * 6
+    ready = prepare(tiny(model=str(bert_folder), corpus=write(train=text, dev=text, test=text), site="resid"))
+    assert ready.experiment.prune.sever == "out"
+    assert any("prune.sever = 'auto': 'out' is taken" in note for note in ready.notes)
+    own = tiny(
+        model=str(bert_folder), corpus=write(train=text, dev=text, test=text), site="resid", protocol="published",
+        prune__sever="both",
+    )  # fmt: skip
+    ready = prepare(own)
+    assert (ready.experiment.prune.sever, ready.experiment.prune.which) == ("both", "most")
+    assert any("protocol 'published', but for prune.sever = 'both'" in note for note in ready.notes)
+
+
+# --- a concept corpus of its own
+
+
+def test_probe_corpus_gives_the_probe_and_the_corpus_gives_f1(tmp_path):
+    other = tmp_path / "concepts.conll"
+    other.write_text("in O\nTarn B-spot\n\nMira B-being\nleft O\n\nthe O\nTarn B-town\n\n" * 4)
+    ready = prepare(tiny(probe_corpus=f"conll:{other}", probe_concept=("spot", "town"), data__probe_sentences=100))
+    assert ready.probe.corpus.label_names == ("O", "being", "place")
+    assert ready.probe.corpus.words_per_label() == {"O": 12, "being": 4, "place": 8}
+    assert ready.validation.corpus.label_names == toy.LABELS
+    assert "probe_corpus:" in " ".join(ready.inputs)
+    run = list(
+        perform(
+            tiny(
+                probe_corpus=f"conll:{other}", probe_concept=("spot", "town"), data__probe_sentences=100,
+                arms=("concept",), retrain__epochs=1,
+            )
+        )
+    )  # fmt: skip
+    arm = arms_in(run)["concept"]
+    assert set(arm["1"].f1) == {"person", "place", "overall"}
+    assert arm["base"].stats.class_names == ("O", "being", "place")
+    assert arm["base"].attribution is not None
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (None, r"probe_corpus 'concepts' has no label 'place'; its labels are being, spot: set probe_concept"),
+        ("river", r"probe_corpus 'concepts' has no label 'river'"),
+    ],
+)
+def test_probe_corpus_without_the_label_is_refused(no_training, tmp_path, named, message):
+    other = tmp_path / "concepts.conll"
+    other.write_text("in O\nTarn B-spot\n\nMira B-being\nleft O\n\n" * 4)
+    with pytest.raises(ValueError, match=message):
+        prepare(tiny(probe_corpus=f"conll:{other}", probe_concept=named))
+
+
+def test_probe_corpus_that_calls_another_thing_by_the_concepts_label_is_refused(no_training, tmp_path):
+    other = tmp_path / "concepts.conll"
+    other.write_text("in O\nTarn B-spot\n\nMira B-place\nleft O\n\n" * 4)
+    with pytest.raises(ValueError, match=r"has a label 'place' that is not among probe_concept \(spot\)"):
+        prepare(tiny(probe_corpus=f"conll:{other}", probe_concept="spot"))
+
+
+def test_together_undoes_a_split():
+    whole = toy.corpus()
+    joined = together(whole.split(seed=3))
+    assert sorted(map(tuple, joined)) == sorted(map(tuple, whole))
+    assert joined.n_words == whole.n_words
 
 
 def test_same_settings_give_the_same_run(events):

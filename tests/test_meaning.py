@@ -78,9 +78,9 @@ def test_concept_similarity_treats_nulls_alike_or_as_published():
     before = tops("Rome", ".", "", "Rome", "", "Rome", null=[1])
     now = tops("Rome", "Rome", "Rome", ".", "", "", null=[3])
     same(concept_similarity(before, now, by_hand()), [1.0, NAN, NAN, NAN, NAN, NAN])
-    same(concept_similarity(before, now, by_hand(), nulls="zero"), [1.0, 0.0, 0.0, NAN, NAN, NAN])
+    same(concept_similarity(before, now, by_hand(), nulls="zero_then_drop"), [1.0, 0.0, 0.0, NAN, NAN, NAN])
     # at the base stage itself what was null counts as 0
-    same(concept_similarity(before, before, by_hand(), nulls="zero"), [1.0, 0.0, 0.0, 1.0, 0.0, 1.0])
+    same(concept_similarity(before, before, by_hand(), nulls="zero_then_drop"), [1.0, 0.0, 0.0, 1.0, 0.0, 1.0])
     same(concept_similarity(before, before, by_hand()), [1.0, NAN, NAN, 1.0, NAN, 1.0])
 
 
@@ -102,7 +102,7 @@ def test_similarity_to_a_concept_by_hand():
 
 def test_similarity_refuses_what_does_not_fit():
     one, two = tops("Rome"), tops("Rome", "Rome")
-    with pytest.raises(ValueError, match="unknown nulls 'keep'; known: drop, zero"):
+    with pytest.raises(ValueError, match="unknown nulls 'keep'; known: drop, zero_then_drop"):
         unchecked(concept_similarity)(one, one, by_hand(), nulls="keep")
     with pytest.raises(
         ValueError, match="of different sites cannot be compared: 'resid' with 1 neurons and 'resid' with 2"

@@ -78,7 +78,7 @@ def test_site_of_lists_the_known_names(bert_model):
 def test_site_of_lists_the_known_families(bert, monkeypatch):
     monkeypatch.setattr(bert.bridge.cfg, "architecture", "FortuneTeller")
     said = (
-        r"the family 'FortuneTeller' have no sites yet; known: BertForMaskedLM, TransformerLensNative, .*"
+        r"the family 'FortuneTeller' have no sites yet; known: BertForMaskedLM, .*"
         r"relearn_lens.neurons.FAMILIES"
     )
     with pytest.raises(ValueError, match=said):
@@ -112,9 +112,9 @@ def test_parameter_is_the_one_that_is_trained_and_fits_the_width(bert_model, toy
         for part in (part for layer in (*site.writes, *site.reads) for part in layer):
             weight = parameter(tagger.bridge, part)
             assert id(weight) in trained
-            assert weight.shape[part.axis] == site.width
+            assert weight.shape[part.axis] == site.width * site.size
             n += 1
-    assert n == {"resid": 8, "mlp_post": 9 + 12}[name]
+    assert n == {"resid": 8, "mlp_post": 9 + 12, "attn_head": 3 * 7 + 4 * 7}[name]
 
 
 def test_parameter_changes_when_the_optimiser_steps(bert):
@@ -223,9 +223,13 @@ def test_a_family_of_decoders(kind, tmp_path, untouched: Untouched):
     torch.testing.assert_close(tagger(IDS, MASK)[real], before)
 
 
+POST_NORM = {"DistilBertForMaskedLM", "RobertaForMaskedLM"}
+"""Tried in test_adapters.py."""
+
+
 def test_every_family_is_tried():
     tried = {name.replace("Config", "ForCausalLM") for name, _ in DECODERS.values()} - {"GPT2ForCausalLM"}
-    assert tried | {"GPT2LMHeadModel", "BertForMaskedLM", "TransformerLensNative"} == set(FAMILIES)
+    assert tried | {"GPT2LMHeadModel", "BertForMaskedLM", "TransformerLensNative"} | POST_NORM == set(FAMILIES)
 
 
 @pytest.mark.parametrize("kind", ["bert", "toy", "gpt2", "gemma"])

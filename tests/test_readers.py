@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -559,3 +560,92 @@ def test_read_splits_named_lists_the_forms(spec):
 def test_read_splits_named_recognises_a_path(write):
     with pytest.raises(ValueError, match=r"did you mean 'conll:.*text\.conll'\?"):
         read_splits_named(str(write("a O")), seed=0)
+
+
+# --- no code from data, and what is no text
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "deep/set.py", "words.npy", "all.tar", "all.zip", "model.bin", "no-suffix"])
+def test_read_hf_refuses_a_folder_with_anything_but_data(tmp_path, name):
+    folder = tmp_path / "set"
+    (folder / name).parent.mkdir(parents=True)
+    table(5).to_parquet(folder / "train.parquet")
+    (folder / "README.md").write_text("what it is")
+    (folder / name).write_bytes(b"\x80\x04K\x01.")
+    file = name.rpartition("/")[2]
+    with pytest.raises(ValueError, match=rf"{file}' is none of \.parquet, .*would run code\); move it out of"):
+        read_hf(str(folder), seed=0)
+
+
+def test_read_hf_never_unpickles(tmp_path, monkeypatch):
+    """A name such as `pandas` is a reader of the package datasets, which would unpickle what lies around."""
+    import pickle
+
+    class Runs:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "it-ran",)
+
+    (tmp_path / "train.pkl").write_bytes(pickle.dumps(Runs()))
+    monkeypatch.chdir(tmp_path)
+    for name in ("pandas", "webdataset", "csv", "set.py", "no/such/set.py"):
+        with pytest.raises(ValueError, match=rf"'{name}' is no data set, but code of the package datasets or a script"):
+            read_hf(name, seed=0)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00", b"[1, 2]", b"PAR1 and no more PAR1"])
+def test_read_hf_says_which_folder_is_damaged(tmp_path, monkeypatch, suffix, content):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / f"train.{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data set '.*set' (with configuration None cannot be|has the columns)"):
+        read_hf(str(tmp_path / "set"), seed=0)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"5", b'{"features": 5}', b'{"_data_files": 5}'])
+def test_read_hf_says_which_saved_table_is_damaged(tmp_path, name, content):
+    save(tmp_path / "set", train=table(5))
+    (tmp_path / "set" / "train" / name).write_bytes(content)
+    try:
+        read_hf(str(tmp_path / "set"), seed=0)
+    except ValueError as error:
+        assert "cannot be loaded" in str(error) or "cannot be read" in str(error)  # noqa: PT017
+
+
+def test_read_hf_refuses_words_that_are_no_text(tmp_path):
+    datasets.Dataset.from_dict({"tokens": [[1, 2]], "tags": [["O", "O"]]}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"row 0: 'tokens' holds 1, which is no word; words must be strings"):
+        read_hf(str(tmp_path / "set"), seed=0)
+
+
+@pytest.mark.parametrize("encoding", ["base64", "undefined", "idna", "no\0such", "hex"])
+def test_read_conll_refuses_what_is_no_encoding_of_a_text(tmp_path, encoding):
+    (tmp_path / "a.conll").write_bytes(b"Rome\xff B-LOC\n")
+    with pytest.raises(ValueError, match=r"a\.conll(: no encoding is called| is not|, line 1: byte)"):
+        read_conll(tmp_path / "a.conll", encoding=encoding)
+
+
+def test_read_conll_says_why_a_file_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.conll").write_text("Rome B-LOC\n")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(OSError, match=r"a\.conll cannot be read \(Permission denied\); give a file that can be"):
+        read_conll(tmp_path / "a.conll")
+    with pytest.raises(OSError, match=r"cannot be read \(File name too long\)"):
+        read_conll(tmp_path / ("a" * 300))
+
+
+def test_read_conll_refuses_half_a_character(tmp_path):
+    (tmp_path / "a.conll").write_bytes(rb"R\ud800me B-LOC" + b"\n")
+    with pytest.raises(ValueError, match=r"corpus 'a' has the word 'R\\ud800me' with half a character .*encoding="):
+        read_conll(tmp_path / "a.conll", encoding="unicode_escape")
+
+
+def test_read_conll_refuses_a_column_that_is_no_labels(tmp_path):
+    (tmp_path / "a.conll").write_text("".join(f"word L{i}\n" for i in range(33_000)))
+    with pytest.raises(ValueError, match=r"has 33,001 different labels, of at most 32,767; is its label column one of"):
+        read_conll(tmp_path / "a.conll", scheme="io")

@@ -198,5 +198,5 @@ def test_savings_of_a_label_without_spans_are_refused():
     none = scores_of(0.5)
     none = type(none)({}, {}, {}, 0 * none.counts, none.labels)
     empty = trajectory({"base": none, "pruned": none, "1": none}, FLAT)
-    with pytest.raises(ValueError, match="has no F1 at some stage"):
+    with pytest.raises(ValueError, match="has no score at some stage"):
         recovery.savings([empty], [empty], LABEL)

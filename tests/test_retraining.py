@@ -1,5 +1,7 @@
 """A plain training loop with AdamW written out as oracle; pauses and tokens worked out by hand; the same bits."""
 
+import copy
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -330,6 +332,37 @@ def test_finetune_says_when_the_loss_is_no_longer_finite(tagger, text, mode):
     tagger.train(mode)
     with torch.no_grad():
         tagger.head.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"loss is nan between step 0 and 3 .*smaller learning rate"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0 \(batch 0 of epoch 0.*smaller learning rate"):
         list(finetune_(tagger, text, epochs=1.0, batch_size=4))
     assert tagger.training is mode
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_resuming_ends_in_the_same_weights_to_the_bit(tagger, text, at, restart):
+    settings = {"epochs": 2.0, "every": 0.5, "batch_size": 2, "lr": 1e-3, "seed": 4, "restart": restart}
+    whole = copy.deepcopy(tagger)
+    pauses = list(finetune_(whole, text, **settings))
+
+    training = finetune_(tagger, text, **settings)
+    for pause in islice(training, at + 1):
+        kept = pause, {name: value.clone() for name, value in training.state().items()}
+        weights = {name: value.clone() for name, value in tagger.weights().items()}
+    training.close()
+    with torch.no_grad():
+        for weight in tagger.parameters():
+            weight.normal_()
+    tagger.load_weights(weights)
+    assert list(finetune_(tagger, text, **settings, resume=kept)) == pauses[at + 1 :]
+    for name, value in tagger.weights().items():
+        assert torch.equal(value, whole.weights()[name]), name
+
+
+def test_resuming_refuses_what_is_of_another_training(tagger, text, bert, encoded):
+    training = finetune_(tagger, text, epochs=1.0, every=0.5, batch_size=2)
+    assert training.state() == {}
+    pause, state = next(training), training.state()
+    with pytest.raises(ValueError, match=r"pauses at steps 6, 12.*so it cannot go on from step 3"):
+        finetune_(tagger, text, epochs=2.0, every=1.0, batch_size=2, resume=(pause, state))
+    with pytest.raises(ValueError, match="of another model: its moments have other shapes"):
+        finetune_(bert, encoded, epochs=1.0, every=0.5, batch_size=2, resume=(pause, state))

@@ -13,7 +13,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from relearn_lens.settings import PRESETS, Experiment, experiment, fields, preset, settings_of
+from relearn_lens.settings import PRESETS, Experiment, Prune, experiment, fields, preset, settings_of
 
 
 @pytest.fixture
@@ -95,6 +95,68 @@ def test_settings_cannot_be_changed_afterwards():
 def test_preset_of_a_file_lies_under_it(write):
     made = settings_of(write('preset = "toy"\n[retrain]\nlr = 0.5\n'))
     assert made == settings_of("toy", sets=["retrain.lr=0.5"])
+
+
+# --- the protocol of the paper
+
+PUBLISHED = {
+    "prune.sever": "gain", "prune.embedding": "last_block", "prune.which": "by_family", "prune.control": "first",
+    "measure.rank_bucket": 100, "measure.nulls": "zero_then_drop", "measure.selection": "published",
+}  # fmt: skip
+
+
+def at(made: Experiment, key: str):
+    group, _, name = key.partition(".")
+    return getattr(getattr(made, group), name)
+
+
+def test_protocol_sets_the_fields_it_names():
+    made = settings_of("lo2024", sets=["protocol=published"])
+    assert {key: at(made, key) for key in PUBLISHED} == PUBLISHED
+    corrected = settings_of("lo2024", sets=["protocol=corrected"])
+    assert corrected == preset("lo2024")
+    assert all(at(corrected, key) == at(Experiment(), key) != value for key, value in PUBLISHED.items())
+    back = made.model_copy(update={"protocol": "corrected", "prune": corrected.prune, "measure": corrected.measure})
+    assert back == corrected  # nothing else was changed
+
+
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_field_that_is_given_wins_over_the_protocol(key):
+    own = at(Experiment(), key)
+    for sets in ([f"{key}={own}", "protocol=published"], ["protocol=published", f"{key}={own}"]):
+        made = settings_of("lo2024", sets=sets)
+        assert {k: at(made, k) for k in PUBLISHED} == {**PUBLISHED, key: own}
+        assert made.departures() == {key: own}
+    assert settings_of("lo2024", sets=["protocol=published"]).departures() == {}
+
+
+def test_protocol_holds_in_python_too():
+    made = Experiment.model_validate({"protocol": "published", "prune": Prune(fraction=0.3, sever="out")})
+    assert (made.prune.fraction, made.prune.sever, made.prune.control) == (0.3, "out", "first")
+
+
+def test_protocol_named_over_a_runs_own_file_takes_effect(write):
+    file = write(preset("lo2024").to_toml())
+    assert settings_of(file, sets=["protocol=published"]) == settings_of("lo2024", sets=["protocol=published"])
+    kept = settings_of("lo2024", sets=["prune.control=uniform"]).to_toml()
+    assert settings_of(write(kept), sets=["protocol=published"]).prune.control == "uniform"
+
+
+@pytest.mark.parametrize("sets", [["protocol=published"], ["protocol=published", "prune.sever=out"]])
+def test_protocol_is_written_and_read_back(sets, write):
+    made = settings_of("lo2024", sets=[*sets, "probe_corpus=conll:x", "probe_concept=place"])
+    assert settings_of(write(made.to_toml())) == made
+
+
+def test_lo2024_is_what_the_paper_says():
+    made = preset("lo2024")
+    assert (made.model, made.site, made.score, made.contrast) == (
+        "distilbert-base-cased", "resid", "probeless", "rest",
+    )  # fmt: skip
+    assert (made.finetune.epochs, made.retrain.epochs, made.retrain.every, made.retrain.restart) == (3, 8, 2, True)
+    for training in (made.finetune, made.retrain):
+        assert (training.lr, training.batch_size, training.clip, training.weight_decay) == (2e-5, 8, 1, 0.01)
+    assert (made.finetune.prior_bias, made.prune.fraction, made.data.labelled_only) == (False, 0.5, False)
 
 
 # --- written and read again
@@ -212,7 +274,7 @@ def test_unknown_key_of_any_depth_is_one_line(key):
         ("prune.fraction=-0.1", r"prune\.fraction = -0\.1: .*greater than 0"),
         ("prune.fraction=1.5", r"prune\.fraction = 1\.5: .*less than or equal to 1"),
         ("prune.control_draws=-1", r"prune\.control_draws = -1: .*greater than or equal to 0"),
-        ("finetune.epochs=0", r"finetune\.epochs = 0: .*greater than 0"),
+        ("retrain.epochs=0", r"retrain\.epochs = 0: .*greater than 0"),
         ("retrain.every=0", r"retrain\.every = 0: .*greater than 0"),
         ("retrain.lr=-1", r"retrain\.lr = -1: .*greater than 0"),
         ("finetune.batch_size=0", r"finetune\.batch_size = 0: .*greater than or equal to 1"),
@@ -229,12 +291,20 @@ def test_unknown_key_of_any_depth_is_one_line(key):
         ("measure.level=1", r"measure\.level = 1: .*less than 1"),
         ("threads=0", r"threads = 0: .*greater than or equal to 1"),
         ("contrast=none at all", r"contrast = 'none at all': .*'classes' or 'rest'"),
-        ("keep=all", r"keep = 'all': .*'none' or 'last'"),
+        ("keep=every", r"keep = 'every': .*'none', 'last' or 'all'"),
         ("seeds=[0, -1]", r"seeds\.1 = -1: .*greater than or equal to 0"),
         ("seeds=[0, 0]", r"seeds = \[0, 0\] names one twice"),
         ('arms=["concept", "concept"]', r"arms = \['concept', 'concept'\] names one twice"),
         ('arms=["concept", "rnadom"]', r"arms\.1 = 'rnadom': .*'concept', 'random', 'unpruned' or 'never'"),
-        ("prune.sever=in", r"prune\.sever = 'in': .*'out' or 'both'"),
+        ("prune.sever=in", r"prune\.sever = 'in': .*'auto', 'out', 'both', 'gain' or 'writes'"),
+        ("prune.embedding=x", r"prune\.embedding = 'x': .*'own' or 'last_block'"),
+        ("prune.which=x", r"prune\.which = 'x': .*'most', 'least' or 'by_family'"),
+        ("prune.control=x", r"prune\.control = 'x': .*'layers', 'uniform' or 'first'"),
+        ("measure.rank_bucket=0", r"measure\.rank_bucket = 0: .*greater than or equal to 1"),
+        ("measure.nulls=zero", r"measure\.nulls = 'zero': .*'drop' or 'zero_then_drop'"),
+        ("measure.selection=all", r"measure\.selection = 'all': .*'matched' or 'published'"),
+        ("protocol=paper", r"protocol = 'paper': .*'corrected' or 'published'"),
+        ("probe_concept=LOC", r"probe_concept = 'LOC': there is no probe_corpus .*give probe_corpus too"),
     ],
 )  # fmt: skip
 def test_value_out_of_range_names_field_value_and_what_is_allowed(change, message):

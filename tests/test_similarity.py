@@ -411,7 +411,7 @@ def test_similarity_refuses_weights_that_are_not_from_before(
     with untouched(bert):
         with pytest.raises(ValueError, match=r"are the tensors of the model after, not clones, .*value.clone\(\)"):
             activation_similarity(bert.weights(), bert, encoded)
-        with pytest.raises(ValueError, match="the model after is a bridge; give a Tagger"):
+        with pytest.raises(ValueError, match="the model after is a bridge; give one of these"):
             activation_similarity(kept(bert), bert.bridge, encoded)
         with pytest.raises(ValueError, match="these weights are of another model"):
             activation_similarity(kept(toy_model.tagger), bert, encoded)

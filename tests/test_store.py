@@ -189,7 +189,7 @@ def test_load_run_gives_back_nan(made, tmp_path):
     )
     arm.snapshots["pruned"] = type(arm["pruned"])(arm["pruned"].saliency, holey, arm["pruned"].stats)  # pyright: ignore[reportIndexIssue]
     there = store.RunFolder(tmp_path, {})
-    there.keep_arm(Arm(arm, None), weights=False)
+    there.keep_arm(Arm(arm, None))
     found = there.arm("concept", 0)
     assert found is not None
     assert math.isnan(found["pruned"].f1["person"])
@@ -476,26 +476,26 @@ def test_write_whole_says_when_the_disk_is_full(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fails_at(monkeypatch):
-    """Let the n-th write fail; gives the number of writes so far."""
+    """Let the n-th write fail at its very end; gives the number of writes so far."""
     count = {"now": 0, "at": -1}
-    whole = os.fsync
+    whole = os.replace
 
-    def fsync(file):
+    def replace(*names):
         count["now"] += 1
         if count["now"] == count["at"]:
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(file)
+        whole(*names)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
     return count
 
 
 def test_run_goes_on_after_a_full_disk_wherever_it_was(tmp_path, replayed, made, fails_at):
-    """Every other write fails once; the same command then ends with the same numbers."""
+    """Every fifth write fails once; the same command then ends with the same numbers."""
     store.run(tiny(), tmp_path / "whole")
     writes = fails_at["now"]
     assert writes > 15
-    for n in range(3, writes + 1, 2):
+    for n in range(3, writes + 1, 5):
         fails_at |= {"now": 0, "at": n}
         with pytest.raises(OSError, match="the disk is full"):
             store.run(tiny(), tmp_path / str(n))

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from relearn_lens import toy as toy_module
 from relearn_lens.ablation import ablated
+from relearn_lens.concept import Concept
 from relearn_lens.encoding import encode
-from relearn_lens.evaluation import evaluate
+from relearn_lens.evaluation import evaluate, token_loss
 from relearn_lens.models import reading
 from relearn_lens.neurons import Neurons, site_of
+from relearn_lens.retraining import finetune_
 from tests.conftest import Untouched
 
 
@@ -141,3 +143,12 @@ def test_toy_is_as_small_as_it_says(toy_model):
 def test_planted_sets_are_four_neurons_of_one_layer(members):
     assert len(set(members)) == 4
     assert len({layer for layer, _ in members}) == 1
+
+
+def test_the_language_model_learns_its_text():
+    model, text = toy_module.language_model(seed=1), toy_module.corpus(sentences=100)
+    place = Concept("place")
+    before = token_loss(model, text, place).value("place")
+    assert abs(before) < 1  # it knows no more than a uniform guess
+    list(finetune_(model, text, epochs=4.0, lr=3e-3, batch_size=8, seed=0))
+    assert token_loss(model, text, place).value("place") > before + 1

@@ -85,7 +85,7 @@ def attribution(sentences: int = 16) -> None:
             total = torch.zeros(int(tagger.bridge.cfg.d_model))
             for batch in batches:
                 first = torch.zeros(batch.ids.numel(), dtype=torch.bool)
-                first[batch.subword[batch.offset[batch.label == kind]]] = True
+                first[batch.subword[batch.first[batch.label == kind]]] = True
                 first = first.view_as(batch.ids)
                 is_word = torch.zeros(batch.ids.numel(), dtype=torch.bool)
                 is_word[batch.subword] = True

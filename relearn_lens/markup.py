@@ -1,0 +1,58 @@
+"""Small pieces of HTML that notebooks show for our objects: every text escaped, colours for light and dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+_CELL = "padding:.1em .7em;border-bottom:1px solid rgba(128,128,128,.3);text-align:{side}"
+_BAR = "display:inline-block;height:.7em;background:#0072B2;opacity:.75;width:{width:.2f}em"
+
+
+def box(title: object, *parts: str) -> str:
+    """A titled block of `parts`, which are HTML."""
+    return (
+        f'<div style="font-size:.95em"><div style="margin-bottom:.3em">{escape(str(title))}</div>{"".join(parts)}</div>'
+    )
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table; the first column is flush left, numbers are flush right."""
+    head = "".join(_cell("th", name, i) for i, name in enumerate(header))
+    body = "".join(f"<tr>{''.join(_cell('td', cell, i) for i, cell in enumerate(row))}</tr>" for row in rows)
+    return f'<table style="border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def bars(header: Sequence[object], values: Mapping[str, float], *, most: float = 1.0) -> str:
+    """A row with a bar for each value from 0 to `most`; a value that is NaN has none."""
+    head = "".join(_cell("th", name, i) for i, name in enumerate(header))
+    rows = []
+    for name, value in values.items():
+        known = value == value
+        width = 10 * min(max(value / most, 0), 1) if known and most > 0 else 0
+        bar = f'<td style="padding:.1em .7em"><span style="{_BAR.format(width=width)}"></span></td>'
+        rows.append(f"<tr>{_cell('td', name, 0)}{_cell('td', f'{value:.3g}' if known else '', 1)}{bar}</tr>")
+    return (
+        f'<table style="border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def sentence(words: Iterable[tuple[str, str]], outside: str = "O") -> str:
+    """A sentence of (word, label); labelled words are marked and followed by their label."""
+    said = []
+    for text, label in words:
+        if label == outside:
+            said.append(escape(text))
+        else:
+            mark = '<span style="border-bottom:2px solid #D55E00">{}</span>'
+            said.append(f'{mark.format(escape(text))} <small style="color:#D55E00">{escape(label)}</small>')
+    return f'<p style="margin:.2em 0">{" ".join(said)}</p>'
+
+
+def code(text: object) -> str:
+    """Text in a fixed-width font."""
+    return f"<code>{escape(str(text))}</code>"
+
+
+def _cell(tag: str, text: object, column: int) -> str:
+    return f'<{tag} style="{_CELL.format(side="right" if column else "left")}">{escape(str(text))}</{tag}>'

@@ -1,0 +1,240 @@
+"""What works for which family of models, as numbers: `python -m tests.families` prints the table.
+
+Small models with random weights, built from a configuration. A cell is a largest absolute difference of logits, but for
+`effect` (what ablating a third of the neurons does to the logits) and `trained` (parameters with a gradient).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+from relearn_lens import toy
+from relearn_lens.ablation import ablated, held, prune_
+from relearn_lens.checkpoints import export
+from relearn_lens.models import Tagger, load_tagger
+from relearn_lens.neurons import SITES, Neurons, Sever, parameter, site_of
+from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
+from tests.test_neurons import DECODERS, IDS, MASK, decoder
+
+REAL = MASK.bool()
+ENCODERS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: transformers.BertConfig(
+        vocab_size=len(VOCAB), hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
+        num_attention_heads=4, max_position_embeddings=CONTEXT,
+    ),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=len(VOCAB), dim=D_MODEL, hidden_dim=D_MLP, n_layers=N_LAYERS, n_heads=4,
+        max_position_embeddings=CONTEXT, sinusoidal_pos_embds=False,
+    ),
+    "roberta": lambda: transformers.RobertaConfig(
+        vocab_size=len(VOCAB), hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
+        num_attention_heads=4, max_position_embeddings=CONTEXT + 1, pad_token_id=0, type_vocab_size=1,
+    ),
+}  # fmt: skip
+KINDS = (*ENCODERS, *DECODERS, "native")
+SEVERS: tuple[Sever, ...] = ("out", "both", "gain", "writes")
+CELLS = ("effect", "out", "both", "gain", "writes", "held", "trained", "export")
+
+
+def small_tagger(kind: str, folder: Path) -> Tagger:
+    """A small tagger of a family, in eval mode."""
+    if kind == "native":
+        return warmed(toy.tagger())
+    if kind in DECODERS:
+        return decoder(kind, folder)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForMaskedLM.from_config(ENCODERS[kind]())
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.2)
+    model.save_pretrained(folder)
+    transformers.BertTokenizer(vocab=VOCAB, do_lower_case=True).save_pretrained(folder)
+    return warmed(load_tagger(folder, LABELS, device="cpu"))
+
+
+def some_of(tagger: Tagger, site: str, *, blocks_only: bool = False) -> Neurons:
+    """A third of a site's neurons, drawn; at least one in every layer, none of the embedding if it is left out."""
+    where = site_of(tagger.bridge, site)
+    mask = torch.rand(len(where.layers), where.width, generator=torch.Generator().manual_seed(3)) < 1 / 3
+    mask[:, 1] = True
+    if blocks_only and where.layers[0] == "embed":
+        mask[0] = False
+    return Neurons(mask, where)
+
+
+def said(tagger: Tagger) -> Tensor:
+    """Logits of the tokens that are no padding."""
+    with torch.no_grad():
+        return tagger(IDS, MASK)[REAL]
+
+
+def effect(tagger: Tagger, site: str) -> float:
+    """What ablating by hook changes."""
+    with ablated(tagger, some_of(tagger, site)):
+        now = said(tagger)
+    return _apart(now, said(tagger))
+
+
+def weights_against_hooks(tagger: Tagger, site: str, sever: Sever) -> float | None:
+    """Pruned in the weights against the hooks that say the same; None where the family has no such weights."""
+    chosen = some_of(tagger, site, blocks_only=sever == "gain" and site == "resid")
+    before = {name: value.clone() for name, value in tagger.weights().items()}
+    try:
+        with _as_severed(tagger, chosen, sever):
+            wanted = said(tagger)
+        prune_(tagger, chosen, sever=sever)
+        return _apart(said(tagger), wanted)
+    except ValueError as error:
+        if not any(word in str(error) for word in ("no weights", "share", "joint")):
+            raise
+        return None
+    finally:
+        tagger.load_weights(before)
+
+
+def _as_severed(tagger: Tagger, chosen: Neurons, sever: Sever) -> Any:
+    """Hooks that do what severing the weights does."""
+    bridge, site = tagger.bridge, chosen.site
+    if sever in ("out", "both"):
+        return ablated(tagger, chosen)
+    blocks = [(name, mask) for name, mask in zip(site.layers, chosen.mask, strict=True) if name != "embed"]
+
+    def hold(mask: Tensor, value: Any = 0.0) -> Callable[..., Tensor]:
+        return lambda x, hook: torch.where(mask, torch.as_tensor(value, dtype=x.dtype), x)
+
+    hooks = []
+    for i, (name, mask) in enumerate(blocks):
+        block = bridge.blocks[int(name)]
+        if sever == "gain":
+            norm = block.ln2.original_component
+            bias = getattr(norm, "bias", None)
+            hooks.append((f"blocks.{i}.ln2.hook_out", hold(mask, 0.0 if bias is None else bias.detach())))
+            continue
+        after = hasattr(block, "ln1_post")  # Gemma 2 normalises what a part writes
+        parts = ("ln1_post", "ln2_post") if after else ("attn.o", "mlp.out")
+        hooks += [(f"blocks.{i}.{part}.hook_out", hold(mask)) for part in parts]
+    if sever == "writes" and site.layers[0] == "embed":
+        hooks.append(("embed.hook_out", hold(chosen.mask[0])))
+        if "pos_embed.hook_out" in bridge.hook_dict:
+            hooks.append(("pos_embed.hook_out", hold(chosen.mask[0])))
+    return bridge.hooks(fwd_hooks=hooks)
+
+
+def held_drift(tagger: Tagger, site: str) -> float | None:
+    """How far held weights move in three steps of AdamW with weight decay; None without a weight form."""
+    sever: Sever = "out" if all(site_of(tagger.bridge, site).writes) else "writes"
+    chosen = some_of(tagger, site)
+    before = {name: value.clone() for name, value in tagger.weights().items()}
+    prune_(tagger, chosen, sever=sever)
+    parts = [
+        (parameter(tagger.bridge, part), part, mask)
+        for layer, mask in zip(chosen.site.parts(sever), chosen.mask, strict=True)
+        for part in layer
+    ]
+    pruned = [_of_neurons(weight, part, mask, chosen.site.size).clone() for weight, part, mask in parts]
+    optimizer = torch.optim.AdamW(tagger.parameters(), lr=1e-2, weight_decay=0.1)
+    try:
+        with held(tagger, chosen, sever=sever):
+            for _ in range(3):
+                _loss(tagger).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        moved = any(not torch.equal(value, before[name]) for name, value in tagger.weights().items())
+        assert moved, "nothing was trained"
+        now = [_of_neurons(weight, part, mask, chosen.site.size) for weight, part, mask in parts]
+        return max(_apart(a, b) for a, b in zip(now, pruned, strict=True))
+    finally:
+        tagger.load_weights(before)
+
+
+def _of_neurons(weight: Tensor, part: Any, mask: Tensor, size: int) -> Tensor:
+    """What of a weight belongs to the neurons."""
+    rows = weight.detach().movedim(part.axis, 0)
+    units = size if rows.shape[0] == len(mask) * size else 1
+    return rows.unflatten(0, (len(mask), units))[mask]
+
+
+def trained(tagger: Tagger) -> tuple[int, int]:
+    """Parameters that a loss reaches, of all that make up the model. Queries, keys and values that a bridge trains in
+    three parts are not counted again as the joint matrix that they came from."""
+    tagger.zero_grad()
+    _loss(tagger).backward()
+    joint = ("c_attn", "query_key_value", ".qkv.")
+    named = [(n, p) for n, p in tagger.named_parameters() if not any(j in n for j in joint)]
+    if tagger.bridge.cfg.architecture == "TransformerLensNative":  # the vocabulary head is not part of a tagger
+        named = [(n, p) for n, p in named if not n.startswith("trunk.head.")]
+    reached = sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for _, p in named)
+    tagger.zero_grad()
+    return reached, len(named)
+
+
+def export_difference(tagger: Tagger, folder: Path) -> float | None:
+    """Logits of an exported and loaded model against ours, after pruning and training; None where there is no form."""
+    from transformers import AutoModelForTokenClassification
+
+    prune_(tagger, some_of(tagger, "mlp_post"))
+    optimizer = torch.optim.AdamW(tagger.parameters(), lr=1e-2)
+    _loss(tagger).backward()
+    optimizer.step()
+    try:
+        path = export(tagger, folder / "exported")
+    except ValueError as error:
+        if "no Hugging Face form" not in str(error):
+            raise
+        return None
+    plain = AutoModelForTokenClassification.from_pretrained(path, attn_implementation="eager").eval()
+    assert tuple(plain.config.id2label[i] for i in range(len(tagger.tags))) == tagger.tags
+    with torch.no_grad():
+        return _apart(plain(input_ids=IDS, attention_mask=MASK).logits[REAL], said(tagger))
+
+
+def _loss(tagger: Tagger) -> Tensor:
+    logits = tagger(IDS, MASK)[REAL]
+    return F.cross_entropy(logits, torch.arange(len(logits)) % len(tagger.tags))
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one.detach() - other.detach()).abs().max())
+
+
+def row(kind: str, site: str, folder: Path) -> dict[str, Any]:
+    """All cells of one family and site."""
+    tagger = small_tagger(kind, folder)
+    cells: dict[str, Any] = {"effect": effect(tagger, site)}
+    for sever in SEVERS:
+        fits = site == "resid" or sever in ("out", "both")
+        cells[sever] = weights_against_hooks(tagger, site, sever) if fits else None
+    cells["held"] = held_drift(tagger, site)
+    cells["trained"] = trained(tagger)
+    cells["export"] = export_difference(tagger, folder)
+    return cells
+
+
+def main() -> None:
+    """Print the table."""
+    transformers.utils.logging.disable_progress_bar()
+    print(f"{'family':18}{'site':10}" + "".join(f"{cell:>10}" for cell in CELLS))
+    for kind in KINDS:
+        for site in SITES:
+            with tempfile.TemporaryDirectory() as folder:
+                found = row(kind, site, Path(folder))
+            shown = [_shown(found[cell]) for cell in CELLS]
+            print(f"{kind:18}{site:10}" + "".join(f"{cell:>10}" for cell in shown), flush=True)
+
+
+def _shown(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell[0]}/{cell[1]}" if isinstance(cell, tuple) else f"{cell:.1e}" if cell else "0"
+
+
+if __name__ == "__main__":
+    main()
