@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from relearn_lens.evaluation import SpanScores, TokenLoss, evaluate
     from relearn_lens.experiment import Run
     from relearn_lens.lora import adapted
-    from relearn_lens.lora import adapted
     from relearn_lens.meaning import concept_similarity, concept_words, polysemy
     from relearn_lens.models import LanguageModel, Tagger, computing, load_bridge, load_language_model, load_tagger
     from relearn_lens.neurons import Neuron, Neurons, Site, random_neurons, site_of
@@ -65,7 +64,6 @@ _HOME = {
     "encoding": ("encode",),
     "evaluation": ("SpanScores", "TokenLoss", "evaluate"),
     "experiment": ("Run",),
-    "lora": ("adapted",),
     "lora": ("adapted",),
     "meaning": ("concept_similarity", "concept_words", "polysemy"),
     "models": ("LanguageModel", "Tagger", "computing", "load_bridge", "load_language_model", "load_tagger"),
