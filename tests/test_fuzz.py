@@ -27,7 +27,7 @@ def test_bad_input_ends_in_a_result_or_in_our_words(name):
 
     @settings(
         max_examples=round(CASES * share), derandomize=True, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     @given(st.data())
     def one(data: Any) -> None:
