@@ -398,7 +398,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "smollm2-places": (
-        "SmolLM2-135M predicts the next token of the New Testament, concept place; about 15 minutes on 2 cores",
+        "SmolLM2-135M predicts the next token of the New Testament, concept place; sized for 15 minutes on 2 cores",
         _NEXT_TOKEN,
     ),
     "smollm2-places-gpu": (
