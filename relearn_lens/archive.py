@@ -20,7 +20,7 @@ from torch import Tensor
 from relearn_lens.attribution import Attribution
 from relearn_lens.concept import Concept
 from relearn_lens.evaluation import SpanScores, TokenLoss
-from relearn_lens.experiment import Damage
+from relearn_lens.events import Damage
 from relearn_lens.neurons import Neurons, Site, Slice
 from relearn_lens.probes import AtK, Quality
 from relearn_lens.retraining import Checkpoint

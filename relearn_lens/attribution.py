@@ -15,9 +15,10 @@ LayerConductance and LayerIntegratedGradients compute the same for one layer at 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -25,115 +26,20 @@ from beartype import beartype as typechecker
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
+from relearn_lens import processes
 from relearn_lens.concept import Concept
-from relearn_lens.corpus import OUTSIDE, Corpus
+from relearn_lens.corpus import Corpus
 from relearn_lens.encoding import Encoded
-from relearn_lens.models import LanguageModel, Model, Tagger, encoded_for, hidden, reading
-from relearn_lens.neurons import Neuron, Site, site_of, streaming, token_site, token_vectors
+from relearn_lens.models import LanguageModel, Model, encoded_for, hidden, reading
+from relearn_lens.neurons import Neuron, Site, site_of, streaming, token_site
+from relearn_lens.quadrature import QUADRATURES, Rule
+from relearn_lens.references import Reference, reference_of
 from relearn_lens.saliency import Saliency
+from relearn_lens.targets import Target, check_target, concept_in, target_of
 
 Form = Literal["conductance", "layer"]
-Reference = Literal["auto", "mask", "pad", "end", "mean", "zero"]
-Rule = tuple[Float[Tensor, " node"], Float[Tensor, "node node"]]
-"""Nodes in [0, 1] and W, float64: the integral of g dx/da over the path is the sum of W[i, j] g(node i) x(node j)."""
 
 MEMORY = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the output says for a concept, one number per word.
-
-    For a language model there are two "tags": the word's own first token, which is the concept, and all other tokens
-    together (their logsumexp).
-    """
-
-    name: str
-    unit: str
-    says: str
-    of: Callable[[Float[Tensor, "word tag"], Bool[Tensor, " tag"]], Float[Tensor, " word"]]
-
-
-def _concept(logits: Float[Tensor, "word tag"], is_concept: Bool[Tensor, " tag"]) -> Float[Tensor, " word"]:
-    return logits[:, is_concept].logsumexp(1)
-
-
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target("logit", "logit", "logsumexp of the concept's tag logits", _concept),
-        Target(
-            "logprob",
-            "nat",
-            "log-probability of the concept's tags; saturates where the tagger is sure",
-            lambda logits, is_concept: _concept(logits, is_concept) - logits.logsumexp(1),
-        ),
-        Target(
-            "margin",
-            "logit",
-            "the concept's logit minus the highest logit of another tag: above 0 the tagger says the concept; for a "
-            "language model the log-odds of the word's token",
-            lambda logits, is_concept: _concept(logits, is_concept) - logits[:, ~is_concept].amax(1),
-        ),
-    )
-}
-
-
-def gauss_legendre(steps: int) -> Rule:
-    """Gauss-Legendre nodes; dX/da at a node is that of the polynomial through X at all nodes.
-
-    W[i, j] = w_i D[i, j] with the barycentric differentiation matrix D. Exact where X(a) is a polynomial below degree
-    `steps` and the integrand one below `2 steps`. Source: Berrut & Trefethen 2004, section 9.3, for D.
-    """
-    nodes, weights = _legendre(steps)
-    gaps = nodes[:, None] - nodes + np.eye(steps)
-    # Barycentric weights 1 / prod(gaps), as logarithms: the products underflow for many nodes.
-    size, sign = np.log(np.abs(gaps)).sum(1), np.sign(gaps).prod(1)
-    slopes = np.exp(size[:, None] - size) * sign[:, None] * sign / gaps
-    np.fill_diagonal(slopes, 0)
-    np.fill_diagonal(slopes, -slopes.sum(1))  # a constant has no slope
-    return torch.from_numpy(nodes), torch.from_numpy(weights[:, None] * slopes)
-
-
-def riemann(steps: int) -> Rule:
-    """`steps` equal intervals: the mean of the gradients at an interval's two ends times X's increment."""
-    nodes, left = captum_riemann(steps)
-    return nodes, (left + left.roll(1, 0)) / 2
-
-
-def captum_gauss_legendre(steps: int) -> Rule:
-    """captum's LayerConductance with `method="gausslegendre"` and `n_steps=steps`.
-
-    The gradient at each of `steps + 1` nodes times X's increment to the next; the path before the first and after the
-    last is left out.
-    """
-    return torch.from_numpy(_legendre(steps + 1)[0]), _next_increment(steps)
-
-
-def captum_riemann(steps: int) -> Rule:
-    """captum's LayerConductance with `method="riemann_trapezoid"`: the gradient at the start of each interval."""
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float64), _next_increment(steps)
-
-
-def _legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre nodes and weights on [0, 1]."""
-    nodes, weights = np.polynomial.legendre.leggauss(n)
-    return (1 + nodes) / 2, weights / 2
-
-
-def _next_increment(steps: int) -> Float[Tensor, "node node"]:
-    """W of the gradient at node i times X(node i + 1) - X(node i); nothing at the last node."""
-    here = torch.eye(steps + 1, dtype=torch.float64)
-    here[-1] = 0
-    return here.roll(1, 1) - here
-
-
-QUADRATURES: dict[str, Callable[[int], Rule]] = {
-    "gauss-legendre": gauss_legendre,
-    "riemann": riemann,
-    "captum-gauss-legendre": captum_gauss_legendre,
-    "captum-riemann": captum_riemann,
-}
 
 
 @jaxtyped(typechecker=typechecker)
@@ -258,40 +164,19 @@ def attribute(
         ValueError: a name that is not known, a concept or a reference that tagger, tokenizer or text lack, or an
             argument out of range; all before any forward pass. Attributions that are not finite, after it.
     """
-    run = _Run(
-        model, text, concept, site=site, target=target, reference=reference, quadrature=quadrature, steps=steps,
-        form=form, max_memory=max_memory, sentences=sentences, seed=seed,
-    )  # fmt: skip
+    asked = _Asked(site, target, reference, quadrature, steps, form, max_memory, sentences, seed)
+    run = _Run(model, text, concept, asked)
     with run.hooked():
         plan, chunks = run.plan()
         if on_plan:
             on_plan(plan)
-        for pieces, at_once in chunks:
-            run.add(pieces, at_once, tick or (lambda _: None))
-    # A head's attribution is that of its units together.
-    score = run.total.cpu().unflatten(1, (run.site.width, run.site.size)).sum(2) / run.n_words
-    change = run.change / run.n_words
-    for name, row in zip(run.site.layers, score, strict=True):
-        if not row.isfinite().all():
-            raise ValueError(
-                f"attributions to {run.site.name} in layer {name!r} are not finite (NaN or infinite); look at the "
-                "model's weights, or load it with a wider dtype"
-            )
-    return Attribution(
-        score.float(),
-        (score.sum(1) - change).float(),
-        change,
-        n_words=run.n_words,
-        n_pieces=len(run.pieces),
-        target=run.target.name,
-        unit=f"{run.target.unit} per word".strip(),
-        reference=run.reference,
-        quadrature=run.quadrature,
-        steps=steps,
-        form=form,
-        concept=concept.name,
-        site=run.site,
-    )
+        shared = processes.is_shared(len(chunks))
+        times = processes.size() if shared else 1
+        for pieces, at_once in processes.share(chunks):
+            run.add(pieces, at_once, lambda tokens: tick(tokens * times) if tick else None)
+        if shared:
+            run.together()
+    return run.attribution()
 
 
 def attribution_plan(model: Model, text: Corpus | Encoded, concept: Concept, **settings: Any) -> Plan:
@@ -300,62 +185,50 @@ def attribution_plan(model: Model, text: Corpus | Encoded, concept: Concept, **s
     Raises:
         ValueError: as `attribute` does.
     """
-    run = _Run(model, text, concept, **settings)
+    run = _Run(model, text, concept, _asked(**settings))
     with run.hooked():
         return run.plan()[0]
 
 
-def target_of(target: str | Target | Callable, model: Model | None = None) -> Target:
-    """A target by name; a `Target` or a function is taken as it is, `"auto"` is by the kind of model.
+@dataclass(frozen=True)
+class _Asked:
+    """The settings of one attribution, as `attribute` explains them.
 
     Raises:
-        ValueError: the target is not known.
+        ValueError: a name that is not known, or a number out of range.
     """
-    if isinstance(target, Target):
-        return target
-    if callable(target):
-        return Target(getattr(target, "__name__", "target"), "", (target.__doc__ or "").strip(), target)
-    if target == "auto":
-        return TARGETS["logprob" if isinstance(model, LanguageModel) else "margin"]
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; known: auto, {', '.join(TARGETS)}")
-    return TARGETS[target]
+
+    site: str | Site
+    target: str | Target | Callable
+    reference: str
+    quadrature: str | Callable[[int], Rule]
+    steps: int
+    form: str
+    max_memory: int
+    sentences: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        for what, known in (("form", get_args(Form)), ("reference", get_args(Reference)), ("quadrature", QUADRATURES)):
+            asked = getattr(self, what)
+            if not callable(asked) and asked not in known:
+                raise ValueError(f"unknown {what} {asked!r}; known: {', '.join(known)}")
+        for what, least in (("steps", 2), ("max_memory", 1), ("sentences", 1)):
+            value = getattr(self, what)
+            if value is not None and value < least:
+                raise ValueError(f"{what} must be at least {least}, got {value}")
+
+    @property
+    def rule(self) -> Rule:
+        """The quadrature's nodes and weights."""
+        return (QUADRATURES[self.quadrature] if isinstance(self.quadrature, str) else self.quadrature)(self.steps)
 
 
-def _check_concept(
-    tagger: Model, corpus: Corpus, concept: Concept, target: str | Target | Callable
-) -> tuple[Bool[Tensor, " tag"], Bool[np.ndarray, " word"]]:
-    """Which of the model's tags are the concept's, and which words of the corpus carry it."""
-    if not isinstance(tagger, Tagger):
-        classes = concept.classes(corpus)
-        return torch.tensor([True, False]), classes.carries[classes.of_word]
-    if concept.words and isinstance(target, str):
-        raise ValueError(
-            f"concept {concept.name!r} is given by words, which have no tags, so a tagger says nothing of it: "
-            "attribution needs a concept by labels, or a target function"
-        )
-    classes = concept.classes(corpus)
-    if unknown := [label for label in concept.labels if label not in tagger.label_names]:
-        raise ValueError(
-            f"the tagger has no tags for label {unknown[0]!r} of concept {concept.name!r}; it was made for "
-            f"{', '.join(tagger.label_names)}"
-        )
-    # B-x and I-x carry label x, "O" itself.
-    is_concept = torch.tensor([(tag if tag == OUTSIDE else tag[2:]) in concept.labels for tag in tagger.tags])
-    return is_concept, classes.carries[classes.of_word]
-
-
-def _check_target(target: Target, is_concept: Bool[Tensor, " tag"]) -> None:
-    """Try a target on logits of three words."""
-    logits = torch.zeros(3, len(is_concept), requires_grad=True)
-    with torch.enable_grad():
-        said = target.of(logits, is_concept)
-    if not isinstance(said, Tensor) or said.shape != (3,) or not said.requires_grad:
-        found = f"shape {tuple(said.shape)}" if isinstance(said, Tensor) else type(said).__name__
-        raise ValueError(
-            f"target {target.name!r} must turn logits of shape (word, tag) into one number per word that has a "
-            f"gradient; for 3 words it gave {found}"
-        )
+def _asked(**settings: Any) -> _Asked:
+    """Some settings, and what `attribute` takes where they say nothing."""
+    given = inspect.signature(attribute).bind(None, None, None, **settings)
+    given.apply_defaults()
+    return _Asked(**{field.name: given.arguments[field.name] for field in fields(_Asked)})
 
 
 def _pieces(
@@ -377,85 +250,26 @@ def _pieces(
     return found[np.argsort(-encoded.lengths[found], kind="stable")]
 
 
-def _reference(tagger: Model, asked: str) -> tuple[str, Float[Tensor, " d_model"]]:
-    """The vector at the start of the path, float32, and its name."""
-    tokenizer, bridge = tagger.tokenizer, tagger.bridge
-    rows = int(bridge.cfg.d_vocab)
-    tokens: dict[str, int] = {}
-    for name, kind in (("mask", "mask"), ("pad", "pad"), ("end", "sep"), ("end", "eos")):
-        text, token = getattr(tokenizer, f"{kind}_token"), getattr(tokenizer, f"{kind}_token_id")
-        # A bridge gives every tokenizer an end token, which for one that does not know it is the unknown token.
-        if token is not None and token < rows and tokenizer.convert_ids_to_tokens(token) == text:
-            tokens.setdefault(name, token)
-
-    def vectors(ids: Any) -> Tensor:
-        return token_vectors(bridge, torch.as_tensor(ids, device=tagger.device)).float()
-
-    with reading(tagger):
-        if asked == "mean":
-            sums = [vectors(ids).sum(0) for ids in torch.arange(rows).split(8192)]
-            return asked, torch.stack(sums).sum(0) / rows
-        if asked == "zero":
-            return asked, torch.zeros_like(vectors([0])[0])
-        for name in tokens if asked == "auto" else {asked} & set(tokens):
-            vector = vectors([tokens[name]])[0]
-            if vector.any():
-                return name, vector
-            if asked != "auto":
-                raise ValueError(
-                    f"the embedding of the {asked} token is all zeros, which no text is near to; use another "
-                    "reference, or ask for reference='zero' by name"
-                )
-    raise ValueError(
-        f"reference {asked!r} was asked for, but the tokenizer of {tokenizer.name_or_path!r} has no such token with an "
-        f"embedding; it has {', '.join(tokens) or 'none of mask, pad, end'}: use one of these, or reference='mean'"
-    )
-
-
 class _Run:
     """One attribution under way: its checked arguments, the path through the hooks, and running sums."""
 
-    def __init__(
-        self,
-        tagger: Model,
-        text: Corpus | Encoded,
-        concept: Concept,
-        *,
-        site: str | Site = "resid",
-        target: str | Target | Callable = "auto",
-        reference: str = "auto",
-        quadrature: str | Callable[[int], Rule] = "gauss-legendre",
-        steps: int = 16,
-        form: str = "conductance",
-        max_memory: int = MEMORY,
-        sentences: int | None = None,
-        seed: int = 0,
-    ):
-        self.tagger, self.form, self.max_memory = tagger, form, max_memory
-        self.site, self.target = site_of(tagger.bridge, site), target_of(target, tagger)
-        for what, asked, known in (
-            ("form", form, get_args(Form)),
-            ("reference", reference, get_args(Reference)),
-            ("quadrature", quadrature, QUADRATURES),
-        ):
-            if not callable(asked) and asked not in known:
-                raise ValueError(f"unknown {what} {asked!r}; known: {', '.join(known)}")
-        for what, value, least in (("steps", steps, 2), ("max_memory", max_memory, 1), ("sentences", sentences, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"{what} must be at least {least}, got {value}")
+    def __init__(self, tagger: Model, text: Corpus | Encoded, concept: Concept, asked: _Asked):
+        self.tagger, self.concept, self.max_memory = tagger, concept.name, asked.max_memory
+        self.form, self.steps = asked.form, asked.steps
+        self.site, self.target = site_of(tagger.bridge, asked.site), target_of(asked.target, tagger)
         corpus = text.corpus if isinstance(text, Encoded) else text
-        is_concept, self.carries = _check_concept(tagger, corpus, concept, target)
-        _check_target(self.target, is_concept)
-        self.reference, self.start = _reference(tagger, reference)
+        is_concept, self.carries = concept_in(tagger, corpus, concept, asked.target)
+        check_target(self.target, is_concept)
+        self.reference, self.start = reference_of(tagger, asked.reference)
         self.encoded = encoded_for(tagger, text)
         self.carries = self.carries & np.isin(np.arange(len(self.carries)), self.encoded.read_words)
-        self.pieces = _pieces(self.encoded, self.carries, concept, sentences, seed)
+        self.pieces = _pieces(self.encoded, self.carries, concept, asked.sentences, asked.seed)
 
-        self.quadrature = quadrature if isinstance(quadrature, str) else getattr(quadrature, "__name__", "quadrature")
-        rule = (QUADRATURES[quadrature] if isinstance(quadrature, str) else quadrature)(steps)
+        by = asked.quadrature
+        self.quadrature = by if isinstance(by, str) else getattr(by, "__name__", "quadrature")
         device = tagger.device
         self.is_concept = is_concept.to(device)
-        self.nodes, self.weights = (t.to(device, torch.float32) for t in rule)
+        self.nodes, self.weights = (t.to(device, torch.float32) for t in asked.rule)
         wide = torch.float32 if device.type == "mps" else torch.float64
         units = self.site.width * self.site.size
         self.total = torch.zeros(len(self.site.layers), units, dtype=wide, device=device)
@@ -504,7 +318,7 @@ class _Run:
             room = self.max_memory * 9 * int(lengths[0]) // (10 * int(lengths[i]))
             # Steps before pieces: the steps of a piece are alike in length and need no padding.
             at_once = max(k for k in range(1, n + 1) if k == 1 or peak(k) <= room)
-            size = min(max(1, room // peak(at_once)), len(lengths) - i)
+            size = min(max(1, room // peak(at_once)), len(lengths) - i, -(-len(lengths) // processes.size()))
             chunks.append((self.pieces[i : i + size], at_once))
             peaks.append(size * peak(at_once) * int(lengths[i]) // int(lengths[0]))
             i += size
@@ -553,6 +367,43 @@ class _Run:
         self.change += end - start
         with torch.enable_grad():
             (self._layer_ig if self.form == "layer" else self._conductance)(at_once, tick)
+
+    def attribution(self) -> Attribution:
+        """What was added so far, per word of the concept.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        # A head's attribution is that of its units together.
+        score = self.total.cpu().unflatten(1, (self.site.width, self.site.size)).sum(2) / self.n_words
+        change = self.change / self.n_words
+        for name, row in zip(self.site.layers, score, strict=True):
+            if not row.isfinite().all():
+                raise ValueError(
+                    f"attributions to {self.site.name} in layer {name!r} are not finite (NaN or infinite); look at the "
+                    "model's weights, or load it with a wider dtype"
+                )
+        return Attribution(
+            score.float(),
+            (score.sum(1) - change).float(),
+            change,
+            n_words=self.n_words,
+            n_pieces=len(self.pieces),
+            target=self.target.name,
+            unit=f"{self.target.unit} per word".strip(),
+            reference=self.reference,
+            quadrature=self.quadrature,
+            steps=self.steps,
+            form=cast(Form, self.form),
+            concept=self.concept,
+            site=self.site,
+        )
+
+    def together(self) -> None:
+        """Take in what other processes added."""
+        sums = torch.tensor([self.change, self.n_words], dtype=torch.float64)
+        processes.sum_(self.total, sums)
+        self.change, self.n_words = float(sums[0]), round(float(sums[1]))
 
     def _conductance(self, at_once: int, tick: Callable[[int], object]) -> None:
         """Every step goes forward and backward once, for all layers."""

@@ -15,8 +15,8 @@ from scipy import stats as st
 
 from relearn_lens import analysis, findings, migration, priming
 from relearn_lens.claims import Claim
-from relearn_lens.experiment import Run
 from relearn_lens.intervals import FEWEST_SEEDS
+from relearn_lens.results import Run
 from relearn_lens.tracking import BASE, PRUNED, Trajectory
 
 TOP = 0.1

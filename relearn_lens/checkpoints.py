@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from relearn_lens.heads import classifier_of
-from relearn_lens.models import Model, Tagger, reading, wearing
+from relearn_lens.models import Model, Tagger, plain_name, reading, wearing
 from relearn_lens.quantised import silent
-
-_WRAPPED = "_original_component."
-"""What the bridge adds to a parameter's name for each component it wraps."""
 
 
 def export(model: Model, folder: str | Path) -> Path:
@@ -98,7 +95,7 @@ def _plain(model: Model) -> Any:
 
 def _names(module: nn.Module) -> dict[str, Tensor]:
     """Every name that a bridge has for a tensor, without the wrappers."""
-    return {name.replace(_WRAPPED, ""): value for name, value in module.state_dict(keep_vars=True).items()}
+    return {plain_name(name): value for name, value in module.state_dict(keep_vars=True).items()}
 
 
 def _fill(plain: nn.Module, mine: dict[str, Tensor]) -> None:

@@ -20,22 +20,20 @@ Source: the claims are those of Lo et al. 2024 (METHODS 7 numbers them), the eff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from scipy import stats as st
 
-from relearn_lens import meaning, migration, priming, recovery
+from relearn_lens import evidence, recovery
 from relearn_lens.evaluation import Label, Scores
-from relearn_lens.intervals import FEWEST_SEEDS, Estimate, Gap, beside_control, estimate, holm, over_seeds
+from relearn_lens.evidence import Arms, Evidence, Missing
+from relearn_lens.intervals import FEWEST_SEEDS, Estimate, Gap, beside_control, holm, over_seeds
 from relearn_lens.neurons import Neurons
-from relearn_lens.saliency import Saliency
 from relearn_lens.tracking import BASE, PRUNED, Trajectory
 
 Verdict = Literal["supported", "not supported", "reversed", "inconclusive"]
-Arms = Mapping[str, Sequence[Trajectory]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def claims(
     """
     if not arms.get("concept"):
         return []
-    run = _Measured(arms, label, random_sets, level, draws)
+    run = Evidence(arms, label, random_sets, level, draws)
     rows = [
         _collapse(run), _returns(run), _random_costs_more(run), _random_is_slower(run), _late_before(run),
         _earlier_as_published(run), _earlier_matched(run), _early_layers_first(run), _primed(run), _mixed(run),
@@ -112,101 +110,41 @@ def claims(
     return rows
 
 
-class _Measured:
-    """The arms of a run, and how to compare them."""
-
-    def __init__(
-        self,
-        arms: Arms,
-        label: Label,
-        random_sets: Sequence[Sequence[Scores]],
-        level: float,
-        draws: int,
-    ):
-        self.arms, self.label, self.random_sets = arms, label, random_sets
-        self.concept = arms["concept"]
-        self.random = arms.get("random", ())
-        self.level, self.draws = level, draws
-        self.stages = recovery.retraining_stages(self.concept[0])
-        if not {BASE, PRUNED} <= set(self.concept[0].stages) or not self.stages:
-            raise ValueError(
-                f"claims need the stages {BASE}, {PRUNED} and training after them, found "
-                f"{', '.join(self.concept[0].stages)}"
-            )
-        seeds = [[arm.seed for arm in side] for side in (self.concept, self.random)]
-        if self.random and seeds[0] != seeds[1]:
-            raise ValueError(
-                f"the arms are compared seed by seed, got seeds {seeds[0]} of concept and {seeds[1]} of random"
-            )
-        self.last = self.stages[-1]
-
-    @property
-    def name(self) -> str:
-        return recovery.name_of(self.concept[0])
-
-    def score(self, arm: Trajectory, stage: str) -> float:
-        return arm[stage].scores.value(self.label)
-
-    @property
-    def quantity(self) -> str:
-        """What shares are taken of: F1, or what a language model gains over a uniform guess."""
-        return self.concept[0][BASE].scores.quantity
-
-    def unknown(self) -> str:
-        """Why shares of the base score are not defined; empty if they are."""
-        base = [self.score(arm, BASE) for arm in (*self.concept, *self.random)]
-        return (
-            "" if all(score > 0 for score in base) else f"a base model has no {self.quantity} on {self.name!r} to lose"
+def _versus(
+    run: Evidence,
+    id: str,
+    says: str,
+    measures: str,
+    bar: float,
+    of: Callable[[Trajectory, Neurons], float],
+) -> Claim:
+    """A claim about training: the concept arm against the random arm, over seeds."""
+    if not run.random:
+        return _unmeasured(id, says, measures, bar, "there is no random arm to compare with (arms with random)")
+    if not all(map(len, run.shared())):
+        return _unmeasured(id, says, measures, bar, "no neuron survived in both arms (a smaller prune.fraction)")
+    try:
+        ours, theirs = run.each(of)
+    except Missing as missing:
+        return _unmeasured(id, says, measures, bar, str(missing))
+    if not np.isfinite([*ours, *theirs]).all():
+        return _unmeasured(
+            id, says, measures, bar, "it is not defined here, in an arm there was nothing to take it over"
         )
-
-    def estimate(self, of: Callable[..., object], arms: Sequence[Trajectory], *stages: str) -> Estimate:
-        columns = [[arm[stage].scores for arm in arms] for stage in stages]
-        return estimate(of, self.label, *columns, level=self.level, draws=self.draws)
-
-    def shared(self) -> list[Neurons]:
-        """Per seed, the neurons that survive in the concept arm and in the random arm."""
-        return [c.survivors() & r.survivors() for c, r in zip(self.concept, self.random, strict=True)]
-
-    def each(self, of: Callable[[Trajectory, Neurons], float]) -> tuple[list[float], list[float]]:
-        """A measurement per seed in the concept arm and in the random arm, on the same neurons."""
-        pairs = list(zip(self.concept, self.random, self.shared(), strict=True))
-        return [of(c, among) for c, _, among in pairs], [of(r, among) for _, r, among in pairs]
-
-    def versus(
-        self,
-        id: str,
-        says: str,
-        measures: str,
-        bar: float,
-        of: Callable[[Trajectory, Neurons], float],
-    ) -> Claim:
-        """A claim about training: the concept arm against the random arm, over seeds."""
-        if not self.random:
-            return _unmeasured(id, says, measures, bar, "there is no random arm to compare with (arms with random)")
-        if not all(map(len, self.shared())):
-            return _unmeasured(id, says, measures, bar, "no neuron survived in both arms (a smaller prune.fraction)")
-        try:
-            ours, theirs = self.each(of)
-        except _Missing as missing:
-            return _unmeasured(id, says, measures, bar, str(missing))
-        if not np.isfinite([*ours, *theirs]).all():
-            return _unmeasured(
-                id, says, measures, bar, "it is not defined here, in an arm there was nothing to take it over"
-            )
-        gap = beside_control(ours, [[value] for value in theirs], self.level)
-        beside = f"{np.mean(ours):.3f} in the concept arm, {np.mean(theirs):.3f} in the random arm"
-        row = Claim(
-            id, says, gap.effect, measures, bar, "inconclusive", "", float(np.mean(ours)), float(np.mean(theirs)),
-            "random arm, same neurons", p_flips=gap.p_flips,
-        )  # fmt: skip
-        if len(ours) < FEWEST_SEEDS:
-            few = f"{len(ours)} training seed{'s' if len(ours) > 1 else ''}"
-            return replace(
-                row,
-                effect=Estimate(gap.effect.value, math.nan, math.nan, few, n=len(ours)),
-                why=f"{_said(beside)}; {few} cannot tell this from training noise (--set seeds=[0,1,2] or more).",
-            )
-        return _judged(row, gap, beside)
+    gap = beside_control(ours, [[value] for value in theirs], run.level)
+    beside = f"{np.mean(ours):.3f} in the concept arm, {np.mean(theirs):.3f} in the random arm"
+    row = Claim(
+        id, says, gap.effect, measures, bar, "inconclusive", "", float(np.mean(ours)), float(np.mean(theirs)),
+        "random arm, same neurons", p_flips=gap.p_flips,
+    )  # fmt: skip
+    if len(ours) < FEWEST_SEEDS:
+        few = f"{len(ours)} training seed{'s' if len(ours) > 1 else ''}"
+        return replace(
+            row,
+            effect=Estimate(gap.effect.value, math.nan, math.nan, few, n=len(ours)),
+            why=f"{_said(beside)}; {few} cannot tell this from training noise (--set seeds=[0,1,2] or more).",
+        )
+    return _judged(row, gap, beside)
 
 
 def _judged(row: Claim, gap: Gap, beside: str) -> Claim:
@@ -214,10 +152,6 @@ def _judged(row: Claim, gap: Gap, beside: str) -> Claim:
     effect = gap.effect
     why = f"{_said(beside)}{_reading(effect, row.bar)}."
     return replace(row, effect=effect, p=gap.p, p_flips=gap.p_flips, verdict=verdict_of(effect, row.bar), why=why)
-
-
-class _Missing(Exception):
-    """A measurement that this run did not take."""
 
 
 def _unmeasured(id: str, says: str, measures: str, bar: float, why: str) -> Claim:
@@ -240,19 +174,13 @@ def _reading(effect: Estimate, bar: float) -> str:
     return ": the interval reaches across the bar" if effect.interval else "; one value of the control has no interval"
 
 
-def _lost(base: object, pruned: object) -> object:
-    """Share of the base score that pruning took."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 1 - np.divide(pruned, base)  # pyright: ignore[reportCallIssue, reportArgumentType]
-
-
-def _collapse(run: _Measured) -> Claim:
+def _collapse(run: Evidence) -> Claim:
     says, bar = "Pruning the concept's neurons collapses performance", 0.5
     measures = f"share of the base model's {run.quantity} on the concept that pruning takes"
     if unknown := run.unknown():
         return _unmeasured("C1", says, measures, bar, unknown)
-    effect = run.estimate(_lost, run.concept, BASE, PRUNED)
-    theirs = _random_losses(run)
+    effect = run.estimate(evidence.lost, run.concept, BASE, PRUNED)
+    theirs = run.random_losses()
     control = float(np.mean([v for seed in theirs for v in seed])) if any(theirs) else None
     beside = f"pruning took {effect.value:.0%} of the {run.quantity} of {run.name!r}"
     if control is None:
@@ -269,19 +197,7 @@ def _collapse(run: _Measured) -> Claim:
     )  # fmt: skip
 
 
-def _random_losses(run: _Measured) -> list[list[float]]:
-    """Per seed, the share of the base score that each random set takes; nothing is trained."""
-    found = []
-    for i, concept in enumerate(run.concept):
-        base = run.score(concept, BASE)
-        scores = [s.value(run.label) for s in run.random_sets[i]] if i < len(run.random_sets) else []
-        if i < len(run.random):
-            scores.append(run.score(run.random[i], PRUNED))
-        found.append([float(1 - s / base) for s in scores] if base > 0 else [])
-    return found
-
-
-def _returns(run: _Measured) -> Claim:
+def _returns(run: Evidence) -> Claim:
     says, bar = "The concept returns within a few epochs", 0.9
     measures = f"share of the lost {run.quantity} that is back after {run.last} epoch(s)"
     back = recovery.recovery(run.concept, run.label, run.last, level=run.level, draws=run.draws)
@@ -305,12 +221,12 @@ def _returns(run: _Measured) -> Claim:
     )  # fmt: skip
 
 
-def _random_costs_more(run: _Measured) -> Claim:
+def _random_costs_more(run: Evidence) -> Claim:
     id, says, bar = "C3a", "Random pruning costs more than pruning the concept's neurons", 0.05
     measures = f"share of base {run.quantity} lost to random sets minus share lost to the concept's neurons"
     if unknown := run.unknown():
         return _unmeasured(id, says, measures, bar, unknown)
-    theirs = _random_losses(run)
+    theirs = run.random_losses()
     if not all(theirs):
         return _unmeasured(id, says, measures, bar, "there are no random sets (prune.control_draws)")
     ours = [1 - run.score(arm, PRUNED) / run.score(arm, BASE) for arm in run.concept]
@@ -326,7 +242,7 @@ def _random_costs_more(run: _Measured) -> Claim:
     )
 
 
-def _random_is_slower(run: _Measured) -> Claim:
+def _random_is_slower(run: Evidence) -> Claim:
     id, says, bar = "C3b", "After random pruning the concept returns more slowly", 0.05
     measures = f"mean {run.quantity} over the stages of retraining as a share of base, concept arm minus random arm"
     if unknown := run.unknown():
@@ -335,21 +251,15 @@ def _random_is_slower(run: _Measured) -> Claim:
     def area(arm: Trajectory, _: Neurons) -> float:
         return float(np.mean([run.score(arm, stage) for stage in run.stages]) / run.score(arm, BASE))
 
-    return run.versus(id, says, measures, bar, area)
+    return _versus(run, id, says, measures, bar, area)
 
 
-def _depth_of_top(saliency: Saliency, k: int) -> float:
-    """Mean depth of the k most salient neurons, 0 the first layer and 1 the last."""
-    per_layer = saliency.top(k).mask.sum(1).double().numpy()
-    return float((per_layer * np.linspace(0, 1, len(per_layer))).sum() / k)
-
-
-def _late_before(run: _Measured) -> Claim:
+def _late_before(run: Evidence) -> Claim:
     id, says, bar = "C4", "Before pruning, salient neurons sit in later layers", 0.05
     measures = "mean depth (0 to 1) of the pruned share of the ranking, minus the same under shuffled labels"
     bases = [arm[BASE] for arm in run.concept]
     ks = [len(arm.pruned) if arm.pruned else arm.site.n_neurons // 2 for arm in run.concept]
-    ours = [_depth_of_top(base.saliency, k) for base, k in zip(bases, ks, strict=True)]
+    ours = [evidence.depth_of_top(base.saliency, k) for base, k in zip(bases, ks, strict=True)]
     if not all(base.shuffled for base in bases):
         row = _unmeasured(
             id,
@@ -359,7 +269,7 @@ def _late_before(run: _Measured) -> Claim:
             f"mean depth {np.mean(ours):.3f}, but no label shuffles to compare (measure.shuffles)",
         )
         return replace(row, concept=float(np.mean(ours)))
-    nulls = [[_depth_of_top(s, k) for s in base.shuffled] for base, k in zip(bases, ks, strict=True)]
+    nulls = [[evidence.depth_of_top(s, k) for s in base.shuffled] for base, k in zip(bases, ks, strict=True)]
     gap = beside_control(ours, nulls, run.level)
     control = float(np.mean([np.mean(null) for null in nulls]))
     row = Claim(
@@ -368,22 +278,12 @@ def _late_before(run: _Measured) -> Claim:
     return _judged(row, gap, f"mean depth {np.mean(ours):.3f}, under shuffled labels {control:.3f} (0.5 is the middle)")
 
 
-def _earlier_as_published(run: _Measured) -> Claim:
+def _earlier_as_published(run: Evidence) -> Claim:
     id, says, bar = "C5 unmatched", "After retraining the concept sits in earlier layers (as published)", 0.02
     measures = "depth lost between all base neurons and the retrained survivors, by rank saliency; no control"
-
-    def centre(by_layer: list[float]) -> float:
-        share = np.nan_to_num(np.array(by_layer))
-        return float((share * np.linspace(0, 1, len(share))).sum() / share.sum())
-
     if not all(len(arm.survivors()) for arm in run.concept):
         return _unmeasured(id, says, measures, bar, "no neuron survived (a smaller prune.fraction)")
-
-    def earlier(arm: Trajectory) -> float:
-        by_stage = migration.saliency_by_layer(arm, "published")
-        return centre(by_stage[BASE]) - centre(by_stage[run.last])
-
-    ours = [earlier(arm) for arm in run.concept]
+    ours = [evidence.earlier_unmatched(arm, run.last) for arm in run.concept]
     mean = float(np.mean(ours))
     what = (
         f"{abs(mean):.3f} of the depth {'earlier' if mean > 0 else 'later'}, but all base neurons are compared with "
@@ -391,7 +291,7 @@ def _earlier_as_published(run: _Measured) -> Claim:
     )
     control = None
     if unpruned := run.arms.get("unpruned"):
-        control = float(np.mean([earlier(arm) for arm in unpruned]))
+        control = float(np.mean([evidence.earlier_unmatched(arm, run.last) for arm in unpruned]))
         what += f"; training on without pruning moved it {abs(control):.3f} {'earlier' if control > 0 else 'later'}"
     row = Claim(id, says, None, measures, bar, "inconclusive", f"{_said(what)}.", mean, control)
     if control is not None:
@@ -402,113 +302,63 @@ def _earlier_as_published(run: _Measured) -> Claim:
     return replace(row, effect=effect, verdict=verdict_of(effect, bar))
 
 
-SIGNED = "some scores are below 0 or undefined, so they have no centre of mass (another score)"
-
-
-def _earlier_matched(run: _Measured) -> Claim:
-    return run.versus(
+def _earlier_matched(run: Evidence) -> Claim:
+    return _versus(
+        run,
         "C5 matched", "After retraining the concept sits in earlier layers (same neurons, against control)",
         "move of the score's centre of mass towards earlier layers, shares of the depth, concept minus random arm",
-        0.02, lambda arm, among: -_moved(arm, run.last, among),
+        0.02, lambda arm, among: -evidence.moved(arm, run.last, among),
     )  # fmt: skip
 
 
-def _moved(arm: Trajectory, stage: str, among: Neurons) -> float:
-    if not all(migration.is_mass(arm[s].saliency) for s in (BASE, stage)):
-        raise _Missing(SIGNED)
-    return migration.shift(arm, stage, "matched", among=among).moved
-
-
-def _early_layers_first(run: _Measured) -> Claim:
+def _early_layers_first(run: Evidence) -> Claim:
     id, says, bar = "C6", "Earlier layers regain saliency first", 0.02
     measures = "depth of what was regained by the last stage minus by the first, concept minus random arm"
     if len(run.stages) < 2:
         return _unmeasured(id, says, measures, bar, "one stage of retraining has no order")
-
-    def regained(arm: Trajectory, stage: str, among: Neurons) -> float:
-        if not all(migration.is_mass(arm[s].saliency) for s in (PRUNED, stage)):
-            raise _Missing(SIGNED)
-        now, cut = (arm[s].saliency.score.where(among.mask, 0.0).sum(1).double() for s in (stage, PRUNED))
-        gain = (now - cut).clamp(min=0).numpy()
-        return float((gain * np.linspace(0, 1, len(gain))).sum() / gain.sum()) if gain.sum() > 0 else math.nan
-
-    return run.versus(
+    return _versus(
+        run,
         id, says, measures, bar,
-        lambda arm, among: regained(arm, run.last, among) - regained(arm, run.stages[0], among),
+        lambda arm, among: evidence.regained(arm, run.last, among) - evidence.regained(arm, run.stages[0], among),
     )  # fmt: skip
 
 
-def _primed(run: _Measured) -> Claim:
+def _primed(run: Evidence) -> Claim:
     by_words = all(arm[BASE].near_concept is not None for arm in (*run.concept, *run.random))
     what = "closeness of a neuron's top words to the concept's words" if by_words else "saliency"
-
-    def predicted(arm: Trajectory, among: Neurons) -> float:
-        before = arm[BASE].near_concept if by_words else arm[BASE].saliency.score
-        assert before is not None
-        known = before.isfinite() & arm[run.last].saliency.score.isfinite() & among.mask
-        if known.sum() < 3:
-            raise _Missing("fewer than three neurons have both numbers (a larger probe corpus)")
-        return priming.priming(before, arm[run.last].saliency, among, draws=2).correlation.value  # no interval needed
-
-    return run.versus(
+    return _versus(
+        run,
         "C7", "Neurons that take the concept over were primed for it",
         f"rank correlation within layers of {what} before and saliency after, concept minus random arm", 0.05,
-        predicted,
+        lambda arm, among: evidence.predicted(arm, run.last, among, by_words=by_words),
     )  # fmt: skip
 
 
-def _words_at_ends(run: _Measured, arm: Trajectory) -> None:
-    if arm[BASE].words is None or arm[run.last].words is None:
-        raise _Missing("top words of base and last stage (measure.what with top_words)")
-
-
-def _mixed(run: _Measured) -> Claim:
-    def share(arm: Trajectory, among: Neurons) -> float:
-        _words_at_ends(run, arm)
-        base, now = arm[BASE], arm[run.last]
-        assert base.words is not None
-        assert now.words is not None
-        heirs = priming.heirs(base.saliency, now.saliency, max(1, len(among) // 10), among)
-        both = meaning.polysemy(base.words, now.words, base.concept_words, neurons=heirs)
-        known = int((~both.kept.isnan()).sum())
-        return len(both.mixed) / known if known else math.nan
-
-    return run.versus(
+def _mixed(run: Evidence) -> Claim:
+    return _versus(
+        run,
         "C8", "Relearned neurons mix old and new meanings",
         "share of the neurons new in the top tenth that keep an old top word and gain one of the concept's, concept "
-        "minus random arm", 0.05, share,
+        "minus random arm", 0.05, lambda arm, among: evidence.mixed(arm, run.last, among),
     )  # fmt: skip
 
 
-def _similarity(run: _Measured, arm: Trajectory, among: Neurons) -> tuple[np.ndarray, np.ndarray]:
-    """Layer depth and concept similarity at the last stage of every neuron that has one."""
-    found = arm[run.last].meaning
-    if found is None:
-        raise _Missing("concept similarity at the last stage (measure.what with top_words)")
-    layer, index = (among.mask & found.isfinite()).nonzero(as_tuple=True)
-    return layer.numpy() / max(1, len(found) - 1), found[layer, index].double().numpy()
-
-
-def _similarity_by_depth(run: _Measured) -> Claim:
-    def falls(arm: Trajectory, among: Neurons) -> float:
-        depth, similar = _similarity(run, arm, among)
-        if len(set(depth)) < 2 or len(set(similar)) < 2:
-            return math.nan
-        found: Any = st.spearmanr(depth, similar)  # stubs and scipy do not agree on what this is
-        return -float(found.statistic)
-
-    return run.versus(
+def _similarity_by_depth(run: Evidence) -> Claim:
+    return _versus(
+        run,
         "C9a", "Concept similarity falls with depth",
-        "minus the rank correlation of depth and similarity after retraining, concept minus random arm", 0.05, falls,
+        "minus the rank correlation of depth and similarity after retraining, concept minus random arm", 0.05,
+        lambda arm, among: evidence.falls_with_depth(arm, run.last, among),
     )  # fmt: skip
 
 
-def _similarity_by_training(run: _Measured) -> Claim:
+def _similarity_by_training(run: Evidence) -> Claim:
     def fallen(arm: Trajectory, among: Neurons) -> float:
-        similar = _similarity(run, arm, among)[1]
+        similar = evidence.similarity(arm, run.last, among)[1]
         return 1 - float(similar.mean()) if len(similar) else math.nan
 
-    return run.versus(
+    return _versus(
+        run,
         "C9b", "Concept similarity falls with retraining",
         "1 minus mean similarity of a neuron's top words to those at base, concept minus random arm", 0.02, fallen,
     )  # fmt: skip

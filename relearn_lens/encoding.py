@@ -112,6 +112,10 @@ class Encoded:
         """Tokens of all pieces, special tokens included."""
         return int(self.lengths.sum())
 
+    def n_subwords(self, pieces: Int[np.ndarray, " piece"]) -> int:
+        """Tokens of some pieces, special tokens not included."""
+        return int(np.diff(self.piece_start)[pieces].sum())
+
     def notes(self) -> list[str]:
         """What did not fit, in words; empty when everything did."""
         said = {
@@ -162,18 +166,23 @@ class Encoded:
             tag=torch.from_numpy(tag),
         )
 
-    def batches(self, *, max_tokens: int = 4096) -> Iterator[Batch]:
-        """Every piece once, longest first, at most so many tokens (padding counted) a batch.
+    def cuts(self, *, max_tokens: int = 4096) -> list[Int[np.ndarray, " piece"]]:
+        """The pieces of each batch: every piece once, longest first, at most so many tokens (padding counted) a batch.
 
         Longest first: the batch that needs the most memory comes first, so it fails early or not at all.
         """
         lengths = self.lengths
         order = np.argsort(-lengths, kind="stable")
-        i = 0
+        found, i = [], 0
         while i < len(order):
             size = max(1, max_tokens // int(lengths[order[i]]))
-            yield self.batch(order[i : i + size])
+            found.append(order[i : i + size])
             i += size
+        return found
+
+    def batches(self, *, max_tokens: int = 4096) -> Iterator[Batch]:
+        """The batches of `cuts`."""
+        return map(self.batch, self.cuts(max_tokens=max_tokens))
 
     def shuffled(self, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The pieces of one epoch's training batches, shuffled and bucketed by length.

@@ -20,16 +20,29 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from relearn_lens import sources
-from relearn_lens.settings import PRESETS, Experiment, preset
+from relearn_lens.presets import PRESETS, preset
+from relearn_lens.settings import Experiment
 
 BASELINE_MB = 515
 """Resident after the imports of a run, measured with torch 2.13 on Linux x86-64 without CUDA."""
+
+COPIES = 6
+"""Of the weights, as the sum above counts them."""
+
+REPORT_MB = 8
+"""What the page of a run takes at most."""
+
+LATER_MB = 60
+"""What a run imports, and small things it makes, once model and text are there."""
 
 _MB = 2**20
 
@@ -145,8 +158,52 @@ def estimate(experiment: Experiment) -> Estimate | None:
     if "top_words" in asked.what:  # a table of word types by neurons
         measuring = max(measuring, 4.0 * 5000 * (shape.layers + 1) * shape.d_model)
     measuring = min(measuring, asked.max_memory * _MB)
-    memory = BASELINE_MB + text.megabytes + (6 * shape.bytes + training + measuring) / _MB
+    memory = BASELINE_MB + text.megabytes + (COPIES * shape.bytes + training + measuring) / _MB
     return Estimate(math.ceil(memory), _disk(experiment, shape, text), _fetch(experiment, shape))
+
+
+def fitted(
+    experiment: Experiment, shape: Shape, *, taken_mb: float, longest_train: int, longest_read: int
+) -> tuple[Experiment, list[str]]:
+    """The settings with batches and chunks small enough for `max_memory`, and what was decided, in words.
+
+    `taken_mb` is taken already, with one copy of the weights in it; `longest_train` is the longest piece to train on,
+    `longest_read` the longest of all, in tokens. Batches keep their size: they go through the model in more parts
+    (`accumulate`), for the same gradient but for dropout's draws.
+
+    Raises:
+        ValueError: not even one piece at a time fits.
+    """
+    if experiment.max_memory is None:
+        return experiment, []
+    fixed = taken_mb + LATER_MB + (COPIES - 1) * shape.bytes / _MB
+    room = (experiment.max_memory - fixed) * _MB
+    layer, reading = (68 * shape.d_model + 10 * shape.heads * n for n in (longest_train, longest_read))
+    logits = 3 * 4 * shape.vocabulary if experiment.task == "next_token" else 0
+    piece = longest_train * (shape.layers * layer + logits)
+    token = 2 * reading + logits  # nothing is kept for a backward pass: one layer and what it becomes
+    need = max(piece, longest_read * token, _MB)
+    if room < need:
+        raise ValueError(
+            f"max_memory={experiment.max_memory:g} MB is too little: this run needs about {fixed + need / _MB:,.0f} MB "
+            f"even with one sentence at a time ({fixed:,.0f} MB of it for Python and {COPIES} copies of "
+            f"{shape.parameters:,} weights); give it more, or use a smaller model"
+        )
+    groups = {}
+    for name in ("finetune", "retrain"):
+        training = getattr(experiment, name)
+        parts = max(training.accumulate, -(-training.batch_size // int(room // piece)))
+        groups[name] = training.model_copy(update={"accumulate": parts})
+    asked = experiment.measure
+    tokens = max(16, min(asked.max_tokens, int(room // token)))
+    megabytes = min(asked.max_memory, max(1, int(room // _MB)))
+    groups["measure"] = asked.model_copy(update={"max_tokens": tokens, "max_memory": megabytes})
+    said = (
+        f"max_memory={experiment.max_memory:g} MB: about {fixed:,.0f} MB are taken whatever the batches; accumulate="
+        f"{groups['finetune'].accumulate} in fine-tuning and {groups['retrain'].accumulate} in retraining, "
+        f"measure.max_tokens={tokens:,}, measure.max_memory={megabytes:g}"
+    )
+    return experiment.model_copy(update=groups), [said]
 
 
 def _disk(experiment: Experiment, shape: Shape, text: Text) -> int:
@@ -157,7 +214,7 @@ def _disk(experiment: Experiment, shape: Shape, text: Text) -> int:
     kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}.get(experiment.keep, 0)
     neurons = (shape.layers + 1) * shape.d_model * (4 if experiment.site.startswith("mlp") else 1)
     numbers = 2 * seeds * (arms + 1) * (stages + 2) * neurons * (16 * text.labels + 48)
-    return math.ceil(((seeds + 6 + kept) * shape.bytes + numbers) / _MB) + 2
+    return math.ceil(((seeds + 6 + kept) * shape.bytes + numbers) / _MB) + REPORT_MB
 
 
 def _fetch(experiment: Experiment, shape: Shape) -> int:
@@ -224,6 +281,17 @@ def _rlimit() -> int | None:
         return None
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if most == resource.RLIM_INFINITY else most
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB (2**20 bytes)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory: Any = psutil.Process().memory_info()
+        return memory.peak_wset / _MB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 HEADER = ["preset", "memory needed", "there is", "disk needed", "free", "verdict"]

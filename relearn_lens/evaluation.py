@@ -5,8 +5,9 @@ A tagger is judged by the F1 of its spans, a language model by its loss on the c
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,9 +18,10 @@ from jaxtyping import Float, Int, jaxtyped
 from nervaluate import Evaluator
 from nervaluate.loaders import ListLoader
 
+from relearn_lens import processes
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import OUTSIDE, Corpus, Strings, bio
-from relearn_lens.encoding import Encoded
+from relearn_lens.encoding import Batch, Encoded
 from relearn_lens.models import LanguageModel, Model, Tagger, encoded_for, reading
 
 OVERALL = "overall"
@@ -248,13 +250,13 @@ def token_loss(
         [*(classes.of_word == k for k in named), ~classes.carries[classes.of_word], np.ones(corpus.n_words, bool)], 1
     )
     nats, tokens = np.zeros(corpus.n_words), np.zeros(corpus.n_words, dtype=np.int64)
-    with reading(model):
-        for batch in encoded.batches(max_tokens=max_tokens):
+    with reading(model), _sharing(encoded, max_tokens, (nats, tokens)) as batches:
+        for batch, n_tokens in batches:
             losses, words = model.losses(batch.to(model.device)).double().cpu().numpy(), batch.word_of.numpy()
             np.add.at(nats, words, losses)
             np.add.at(tokens, words, 1)
             if tick:
-                tick(batch.n_tokens)
+                tick(n_tokens)
     if not np.isfinite(nats).all():
         raise ValueError(
             "the loss of the language model is not finite (NaN or infinite); look at its weights and at the learning "
@@ -292,15 +294,27 @@ def predict(
     tick: Callable[[int], object] | None = None,
 ) -> Int[np.ndarray, " word"]:
     """The tag of every word of the corpus, an index into `tagger.tags`."""
-    tags = torch.zeros(encoded.corpus.n_words, dtype=torch.int64)
-    with reading(tagger):
-        for batch in encoded.batches(max_tokens=max_tokens):
+    tags = np.zeros(encoded.corpus.n_words, dtype=np.int64)
+    with reading(tagger), _sharing(encoded, max_tokens, (tags,)) as batches:
+        for batch, n_tokens in batches:
             here = batch.to(tagger.device)
             best = tagger(here.ids, here.mask).argmax(-1).flatten()
-            tags[batch.words] = best[here.subword[here.first]].cpu()
+            tags[batch.words.numpy()] = best[here.subword[here.first]].cpu().numpy()
             if tick:
-                tick(batch.n_tokens)
-    return tags.numpy()
+                tick(n_tokens)
+    return tags
+
+
+@contextlib.contextmanager
+def _sharing(encoded: Encoded, max_tokens: int, sums: Sequence[np.ndarray]) -> Iterator[Iterator[tuple[Batch, int]]]:
+    """This process's batches of a text, each with the tokens that go by meanwhile; afterwards `sums`, which are 0
+    where this process read nothing, are those of all processes."""
+    cuts = encoded.cuts(max_tokens=max_tokens)
+    shared = processes.is_shared(len(cuts))
+    mine = map(encoded.batch, processes.share(cuts))
+    yield ((batch, batch.n_tokens * (processes.size() if shared else 1)) for batch in mine)
+    if shared:
+        processes.sum_(*map(torch.from_numpy, sums))
 
 
 def score_spans(corpus: Corpus, predicted: Int[np.ndarray, " word"], tags: tuple[str, ...]) -> SpanScores:

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relearn_lens import captions, plots
+from relearn_lens import captions, plots, processes
 from relearn_lens.corpus import Corpus
 from relearn_lens.encoding import Batch, Encoded
-from relearn_lens.experiment import Run
 from relearn_lens.models import Model, encoded_for
 from relearn_lens.neurons import Neurons, Site, site_of
+from relearn_lens.results import Run
 from relearn_lens.streams import stream
 
 
@@ -128,6 +128,12 @@ class _One:
         """Keep the neuron's own."""
         if layer == self.layer:
             self.found[self.words] = words[:, self.index].float().cpu()
+
+    def together(self) -> None:
+        """Take the words that other processes read; those that nobody read stay NaN."""
+        value, read = self.found.nan_to_num(0.0), (~self.found.isnan()).int()
+        processes.sum_(value, read)
+        self.found = torch.where(read > 0, value, torch.nan)
 
 
 def examples(

@@ -16,8 +16,8 @@ from scipy import stats as st
 
 from relearn_lens import meaning, migration, priming, recovery
 from relearn_lens.claims import Claim, claims
-from relearn_lens.experiment import Run
 from relearn_lens.intervals import Estimate
+from relearn_lens.results import Run
 from relearn_lens.tracking import BASE, PRUNED, Snapshot, Trajectory
 
 CORRECTED = (

@@ -1,4 +1,4 @@
-"""Whether files are what they were: sha256 of a run folder's files and of its inputs, and weights that are the same.
+"""Whether files are what they were: sha256 of a run folder's files and of its inputs, and numbers that are finite.
 
 A finished run's manifest holds the hash of every file beside it (`outputs`), of every input (`inputs`), and of itself
 (`seal`). `verify` computes all of them again and says what differs.
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -21,8 +20,10 @@ from relearn_lens import sources
 from relearn_lens.tables import plain
 
 MANIFEST, SEAL = "manifest.json", "seal"
-UNSEALED = {MANIFEST, ".lock", "report.html"}
-"""Files of a run folder without a hash: the manifest has its seal, and the page is made again at will."""
+ROLES = ("model", "corpus", "probe_corpus")
+"""The settings that name an input."""
+UNSEALED = {MANIFEST, ".lock", "report.html", "film.gif", "film.html"}
+"""Files of a run folder without a hash: the manifest has its seal, page and film are made again at will."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,33 @@ def seal_of(manifest: Mapping[str, Any]) -> str:
     """sha256 of what a manifest says, its own seal left out."""
     said = {key: value for key, value in plain(dict(manifest)).items() if key != SEAL}
     return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_same_inputs(manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to put runs side by side, given by name, that had different files under one name.
+
+    Runs on different models or texts may be compared; a model or a text that changed between them would look like a
+    result.
+
+    Raises:
+        ValueError: an input of the same name has another hash, with what changed.
+    """
+    seen: dict[tuple[str, str, str], tuple[str, str]] = {}
+    changed = []
+    for run, manifest in manifests.items():
+        settings = manifest.get("settings") or {}
+        for key, digest in (manifest.get("inputs") or {}).items():
+            role = key.partition(":")[0]
+            if role not in ROLES:
+                continue
+            first, before = seen.setdefault((role, str(settings.get(role)), key), (run, digest))
+            if before != digest:
+                changed.append(f"{key} is not the same file in {first} and in {run}")
+    if changed:
+        raise ValueError(
+            f"these runs cannot be compared, as their inputs changed in between: {'; '.join(changed)}. Run both on the "
+            "same files, or give what changed a name of its own"
+        )
 
 
 def verify(folder: str | Path, *, progress: Callable[[str], object] | None = None) -> list[Finding]:
@@ -128,7 +156,7 @@ def _inputs(manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[
     if not isinstance(settings, dict) or not isinstance(inputs, dict):
         yield Finding(MANIFEST, "unknown", f"{MANIFEST} names no inputs: nothing to compare")
         return
-    for role in ("model", "corpus", "probe_corpus"):
+    for role in ROLES:
         name, mine = settings.get(role), {k: v for k, v in inputs.items() if k.startswith(f"{role}:")}
         if not isinstance(name, str) or not mine:
             continue
@@ -166,37 +194,6 @@ def _hash(path: Path) -> str | None:
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or an infinite number; None where there is none."""
     return next((k for k, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())), None)
-
-
-def weights_hash(weights: str | Path | Mapping[str, Tensor]) -> str:
-    """sha256 of weights by name, dtype, shape and content: of a folder or a file of safetensors, or of tensors.
-
-    Raises:
-        ValueError: a folder without safetensors, or a damaged file.
-    """
-    digests = {}
-    for name, value in _tensors(weights):  # one at a time: checkpoints may be larger than memory
-        raw = value.detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{name}\0{raw.dtype}\0{tuple(raw.shape)}\0".encode())
-        digest.update(raw.flatten().view(torch.uint8).numpy().data if raw.numel() else b"")
-        digests[name] = digest.hexdigest()
-    return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
-
-
-def same_weights(checkpoints: Mapping[str, str | Path | Mapping[str, Tensor]]) -> list[str]:
-    """A warning for every group of checkpoints, given by name, whose weights are the same to the bit.
-
-    A sweep over checkpoints that are one checkpoint shows a flat line that means nothing.
-    """
-    groups: dict[str, list[str]] = {}
-    for name, weights in checkpoints.items():
-        groups.setdefault(weights_hash(weights), []).append(name)
-    return [
-        f"the checkpoints {', '.join(names)} hold the same weights, so nothing can differ between them; "
-        "look whether they were saved, or named, as meant"
-        for names in groups.values()
-        if len(names) > 1
-    ]
 
 
 def _tensors(weights: str | Path | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from relearn_lens.models import Adapted, Model, Tagger, seeded, wearing
+from relearn_lens.models import Adapted, Model, Tagger, n_wrappers, plain_name, seeded, wearing
 
 Where = Literal["attention", "mlp", "all"]
 """Which matrices of a block get adapters."""
 
 _ATTENTION, _JOINT = {"attn", "attention", "self_attn"}, "qkv"
 """Names that bridges give to a block's attention, and to a projection to queries, keys and values together."""
-
-_WRAPPED = "._original_component"
-"""What the bridge adds to a name for each component that it wraps."""
 
 
 @contextlib.contextmanager
@@ -30,8 +28,9 @@ def adapted(
     A matrix W becomes W + (alpha / rank) B A, with A drawn from `seed` and B 0 at first, so the model computes what it
     did; biases, LayerNorms and embeddings stand still. Adapters are on every linear layer of `where`; a family whose
     queries, keys and values are one matrix gets them on the three parts, which the bridge trains. Use it around
-    `retrain_` *and its loop*; the optimiser's state is the adapters', so such a training cannot `resume` later. When
-    the block ends, by an error too, the adapters are added to the weights and removed.
+    `retrain_` *and its loop*; the optimiser's state is the adapters', so to `resume` such a training later, enter the
+    block on the same model again and put `adapter_weights` back. When the block ends, by an error too, the adapters are
+    added to the weights and removed.
 
     Within the block `model.weights()` has its plain names, with the adapters added in (copies); `load_weights`, and
     with it similarity to other weights, wait until its end. What `prune_` took away before is free to grow back, within
@@ -88,6 +87,26 @@ def adapted(
             parameter.requires_grad_(requires_grad)
 
 
+def adapter_weights(model: Model) -> dict[str, Tensor]:
+    """What trains within the block of `adapted`, by names that are the same whenever it is entered again; no copies."""
+    trains = {id(p): (name, p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    return dict(trains.values())
+
+
+def load_adapter_weights(model: Model, weights: Mapping[str, Tensor]) -> None:
+    """Put what `adapter_weights` gave back, in place.
+
+    Raises:
+        ValueError: the names or shapes are of other adapters.
+    """
+    mine = adapter_weights(model)
+    if mine.keys() != weights.keys() or any(mine[k].shape != weights[k].shape for k in mine):
+        raise ValueError("these weights are of other adapters: rank, `where` and model must be the same")
+    with torch.no_grad():
+        for name, value in weights.items():
+            mine[name].copy_(value)
+
+
 def _layers(model: Model, where: Where | str) -> dict[str, Any]:
     """The linear layers of the blocks that get adapters, each once, by a name that the bridge has for it."""
     if where not in get_args(Where):
@@ -100,10 +119,10 @@ def _layers(model: Model, where: Where | str) -> dict[str, Any]:
         if _JOINT in name.split("."):  # the bridge computes by its three parts
             joint.add(id(module))
         best = found.get(id(module))
-        if best is None or name.count(_WRAPPED) < best[0].count(_WRAPPED):  # TransformerLens's own name
+        if best is None or n_wrappers(name) < n_wrappers(best[0]):  # TransformerLens's own name
             found[id(module)] = name, module
     layers = {
-        f"blocks.{name.replace(_WRAPPED, '')}": module
+        f"blocks.{plain_name(name)}": module
         for at, (name, module) in found.items()
         if at not in joint and (where == "all" or (where == "attention") == bool(_ATTENTION & set(name.split("."))))
     }

@@ -1,4 +1,4 @@
-"""Models: load a TransformerBridge, and put a tagging head on it or take its own vocabulary head.
+"""Models: a TransformerBridge with a tagging head on it, or with its own vocabulary head.
 
 Everything here works on the unprocessed weights of the model, so that what is trained is what Hugging Face would
 train. Under a tagger the vocabulary head is never computed.
@@ -7,30 +7,33 @@ train. Under a tagger the vocabulary head is never computed.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens import adapters, sources
 from relearn_lens.corpus import OUTSIDE, Corpus
 from relearn_lens.encoding import Batch, Encoded, LongSentences, Reading, encode
-from relearn_lens.heads import tags_of, trained_head
-from relearn_lens.quantised import dequantised, silent
+from relearn_lens.heads import tags_of
 
-_TOKENIZER_FILES = {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"}
+_WRAPPER = "_original_component"
+"""What the bridge puts into a name for each component that it wraps."""
 
-_WRAPPED = "_original_component."
-"""What the bridge adds to a parameter's name for each component it wraps."""
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without the bridge's wrappers: where each is wrapped, Hugging Face's own."""
+    return ".".join(part for part in name.split(".") if part != _WRAPPER)
+
+
+def n_wrappers(name: str) -> int:
+    """How many wrappers of the bridge the name of a module or parameter goes through."""
+    return name.split(".").count(_WRAPPER)
 
 
 class Model(nn.Module):
@@ -38,6 +41,10 @@ class Model(nn.Module):
 
     bridge: TransformerBridge
     head: Any
+    usual_reading: ClassVar[Reading] = "word"
+    """Where the activations of a word are read unless another reading is asked for."""
+    opening: ClassVar[bool] = False
+    """Whether every piece of a text begins with a special token, from which its first word is predicted."""
 
     def __init__(self, bridge: TransformerBridge):
         super().__init__()
@@ -67,12 +74,20 @@ class Model(nn.Module):
         reading: Reading | None = None,
         context: int | None = None,
     ) -> Encoded:
-        """A corpus in this model's sub-words, words read on their own tokens unless another `reading` is asked for.
+        """A corpus in this model's sub-words. Unless another `reading` is asked for, words are read on their own
+        tokens; in a language model, which opens every piece with a special token, where they are predicted.
 
         Raises:
             ValueError: as `encoding.encode`.
         """
-        return encode(corpus, self.tokenizer, context=context or self.context, long=long, reading=reading or "word")
+        return encode(
+            corpus,
+            self.tokenizer,
+            context=context or self.context,
+            long=long,
+            reading=reading or self.usual_reading,
+            opening=self.opening,
+        )
 
     def losses(self, batch: Batch) -> Float[Tensor, " subword"]:
         """What training lowers: nats at each sub-word of a batch, float32."""
@@ -101,11 +116,9 @@ class Model(nn.Module):
         for name, value in state.items():
             # A bridge reaches a tensor by several names; the one through every wrapper is Hugging Face's.
             best = names.get(id(value))
-            if best is None or (
-                name.count(_WRAPPED) > best.count(_WRAPPED) and name.split(".")[0] == best.split(".")[0]
-            ):
+            if best is None or (n_wrappers(name) > n_wrappers(best) and name.split(".")[0] == best.split(".")[0]):
                 names[id(value)] = name
-        return {name.replace(_WRAPPED, ""): state[name] for name in names.values()}
+        return {plain_name(name): state[name] for name in names.values()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put weights from `weights()` back, in place.
@@ -183,6 +196,9 @@ class LanguageModel(Model):
     Each sentence is read by itself, after one special token.
     """
 
+    usual_reading = "before"
+    opening = True
+
     def __init__(self, bridge: TransformerBridge):
         super().__init__(bridge)
         direction = getattr(bridge.cfg, "attention_dir", "causal")
@@ -210,29 +226,6 @@ class LanguageModel(Model):
         """Number of tokens that the head chooses from."""
         return int(self.bridge.cfg.d_vocab)
 
-    def encode(
-        self,
-        corpus: Corpus,
-        *,
-        long: LongSentences = "split",
-        reading: Reading | None = None,
-        context: int | None = None,
-    ) -> Encoded:
-        """A corpus in this model's sub-words, each piece after a special token; words are read where they are
-        predicted unless another `reading` is asked for.
-
-        Raises:
-            ValueError: as `encoding.encode`.
-        """
-        return encode(
-            corpus,
-            self.tokenizer,
-            context=context or self.context,
-            long=long,
-            reading=reading or "before",
-            opening=True,
-        )
-
     def forward(
         self, ids: Int[Tensor, "sentence token"], mask: Int[Tensor, "sentence token"]
     ) -> Float[Tensor, "sentence token vocabulary"]:
@@ -254,207 +247,6 @@ class LanguageModel(Model):
         # Only what predicts a sub-word goes through the vocabulary, which is most of a small model's work.
         states = hidden(self.bridge, batch.ids, batch.mask).flatten(0, 1)[batch.subword - 1]
         return F.cross_entropy(self.logits(states).float(), batch.ids.flatten()[batch.subword], reduction="none")
-
-
-def load_tagger(
-    model: str | Path | TransformerBridge | nn.Module,
-    labels: Sequence[str],
-    *,
-    tokenizer: Any = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tagger:
-    """A model with a tagging head for the given labels (`corpus.label_names`).
-
-    `model` is a source name (`"minilm"`), a local Hugging Face folder, a name on the hub, a bridge, or a Hugging Face
-    model that is loaded already (with its `tokenizer`; the model is wrapped in place). The head is fresh, drawn by
-    `seed`; but a model for token classification keeps the one it was trained with, if its labels are the BIO tags of
-    these, in any order.
-
-    Raises:
-        ValueError: labels without `"O"` first; a folder that holds no model, or only a pickled one; a trained head for
-            other labels.
-        OSError: the name is neither a folder nor to be had from the hub.
-    """
-    head = None
-    if isinstance(model, TransformerBridge):
-        bridge = model
-    elif isinstance(model, nn.Module):
-        if _has_trained_head(getattr(model, "config", None)):
-            head = trained_head(model, labels)
-        bridge = _bridge_of(model, tokenizer, device=device, dtype=dtype)
-    else:
-        bridge = load_bridge(model, device=device, dtype=dtype, seed=seed)
-        head = None if str(model) in sources.SOURCES else _head_in(str(model), labels)
-    tagger = Tagger(bridge, labels, seed=seed).eval()
-    if head is not None:
-        with torch.no_grad():
-            tagger.head.weight.copy_(head[0])
-            tagger.head.bias.copy_(head[1])
-    return tagger
-
-
-def _has_trained_head(config: Any) -> bool:
-    """Whether a configuration is of a model for token classification."""
-    named = getattr(config, "architectures", None)
-    return isinstance(named, list) and any(str(name).endswith("ForTokenClassification") for name in named)
-
-
-def _head_in(where: str, labels: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-    """The head of a checkpoint for token classification; None for any other."""
-    from transformers import AutoConfig, AutoModelForTokenClassification
-
-    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    if not _has_trained_head(config):
-        return None
-    with silent():
-        plain = AutoModelForTokenClassification.from_pretrained(where, use_safetensors=True, trust_remote_code=False)
-    return trained_head(plain, labels)
-
-
-def _bridge_of(
-    model: Any, tokenizer: Any, *, device: str | torch.device | None, dtype: torch.dtype
-) -> TransformerBridge:
-    """A bridge around a Hugging Face model that is loaded already; the body of one for token classification."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    if tokenizer is None:
-        raise ValueError("a loaded model needs its tokenizer: load_tagger(model, labels, tokenizer=tokenizer)")
-    if not hasattr(model, "base_model_prefix"):
-        raise ValueError(f"a {type(model).__name__} is no Hugging Face model; pass a bridge, or a folder")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if _has_trained_head(model.config):
-        auto: Any = AutoModelForMaskedLM if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING else AutoModelForCausalLM
-        with silent(), seeded(0):
-            whole = auto.from_config(model.config, attn_implementation="eager")
-        whole.base_model.load_state_dict(model.base_model.state_dict())
-        model = whole
-    else:
-        model.set_attn_implementation("eager")
-    device = torch.device(device) if device else next(model.parameters()).device
-    model.to(device=device, dtype=dtype)
-    model.config.architectures = [type(model).__name__]
-    adapters.register()
-    bridge = TransformerBridge.boot_transformers(
-        str(model.config._name_or_path or "model"), hf_model=model, tokenizer=tokenizer, device=device, dtype=dtype
-    )
-    bridge.eval()
-    return bridge
-
-
-def load_language_model(
-    model: str | Path | TransformerBridge,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> LanguageModel:
-    """A causal language model with its own vocabulary head: a source (`"smollm2"`), a local Hugging Face folder, a name
-    on the hub, or a bridge.
-
-    Raises:
-        ValueError: a model that does not predict the next token; as `load_bridge`.
-        OSError: the name is neither a folder nor to be had from the hub.
-    """
-    bridge = model if isinstance(model, TransformerBridge) else load_bridge(model, device=device, dtype=dtype)
-    return LanguageModel(bridge).eval()
-
-
-def load_bridge(
-    model: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> TransformerBridge:
-    """A TransformerBridge of a source, a local Hugging Face folder, or a model on the hub; in eval mode.
-
-    Only safetensors are read. Parts that the checkpoint lacks are drawn with `seed` (the language-model head that the
-    bridge asks for and this package never computes). Without `device`: CUDA if there is one, else the CPU.
-
-    Raises:
-        ValueError: a folder that holds no model, or only a pickled one.
-        OSError: the name is neither a folder nor to be had from the hub.
-    """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoTokenizer,
-    )
-    from transformers.utils import logging as hf_logging
-
-    where = str(sources.fetch(str(model))) if str(model) in sources.SOURCES else str(model)
-    folder = Path(where)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and (packed := sorted(folder.glob("*.gguf"))):
-        folder = dequantised(packed[0])
-        where = str(folder)
-    if folder.is_dir():
-        _check_folder(folder)
-    elif where.count("/") > 1 or where.startswith((".", "/", "~")):
-        raise ValueError(f"no model folder at {where!r}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    quiet, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-            auto = AutoModelForMaskedLM
-        elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            auto = AutoModelForCausalLM
-        else:
-            kind = config.model_type
-            raise ValueError(f"{where!r} is a {kind!r} model; only masked and causal language models work")
-        if folder.is_dir() and not {path.name for path in folder.iterdir()} & _TOKENIZER_FILES:
-            raise ValueError(
-                f"{where!r} holds no tokenizer (none of {', '.join(sorted(_TOKENIZER_FILES))}); save it there with "
-                "tokenizer.save_pretrained(folder)"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(where, add_prefix_space=True, trust_remote_code=False)
-        with seeded(seed):
-            hf_model = auto.from_pretrained(
-                where, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
-            )
-    except SafetensorError as error:
-        raise ValueError(
-            f"the *.safetensors weights in {where!r} are damaged ({error}); fetch or save the model again"
-        ) from error
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        if folder.is_dir():
-            raise OSError(f"cannot load the model in {where!r}: {reason}") from error
-        raise OSError(
-            f"cannot load model {where!r}: it is no source ({', '.join(sources.SOURCES)}), no local folder, and the "
-            f"hub did not give it ({reason}). Download it once where there is a network "
-            "(`hf download NAME --local-dir DIR`) and pass the folder"
-        ) from error
-    except Exception as error:  # a config.json or tokenizer of wrong values ends in any error that there is
-        if isinstance(error, ImportError) or error.__traceback__ is None or error.__traceback__.tb_next is None:
-            raise  # a package that is missing, or our own words from above
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"cannot load model {where!r}: {reason}. Its config.json or its tokenizer is damaged, or asks for code of "
-            "its own, which is never run; fetch it again, or save it again with save_pretrained(folder)"
-        ) from error
-    finally:
-        hf_logging.set_verbosity(quiet)
-        if bars:
-            hf_logging.enable_progress_bar()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    torch.nn.Module.to(hf_model, device)
-    # TransformerLens goes by this name, and a checkpoint that was saved with another head names that.
-    hf_model.config.architectures = [type(hf_model).__name__]
-    adapters.register()
-    bridge = TransformerBridge.boot_transformers(
-        where, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-    )
-    bridge.eval()
-    return bridge
 
 
 def trunk(bridge: TransformerBridge) -> nn.Module:
@@ -616,35 +408,40 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a while; each module's own mode is back afterwards."""
+    """Eval mode and no gradients for a while; each module's own mode is back afterwards.
+
+    Attention is computed by torch's fused kernel meanwhile, where the bridge leaves it to Hugging Face (BERT and its
+    kin) and nobody hooks the patterns, which that kernel never makes.
+    """
     bridge = model.bridge if isinstance(model, Model) else model
     # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
     parts = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
     modes = [(module, module.training) for part in parts for module in part.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        for module, _ in modes:  # eval() would go through shared parts many times over
+            module.training = False
+        with torch.no_grad(), _fused_attention(bridge):
             yield
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-def _check_folder(folder: Path) -> None:
-    """Say what is wrong with a model folder before anything is loaded from it."""
-    names = {path.name for path in folder.iterdir()}
-    if "config.json" not in names:
-        raise ValueError(f"{str(folder)!r} holds no Hugging Face model: there is no config.json")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(folder / 'config.json')!r} is damaged: {error}") from error
-    if any(name.endswith(".safetensors") for name in names):
+@contextlib.contextmanager
+def _fused_attention(bridge: nn.Module) -> Iterator[None]:
+    inner: Any = getattr(bridge, "original_model", None)
+    now = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    if now != "eager" or not getattr(inner, "_supports_sdpa", False) or _patterns_are_hooked(bridge):
+        yield
         return
-    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    if pickled:
-        raise ValueError(
-            f"{str(folder)!r} holds only pickled weights ({pickled[0]}), which can run code when loaded; save it again "
-            "with model.save_pretrained(folder), which writes safetensors"
-        )
-    raise ValueError(f"{str(folder)!r} holds no *.safetensors file")
+    inner.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(now)
+
+
+def _patterns_are_hooked(bridge: Any) -> bool:
+    """Whether somebody looks at attention scores or patterns."""
+    points = [p for name, p in bridge.hook_dict.items() if name.endswith(("pattern", "attn_scores"))]
+    return any(point.fwd_hooks or point.bwd_hooks for point in points)

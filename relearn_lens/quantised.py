@@ -91,19 +91,25 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Without transformers' own bars and warnings."""
+def quiet() -> Iterator[None]:
+    """Without what transformers logs below an error, and without its bars."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        # The bar of dequantising listens to no setting.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """As `quiet`, and without warnings or anything else on stderr."""
+    # The bar of dequantising listens to no setting.
+    with quiet(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -21,10 +21,10 @@ import torch
 from scipy import stats as st
 
 from relearn_lens.evaluation import OVERALL, SpanScores
-from relearn_lens.experiment import Run
 from relearn_lens.migration import rank_saliency_by_layer
 from relearn_lens.neurons import Neurons
 from relearn_lens.protocol import choose, placed
+from relearn_lens.results import Run
 from relearn_lens.settings import PROTOCOLS, Experiment
 from relearn_lens.topwords import is_dead
 from relearn_lens.tracking import BASE, PRUNED, Snapshot, Trajectory

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
+from relearn_lens import processes
 from relearn_lens.corpus import Corpus
 from relearn_lens.encoding import Encoded
 from relearn_lens.models import Model, Tagger, checkpointed, seeded
@@ -91,7 +92,9 @@ def finetune_(
     released code does.
 
     With `accumulate` every batch goes through the model in so many parts, and with `checkpointing` every block is
-    computed again in the backward pass: both need less memory for the same gradient.
+    computed again in the backward pass: both need less memory for the same gradient. Where several processes share the
+    run, the parts are dealt out to them (a batch is cut into at least one part each), and the gradients summed; dropout
+    is drawn anew for each part, so that n processes do what one does with `accumulate=n`, up to float rounding.
 
     With `prior_bias` (ours) the head's bias is first set to the log share of each tag in the text. A fresh head
     otherwise makes the body learn, as a constant part of its hidden state, that most words are `"O"`; a model that
@@ -189,17 +192,21 @@ def _train(
                 if order[0] != step // per_epoch:
                     at = step // per_epoch
                     order = at, encoded.shuffled(batch_size=batch_size, seed=seed, epoch=at)
-                parts = [encoded.batch(part) for part in _parts(order[1][step % per_epoch], accumulate)]
-                n_here = sum(len(batch.tag) for batch in parts)
+                whole = order[1][step % per_epoch]
+                n_here = encoded.n_subwords(whole)
+                tokens += int(encoded.lengths[whole].sum())
                 for group in optimizer.param_groups:
                     group["lr"] = lr * max(0.0, 1 - (step - since) / horizon)
                 loss = torch.zeros((), device=model.device)
-                with seeded(_seed_of(seed, step), model.device):
-                    for batch in parts:
-                        tokens += batch.n_tokens
+                # Each process takes whole parts, and each part has a seed: who computes it changes nothing.
+                parts = list(enumerate(_parts(whole, max(accumulate, processes.size()))))
+                for number, part in parts[processes.rank() :: processes.size()]:
+                    batch = encoded.batch(part)
+                    with seeded(_seed_of(seed, step, number), model.device):
                         nats = model.losses(batch.to(model.device))
                         accelerator.backward(nats.sum() / n_here)
                         loss += nats.detach().sum()
+                _sum_gradients(model)
                 losses.append(loss)
                 n_losses += n_here
                 accelerator.clip_grad_norm_(model.parameters(), clip)
@@ -209,7 +216,9 @@ def _train(
                 if tick:
                     tick(step, total)
         # Looked at once per stage: to look at every step would make a GPU wait for it.
-        each = torch.stack(losses).double()
+        each = torch.stack(losses)
+        processes.sum_(each)
+        each = each.double()
         if not each.isfinite().all():
             bad = int((~each.isfinite()).nonzero()[0])
             raise FloatingPointError(
@@ -272,6 +281,25 @@ def _adamw(model: Model, lr: float, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, fused=model.device.type in ("cpu", "cuda"))
 
 
-def _seed_of(seed: int, step: int) -> int:
-    """One 64-bit seed from two numbers, without the collisions of adding them."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def _sum_gradients(model: Model) -> None:
+    """Every process gets the gradient of the whole batch.
+
+    Not DistributedDataParallel: it wants the same number of parts in every process, each reaching every parameter (a
+    bridge's joint QKV matrix and an encoder's pooler get no gradient at all), and averages.
+    """
+    if processes.size() == 1:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Which parameters get a gradient depends on the model, not on the part; but a process may have had no part.
+    reached = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32)
+    processes.sum_(reached)
+    for p, has in zip(trained, reached.tolist(), strict=True):
+        if has and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    processes.sum_many_(p.grad for p in trained if p.grad is not None)
+
+
+def _seed_of(seed: int, step: int, part: int = 0) -> int:
+    """One 64-bit seed from two or three numbers, without the collisions of adding them."""
+    numbers = [seed, step, part] if part else [seed, step]
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -19,11 +19,9 @@ in the same bits.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
+import hashlib
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -31,29 +29,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from relearn_lens import archive, integrity, settings
-from relearn_lens.experiment import (
-    Arm,
-    Base,
-    Damage,
-    Event,
-    Measured,
-    Paused,
-    Prepared,
-    Progress,
-    Run,
-    peak_rss_mb,
-    perform,
-)
+from relearn_lens import archive, estimates, integrity, processes, settings
+from relearn_lens.estimates import peak_rss_mb
+from relearn_lens.events import Arm, Base, Damage, Event, Measured, Paused, Prepared, Progress
+from relearn_lens.experiment import perform
+from relearn_lens.files import as_json, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.neurons import Site
+from relearn_lens.results import Run
 from relearn_lens.retraining import Checkpoint
 from relearn_lens.settings import Experiment
-from relearn_lens.tables import layers_table, plain, plain_settings, summary
+from relearn_lens.tables import layers_table, plain_settings, summary
 from relearn_lens.tracking import Snapshot, Trajectory, stage_name
 
 MANIFEST, SUMMARY, SETTINGS = "manifest.json", "summary.json", "settings.toml"
@@ -82,6 +71,9 @@ def run(
     if out is None:
         return _drive(experiment, None, progress, on_event)
     path = Path(out)
+    if not processes.is_first():
+        processes.wait()  # for the first one to have opened the folder
+        return _in_folder(RunFolder.read(path), experiment, None, None)
     _check_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", timeout=0)
@@ -93,11 +85,24 @@ def run(
         ) from None
     try:
         folder = RunFolder.open(path, experiment, fresh=fresh)
-        if folder.manifest.get("complete") and folder.is_whole(experiment):
-            return load_run(folder.path)
-        return _drive(experiment, folder, progress, on_event)
+        processes.wait()
+        return _in_folder(folder, experiment, progress, on_event)
     finally:
         lock.release()
+
+
+def _in_folder(
+    folder: RunFolder,
+    experiment: Experiment,
+    progress: Progress | None,
+    on_event: Callable[[Event], object] | None,
+) -> Run:
+    """Read the finished run of a folder, or run what is missing into it."""
+    if processes.size() > 1:
+        folder.freeze()
+    if folder.manifest.get("complete") and folder.is_whole(experiment):
+        return load_run(folder.path)
+    return _drive(experiment, folder, progress, on_event)
 
 
 def _drive(
@@ -108,9 +113,13 @@ def _drive(
 ) -> Run:
     """Take the events of `perform` into a `Run` and, if there is one, into its folder."""
     result = Run(experiment, manifest={"versions": _versions()}, folder=str(folder.path) if folder else None)
+    if processes.size() > 1:
+        result.manifest["processes"] = processes.size()
     seconds: dict[str, float] = dict(folder.manifest.get("seconds", {})) if folder else {}
     phase_began = time.monotonic()
-    for event in perform(experiment, kept=folder, progress=progress):
+    events = perform(experiment, kept=folder, progress=progress)
+    folder = folder if processes.is_first() else None  # one process writes
+    for event in events:
         if not isinstance(event, Measured | Paused):
             name = _phase(event)
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
@@ -153,7 +162,7 @@ def _drive(
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a finished run."""
-    return (folder / MANIFEST).is_file() and bool(_read_json(folder / MANIFEST).get("complete"))
+    return (folder / MANIFEST).is_file() and bool(read_json(folder / MANIFEST).get("complete"))
 
 
 def load_run(folder: str | Path) -> Run:
@@ -166,7 +175,7 @@ def load_run(folder: str | Path) -> Run:
     path = Path(folder)
     if not (path / MANIFEST).is_file():
         raise FileNotFoundError(f"{str(path)!r} is no run folder: there is no {MANIFEST}")
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     if not isinstance(manifest.get("settings"), dict):
         raise ValueError(f"{str(path / MANIFEST)!r} is damaged (it has no settings); run again with --fresh")
     experiment = settings.experiment(manifest["settings"])
@@ -206,14 +215,15 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
+        self._frozen: frozenset[Path] | None = None
 
     @classmethod
     def open(cls, path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
         """A new folder, or one with a run of the same settings to go on with."""
         _check_folder(path)
         if (path / MANIFEST).is_file() and not fresh:
-            manifest = _read_json(path / MANIFEST)
-            if manifest.get("settings") == plain_settings(experiment):
+            manifest = read_json(path / MANIFEST)
+            if _are_of(manifest.get("settings"), experiment):
                 for part in path.rglob(".*.tmp"):  # of a killed process: whoever holds the lock is the only one here
                     part.unlink()
                 return cls(path, manifest)
@@ -233,15 +243,49 @@ class RunFolder:
         write_whole(path / SETTINGS, experiment.to_toml().encode())
         return folder
 
+    @classmethod
+    def read(cls, path: Path) -> RunFolder:
+        """The folder that the first process has opened, for the others.
+
+        Raises:
+            FileNotFoundError: this process does not see it.
+        """
+        if not (path / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"process {processes.rank()} sees no run at {str(path)!r}, which the first process has opened; put "
+                "runs on a file system that all machines share (--out)"
+            )
+        return cls(path, read_json(path / MANIFEST))
+
+    def freeze(self) -> None:
+        """What is here now is what was kept: the first process goes on writing while others still look, and all must
+        find the same.
+
+        Raises:
+            OSError: the processes see different files.
+        """
+        self._frozen = frozenset(file for file in self.path.rglob("*.safetensors"))
+        names = sorted(str(file.relative_to(self.path)) for file in self._frozen)
+        digest = torch.frombuffer(bytearray(hashlib.sha256("\n".join(names).encode()).digest()), dtype=torch.uint8)
+        if not torch.equal(digest, processes.agreed(digest.clone())):
+            raise OSError(
+                f"process {processes.rank()} sees other files in {str(self.path)!r} than the first process; put runs "
+                "on a file system that all machines share (--out)"
+            )
+        processes.wait()
+
+    def _is_here(self, path: Path) -> bool:
+        return path.exists() if self._frozen is None else path in self._frozen
+
     def is_whole(self, experiment: Experiment) -> bool:
         """Whether the measurements of every seed and arm are here; what is missing can be made again."""
         names = ("damage", *experiment.arms)
-        return all(self._tensors(f"{name}-{seed}").is_file() for seed in experiment.seeds for name in names)
+        return all(self._is_here(self._tensors(f"{name}-{seed}")) for seed in experiment.seeds for name in names)
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
         self.manifest |= entries
-        write_whole(self.path / MANIFEST, _json(self.manifest))
+        write_whole(self.path / MANIFEST, as_json(self.manifest))
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Refuse to go on with other inputs than the run began with."""
@@ -270,7 +314,7 @@ class RunFolder:
         """Weights and measurement of a seed's base model, so that its arms need no new fine-tuning."""
         weights = self._weights("base", base.seed)
         if not weights.exists():
-            _write_tensors(weights, {k: v.cpu() for k, v in base.weights.items()}, {})
+            write_tensors(weights, {k: v.cpu() for k, v in base.weights.items()}, {})
         self._keep(f"base-{base.seed}", base.snapshot)
         self._forget(f"base-{base.seed}")
 
@@ -278,13 +322,15 @@ class RunFolder:
         """A measured stage of the arm under way. The base's is kept with the base."""
         path = self._stage(event.arm, event.seed, event.stage)
         if not path.exists():
-            _write_tensors(path, *archive.pack(event.snapshot))
+            write_tensors(path, *archive.pack(event.snapshot))
 
     def stages(self, arm: str, seed: int) -> dict[str, Snapshot]:
         """The stages of an unfinished arm that were measured."""
         prefix = f"{arm}-{seed}@"
         found = {}
         for path in sorted((self.path / "stages").glob(f"{prefix}*.safetensors")):
+            if not self._is_here(path):
+                continue
             found[path.name.removeprefix(prefix).removesuffix(".safetensors")] = _unpacked(path)
         return found
 
@@ -294,17 +340,17 @@ class RunFolder:
         tensors |= {f"optimiser/{name}": value for name, value in event.state.items()}
         at = event.at
         meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss}
-        _write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+        write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
         if self._keeps == "all":
             weights = {name: value.cpu() for name, value in event.weights.items()}
-            _write_tensors(self._weights(f"{event.training}@{stage_name(at)}", event.seed), weights, {})
+            write_tensors(self._weights(f"{event.training}@{stage_name(at)}", event.seed), weights, {})
 
     def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
         """Checkpoint, weights and optimiser state of a training that was interrupted."""
         path = self._state(training, seed)
-        if not path.exists():
+        if not self._is_here(path):
             return None
-        tensors, meta = _read_tensors(path)
+        tensors, meta = read_tensors(path)
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimiser": {}}
         try:
             for name, value in tensors.items():
@@ -329,9 +375,9 @@ class RunFolder:
         """A seed's base model, if both its weights and its measurement are here."""
         weights = self._weights("base", seed)
         snapshot = self._kept(f"base-{seed}", Snapshot)
-        if snapshot is None or not weights.exists():
+        if snapshot is None or not self._is_here(weights):
             return None
-        return _read_tensors(weights)[0], snapshot
+        return read_tensors(weights)[0], snapshot
 
     def keep_damage(self, damage: Damage) -> None:
         """What pruning alone does."""
@@ -346,7 +392,7 @@ class RunFolder:
         path = arm.trajectory
         if self._keeps != "none" and arm.weights is not None:
             tensors = {k: v.cpu() for k, v in arm.weights.items()}
-            _write_tensors(self._weights(path.arm, path.seed), tensors, {})
+            write_tensors(self._weights(path.arm, path.seed), tensors, {})
         self._keep(f"{path.arm}-{path.seed}", path)
         self._forget(f"{path.arm}-{path.seed}")
         self._forget(f"{path.arm}-fine-{path.seed}")
@@ -366,7 +412,7 @@ class RunFolder:
         the hash of every file beside it."""
         write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
         write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
-        write_whole(self.path / SUMMARY, _json(summary(result)))
+        write_whole(self.path / SUMMARY, as_json(summary(result)))
         for name in ("state", "stages", *(["weights"] if self._keeps == "none" else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
         final = {**self.manifest, "outputs": integrity.hashes_of(self.path), "complete": True}
@@ -386,11 +432,19 @@ class RunFolder:
         return self.path / "weights" / f"{name}-{seed}.safetensors"
 
     def _keep(self, name: str, result: Any) -> None:
-        _write_tensors(self._tensors(name), *archive.pack(result))
+        write_tensors(self._tensors(name), *archive.pack(result))
 
     def _kept(self, name: str, kind: type) -> Any:
         path = self._tensors(name)
-        return _unpacked(path, kind) if path.exists() else None
+        return _unpacked(path, kind) if self._is_here(path) else None
+
+
+def _are_of(kept: Any, experiment: Experiment) -> bool:
+    """Whether these are the settings of a run; a setting that was not there when it began counts as its default."""
+    try:
+        return settings.experiment(kept) == experiment
+    except (ValueError, TypeError):
+        return False
 
 
 def disk_estimate(ready: Prepared) -> int:
@@ -404,11 +458,11 @@ def disk_estimate(ready: Prepared) -> int:
     snapshot = ready.site.n_neurons * (16 * classes + 4 * 12)
     tensors = seeds * (arms + 1) * (stages + 2) * snapshot
     # The base of every seed, one training's weights with two moments each, and the file that is about to replace it.
-    return weights * (seeds + 2 * 3 + kept) + 2 * tensors
+    return weights * (seeds + 2 * 3 + kept) + 2 * tensors + estimates.REPORT_MB * 2**20
 
 
 def _unpacked(path: Path, kind: type = Snapshot) -> Any:
-    tensors, meta = _read_tensors(path)
+    tensors, meta = read_tensors(path)
     try:
         return archive.unpack(tensors, meta, kind)
     except ValueError as error:
@@ -444,74 +498,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif a != b:
             said.append(f"{prefix}{key} {a!r} there, {b!r} here")
     return "; ".join(said)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); run again with --fresh") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} is damaged (it is no table of names and values); run again with --fresh")
-    return found
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    # A copy each: safetensors refuses tensors that share memory, and arms share their base.
-    whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    said = {"relearn-lens": json.dumps(plain(meta))}
-    size = sum(tensor.nbytes for tensor in whole.values())
-    _whole(path, size, lambda temporary: save_file(whole, temporary, metadata=said))
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, json.loads((file.metadata() or {}).get("relearn-lens", "{}"))
-    except Exception as error:  # safetensors raises its own Rust errors
-        raise ValueError(f"{str(path)!r} is damaged ({error}); run again with --fresh") from error
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: with ENOSPC and how much was missing, if the disk is full.
-    """
-    _whole(path, len(content), lambda temporary: temporary.write_bytes(content))
-
-
-def _whole(path: Path, size: int, write: Callable[[Path], object]) -> None:
-    """Let a file be written to a temporary name, and give it its own once it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the name too; not every file system lets a folder be synced
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        # safetensors writes in Rust and says it in an error of its own.
-        if full or "No space left" in str(error):
-            raise OSError(
-                errno.ENOSPC,
-                f"the disk is full: {path.name} needs {size:,} bytes, "
-                f"{shutil.disk_usage(path.parent).free:,} are free. What was written so far is kept; make room and "
-                "run the same command again to continue",
-                str(path.parent),
-            ) from error
-        raise

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens import processes
 from relearn_lens.concept import Classes
 from relearn_lens.corpus import Strings
 from relearn_lens.encoding import Batch, Encoded
@@ -40,6 +41,9 @@ class Collector(Protocol):
     def add(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """One layer's activations of the batch's words, float32; not to be changed in place."""
 
+    def together(self) -> None:
+        """The text has gone by, each part of it in one of several processes: take in what the others gathered."""
+
 
 def stream(
     model: Model | TransformerBridge,
@@ -53,7 +57,8 @@ def stream(
     """One pass over a text: every layer of the site, sub-words averaged into words, to every collector.
 
     Special tokens and padding are left out, and so are words that the model's context cut off. The model is read
-    only. `tick` is called with the number of tokens of each batch.
+    only. `tick` is called with the number of tokens of each batch. Where several processes share the run, each reads
+    its part of the batches, and the collectors are put together at the end.
     """
     bridge = model.bridge if isinstance(model, Model) else model
     device = next(trunk(bridge).parameters()).device
@@ -65,13 +70,19 @@ def stream(
             collector.add(layer, words)
 
     with reading(model), streaming(bridge, site_of(bridge, site), visit):
-        for batch in encoded.batches(max_tokens=max_tokens):
+        cuts = encoded.cuts(max_tokens=max_tokens)
+        shared = processes.is_shared(len(cuts))
+        for pieces in processes.share(cuts):
+            batch = encoded.batch(pieces)
             here[:] = [batch.to(device)]
             for collector in collectors:
                 collector.begin(here[-1])
             hidden(bridge, here[-1].ids, here[-1].mask)
             if tick:
-                tick(batch.n_tokens)
+                tick(batch.n_tokens * (processes.size() if shared else 1))
+        if shared:
+            for collector in collectors:
+                collector.together()
 
 
 def word_means(activations: Float[Tensor, "sentence token neuron"], batch: Batch) -> Float[Tensor, "word neuron"]:
@@ -167,7 +178,7 @@ class ClassSums:
     def add(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """Add one layer's words to the sums of their classes."""
         if self.shift[layer] is None:
-            self.shift[layer] = words.mean(0)
+            self.shift[layer] = processes.agreed(words.mean(0))
             zero = torch.zeros(len(self.member), self.site.width, dtype=_wide(words.device), device=words.device)
             self.first[layer], self.second[layer] = zero, zero.clone()
         first, second, shift = self.first[layer], self.second[layer], self.shift[layer]
@@ -177,6 +188,11 @@ class ClassSums:
         words = words - shift
         first += self.member @ words
         second += self.member @ words.square()
+
+    def together(self) -> None:
+        """Sum counts and sums over the processes; all took their sums after the first one's shift."""
+        processes.sum_(self.count)
+        processes.sum_many_(t for sums in (self.first, self.second) for t in sums if t is not None)
 
     def stats(self) -> ClassStats:
         """The statistics under the labels themselves, on the CPU in float64."""
@@ -308,7 +324,7 @@ class BinCounts:
     def add(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """Count one layer's words."""
         if self.centre[layer] is None:
-            self.centre[layer], self.scale[layer] = _centre_and_scale(words)
+            self.centre[layer], self.scale[layer] = map(processes.agreed, _centre_and_scale(words))
         centre, scale, first_bin = self.centre[layer], self.scale[layer], self.first_bin
         assert centre is not None
         assert scale is not None
@@ -329,6 +345,12 @@ class BinCounts:
         size = self.all.shape[1]
         self.all[layer] += torch.bincount(place.flatten(), minlength=size)
         self.concept[layer] += torch.bincount(place[self.rows].flatten(), minlength=size)
+
+    def together(self) -> None:
+        """Sum the counts over the processes; all count in the first one's bins."""
+        bad = torch.tensor(self.not_finite, dtype=torch.int32)
+        processes.sum_(self.all, self.concept, bad)
+        self.not_finite = bad.bool().tolist()
 
     def histograms(self) -> Histograms:
         """The histograms, on the CPU.
@@ -436,6 +458,10 @@ class WordDraw:
         """Keep one layer's drawn words."""
         if len(self.slots):
             self.drawn[self.slots, layer] = words[self.rows].to("cpu", self.drawn.dtype)
+
+    def together(self) -> None:
+        """Take the words that other processes read; here they are still 0."""
+        processes.sum_(self.drawn)
 
     def sample(self) -> WordSample:
         """The drawn words.

@@ -11,9 +11,9 @@ import pandas as pd
 
 from relearn_lens import analysis
 from relearn_lens.evaluation import OVERALL, Scores
-from relearn_lens.experiment import Run
 from relearn_lens.findings import findings, layer_columns
 from relearn_lens.migration import Selection, sides
+from relearn_lens.results import Run
 from relearn_lens.settings import Experiment
 from relearn_lens.tracking import BASE, Snapshot, Trajectory
 

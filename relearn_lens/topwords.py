@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens import processes
 from relearn_lens.concept import Classes
 from relearn_lens.corpus import Corpus, Strings
 from relearn_lens.encoding import Batch, Encoded
@@ -122,6 +123,10 @@ class WordSums:
         # Each type once: index_add_ is then the same from run to run on a GPU too.
         sums = F.embedding_bag(self.order, far, self.first, mode="sum")
         self.table[layer].index_add_(0, self.types, sums)
+
+    def together(self) -> None:
+        """Sum the tables over the processes."""
+        processes.sum_(*self.table.values())
 
 
 def top_words(

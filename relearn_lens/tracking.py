@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
@@ -346,6 +348,9 @@ def track(
     are not the survivors. Other keywords are those of `measure`; `on_measured` is called with each stage's name and
     snapshot as it comes.
 
+    Warns where two stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
+    under two names, draw a flat line that means nothing.
+
     Raises:
         ValueError: as `measure`; or two checkpoints of one epoch.
     """
@@ -364,7 +369,26 @@ def track(
         if stage in snapshots:
             raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
         take(stage, checkpoint)
+        _warn_of_twins(snapshots, stage)
     return Trajectory(snapshots, pruned, arm, seed, concept, compare)
+
+
+def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:
+    """Warn if an earlier stage measured the very same."""
+    here = snapshots[stage]
+    for name, other in snapshots.items():
+        if name != stage and torch.equal(here.saliency.score, other.saliency.score) and _same_scores(here, other):
+            warnings.warn(
+                f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
+                "weights; look whether they were loaded, or saved, as meant",
+                stacklevel=3,
+            )
+
+
+def _same_scores(one: Snapshot, other: Snapshot) -> bool:
+    """Whether what the head says is the same too: training may have moved it alone."""
+    sums = [[s.scores.sums(label) for label in (*s.scores.labels, OVERALL)] for s in (one, other)]
+    return all(np.array_equal(a, b) for a, b in zip(*sums, strict=True))
 
 
 def stage_name(checkpoint: Checkpoint) -> str:

@@ -23,7 +23,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer  
 from relearn_lens import toy as toy_module  # noqa: E402
 from relearn_lens.corpus import Corpus, build_corpus  # noqa: E402
 from relearn_lens.encoding import Encoded, encode  # noqa: E402
-from relearn_lens.models import Model, Tagger, load_tagger  # noqa: E402
+from relearn_lens.loading import load_tagger  # noqa: E402
+from relearn_lens.models import Model, Tagger  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from relearn_lens import toy
 from relearn_lens.ablation import ablated, held, prune_
 from relearn_lens.checkpoints import export
-from relearn_lens.models import Tagger, load_tagger
+from relearn_lens.loading import load_tagger
+from relearn_lens.models import Tagger
 from relearn_lens.neurons import SITES, Neurons, Sever, parameter, site_of
 from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
 from tests.test_neurons import DECODERS, IDS, MASK, decoder

@@ -24,7 +24,7 @@ import torch
 from hypothesis import strategies as st
 
 import relearn_lens
-from relearn_lens import readers, settings, store, tables, toy
+from relearn_lens import presets, readers, settings, store, tables, toy
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import Corpus, build_corpus
 from relearn_lens.encoding import encode
@@ -233,7 +233,7 @@ VALUES = st.one_of(
     st.sampled_from(
         ["nan", "inf", "-inf", "-1", "0", "1e400", "1" * 5000, "0x" + "f" * 6000, "none", "true", "[]", "[[]]", "{}", "{a=1}",
          '"', "'", "[1,", "1979-05-27", "07:32:00", "[" * 2000, "1\nother = 2", "\\u0000", "\0", "😀", "שלום", '["a", 1]',
-         "cuda:99999999999999999999", "toy", "[0.6, nan, 0.2]", "[0.5, 0.5]", "[0, 0]", "[-1]", "1e-300", "9" * 30, " ", ""]
+         "cuda:99999999999999999999", "toy", "[0.6, nan, 0.2]", "[0.5, 0.5]", "[0, 0]", "[-1]", "1e-300", "1e12", "1e30", "4294967296", "[4294967296]", "9" * 30, " ", ""]
     ),
     st.text(max_size=12),
     st.floats().map(str),
@@ -292,9 +292,9 @@ def check_settings(case: dict[str, Any]) -> None:
         if case["toml"] is not None:
             source = folder / "my.toml"
             source.write_bytes(case["toml"].encode(case["codec"], errors="replace"))
-        made = settings.settings_of(source, case["changes"], case["sets"])
+        made = presets.settings_of(source, case["changes"], case["sets"])
         (folder / "again.toml").write_text(made.to_toml(), encoding="utf-8")
-        assert settings.settings_of(folder / "again.toml") == made
+        assert presets.settings_of(folder / "again.toml") == made
 
 
 # --- run folders

@@ -5,7 +5,8 @@ import torch
 import transformers
 
 from relearn_lens.ablation import ablated, prune_
-from relearn_lens.models import Tagger, hidden, load_tagger, reading
+from relearn_lens.loading import load_tagger
+from relearn_lens.models import Tagger, hidden, reading
 from relearn_lens.neurons import SITES, Neurons, site_of, streaming
 from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
 

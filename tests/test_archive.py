@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from relearn_lens import store
+from relearn_lens import files, store
 from relearn_lens.archive import TYPES, _check_fields, pack, unpack
 from relearn_lens.concept import Concept
 from relearn_lens.evaluation import SpanScores, TokenLoss
-from relearn_lens.experiment import Arm, Base, Damage, perform
+from relearn_lens.events import Arm, Base, Damage
+from relearn_lens.experiment import perform
 from relearn_lens.neurons import Neurons, Site, Slice
+from relearn_lens.presets import settings_of
 from relearn_lens.probes import AtK, Quality
 from relearn_lens.retraining import Checkpoint
 from relearn_lens.saliency import Saliency
-from relearn_lens.settings import settings_of
 from relearn_lens.topwords import TopWords
 from relearn_lens.tracking import Snapshot, Trajectory
 from tests.test_experiment import TINY
@@ -237,8 +238,8 @@ def test_undamaged_meta_is_not():
 def test_results_come_back_from_files(results, tmp_path: Path):
     for name, value in results.items():
         path = tmp_path / f"{name}.safetensors"
-        store._write_tensors(path, *pack(value))
-        assert same(value, unpack(*store._read_tensors(path))), name
+        files.write_tensors(path, *pack(value))
+        assert same(value, unpack(*files.read_tensors(path))), name
 
 
 def test_run_folder_gives_back_what_it_kept(results, tmp_path: Path):
@@ -254,8 +255,8 @@ def test_run_folder_gives_back_what_it_kept(results, tmp_path: Path):
 def test_run_folder_says_which_file_is_damaged(results, tmp_path: Path):
     folder = store.RunFolder(tmp_path, {})
     folder.keep_damage(results["damage"])
-    tensors, _ = store._read_tensors(folder._tensors("damage-0"))
-    store._write_tensors(folder._tensors("damage-0"), tensors, {"body": {"type": "Unknown"}, "sites": []})
+    tensors, _ = files.read_tensors(folder._tensors("damage-0"))
+    files.write_tensors(folder._tensors("damage-0"), tensors, {"body": {"type": "Unknown"}, "sites": []})
     with pytest.raises(ValueError, match=r"damage-0.safetensors.*damaged or of another version: .*Unknown.*--fresh"):
         folder.damage(0)
 

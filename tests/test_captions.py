@@ -9,8 +9,8 @@ import torch
 
 from relearn_lens import analysis, captions, findings
 from relearn_lens.claims import Claim
-from relearn_lens.experiment import Run
 from relearn_lens.intervals import Estimate
+from relearn_lens.results import Run
 from tests.test_plots import losing, rich, run_of
 
 ALL = [

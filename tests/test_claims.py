@@ -16,6 +16,7 @@ from scipy import stats as st
 from relearn_lens import claims as module
 from relearn_lens.claims import Claim, claims, verdict_of
 from relearn_lens.evaluation import SpanScores
+from relearn_lens.evidence import Evidence
 from relearn_lens.intervals import Estimate, beside_control, holm
 from relearn_lens.neurons import Neurons, Site
 from relearn_lens.tables import plain
@@ -125,7 +126,7 @@ def sets_of(n: int, f1: float, k: int = 4) -> list[list[SpanScores]]:
 
 def row(id: str, arms: Mapping[str, Sequence[Trajectory]], random_sets: Any = ()) -> Claim:
     """One row alone: the others take time."""
-    found = MAKE[id](module._Measured(arms, LABEL, random_sets, 0.95, 100))
+    found = MAKE[id](Evidence(arms, LABEL, random_sets, 0.95, 100))
     assert found.id == id
     checked(found)
     return found

@@ -9,7 +9,7 @@ import pytest
 
 from relearn_lens import estimates, sources, toy
 from relearn_lens.estimates import Estimate, doctor_rows, estimate, memory_mb, shape_of, verdict
-from relearn_lens.settings import PRESETS, preset, settings_of
+from relearn_lens.presets import PRESETS, preset, settings_of
 
 
 @pytest.mark.parametrize(

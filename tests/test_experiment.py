@@ -11,24 +11,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from relearn_lens import experiment as module
 from relearn_lens import toy
-from relearn_lens.experiment import (
-    Arm,
-    Base,
-    Damage,
-    Event,
-    Measured,
-    Paused,
-    Prepared,
-    Run,
-    peak_rss_mb,
-    perform,
-    prepare,
-)
+from relearn_lens.estimates import peak_rss_mb
+from relearn_lens.events import Arm, Base, Damage, Event, Measured, Paused, Prepared
+from relearn_lens.experiment import perform
 from relearn_lens.neurons import Neurons, Site
+from relearn_lens.preparation import prepare
+from relearn_lens.presets import settings_of
 from relearn_lens.protocol import choose, control_of, placed
+from relearn_lens.results import Run
 from relearn_lens.retraining import Checkpoint
 from relearn_lens.saliency import Saliency
-from relearn_lens.settings import Experiment, settings_of
+from relearn_lens.settings import Experiment
 from relearn_lens.texts import together
 
 TINY = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from relearn_lens import explore, plots
-from relearn_lens.experiment import Run
 from relearn_lens.neurons import streaming
+from relearn_lens.results import Run
 from tests.test_plots import HOSTILE, layout_of, rich, run_of
 
 

@@ -16,7 +16,7 @@ from relearn_lens.ablation import ablated, check_prunable, prune_
 from relearn_lens.attribution import attribute
 from relearn_lens.checkpoints import export
 from relearn_lens.concept import Concept
-from relearn_lens.models import load_language_model, load_tagger
+from relearn_lens.loading import load_language_model, load_tagger
 from relearn_lens.neurons import SITES, Neurons, site_of
 from tests.conftest import D_MLP, D_MODEL, LABELS, N_LAYERS
 from tests.families import IDS, KINDS, MASK, REAL, row, said, small_tagger, some_of

@@ -10,10 +10,10 @@ import torch
 
 from relearn_lens import findings as module
 from relearn_lens import store
-from relearn_lens.experiment import Run
 from relearn_lens.findings import claims_of, findings
 from relearn_lens.neurons import Neurons
-from relearn_lens.settings import settings_of
+from relearn_lens.presets import settings_of
+from relearn_lens.results import Run
 from relearn_lens.tables import plain
 from relearn_lens.tracking import Trajectory
 from tests.test_experiment import TINY

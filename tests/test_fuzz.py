@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import build_corpus
-from relearn_lens.models import load_bridge, load_tagger
-from relearn_lens.settings import settings_of
+from relearn_lens.loading import load_bridge, load_tagger
+from relearn_lens.presets import settings_of
 from relearn_lens.store import load_run
 from relearn_lens.tracking import Trajectory, measure
 from tests.fuzzing import STRATEGIES, finished_run, ours, outcome

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from relearn_lens import integrity, store
-from relearn_lens.integrity import Finding, hashes_of, not_finite, same_weights, seal_of, verify, weights_hash
+from relearn_lens.integrity import Finding, check_same_inputs, hashes_of, not_finite, seal_of, verify
 from tests.test_experiment import tiny
 
 
@@ -154,22 +154,18 @@ def test_not_finite_names_the_first():
     assert not_finite({"a": torch.ones(2), "b": torch.tensor([float("inf")])}) == "b"
 
 
-def test_same_weights_are_noticed_whatever_files_hold_them(tmp_path):
-    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "none": torch.ones(0)}
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    save_file(weights, tmp_path / "one" / "model.safetensors")
-    save_file({"a": weights["a"]}, tmp_path / "two" / "model-1.safetensors")
-    save_file({k: weights[k] for k in ("b", "none")}, tmp_path / "two" / "model-2.safetensors")
-    now = {**weights, "a": -weights["a"]}
-    (said,) = same_weights({"step 1": tmp_path / "one", "step 2": tmp_path / "two", "now": now})
-    assert said.startswith("the checkpoints step 1, step 2 hold the same weights")
-    assert same_weights({"step 1": weights, "step 2": {**weights, "a": weights["a"].view(3, 2)}}) == []
+def manifest(run_model: str = "minilm", **hashes: str) -> dict:
+    """Of a run with this model, with hashes by key, `_` standing for `:`."""
+    return {"settings": {"model": run_model}, "inputs": {key.replace("_", ":"): v for key, v in hashes.items()}}
 
 
-def test_weights_of_nothing_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no \*\.safetensors weights; give a folder or a file"):
-        weights_hash(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged .*fetch or save it again"):
-        weights_hash(tmp_path)
+def test_runs_of_one_model_that_changed_cannot_be_compared():
+    one, two = manifest(model_weights="a", sentences_train="s"), manifest(model_weights="b", sentences_train="t")
+    with pytest.raises(ValueError, match=r"model:weights is not the same file in first and in second.*Run both on"):
+        check_same_inputs({"first": one, "second": two})
+
+
+def test_runs_of_other_models_and_other_sentences_can_be_compared():
+    one, two = manifest(model_weights="a", sentences_train="s"), manifest("other", model_weights="b")
+    check_same_inputs({"first": one, "second": two, "third": manifest(model_weights="a", sentences_train="t")})
+    check_same_inputs({"old": {}, "older": {"settings": {}}})

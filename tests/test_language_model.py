@@ -20,7 +20,8 @@ from relearn_lens.corpus import Corpus, build_corpus
 from relearn_lens.encoding import encode
 from relearn_lens.evaluation import OTHERS, OVERALL, TokenLoss, evaluate, token_loss
 from relearn_lens.intervals import over_sentences
-from relearn_lens.models import LanguageModel, checkpointed, computing, hidden, load_language_model, seeded
+from relearn_lens.loading import load_language_model
+from relearn_lens.models import LanguageModel, checkpointed, computing, hidden, seeded
 from relearn_lens.neurons import Neurons, site_of
 from relearn_lens.recovery import recovery
 from relearn_lens.retraining import finetune_, retrain_

@@ -12,11 +12,12 @@ import relearn_lens
 
 PACKAGE = Path(relearn_lens.__file__).parent
 ORDER: Sequence[str] = """
-    adapters.distilbert adapters markup sources quantised corpus heads readers encoding models checkpoints toy
-    concept neurons streams probes saliency attribution ablation evaluation retraining lora topwords vectors
-    meaning similarity tracking intervals recovery priming migration analysis claims settings estimates protocol
-    texts experiment findings tables reference archive integrity store plots.style plots.curves plots.maps
-    plots.cards plots captions report explore __main__
+    adapters.distilbert adapters markup sources quantised corpus heads readers encoding processes models loading
+    checkpoints toy concept neurons streams probes saliency quadrature targets references attribution ablation
+    evaluation retraining lora topwords vectors meaning similarity tracking intervals recovery priming migration
+    analysis evidence claims settings presets estimates protocol texts events results preparation experiment
+    findings tables reference archive integrity files store plots.style plots.curves plots.maps plots.cards plots.film
+    plots captions report explore sweep_tables engines sweeps packing __main__
 """.split()  # noqa: SIM905
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 EVERY = pytest.mark.parametrize("path", MODULES, ids=lambda path: module_of(path))

@@ -12,7 +12,7 @@ from transformers.utils import logging as hf_logging
 from relearn_lens import experiment as experiment_module
 from relearn_lens import quantised, similarity
 from relearn_lens.ablation import ablated, held
-from relearn_lens.attribution import _Run
+from relearn_lens.attribution import _asked, _Run
 from relearn_lens.concept import Concept
 from relearn_lens.lora import adapted
 from relearn_lens.models import Model, checkpointed, computing, hidden, reading, seeded
@@ -43,11 +43,8 @@ def chosen(model: Model) -> Any:
 
 
 def attributing(toy: Toy) -> AbstractContextManager[Any]:
-    run = _Run(
-        toy.tagger, toy.corpus, PLACE, site="mlp_post", target="margin", reference="pad", quadrature="gauss-legendre",
-        steps=2, form="conductance", max_memory=2**28, sentences=2, seed=0,
-    )  # fmt: skip
-    return run.hooked()
+    asked = _asked(site="mlp_post", target="margin", reference="pad", steps=2, sentences=2)
+    return _Run(toy.tagger, toy.corpus, PLACE, asked).hooked()
 
 
 CONTEXTS: dict[str, Callable[[Toy], AbstractContextManager[Any]]] = {
@@ -105,9 +102,10 @@ def test_pruning_for_a_while_is_undone_when_its_body_raises(toy, untouched):
         raise Stop
 
 
-def test_silence_is_over_when_its_body_raises():
+@pytest.mark.parametrize("quiet", [quantised.quiet, quantised.silent])
+def test_silence_is_over_when_its_body_raises(quiet):
     before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    with pytest.raises(Stop), quantised.silent():
+    with pytest.raises(Stop), quiet():
         raise Stop
     assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
 
@@ -176,5 +174,7 @@ def test_every_context_of_the_package_is_tried_here():
         if isinstance(node, ast.FunctionDef) and any("contextmanager" in ast.unparse(d) for d in node.decorator_list)
     }
     tried = {"ablated", "held", "streaming", "reading", "seeded", "computing", "checkpointed", "hooked", "_wardrobe"}
-    tried |= {"_without", "silent", "_learning", "adapted", "on"}
-    assert found - {"_progress"} == tried, "the bar of the command line touches no model"
+    tried |= {"_without", "quiet", "silent", "_learning", "adapted", "on"}
+    # What touches no model; _fused_attention is in test_models, where there is a model that has it.
+    elsewhere = {"_progress", "_in_our_words", "_sharing", "_locked", "_stoppable", "_cluster", "_fused_attention"}
+    assert found - elsewhere == tried

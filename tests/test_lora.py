@@ -11,12 +11,14 @@ from torch import nn
 from relearn_lens.ablation import held, prune_
 from relearn_lens.checkpoints import export
 from relearn_lens.concept import Concept
-from relearn_lens.experiment import Arm, Base, Measured, Paused, perform
-from relearn_lens.lora import adapted
-from relearn_lens.models import LanguageModel, Model, Tagger, computing, load_tagger
+from relearn_lens.events import Arm, Base, Measured, Paused
+from relearn_lens.experiment import perform
+from relearn_lens.loading import load_tagger
+from relearn_lens.lora import adapted, adapter_weights, load_adapter_weights
+from relearn_lens.models import LanguageModel, Model, Tagger, computing
 from relearn_lens.neurons import Neurons, site_of
+from relearn_lens.presets import settings_of
 from relearn_lens.retraining import retrain_
-from relearn_lens.settings import settings_of
 from relearn_lens.similarity import activation_similarity
 from relearn_lens.toy import language_model
 from relearn_lens.toy import load as load_toy
@@ -281,6 +283,7 @@ TOY: dict[str, Any] = {
 def test_experiment_moves_only_low_rank_parts():
     base: dict[str, torch.Tensor] = {}
     final, within, stages = {}, {}, []
+    paused: dict[str, dict[str, tuple[int, ...]]] = {}
     model: Any = None
     for event in perform(settings_of("toy", TOY)):
         match event:
@@ -290,8 +293,8 @@ def test_experiment_moves_only_low_rank_parts():
                 stages.append((event.arm, event.stage))
                 if event.arm == "unpruned" and event.stage == "2":
                     within = {name: value.clone() for name, value in model.weights().items()}
-            case Paused():
-                assert event.training == "base", "an arm with adapters is not taken up again"
+            case Paused() if event.training != "base":
+                paused[event.training] = {name: tuple(value.shape) for name, value in event.weights.items()}
             case Arm():
                 assert event.weights is not None
                 final[event.trajectory.arm] = {name: value.clone() for name, value in event.weights.items()}
@@ -301,6 +304,10 @@ def test_experiment_moves_only_low_rank_parts():
     assert stages == [(arm, stage) for arm in TOY["arms"] for stage in ("base", "pruned", "1", "2")]
     assert set(within) == set(base)
     assert moved(within, final["unpruned"]) == {}
+    # What an arm is taken up again from is its adapters and the head, not the model.
+    for shapes in paused.values():
+        assert set(shapes) > {"head.weight", "head.bias"}
+        assert all(4 in shape for name, shape in shapes.items() if not name.startswith("head."))
     changed = moved(base, final["unpruned"])
     assert {"head.weight", "head.bias"} < set(changed)
     for name, difference in changed.items():
@@ -324,21 +331,44 @@ def test_lora_rank_is_a_setting():
         settings_of("toy", {"retrain": {"lora_rank": 4}, "keep": "all"})
 
 
-def test_interrupted_arm_is_retrained_from_its_beginning(tmp_path: Path):
+def test_interrupted_arm_goes_on_from_its_last_pause_to_the_bit(tmp_path: Path, monkeypatch):
+    from relearn_lens import experiment
     from relearn_lens.store import run
 
     class Stop(Exception):
         pass
 
     def stop(event: Any) -> None:
-        if isinstance(event, Measured) and event.stage == "1":
+        if isinstance(event, Paused) and event.training == "concept":
             raise Stop
 
+    steps: list[int] = []
+    monkeypatch.setattr(experiment, "_steps", lambda *_: lambda step, _: steps.append(step))
     how = settings_of("toy", TOY | {"arms": ["concept"], "measure": ["probeless"]})
+    whole = run(how, tmp_path / "whole")
+    in_all = len(steps)
     with pytest.raises(Stop):
         run(how, tmp_path / "cut", on_event=stop)
-    cut, whole = run(how, tmp_path / "cut"), run(how, tmp_path / "whole")
+    steps.clear()
+    cut = run(how, tmp_path / "cut")
+    assert 0 < len(steps) < in_all / 2  # one epoch of retraining: neither the fine-tuning nor the first epoch again
     for stage in ("1", "2"):
         first, second = cut.arms["concept"][0][stage], whole.arms["concept"][0][stage]
         assert first.at == second.at
         assert torch.equal(first.saliency.score, second.saliency.score)
+        assert first.scores.f1 == second.scores.f1
+
+
+def test_adapter_weights_come_back_and_others_are_refused(toy):
+    with adapted(toy.tagger, rank=2, seed=1):
+        with torch.no_grad():
+            for parameter in toy.tagger.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1
+        kept = {name: value.clone() for name, value in adapter_weights(toy.tagger).items()}
+    fresh = load_toy(sentences=20).tagger
+    with adapted(fresh, rank=2, seed=1):
+        load_adapter_weights(fresh, kept)
+        assert all(torch.equal(value, kept[name]) for name, value in adapter_weights(fresh).items())
+    with adapted(fresh, rank=3), pytest.raises(ValueError, match="are of other adapters: rank"):
+        load_adapter_weights(fresh, kept)

@@ -1,27 +1,16 @@
-"""Plain Hugging Face models as oracle; every way in which loading can fail; what stays as it was."""
+"""Plain Hugging Face models as oracle; what stays as it was."""
 
-import json
 import shutil
-from pathlib import Path
-from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPT2Model,
-    PretrainedConfig,
-    T5Config,
-    ViTConfig,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from relearn_lens import toy as toy_module
 from relearn_lens.encoding import Encoded, encode
-from relearn_lens.models import Tagger, hidden, load_bridge, load_tagger, reading, tags_of, trunk
+from relearn_lens.loading import load_bridge, load_tagger
+from relearn_lens.models import Tagger, hidden, n_wrappers, plain_name, reading, tags_of
 from tests.conftest import CONTEXT, D_MODEL, LABELS, Untouched
 
 
@@ -31,31 +20,6 @@ def batch(encoded: Encoded):
     (batch,) = encoded.batches()
     assert (batch.mask == 0).any()
     return batch
-
-
-@pytest.fixture
-def folder(tmp_path: Path, bert_folder: Path):
-    """Make a model folder with a given config and given weight files, and the tokenizer unless told otherwise."""
-
-    def make(config: PretrainedConfig | str | None, *weights: str, words: bool = True) -> Path:
-        where = tmp_path / "model"
-        where.mkdir()
-        if isinstance(config, PretrainedConfig):
-            config.save_pretrained(where)
-        elif config is not None:
-            (where / "config.json").write_text(config)
-        for name in ("tokenizer.json", "tokenizer_config.json") if words else ():
-            shutil.copy(bert_folder / name, where / name)
-        for name in weights:
-            (where / name).write_bytes(b"")
-        return where
-
-    return make
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def forbid(module: nn.Module) -> None:
@@ -138,6 +102,12 @@ def test_tagger_never_computes_the_vocabulary_head_of_the_toy(toy):
     with pytest.raises(AssertionError, match="the vocabulary head was computed"):
         toy.tagger.bridge(ids)
     toy.tagger(ids, ids).sum().backward()
+
+
+def test_names_are_hugging_faces_without_the_wrappers():
+    wrapped = "encoder._original_component.layer.0.attn._original_component.q.weight"
+    assert (plain_name(wrapped), n_wrappers(wrapped)) == ("encoder.layer.0.attn.q.weight", 2)
+    assert (plain_name("0.attn._original_component"), n_wrappers("head.weight")) == ("0.attn", 0)
 
 
 # --- the tagger
@@ -227,116 +197,6 @@ def test_load_weights_refuses_other_shapes_and_changes_nothing(bert, untouched: 
         bert.load_weights(other)
 
 
-# --- loading
-
-
-def test_load_bridge_reads_the_same_weights_each_time(bert_folder, untouched: Untouched):
-    with untouched():
-        one, two = load_bridge(bert_folder), load_bridge(str(bert_folder))
-    first, second = one.original_model.state_dict(), two.original_model.state_dict()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_load_bridge_is_in_eval_mode(bert_folder):
-    bridge = load_bridge(bert_folder)
-    assert not any(m.training for m in bridge.modules())
-
-
-def test_load_bridge_draws_what_the_checkpoint_lacks_from_its_seed(tmp_path, bert_folder, untouched: Untouched):
-    BertModel.from_pretrained(bert_folder).save_pretrained(tmp_path)  # a folder without a language-model head
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(bert_folder / name, tmp_path / name)
-
-    def drawn(bridge: Any) -> Tensor:
-        return next(bridge.original_model.cls.predictions.transform.dense.parameters())
-
-    with untouched():
-        heads = [drawn(load_bridge(tmp_path, seed=seed)) for seed in (0, 0, 1)]
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], heads[2])
-
-
-def test_load_tagger_takes_a_bridge_as_it_is(bert_model):
-    tagger = load_tagger(bert_model.bridge, ("O", "x"))
-    assert tagger.bridge is bert_model.bridge
-    assert tagger.trunk is trunk(bert_model.bridge)
-
-
-def test_load_tagger_is_in_one_mode_throughout(bert_folder):
-    tagger = load_tagger(bert_folder, LABELS)
-    assert {m.training for part in (tagger, tagger.bridge) for m in part.modules()} == {False}
-
-
-def test_load_tagger_takes_a_dtype(bert_folder, batch):
-    tagger = load_tagger(bert_folder, LABELS, dtype=torch.bfloat16)
-    assert {p.dtype for p in tagger.parameters()} == {torch.bfloat16}
-    assert tagger(batch.ids, batch.mask).dtype == torch.bfloat16
-
-
-def test_load_refuses_a_folder_without_config(folder):
-    with pytest.raises(ValueError, match=r"model' holds no Hugging Face model: there is no config.json"):
-        load_bridge(folder(None, "model.safetensors"))
-
-
-def test_load_refuses_a_folder_with_only_pickled_weights(folder):
-    with pytest.raises(
-        ValueError, match=r"holds only pickled weights \(pytorch_model.bin\), .*\.save_pretrained\(folder\)"
-    ):
-        load_bridge(folder("{}", "pytorch_model.bin"))
-
-
-def test_load_refuses_a_folder_without_weights(folder):
-    with pytest.raises(ValueError, match=r"model' holds no \*.safetensors file"):
-        load_bridge(folder("{}"))
-
-
-def test_load_refuses_a_folder_without_tokenizer(folder, bert_folder):
-    where = folder((bert_folder / "config.json").read_text(), words=False)
-    shutil.copy(bert_folder / "model.safetensors", where)
-    with pytest.raises(ValueError, match="tokenizer"):
-        load_bridge(where)
-
-
-@pytest.mark.parametrize("path", ["./nowhere", "/nowhere", "~nobody/nowhere", "a/b/c"])
-def test_load_refuses_a_path_that_does_not_exist(path):
-    with pytest.raises(ValueError, match=f"no model folder at '{path}'"):
-        load_bridge(path)
-
-
-@pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", ["no-such-model", "nobody/no-such-model"])
-def test_load_says_what_to_do_about_a_name_that_nothing_gives(name):
-    with pytest.raises(OSError, match=rf"cannot load model '{name}': it is no source \(minilm, .* pass the folder"):
-        load_tagger(name, LABELS)
-
-
-@pytest.mark.parametrize(("config", "kind"), [(ViTConfig(), "vit"), (T5Config(), "t5")])
-@pytest.mark.parametrize("words", [True, False])
-def test_load_refuses_models_that_are_no_masked_or_causal_language_models(folder, config, kind, words):
-    where = folder(config, "model.safetensors", words=words)
-    with pytest.raises(ValueError, match=f"is a '{kind}' model; only masked and causal language models work"):
-        load_bridge(where)
-
-
-def test_load_says_that_a_config_is_broken_without_sending_to_the_hub(folder):
-    with pytest.raises((OSError, ValueError)) as caught:
-        load_bridge(folder("{broken", "model.safetensors"))
-    assert "config" in str(caught.value)
-    assert "no local folder" not in str(caught.value)
-
-
-def test_load_says_that_weights_are_broken(folder, bert_folder):
-    where = folder((bert_folder / "config.json").read_text(), "model.safetensors")
-    with pytest.raises((OSError, ValueError), match=r"the \*\.safetensors weights in .*model' are damaged"):
-        load_bridge(where)
-
-
-def test_load_reads_a_model_type_that_transformers_lacks_as_an_error(folder):
-    with pytest.raises(ValueError, match="model type `fortune-teller`"):
-        load_bridge(folder(json.dumps({"model_type": "fortune-teller"}), "model.safetensors"))
-
-
 # --- reading
 
 
@@ -394,3 +254,48 @@ def test_reading_leaves_accumulated_gradients(bert, batch, untouched: Untouched)
 def test_toy_is_loaded_without_moving_the_global_generators(untouched: Untouched):
     with untouched():
         toy_module.load(sentences=5)
+
+
+# --- attention while a model is read
+
+
+def test_reading_uses_fused_attention_and_puts_the_own_back(bert_model, batch, untouched: Untouched):
+    config = bert_model.bridge.original_model.config
+    with torch.no_grad():
+        plainly = hidden(bert_model.bridge, batch.ids, batch.mask)
+    with untouched(bert_model), reading(bert_model):
+        assert config._attn_implementation == "sdpa"
+        fused = hidden(bert_model.bridge, batch.ids, batch.mask)
+        with reading(bert_model):
+            assert config._attn_implementation == "sdpa"
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "eager"
+    real = batch.mask.bool()
+    assert not torch.equal(fused[real], plainly[real])  # another kernel, or nothing was switched
+    assert torch.allclose(fused[real], plainly[real], atol=1e-5)
+
+
+def test_fused_attention_ends_when_the_body_raises(bert_model, untouched: Untouched):
+    config = bert_model.bridge.original_model.config
+
+    def body() -> None:
+        with reading(bert_model):
+            raise KeyError("mine")
+
+    with untouched(bert_model), pytest.raises(KeyError, match="mine"):
+        body()
+    assert config._attn_implementation == "eager"
+
+
+def test_reading_leaves_attention_alone_where_its_patterns_are_hooked(bert_model, batch):
+    seen = []
+    looks = ("blocks.0.attn.hook_pattern", lambda x, hook: seen.append(x.shape))
+    with bert_model.bridge.hooks(fwd_hooks=[looks]), reading(bert_model):
+        hidden(bert_model.bridge, batch.ids, batch.mask)
+    assert len(seen) == 1
+    assert seen[0][-1] == batch.ids.shape[1]
+
+
+def test_reading_of_a_model_without_fused_attention(toy):
+    with reading(toy.tagger):
+        hidden(toy.tagger.bridge, *torch.ones(2, 1, 3, dtype=torch.int64))

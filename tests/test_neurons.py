@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.config import TransformerBridgeConfig
 
 from relearn_lens.ablation import ablated, prune_
-from relearn_lens.models import Tagger, hidden, load_tagger, reading, trunk
+from relearn_lens.loading import load_tagger
+from relearn_lens.models import Tagger, hidden, reading, trunk
 from relearn_lens.neurons import (
     FAMILIES,
     SITES,

@@ -8,9 +8,12 @@ import pytest
 
 from relearn_lens import report, store, tables, toy
 from relearn_lens.evaluation import OTHERS, TokenLoss
-from relearn_lens.experiment import Base, Prepared, Run, perform
+from relearn_lens.events import Base, Prepared
+from relearn_lens.experiment import perform
 from relearn_lens.findings import claims_of
-from relearn_lens.settings import Experiment, settings_of
+from relearn_lens.presets import settings_of
+from relearn_lens.results import Run
+from relearn_lens.settings import Experiment
 from relearn_lens.store import load_run
 
 SMALL = (

@@ -8,13 +8,14 @@ import torch
 from relearn_lens import migration
 from relearn_lens import toy as toy_module
 from relearn_lens.ablation import ablated, held, prune_
-from relearn_lens.attribution import TARGETS, Form, attribute
+from relearn_lens.attribution import Form, attribute
 from relearn_lens.concept import Concept
 from relearn_lens.encoding import Encoded, encode
 from relearn_lens.evaluation import evaluate
 from relearn_lens.neurons import Neurons, random_neurons, site_of
 from relearn_lens.retraining import retrain_
 from relearn_lens.saliency import SCORES, Contrast, Saliency, score_many
+from relearn_lens.targets import TARGETS
 from relearn_lens.tracking import Trajectory, measure
 from tests.benchmarks.false_alarms import LEVEL, rates
 from tests.conftest import Untouched

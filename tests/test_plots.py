@@ -20,8 +20,9 @@ from relearn_lens import analysis, findings, plots
 from relearn_lens.attribution import Attribution
 from relearn_lens.claims import Claim
 from relearn_lens.evaluation import TokenLoss
-from relearn_lens.experiment import Damage, Run
+from relearn_lens.events import Damage
 from relearn_lens.intervals import Estimate
+from relearn_lens.results import Run
 from relearn_lens.settings import Experiment
 from relearn_lens.similarity import ActivationSimilarity
 from relearn_lens.streams import ClassStats
@@ -879,3 +880,58 @@ def test_save_png_writes_a_picture(tmp_path, whole):
 def test_plots_bring_nothing_along_that_is_for_notebooks(whole):
     plots.neuron_map(whole)
     assert "ipywidgets" not in sys.modules or "relearn_lens.explore" in sys.modules
+
+
+# --- film
+
+
+def test_film_has_a_frame_for_each_stage_that_adds_one_point(run):
+    figure: Any = plots.film(run)
+    drawn(figure)
+    stages = list(next(iter(run.arms.values()))[0].stages)
+    assert [frame.name for frame in figure.frames] == stages
+    assert [step.label for step in figure.layout.sliders[0].steps] == stages
+    for k, frame in enumerate(figure.frames, 1):
+        lines = [trace for trace in frame.data if trace.type == "scatter"]
+        assert {trace.name for trace in lines} == set(run.arms)
+        assert all(list(trace.x) == stages[:k] for trace in lines)
+        assert len(frame.data) == len(figure.data)
+    maps = [trace for trace in figure.data if trace.type == "heatmap"]
+    assert len(maps) == min(2, len(run.arms))
+
+
+def test_film_shows_scores_over_the_bases_95th_percentile_and_no_pruned_neuron():
+    run = run_of("concept", "random", width=4)
+    figure: Any = plots.film(run)
+    arm = run.arms["concept"][0]
+    base, pruned = arm["base"].saliency.score, arm["pruned"]
+    order = torch.argsort(base, dim=1, descending=True, stable=True)
+    top = float(np.quantile(base.double().numpy(), 0.95))
+    first = next(trace for trace in figure.frames[0].data if trace.type == "heatmap")
+    second = next(trace for trace in figure.frames[1].data if trace.type == "heatmap")
+    assert np.asarray(first.z) == pytest.approx((base.gather(1, order).double() / top).numpy(), abs=1e-3)
+    gone = (~arm.survivors().mask).gather(1, order).numpy()
+    assert gone.any()
+    assert (np.isnan(np.asarray(second.z, dtype=float)) == gone).all()
+    left = (pruned.saliency.score.gather(1, order).double() / top).numpy()
+    assert np.asarray(second.z, dtype=float)[~gone] == pytest.approx(left[~gone], abs=1e-3)
+
+
+def test_save_gif_writes_every_stage(tmp_path, whole):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra [png])")
+    pytest.importorskip("kaleido", reason="kaleido is not installed (extra [png])")
+    film = plots.film(whole)
+    try:
+        path = plots.save_gif(film, tmp_path / "film.gif", width=300, height=200)
+    except RuntimeError as error:
+        pytest.skip(f"no browser for kaleido: {error}")
+    with image.open(path) as picture:
+        assert (picture.n_frames, picture.size) == (len(cast(Any, film).frames), (300, 200))
+
+
+def test_save_gif_says_what_it_needs(tmp_path, whole, monkeypatch):
+    with pytest.raises(ValueError, match=r"no frames to show.*plots\.film\(run\)"):
+        plots.save_gif(plots.pruned_share(whole), tmp_path / "film.gif")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(RuntimeError, match=r'needs the package Pillow: pip install "relearn-lens\[png\]"'):
+        plots.save_gif(plots.film(whole), tmp_path / "film.gif")

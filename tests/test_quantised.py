@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relearn_lens.models import load_language_model
+from relearn_lens.loading import load_language_model
 from relearn_lens.quantised import RECORD, dequantised
 
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefgh", "Ġ", "ab", "Ġa", "cd"]

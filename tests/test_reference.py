@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from relearn_lens.experiment import Run
+from relearn_lens.presets import settings_of
 from relearn_lens.protocol import choose, placed
 from relearn_lens.reference import RELEASE, Row, compare, comparison_tables, nearest, survivors
-from relearn_lens.settings import settings_of
+from relearn_lens.results import Run
 from relearn_lens.tracking import Trajectory
 from tests.test_analysis import scores_of, trajectory
 

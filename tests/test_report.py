@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from relearn_lens import captions, findings, plots, report, settings, tables
+from relearn_lens import captions, findings, plots, presets, report, tables
 from relearn_lens.concept import Concept
-from relearn_lens.experiment import Run
+from relearn_lens.results import Run
 from relearn_lens.tracking import Trajectory
 from tests.test_plots import HOSTILE as WORDS
 from tests.test_plots import layout_of, losing, rich, run_of
@@ -267,7 +267,7 @@ def test_report_has_a_dark_page(text):
 
 def test_report_says_the_command_that_repeats_it(run):
     assert "<code>relearn-lens run settings.toml</code>" in report.render(run)
-    same = replace(run, experiment=settings.preset("names-quick"))
+    same = replace(run, experiment=presets.preset("names-quick"))
     same.arms = {name: arms[:1] for name, arms in run.arms.items()}
     assert "<code>relearn-lens run names-quick</code>" in report.render(same)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from relearn_lens.concept import Classes, Concept
 from relearn_lens.corpus import build_corpus
 from relearn_lens.encoding import Batch, encode
-from relearn_lens.models import load_tagger
+from relearn_lens.loading import load_tagger
 from relearn_lens.neurons import Neurons, Site, parameter, site_of
 from relearn_lens.saliency import (
     SCORES,

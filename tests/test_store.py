@@ -18,10 +18,14 @@ import torch
 from filelock import FileLock
 
 from relearn_lens import experiment as experiment_module
-from relearn_lens import store
-from relearn_lens.experiment import Arm, Base, Damage, Event, Measured, Prepared, Run, perform
-from relearn_lens.settings import Experiment, settings_of
-from relearn_lens.store import load_run, write_whole
+from relearn_lens import files, store
+from relearn_lens.events import Arm, Base, Damage, Event, Measured, Prepared
+from relearn_lens.experiment import perform
+from relearn_lens.files import write_whole
+from relearn_lens.presets import settings_of
+from relearn_lens.results import Run
+from relearn_lens.settings import Experiment
+from relearn_lens.store import load_run
 from relearn_lens.tracking import Trajectory
 from tests.test_experiment import tiny
 
@@ -212,7 +216,7 @@ def test_weights_are_kept_when_asked(replayed, made, tmp_path, monkeypatch):
     names = {path.stem for path in (tmp_path / "run" / "weights").iterdir()}
     assert names == {"base-0", "concept-0", "random-0", "unpruned-0"}
     assert torch.equal(
-        store._read_tensors(tmp_path / "run/weights/random-0.safetensors")[0]["head.weight"], torch.ones(2)
+        files.read_tensors(tmp_path / "run/weights/random-0.safetensors")[0]["head.weight"], torch.ones(2)
     )
 
 

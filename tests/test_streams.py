@@ -245,6 +245,8 @@ def test_word_sample_holds_the_activations_of_its_words(bert_model, corpus, enco
         def add(self, layer: int, words: Tensor) -> None:
             seen.update({(word, layer): row.clone() for word, row in zip(self.words, words, strict=True)})
 
+        def together(self) -> None: ...
+
     draw = WordDraw(place, encoded, classes, 30, seed=3)
     with untouched(bert_model):
         stream(bert_model, encoded, [draw, Keep()], site=place, max_tokens=60)

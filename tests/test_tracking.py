@@ -1,6 +1,7 @@
 """Snapshots of the planted model, and trajectories from any training loop."""
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -103,6 +104,22 @@ def test_snapshot_is_a_few_lines_when_printed(toy_model):
 @pytest.fixture
 def chosen(toy) -> Neurons:
     return Neurons.of(site_of(toy.tagger.bridge, "mlp_post"), toy.planted)
+
+
+def test_track_warns_of_checkpoints_that_are_one(toy, recwarn):
+    text = toy.corpus.sample(20, seed=0)
+
+    def loads(move: float) -> Iterator[Checkpoint]:
+        for step in (1, 2):
+            with torch.no_grad():
+                toy.tagger.head.bias += move * torch.arange(len(toy.tagger.tags)) if step == 1 else 0.0
+            yield Checkpoint(float(step), step, 0, 0.0)
+
+    with pytest.warns(UserWarning, match=r"stages '1' and '2' measure the same to the bit.*loaded, or saved"):
+        track(toy.tagger, text, PLACE, loads(move=5.0), site="mlp_post")
+    recwarn.clear()
+    track(toy.tagger, text, PLACE, list(loads(move=-5.0))[:0], site="mlp_post")
+    assert not recwarn.list
 
 
 def test_track_follows_the_concept_down_and_back_up(toy, chosen):

@@ -6,6 +6,7 @@ and what a blank cell means.
 
 from relearn_lens.plots.cards import VERDICTS, neuron_card, verdicts
 from relearn_lens.plots.curves import attribution, migration, pruned_share, recovery_curves
+from relearn_lens.plots.film import film, save_gif
 from relearn_lens.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity
 from relearn_lens.plots.style import ARM_COLOURS, NotMeasuredError, live, said, save_html, save_png, shown
 
@@ -14,6 +15,7 @@ __all__ = [
     "VERDICTS",
     "NotMeasuredError",
     "attribution",
+    "film",
     "flow",
     "layer_map",
     "live",
@@ -24,6 +26,7 @@ __all__ = [
     "recovery_curves",
     "said",
     "saliency_against_similarity",
+    "save_gif",
     "save_html",
     "save_png",
     "shown",

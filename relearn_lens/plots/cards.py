@@ -11,7 +11,6 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from relearn_lens.claims import Claim
-from relearn_lens.experiment import Run
 from relearn_lens.findings import claims_of
 from relearn_lens.neurons import Neuron
 from relearn_lens.plots.style import (
@@ -28,6 +27,7 @@ from relearn_lens.plots.style import (
     dressed,
     safe,
 )
+from relearn_lens.results import Run
 from relearn_lens.tracking import Snapshot, Trajectory
 
 Example = tuple[Sequence[str], Sequence[float | int]]

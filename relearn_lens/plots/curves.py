@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from relearn_lens import migration as moves
-from relearn_lens.experiment import Run
 from relearn_lens.plots.style import (
     ARM_COLOURS,
     ARM_DASHES,
@@ -24,6 +23,7 @@ from relearn_lens.plots.style import (
     safe,
     shown,
 )
+from relearn_lens.results import Run
 from relearn_lens.tracking import BASE, PRUNED, Trajectory
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from relearn_lens.evaluation import Label, Scores
-from relearn_lens.experiment import Run
 from relearn_lens.intervals import Estimate, estimate
 from relearn_lens.recovery import name_of
+from relearn_lens.results import Run
 from relearn_lens.tracking import Trajectory
 
 # Okabe-Ito: told apart with every common kind of colour blindness, on white and on black.
@@ -67,8 +67,18 @@ def arms_of(data: Paths, arm: str | None = None) -> dict[str, list[Trajectory]]:
 def about(data: Paths, arms: Sequence[Trajectory]) -> str:
     """What a figure is of: model and text (of a run), site, neurons and seeds."""
     site = arms[0].site
-    parts = [safe(data.experiment.model), safe(data.experiment.corpus)] if isinstance(data, Run) else []
+    parts = [safe(_short(name)) for name in _names(data)]
     return ", ".join([*parts, f"{safe(site.name)}, {site.n_neurons:,} neurons", seeds(len(arms))])
+
+
+def _names(data: Paths) -> list[str]:
+    return [data.experiment.model, data.experiment.corpus] if isinstance(data, Run) else []
+
+
+def _short(name: str) -> str:
+    """A model or a text by name; of a path, its last part."""
+    kind, colon, path = name.rpartition(":")
+    return f"{kind}{colon}{Path(path).name}" if Path(path).is_absolute() else name
 
 
 def seeds(n: int) -> str:
@@ -143,7 +153,9 @@ def save_html(figure: go.Figure, path: str | Path, *, plotlyjs: bool = True) -> 
 
     `plotlyjs=False` leaves plotly.js out, for a page that has it.
     """
-    body = figure.to_html(full_html=False, include_plotlyjs=plotlyjs, config={"displaylogo": False, "responsive": True})
+    body = figure.to_html(
+        full_html=False, include_plotlyjs=plotlyjs, auto_play=False, config={"displaylogo": False, "responsive": True}
+    )
     head = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{said(figure)[0]}</title>'
     path = Path(path)
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
@@ -160,10 +172,20 @@ def save_png(
         RuntimeError: kaleido, or the Chrome or Chromium that it draws with, is missing.
     """
     path = Path(path)
+    path.write_bytes(png_of(figure, width=width, height=height, scale=scale))
+    return path
+
+
+def png_of(figure: go.Figure, *, width: int, height: int, scale: float | int) -> bytes:
+    """A figure as the bytes of a PNG, on white and without sliders.
+
+    Raises:
+        RuntimeError: as `save_png`.
+    """
     try:
         picture = go.Figure(figure).update_layout(paper_bgcolor="white")
         picture.layout.sliders = ()  # pyright: ignore[reportAttributeAccessIssue]
-        path.write_bytes(picture.to_image(format="png", width=width, height=height, scale=scale))
+        return picture.to_image(format="png", width=width, height=height, scale=scale)
     except Exception as error:
         # plotly raises ValueError without kaleido, kaleido errors of its own without a browser
         if not _is_about_drawing(error):
@@ -172,7 +194,6 @@ def save_png(
             "a PNG needs the package kaleido and a Chrome or Chromium that it can start: pip install "
             f'"relearn-lens[png]", then a browser (or `plotly_get_chrome`); save_html needs neither ({error})'
         ) from error
-    return path
 
 
 def _is_about_drawing(error: Exception) -> bool:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relearn_lens.attribution import TARGETS, _Run, attribute
+from relearn_lens.attribution import _asked, _Run, attribute
 from relearn_lens.concept import Concept
 from relearn_lens.encoding import encode
 from relearn_lens.neurons import site_of, streaming, token_site, token_vectors
+from relearn_lens.targets import TARGETS
 from tests.benchmarks.__main__ import _interleaved, _model_and_text
 
 STEPS = 16
@@ -29,7 +30,7 @@ def attribution(sentences: int = 16) -> None:
     tagger, text = _model_and_text(8 * sentences)
     place = Concept("place")
     encoded = encode(text, tagger.tokenizer, context=tagger.context)
-    run = _Run(tagger, encoded, place, steps=STEPS, sentences=sentences)
+    run = _Run(tagger, encoded, place, _asked(steps=STEPS, sentences=sentences))
     with run.hooked():
         plan, chunks = run.plan()
 

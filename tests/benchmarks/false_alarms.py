@@ -27,7 +27,7 @@ from relearn_lens.claims import claims
 from relearn_lens.concept import Concept
 from relearn_lens.encoding import Encoded, encode
 from relearn_lens.evaluation import SpanScores, evaluate
-from relearn_lens.experiment import Base
+from relearn_lens.events import Base
 from relearn_lens.models import Tagger
 from relearn_lens.neurons import Neurons, random_neurons
 from relearn_lens.retraining import finetune_, retrain_

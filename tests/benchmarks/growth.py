@@ -19,8 +19,8 @@ from relearn_lens import toy
 from relearn_lens.concept import Classes
 from relearn_lens.encoding import encode
 from relearn_lens.experiment import perform
+from relearn_lens.presets import settings_of
 from relearn_lens.readers import read_conll
-from relearn_lens.settings import settings_of
 from relearn_lens.streams import class_stats
 
 

@@ -33,6 +33,8 @@ class _Loop:
             self.sums[key] = self.sums[key] + z if key in self.sums else z
             self.count[key] = self.count.get(key, 0) + 1
 
+    def together(self) -> None: ...
+
     def top(self, neurons: int) -> list[list[tuple[str, float]]]:
         """The five highest of every neuron."""
         layers: dict[int, list[tuple[str, np.ndarray]]] = {}

@@ -1,0 +1,99 @@
+"""One small study for each of some families, alone or in several processes: `torchrun -m tests.processes DIR`.
+
+The first process writes what it holds at the end; `tests.test_processes` compares that of two processes with that of
+one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from relearn_lens import processes
+from relearn_lens.concept import Concept
+from relearn_lens.corpus import build_corpus
+from relearn_lens.evaluation import evaluate, token_loss
+from relearn_lens.loading import load_language_model, load_tagger
+from relearn_lens.models import LanguageModel, Model
+from relearn_lens.retraining import finetune_
+from relearn_lens.topwords import top_words
+from relearn_lens.tracking import Snapshot, measure
+from tests.conftest import LABELS, TEXT, sentences_of, warmed
+from tests.families import small_tagger
+
+KINDS = ("bert", "gpt2", "llama")
+PLACE = Concept("place", ["LOC"])
+
+
+def study(model: Model, *, parts: int) -> dict[str, Tensor]:
+    """Train with dropout, then measure everything over batches of few words: all that ought to be the same.
+
+    `rows` is not: sentences that went through the model, in each process.
+    """
+    corpus = build_corpus(sentences_of(TEXT), name="tiny", label_names=LABELS)
+    rows = torch.zeros(processes.size(), dtype=torch.int64)
+
+    def count(_module: object, _args: object, given: dict[str, Tensor], _out: object) -> None:
+        rows[processes.rank()] += len(given["input_ids"])
+
+    model.trunk.register_forward_hook(count, with_kwargs=True)
+    pauses = list(finetune_(model, corpus, epochs=3, every=1, lr=1e-3, batch_size=4, accumulate=parts, seed=0))
+    found = {f"weights/{name}": value.clone() for name, value in model.weights().items()}
+    found["loss"] = torch.tensor([pause.loss for pause in pauses])
+    found["tokens"] = torch.tensor([pause.tokens_seen for pause in pauses])
+    if isinstance(model, LanguageModel):
+        loss = token_loss(model, corpus, PLACE, max_tokens=40)
+        found |= {"nats": torch.from_numpy(loss.nats), "n_tokens": torch.from_numpy(loss.tokens)}
+        processes.sum_(rows)
+        return found | {"rows": rows}
+    found |= _tensors(
+        measure(
+            model, corpus, PLACE, what=["auroc", "elastic_net", "conductance"], shuffles=2, max_tokens=40,
+            sample_words=20, attribution={"steps": 4, "max_memory": 2**20},
+        )
+    )  # fmt: skip
+    found["word_values"] = top_words(model, corpus, max_tokens=40).value
+    found["f1"] = torch.from_numpy(evaluate(model, corpus, max_tokens=40).counts)
+    processes.sum_(rows)
+    return found | {"rows": rows}
+
+
+def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
+    """What a measurement found."""
+    stats, attribution = snapshot.stats, snapshot.attribution
+    assert stats is not None
+    assert attribution is not None
+    return {
+        "count": stats.count, "mean": stats.mean, "m2": stats.m2, "probeless": snapshot.saliency.score,
+        **{name: found.score for name, found in snapshot.also.items()},
+        **{f"shuffled{i}": found.score for i, found in enumerate(snapshot.shuffled)},
+        "conductance": attribution.score, "delta": attribution.delta,
+    }  # fmt: skip
+
+
+def main(out: Path) -> None:
+    """Study every family, and let the first process write what it holds."""
+    torch.set_num_threads(1)
+    if processes.is_first():
+        out.mkdir(parents=True, exist_ok=True)
+    parts = int(sys.argv[2]) if len(sys.argv) > 2 else processes.size()
+    for kind in KINDS:
+        folder = out / kind
+        if processes.is_first():
+            small_tagger(kind, folder)
+        processes.wait()
+        found = study(warmed(load_tagger(folder, LABELS, device="cpu")), parts=parts)
+        if kind != "bert":
+            language = study(load_language_model(folder, device="cpu"), parts=parts)
+            found |= {f"language/{name}": value for name, value in language.items()}
+        if processes.is_first():
+            save_file({k: v.contiguous() for k, v in found.items()}, out / f"{kind}.safetensors")
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

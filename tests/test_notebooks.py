@@ -1,0 +1,142 @@
+"""The numbered notebooks: committed clean, and every cell of every one runs as a reader would run it.
+
+They run on the toy, in a kernel of their own that has the imports already: to start Python and torch seven times would
+take longer than all notebooks together.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+SETUP = 'pip install -c constraints.txt -e ".[demo,notebook]"'
+PLOTLY = "application/vnd.plotly.v1+json"
+MEGABYTE = 2**20
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(notebook: Any, tag: str) -> list[Any]:
+    return [cell for cell in code_cells(notebook) if tag in cell.metadata.get("tags", [])]
+
+
+def test_notebooks_are_numbered_without_a_gap():
+    assert [path.stem.split("_")[0] for path in NOTEBOOKS] == [f"{i:02d}" for i in range(7)]
+
+
+@EVERY
+def test_notebook_is_committed_without_outputs(path: Path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in code_cells(notebook):
+        assert cell.outputs == [], f"cell {cell.id!r} has been run; clear its output"
+        assert cell.execution_count is None, f"cell {cell.id!r} has been run; clear its output"
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch("[a-z][a-z-]*", name) for name in ids), ids  # names, which a diff can be read by
+    assert path.read_text(encoding="utf-8").endswith("}\n")
+
+
+@EVERY
+def test_notebook_opens_with_goal_minutes_hardware_and_setup(path: Path):
+    notebook = read(path)
+    top = notebook.cells[0]
+    assert top.cell_type == "markdown"
+    assert top.source.startswith(f"# {path.stem[:2]} ")
+    assert "**Goal.**" in top.source
+    for row in ("Minutes", "Hardware", "Know before", "Set-up"):
+        assert re.search(rf"^\| {row} \| .+ \|$", top.source, re.M), f"no row {row!r}"
+    assert SETUP in top.source
+    assert re.search(r"^\| Minutes \| (about|under) \d", top.source, re.M)
+
+
+@EVERY
+def test_notebook_has_its_settings_first_and_one_first_picture(path: Path):
+    notebook = read(path)
+    assert tagged(notebook, "parameters") == code_cells(notebook)[:1]
+    assert len(tagged(notebook, "first-picture")) == 1
+
+
+@EVERY
+def test_notebook_asks_what_one_notices_and_folds_the_answer(path: Path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    asked = text.count("**What do you notice?**")
+    assert asked >= 1
+    assert text.count("<details><summary>") == text.count("</details>")
+
+
+@EVERY
+def test_notebook_links_to_notebooks_that_are_there(path: Path):
+    for cell in read(path).cells:
+        for link in re.findall(r"\]\(([^)]+\.ipynb)\)", cell.source):
+            assert (FOLDER / link).is_file(), f"cell {cell.id!r} links to {link}"
+
+
+def test_first_notebook_has_five_cells_of_code():
+    assert len(code_cells(read(NOTEBOOKS[0]))) == 5
+
+
+Runner = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def run_in_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Runner, Path]]:
+    """Runs a notebook in an empty folder, after whatever the kernel ran before is forgotten."""
+    where, scratch = tmp_path_factory.mktemp("kernel"), tmp_path_factory.mktemp("scratch")
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(where), env={**os.environ, "TMPDIR": str(scratch)})  # their temporary folders
+
+    def run(notebook: Any) -> Any:
+        reset = nbformat.v4.new_code_cell("%reset -f", id="reset")
+        notebook.cells.insert(0, reset)
+        NotebookClient(notebook, km=manager, timeout=300).execute()
+        notebook.cells.remove(reset)
+        return notebook
+
+    try:
+        yield run, where
+    finally:
+        manager.shutdown_kernel(now=True)
+
+
+def figures(notebook: Any) -> Iterator[tuple[str, str]]:
+    """Cell and JSON of every plotly figure that came out."""
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if PLOTLY in output.get("data", {}):
+                yield cell.id, json.dumps(output.data[PLOTLY])
+
+
+@EVERY
+def test_notebook_runs(path: Path, run_in_kernel: tuple[Runner, Path]):
+    run, where = run_in_kernel
+    beside = sorted(FOLDER.iterdir())
+    done = run(read(path))
+    outputs = [output for cell in code_cells(done) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    warned = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    assert not warned, f"a reader would see: {warned[0][:500]}"
+    drawn = list(figures(done))
+    assert tagged(done, "first-picture")[0].id in [cell for cell, _ in drawn]
+    for cell, figure in drawn:
+        assert len(figure) < MEGABYTE, f"the figure of cell {cell!r} is {len(figure):,} bytes"
+    assert not list(where.iterdir()), "something was written beside the notebook"
+    assert sorted(FOLDER.iterdir()) == beside

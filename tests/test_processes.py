@@ -1,0 +1,121 @@
+"""Several processes at one run: what two find is what one finds, and only one of them writes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from relearn_lens import processes
+from relearn_lens.store import load_run
+from tests.interruptions import difference
+from tests.processes import KINDS
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+CLOSE = 1e-4
+"""Of the largest number in a tensor. Sums of float32 in another order, through the steps of AdamW, which divides by the
+size of the gradient."""
+ROOT = Path(__file__).parents[1]
+
+
+def ran(command: list[str], **settings: str) -> str:
+    """What a command printed; it must have ended well."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """Largest difference, as a share of the largest number."""
+    largest = one.double().nan_to_num().abs().max().clamp(min=1e-12)
+    return float((one.double() - other.double()).nan_to_num().abs().max() / largest)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory) -> dict[str, list[dict[str, Tensor]]]:
+    """By family, what one process found (in two parts a step) and what two did."""
+    folder = tmp_path_factory.mktemp("processes")
+    ran([sys.executable, "-m", "tests.processes", str(folder / "one"), "2"])
+    ran([*TORCHRUN, "-m", "tests.processes", str(folder / "two")])
+    return {kind: [load_file(folder / n / f"{kind}.safetensors") for n in ("one", "two")] for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_find_what_one_finds(studies, kind):
+    one, two = studies[kind]
+    one, two = ({k: v for k, v in side.items() if "rows" not in k} for side in (one, two))
+    assert one.keys() == two.keys()
+    assert {name.split("/")[0] for name in one} >= {"weights", "mean", "probeless", "auroc", "conductance", "f1"}
+    worst = {name: apart(one[name], two[name]) for name in one}
+    assert max(worst.values()) < CLOSE, sorted(worst.items(), key=lambda entry: -entry[1])[:5]
+    for name, value in one.items():
+        assert torch.equal(value.isnan(), two[name].isnan()), name
+        if not value.is_floating_point():
+            assert torch.equal(value, two[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_share_the_work(studies, kind):
+    one, two = studies[kind]
+    for name in {"rows", "language/rows"} & one.keys():
+        # The first batch, of long sentences, holds fewer of them: the halves are not quite even.
+        assert one[name].item() == pytest.approx(two[name].sum().item(), rel=0.03)
+        assert two[name].min() > 0.4 * two[name].sum()
+
+
+SMALL = [
+    "run", "toy", "--set", "data.train_sentences=60", "--set", "data.validation_sentences=40",
+    "--set", "data.probe_sentences=40", "--set", "prune.control_draws=1", "--set", "finetune.epochs=0.5",
+    "--set", "retrain.epochs=1", "--set", "retrain.every=0.5", "--set", "measure.draws=100",
+    "--set", "measure.max_tokens=200", "--set", "finetune.accumulate=2", "--set", "retrain.accumulate=2",
+    "--set", 'measure.what=["dprime"]', "--set", "measure.shuffles=2",
+]  # fmt: skip
+
+
+def test_a_run_in_two_processes_is_that_of_one_and_goes_on_after_a_kill(tmp_path):
+    run = ["-m", "relearn_lens", *SMALL]
+    ran([sys.executable, *run, "--out", str(tmp_path / "one")])
+    whole = ran([*TORCHRUN, *run, "--out", str(tmp_path / "two")])
+    assert whole.count("report: ") == 1  # one of the processes speaks
+    one, two = load_run(tmp_path / "one"), load_run(tmp_path / "two")
+    assert two.manifest["processes"] == 2
+    for name in one.arms:
+        for here, there in zip(one.arms[name], two.arms[name], strict=True):
+            for stage in here.stages:
+                assert here[stage].scores.shown(one.label) == pytest.approx(
+                    there[stage].scores.shown(one.label), abs=1e-6
+                )
+                assert apart(here[stage].saliency.score, there[stage].saliency.score) < CLOSE
+
+    # Killed, all of it, once a first training has a state; taken up by two again.
+    killed = subprocess.Popen(
+        [*TORCHRUN, *run, "--out", str(tmp_path / "killed")], cwd=ROOT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    until = time.monotonic() + 200
+    while not list((tmp_path / "killed" / "tensors").glob("base-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    ran([*TORCHRUN, *run, "--out", str(tmp_path / "killed")])
+    assert difference(tmp_path / "two", tmp_path / "killed") == ""
+
+
+def test_alone_there_is_nothing_to_share():
+    assert (processes.size(), processes.rank(), processes.is_first()) == (1, 0, True)
+    batches, x = list(range(5)), torch.arange(3.0)
+    assert processes.share(batches) is batches
+    assert not processes.is_shared(5)
+    assert processes.agreed(x) is x
+    processes.sum_(x)
+    processes.sum_many_([x])
+    processes.wait()
+    assert x.tolist() == [0.0, 1.0, 2.0]
