@@ -1,29 +1,34 @@
-"""One small study for each of some families, alone or in several processes: `torchrun -m tests.processes DIR`.
+"""One small study for each of some families, and a small run, alone or in processes: `torchrun -m tests.processes DIR`.
 
-The first process writes what it holds at the end; `tests.test_processes` compares that of two processes with that of
-one.
+The first process writes what it holds at the end, and a run folder twice: in one go, and stopped after every result
+that it gave and taken up again. `tests.test_processes` compares what two processes made with what one made.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relearn_lens import processes
+from relearn_lens import processes, store
 from relearn_lens.concept import Concept
 from relearn_lens.corpus import build_corpus
 from relearn_lens.evaluation import evaluate, token_loss
+from relearn_lens.events import Arm, Paused
 from relearn_lens.loading import load_language_model, load_tagger
 from relearn_lens.models import LanguageModel, Model
 from relearn_lens.retraining import finetune_
+from relearn_lens.settings import Experiment
 from relearn_lens.topwords import top_words
 from relearn_lens.tracking import Snapshot, measure
 from tests.conftest import LABELS, TEXT, sentences_of, warmed
 from tests.families import small_tagger
+from tests.interruptions import small_run
 
 KINDS = ("bert", "gpt2", "llama")
 PLACE = Concept("place", ["LOC"])
@@ -75,8 +80,35 @@ def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+class Stopped(Exception):
+    """A process that went away."""
+
+
+def stopped_and_taken_up_again(how: Experiment, out: Path) -> int:
+    """Run into a folder, stopping in every process after each further event; how often it was stopped."""
+    whole, stops = store.perform, 0
+
+    def some(*args: Any, **settings: Any) -> Iterator[Any]:
+        for event in whole(*args, **settings):
+            yield event
+            if isinstance(event, Paused) or (isinstance(event, Arm) and event.weights is not None):
+                raise Stopped  # what this process made, and a run can go on from
+
+    store.perform = some
+    try:
+        while True:
+            try:
+                store.run(how, out)
+                return stops
+            except Stopped:
+                stops += 1
+                processes.wait()
+    finally:
+        store.perform = whole
+
+
 def main(out: Path) -> None:
-    """Study every family, and let the first process write what it holds."""
+    """Study every family, run twice, and let the first process write what it holds."""
     torch.set_num_threads(1)
     if processes.is_first():
         out.mkdir(parents=True, exist_ok=True)
@@ -92,6 +124,14 @@ def main(out: Path) -> None:
             found |= {f"language/{name}": value for name, value in language.items()}
         if processes.is_first():
             save_file({k: v.contiguous() for k, v in found.items()}, out / f"{kind}.safetensors")
+    how = small_run(
+        f"finetune.accumulate={parts}", f"retrain.accumulate={parts}", "measure.max_tokens=200", 'arms=["concept"]'
+    )
+    store.run(how, out / "run")
+    if processes.size() > 1:
+        stops = stopped_and_taken_up_again(how, out / "stopped")
+        if processes.is_first():
+            print(f"stopped {stops} times")
     processes.leave()
 
 
