@@ -263,7 +263,7 @@ def _measure(
     """One snapshot, with progress in tokens. Base and last stage get every measurement, others the cheap ones."""
     settings, asked = ready.experiment, ready.experiment.measure
     ends = base is None or last
-    wanted = [name for name in asked.what if ends or asked.everywhere or name in SCORES]
+    wanted = [name for name in asked.what if name != "similarity" and (ends or asked.everywhere or name in SCORES)]
     tick = _tokens(
         progress, what, ready.probe.n_tokens * (2 if "top_words" in wanted else 1) + ready.validation.n_tokens
     )

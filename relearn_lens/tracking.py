@@ -281,6 +281,11 @@ def measure(
     classes = concept.classes(encoded.corpus)
     main = score_of(score, contrast)
     check_measures(what)
+    if "similarity" in what:
+        raise ValueError(
+            "similarity compares two models, and measure() has one: use activation_similarity(before, after, ...), or "
+            "the setting measure.what of a run"
+        )
     scored = encoded if validation is None else encoded_for(model, validation)
     check_labels(model, scored.corpus)
     place = site_of(model.bridge, site)

@@ -1,9 +1,11 @@
 """Several processes at one run: what two find is what one finds, and only one of them writes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +24,18 @@ size of the gradient."""
 ROOT = Path(__file__).parents[1]
 
 
-def ran(command: list[str], **settings: str) -> str:
+def ran(command: list[str]) -> str:
     """What a command printed; it must have ended well."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes) as started:
+        try:
+            out, err = started.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # what a launcher started would wait for each other for ever
+            raise
+    assert started.returncode == 0, err[-3000:]
+    return out
 
 
 def apart(one: Tensor, other: Tensor) -> float:

@@ -19,6 +19,9 @@ from tests.test_analysis import scores_of, snapshot_of, trajectory
 
 PLACE = Concept("place")
 
+# Several tests here pause without training in between, which is what the warning is for.
+pytestmark = pytest.mark.filterwarnings("ignore:stages .* measure the same")
+
 
 # --- one snapshot
 
@@ -62,6 +65,7 @@ def test_measure_leaves_the_model_as_it_was(toy, untouched):
     ("settings", "message"),
     [
         ({"site": "nowhere"}, r"unknown site 'nowhere'; known: resid, mlp_post"),
+        ({"what": ["similarity"]}, r"similarity compares two models.*activation_similarity"),
         ({"score": "magic"}, r"unknown score 'magic'; known: .*probeless"),
         ({"contrast": "none"}, r"unknown contrast 'none'; known: classes, rest"),
         ({"concept": Concept("river")}, r"no label 'river' .*its labels are O, person, place"),
