@@ -72,6 +72,14 @@ def run(
 
     experiment = settings_of(settings, {"model": model, "corpus": corpus, "concept": concept}, set_ or [])
     folder = out or _folder(settings, experiment)
+    from relearn_lens import processes
+
+    with processes.joined():
+        _run(experiment, folder, fresh)
+
+
+def _run(experiment: Experiment, folder: Path, fresh: bool) -> None:
+    """Run, and print what happened; in one of the processes that share a run."""
     from relearn_lens import processes, report, store
 
     if not processes.is_first():  # of those that torchrun or accelerate started, one prints and writes

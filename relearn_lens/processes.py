@@ -7,8 +7,9 @@ process alone prints and writes.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -21,18 +22,34 @@ BUCKET = 32 * 2**20
 """Bytes that are summed in one message: few enough to hold beside the gradients, enough to fill the wire."""
 
 
-def size() -> int:
-    """How many processes share this run; 1 unless a launcher started them."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
+_joined = 0
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """For a while, share the work with the other processes that a launcher started, each of which must do the same;
+    alone, nothing.
+
+    Outside of it every function works by itself, so that a distributed program of your own may measure in one of its
+    processes while the others go on.
+    """
+    global _joined
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ and not dist.is_initialized():
         from accelerate import PartialState
 
         PartialState()  # joins the others: NCCL where there are GPUs, each process on its own, else gloo
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        return dist.get_world_size()
-    return 1
+    _joined += 1
+    try:
+        yield
+    finally:
+        _joined -= 1
+
+
+def size() -> int:
+    """How many processes share what is being done; 1 unless a launcher started them and they are `joined`."""
+    return dist.get_world_size() if _joined and dist.is_initialized() else 1
 
 
 def rank() -> int:

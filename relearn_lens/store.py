@@ -68,6 +68,17 @@ def run(
         BlockingIOError: another process is running into this folder.
         ValueError, OSError: as `experiment.prepare`; OSError with ENOSPC if the disk is full.
     """
+    with processes.joined():
+        return _run(experiment, out, fresh, progress, on_event)
+
+
+def _run(
+    experiment: Experiment,
+    out: str | Path | None,
+    fresh: bool,
+    progress: Progress | None,
+    on_event: Callable[[Event], object] | None,
+) -> Run:
     if out is None:
         return _drive(experiment, None, progress, on_event)
     path = Path(out)

@@ -110,6 +110,12 @@ def stopped_and_taken_up_again(how: Experiment, out: Path) -> int:
 def main(out: Path) -> None:
     """Study every family, run twice, and let the first process write what it holds."""
     torch.set_num_threads(1)
+    with processes.joined():
+        _study_and_run(out)
+    processes.leave()
+
+
+def _study_and_run(out: Path) -> None:
     if processes.is_first():
         out.mkdir(parents=True, exist_ok=True)
     parts = int(sys.argv[2]) if len(sys.argv) > 2 else processes.size()
@@ -132,7 +138,6 @@ def main(out: Path) -> None:
         stops = stopped_and_taken_up_again(how, out / "stopped")
         if processes.is_first():
             print(f"stopped {stops} times")
-    processes.leave()
 
 
 if __name__ == "__main__":

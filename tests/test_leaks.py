@@ -176,5 +176,14 @@ def test_every_context_of_the_package_is_tried_here():
     tried = {"ablated", "held", "streaming", "reading", "seeded", "computing", "checkpointed", "hooked", "_wardrobe"}
     tried |= {"_without", "quiet", "silent", "_learning", "adapted", "on"}
     # What touches no model; _fused_attention is in test_models, where there is a model that has it.
-    elsewhere = {"_progress", "_in_our_words", "_sharing", "_locked", "_stoppable", "_cluster", "_fused_attention"}
+    elsewhere = {
+        "_progress",
+        "_in_our_words",
+        "_sharing",
+        "_locked",
+        "_stoppable",
+        "_cluster",
+        "_fused_attention",
+        "joined",
+    }
     assert found - elsewhere == tried
