@@ -156,3 +156,11 @@ def test_estimates_need_no_torch():
     code = "from relearn_lens import estimates; estimates.doctor_rows(); import sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
+
+
+def test_peak_is_the_processs_own_and_not_its_parents():
+    held = bytearray(300 * 2**20)  # makes this process larger than the one that it starts
+    script = "from relearn_lens.estimates import peak_rss_mb; print(peak_rss_mb())"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert len(held)
+    assert 5 < float(said) < 200

@@ -97,6 +97,8 @@ def memory() -> None:
 
 def _peak(times: int, what: str) -> float:
     """Peak resident memory in MB within a pass over the corpus so many times; what came before is not counted."""
+    from relearn_lens.estimates import peak_rss_mb
+
     tagger, text = _model_and_text(2000)
     # Sentences of one length: otherwise more copies of the longest would fill the widest batch, and that, not the
     # length of the corpus, would be measured. Enough of them for the allocator to settle.
@@ -111,8 +113,7 @@ def _peak(times: int, what: str) -> float:
         with reading(tagger):
             for batch in encoded.batches():
                 hidden(tagger.bridge, batch.ids, batch.mask)
-    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) / 2**10
+    return peak_rss_mb()
 
 
 def startup() -> None:
