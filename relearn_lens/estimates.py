@@ -165,7 +165,7 @@ def estimate(experiment: Experiment) -> Estimate | None:
 
 
 def fitted(
-    experiment: Experiment, shape: Shape, *, taken_mb: float, longest_train: int, longest_read: int
+    experiment: Experiment, shape: Shape, *, taken_mb: float | int, longest_train: int, longest_read: int
 ) -> tuple[Experiment, list[str]]:
     """The settings with batches and chunks small enough for `max_memory`, and what was decided, in words.
 
@@ -179,7 +179,7 @@ def fitted(
     if experiment.max_memory is None:
         return experiment, []
     fixed = taken_mb + LATER_MB + (COPIES - 1) * shape.bytes / _MB
-    room = (experiment.max_memory - fixed) * _MB
+    room = (0.9 * experiment.max_memory - fixed) * _MB  # a tenth for what allocators keep and the sum misses
     layer, reading = (68 * shape.d_model + 10 * shape.heads * n for n in (longest_train, longest_read))
     logits = 3 * 4 * shape.vocabulary if experiment.task == "next_token" else 0
     piece = longest_train * (shape.layers * layer + logits)
@@ -187,8 +187,8 @@ def fitted(
     need = max(piece, longest_read * token, _MB)
     if room < need:
         raise ValueError(
-            f"max_memory={experiment.max_memory:g} MB is too little: this run needs about {fixed + need / _MB:,.0f} MB "
-            f"even with one sentence at a time ({fixed:,.0f} MB of it for Python and {COPIES} copies of "
+            f"max_memory={experiment.max_memory:g} MB is too little: this run needs "
+            f"{(fixed + need / _MB) / 0.9:,.0f} MB even with one sentence at a time ({fixed:,.0f} MB of it for Python and {COPIES} copies of "
             f"{shape.parameters:,} weights); give it more, or use a smaller model"
         )
     groups = {}

@@ -10,6 +10,7 @@ import pytest
 from relearn_lens import estimates, sources, toy
 from relearn_lens.estimates import Estimate, doctor_rows, estimate, memory_mb, shape_of, verdict
 from relearn_lens.presets import PRESETS, preset, settings_of
+from relearn_lens.settings import Experiment
 
 
 @pytest.mark.parametrize(
@@ -164,3 +165,44 @@ def test_peak_is_the_processs_own_and_not_its_parents():
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert len(held)
     assert 5 < float(said) < 200
+
+
+# --- within max_memory
+
+LARGE = estimates.Shape(12, 768, 12, 100_000_000)  # 381 MB of weights; 37 kB a token and layer at 60 tokens
+
+
+def within(max_memory: int | None, *sets: str) -> tuple[Experiment, list[str]]:
+    asked = settings_of("names", {"max_memory": max_memory}, ["finetune.batch_size=64", *sets])
+    return estimates.fitted(asked, LARGE, taken_mb=1000, longest_train=60, longest_read=80)
+
+
+def test_without_a_limit_nothing_is_changed():
+    made, said = within(None)
+    assert made == settings_of("names", {}, ["finetune.batch_size=64"])
+    assert said == []
+
+
+def test_a_limit_cuts_batches_into_parts_and_lowers_what_is_read_at_once():
+    wide, said = within(20_000)
+    assert (wide.finetune.accumulate, wide.measure.max_tokens, wide.measure.max_memory) == (1, 4096, 512)
+    tight, said = within(3_600)
+    # 0.9 x 3,600 - (1,000 + 60 + 5 x 381) MB are left, and a piece of 60 tokens takes 12 layers x 60 x 59,424 bytes.
+    room = 0.9 * 3_600 - (1_000 + estimates.LATER_MB + 5 * LARGE.bytes / 2**20)
+    pieces = int(room * 2**20 // (12 * 60 * (68 * 768 + 10 * 12 * 60)))
+    assert tight.finetune.accumulate == -(-64 // pieces) > 1
+    assert tight.finetune.batch_size == 64
+    assert tight.measure.max_memory == int(room)
+    assert tight.measure.max_tokens < 4096
+    assert said[0].startswith("max_memory=3600 MB: about 2,967 MB are taken whatever the batches; accumulate=")
+
+
+def test_a_limit_that_nothing_fits_is_refused_with_what_would():
+    with pytest.raises(ValueError, match=r"max_memory=3000 MB is too little: this run needs 3,3\d\d MB even with one"):
+        within(3_000)
+    made, _ = within(3_400)
+    assert made.finetune.accumulate > 1
+
+
+def test_parts_that_were_asked_for_stay():
+    assert within(20_000, "finetune.accumulate=4")[0].finetune.accumulate == 4
