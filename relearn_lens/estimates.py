@@ -189,7 +189,8 @@ def fitted(
         raise ValueError(
             f"max_memory={experiment.max_memory:g} MB is too little: this run needs "
             f"{(fixed + need / _MB) / 0.9:,.0f} MB even with one sentence at a time "
-            f"({fixed:,.0f} MB of it for Python and {COPIES} copies of {shape.parameters:,} weights); give it more, or use a smaller model"
+            f"({fixed:,.0f} MB of it for Python and {COPIES} copies of {shape.parameters:,} weights); "
+            "give it more, or use a smaller model"
         )
     groups = {}
     for name in ("finetune", "retrain"):
