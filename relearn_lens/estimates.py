@@ -148,11 +148,9 @@ def estimate(experiment: Experiment) -> Estimate | None:
     if shape is None:
         return None
     text = TEXTS.get(experiment.corpus, _UNKNOWN_TEXT)
-    token = 68 * shape.d_model + 10 * shape.heads * text.longest  # bytes of one token in one layer
+    token = _token_bytes(shape, text.longest)
     batch = max(experiment.finetune.batch_size, experiment.retrain.batch_size)
-    training = batch * text.longest * shape.layers * token
-    if experiment.task == "next_token":  # logits, their probabilities and the gradient, over the whole vocabulary
-        training += 3 * 4 * batch * text.longest * shape.vocabulary
+    training = batch * text.longest * (shape.layers * token + _logit_bytes(experiment, shape))
     asked = experiment.measure
     measuring = 0.0
     if {"conductance", "layer_ig"} & set(asked.what):
@@ -162,6 +160,16 @@ def estimate(experiment: Experiment) -> Estimate | None:
     measuring = min(measuring, asked.max_memory * _MB)
     memory = BASELINE_MB + text.megabytes + (COPIES * shape.bytes + training + measuring) / _MB
     return Estimate(math.ceil(memory), _disk(experiment, shape, text), _fetch(experiment, shape))
+
+
+def _token_bytes(shape: Shape, longest: int) -> int:
+    """Activations of one token in one layer, in sentences of so many tokens."""
+    return 68 * shape.d_model + 10 * shape.heads * longest
+
+
+def _logit_bytes(experiment: Experiment, shape: Shape) -> int:
+    """Of one token: logits, their probabilities and the gradient, over the whole vocabulary of a language model."""
+    return 3 * 4 * shape.vocabulary if experiment.task == "next_token" else 0
 
 
 def fitted(
@@ -180,8 +188,8 @@ def fitted(
         return experiment, []
     fixed = taken_mb + LATER_MB + (COPIES - 1) * shape.bytes / _MB
     room = (0.9 * experiment.max_memory - fixed) * _MB  # a tenth for what allocators keep and the sum misses
-    layer, reading = (68 * shape.d_model + 10 * shape.heads * n for n in (longest_train, longest_read))
-    logits = 3 * 4 * shape.vocabulary if experiment.task == "next_token" else 0
+    layer, reading = (_token_bytes(shape, n) for n in (longest_train, longest_read))
+    logits = _logit_bytes(experiment, shape)
     piece = longest_train * (shape.layers * layer + logits)
     token = 2 * reading + logits  # nothing is kept for a backward pass: one layer and what it becomes
     need = max(piece, longest_read * token, _MB)
