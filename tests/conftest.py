@@ -20,11 +20,11 @@ importlib.import_module("beartype._check.code.codemain").getrandbits = random.Ra
 
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer  # noqa: E402
 
-from relearn_lens import toy as toy_module  # noqa: E402
-from relearn_lens.corpus import Corpus, build_corpus  # noqa: E402
-from relearn_lens.encoding import Encoded, encode  # noqa: E402
-from relearn_lens.loading import load_tagger  # noqa: E402
-from relearn_lens.models import Model, Tagger  # noqa: E402
+from relearn_lens.models import toy as toy_module  # noqa: E402
+from relearn_lens.models.loading import load_tagger  # noqa: E402
+from relearn_lens.models.model import Model, Tagger  # noqa: E402
+from relearn_lens.text.corpus import Corpus, build_corpus  # noqa: E402
+from relearn_lens.text.encoding import Encoded, encode  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -16,14 +16,14 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from relearn_lens import toy
-from relearn_lens.ablation import ablated, held, prune_
-from relearn_lens.checkpoints import export
-from relearn_lens.loading import load_tagger
-from relearn_lens.models import Tagger
-from relearn_lens.neurons import SITES, Neurons, Sever, parameter, site_of
+from relearn_lens.models import toy
+from relearn_lens.models.export import export
+from relearn_lens.models.loading import load_tagger
+from relearn_lens.models.model import Tagger
+from relearn_lens.neurons.sites import SITES, Neurons, Sever, parameter, site_of
+from relearn_lens.remove.ablation import ablated, held, prune_
 from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
-from tests.test_neurons import DECODERS, IDS, MASK, decoder
+from tests.neurons.test_sites import DECODERS, IDS, MASK, decoder
 
 REAL = MASK.bool()
 ENCODERS: dict[str, Callable[[], Any]] = {

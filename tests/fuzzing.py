@@ -24,10 +24,12 @@ import torch
 from hypothesis import strategies as st
 
 import relearn_lens
-from relearn_lens import presets, readers, settings, store, tables, toy
-from relearn_lens.concept import Concept
-from relearn_lens.corpus import Corpus, build_corpus
-from relearn_lens.encoding import encode
+from relearn_lens.models import toy
+from relearn_lens.runs import presets, settings, store, summary
+from relearn_lens.text import readers
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import Corpus, build_corpus
+from relearn_lens.text.encoding import encode
 
 PACKAGE = Path(relearn_lens.__file__).parent
 OURS = (ValueError, OSError, FloatingPointError)
@@ -305,7 +307,7 @@ KINDS = ("remove", "truncate", "flip", "swap", "folder", "empty", "json", "key",
 @functools.cache
 def finished_run() -> Path:
     """One small finished run of the toy, shared by all cases."""
-    from tests.test_experiment import tiny
+    from tests.runs.test_experiment import tiny
 
     path = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
     import atexit
@@ -408,7 +410,7 @@ def check_run(case: list[dict[str, Any]]) -> None:
         result = store.load_run(folder)
         result.to_dataframe()
         if {damage["kind"] for damage in case} & {"flip", "swap", "meta"}:  # else what was loaded is as it was written
-            tables.summary(result)
+            summary.summary(result)
 
 
 # --- models
@@ -438,8 +440,8 @@ def _toy() -> tuple[Any, Corpus, dict[str, torch.Tensor]]:
 
 def check_model(case: dict[str, Any]) -> None:
     """Measure, attribute or train with a weight that is NaN, infinite or huge: numbers, or a refusal, never NaN."""
-    from relearn_lens.retraining import finetune_
-    from relearn_lens.tracking import measure
+    from relearn_lens.measure.tracking import measure
+    from relearn_lens.models.training import finetune_
 
     tagger, corpus, weights = _toy()
     tagger.load_weights(weights)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from relearn_lens.presets import settings_of
-from relearn_lens.settings import Experiment
+from relearn_lens.runs.presets import settings_of
+from relearn_lens.runs.settings import Experiment
 
 TIMINGS = ("seconds", "peak_rss_mb", "outputs", "seal")
 """What differs from run to run: clocks, memory, and the hashes of what these are written in."""

@@ -1,7 +1,7 @@
 """One small study for each of some families, and a small run, alone or in processes: `torchrun -m tests.processes DIR`.
 
 The first process writes what it holds at the end, and a run folder twice: in one go, and stopped after every result
-that it gave and taken up again. `tests.test_processes` compares what two processes made with what one made.
+that it gave and taken up again. `tests.models.test_processes` compares what two processes made with what one made.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relearn_lens import processes, store
-from relearn_lens.concept import Concept
-from relearn_lens.corpus import build_corpus
-from relearn_lens.evaluation import evaluate, token_loss
-from relearn_lens.events import Arm, Paused
-from relearn_lens.loading import load_language_model, load_tagger
-from relearn_lens.models import LanguageModel, Model
-from relearn_lens.retraining import finetune_
-from relearn_lens.settings import Experiment
-from relearn_lens.topwords import top_words
-from relearn_lens.tracking import Snapshot, measure
+from relearn_lens.measure.evaluation import evaluate, token_loss
+from relearn_lens.measure.topwords import top_words
+from relearn_lens.measure.tracking import Snapshot, measure
+from relearn_lens.models import processes
+from relearn_lens.models.loading import load_language_model, load_tagger
+from relearn_lens.models.model import LanguageModel, Model
+from relearn_lens.models.training import finetune_
+from relearn_lens.runs import store
+from relearn_lens.runs.events import Arm, Paused
+from relearn_lens.runs.settings import Experiment
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import build_corpus
 from tests.conftest import LABELS, TEXT, sentences_of, warmed
 from tests.families import small_tagger
 from tests.interruptions import small_run

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from relearn_lens import store
 from relearn_lens.__main__ import app, main
-from relearn_lens.neurons import FAMILIES, SITES
-from relearn_lens.presets import PRESETS
-from relearn_lens.saliency import SCORES
-from relearn_lens.settings import fields
+from relearn_lens.find.saliency import SCORES
+from relearn_lens.neurons.sites import FAMILIES, SITES
+from relearn_lens.runs import store
+from relearn_lens.runs.presets import PRESETS
+from relearn_lens.runs.settings import fields
 from relearn_lens.sources import SOURCES
-from tests.test_experiment import TINY
+from tests.runs.test_experiment import TINY
 
 SETS = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
 

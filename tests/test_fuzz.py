@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relearn_lens.concept import Concept
-from relearn_lens.corpus import build_corpus
-from relearn_lens.loading import load_bridge, load_tagger
-from relearn_lens.presets import settings_of
-from relearn_lens.store import load_run
-from relearn_lens.tracking import Trajectory, measure
+from relearn_lens.measure.tracking import Trajectory, measure
+from relearn_lens.models.loading import load_bridge, load_tagger
+from relearn_lens.runs.presets import settings_of
+from relearn_lens.runs.store import load_run
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import build_corpus
 from tests.fuzzing import STRATEGIES, finished_run, ours, outcome
 
 CASES = 500

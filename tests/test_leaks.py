@@ -9,17 +9,18 @@ import pytest
 import torch
 from transformers.utils import logging as hf_logging
 
-from relearn_lens import experiment as experiment_module
-from relearn_lens import quantised, similarity
-from relearn_lens.ablation import ablated, held
-from relearn_lens.attribution import _asked, _Run
-from relearn_lens.concept import Concept
-from relearn_lens.lora import adapted
-from relearn_lens.models import Model, checkpointed, computing, hidden, reading, seeded
-from relearn_lens.neurons import Neurons, site_of, streaming
-from relearn_lens.retraining import finetune_
-from relearn_lens.toy import Toy
-from relearn_lens.tracking import measure
+from relearn_lens.find.attribution import _asked, _Run
+from relearn_lens.measure import similarity
+from relearn_lens.measure.tracking import measure
+from relearn_lens.models import gguf
+from relearn_lens.models.lora import adapted
+from relearn_lens.models.model import Model, checkpointed, computing, hidden, reading, seeded
+from relearn_lens.models.toy import Toy
+from relearn_lens.models.training import finetune_
+from relearn_lens.neurons.sites import Neurons, site_of, streaming
+from relearn_lens.remove.ablation import ablated, held
+from relearn_lens.runs import experiment as experiment_module
+from relearn_lens.text.concept import Concept
 from tests.benchmarks.leaks import handles, hooks
 from tests.conftest import unchecked
 
@@ -102,7 +103,7 @@ def test_pruning_for_a_while_is_undone_when_its_body_raises(toy, untouched):
         raise Stop
 
 
-@pytest.mark.parametrize("quiet", [quantised.quiet, quantised.silent])
+@pytest.mark.parametrize("quiet", [gguf.quiet, gguf.silent])
 def test_silence_is_over_when_its_body_raises(quiet):
     before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     with pytest.raises(Stop), quiet():

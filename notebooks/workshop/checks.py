@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import relearn_lens as rl
-from relearn_lens import toy
+from relearn_lens.models import toy
 
 
 class Wrong(AssertionError):

@@ -22,7 +22,7 @@ A cell begins with a line `# %% [kind] id=... key=value`. The kinds:
 # tensors and what a hook is.
 #
 # **Set-up**, in a checkout of the repository: `pip install -c constraints.txt -e ".[workshop]"`. In a room without a
-# network somebody brings a pack (`relearn-lens pack DIR`); its START.md says how to begin.
+# network somebody brings a pack (`python notebooks/workshop/pack.py DIR`); its START.md says how to begin.
 #
 # **How it works.** Under each exercise there is a cell with a function to fill in, and a cell that checks it and says
 # what is wrong. Hints and the solution are folded below it: look at a hint after five minutes without progress. Fold

@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from relearn_lens import sources, toy
-from relearn_lens.concept import Concept
-from relearn_lens.corpus import Corpus
-from relearn_lens.encoding import Encoded, encode
-from relearn_lens.loading import load_tagger
-from relearn_lens.models import Tagger, hidden, reading
-from relearn_lens.readers import read_bsb_names
-from relearn_lens.streams import class_stats
+from relearn_lens import sources
+from relearn_lens.models import toy
+from relearn_lens.models.loading import load_tagger
+from relearn_lens.models.model import Tagger, hidden, reading
+from relearn_lens.neurons.streaming import class_stats
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import Corpus
+from relearn_lens.text.encoding import Encoded, encode
+from relearn_lens.text.readers import read_bsb_names
 
 ROUNDS = 7
 
@@ -97,7 +98,7 @@ def memory() -> None:
 
 def _peak(times: int, what: str) -> float:
     """Peak resident memory in MB within a pass over the corpus so many times; what came before is not counted."""
-    from relearn_lens.estimates import peak_rss_mb
+    from relearn_lens.runs.needs import peak_rss_mb
 
     tagger, text = _model_and_text(2000)
     # Sentences of one length: otherwise more copies of the longest would fill the widest batch, and that, not the

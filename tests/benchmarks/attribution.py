@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relearn_lens.attribution import _asked, _Run, attribute
-from relearn_lens.concept import Concept
-from relearn_lens.encoding import encode
-from relearn_lens.neurons import site_of, streaming, token_site, token_vectors
-from relearn_lens.targets import TARGETS
+from relearn_lens.find.attribution import _asked, _Run, attribute
+from relearn_lens.find.targets import TARGETS
+from relearn_lens.neurons.sites import site_of, streaming, token_site, token_vectors
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.encoding import encode
 from tests.benchmarks.__main__ import _interleaved, _model_and_text
 
 STEPS = 16

@@ -21,19 +21,21 @@ from typing import Any
 import torch
 from scipy import stats as st
 
-from relearn_lens import analysis, meaning, migration, toy
-from relearn_lens.ablation import ablated, prune_
-from relearn_lens.claims import claims
-from relearn_lens.concept import Concept
-from relearn_lens.encoding import Encoded, encode
-from relearn_lens.evaluation import SpanScores, evaluate
-from relearn_lens.events import Base
-from relearn_lens.models import Tagger
-from relearn_lens.neurons import Neurons, random_neurons
-from relearn_lens.retraining import finetune_, retrain_
-from relearn_lens.saliency import gather, saliency
-from relearn_lens.tracking import BASE, PRUNED, Snapshot, Trajectory, measure, stage_name
-from relearn_lens.vectors import input_embeddings
+from relearn_lens.analysis import migration, story
+from relearn_lens.analysis.claims import claims
+from relearn_lens.find.saliency import gather, saliency
+from relearn_lens.measure import meaning
+from relearn_lens.measure.evaluation import SpanScores, evaluate
+from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure, stage_name
+from relearn_lens.measure.vectors import input_embeddings
+from relearn_lens.models import toy
+from relearn_lens.models.model import Tagger
+from relearn_lens.models.training import finetune_, retrain_
+from relearn_lens.neurons.sites import Neurons, random_neurons
+from relearn_lens.remove.ablation import ablated, prune_
+from relearn_lens.runs.events import Base
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.encoding import Encoded, encode
 
 SEEDS, SHUFFLES, SETS = 3, 19, 3
 LEVEL = 0.05
@@ -175,7 +177,7 @@ def told(arms: dict[str, list[Trajectory]], sets: list[list[SpanScores]], after:
 
 def of_story(arms: dict[str, list[Trajectory]], after: str) -> Told:
     """Whether the two sentences on a run tell a difference."""
-    how_much, where = analysis.what_happened(arms, LABEL).rsplit(". ", 1)
+    how_much, where = story.what_happened(arms, LABEL).rsplit(". ", 1)
     yield f"story: F1 differs{after}", "below it" in how_much or "above it" in how_much
     yield f"story: it moved{after}", "is beyond noise" in where
 

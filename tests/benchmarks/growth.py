@@ -15,13 +15,13 @@ import numpy as np
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens import toy
-from relearn_lens.concept import Classes
-from relearn_lens.encoding import encode
-from relearn_lens.experiment import perform
-from relearn_lens.presets import settings_of
-from relearn_lens.readers import read_conll
-from relearn_lens.streams import class_stats
+from relearn_lens.models import toy
+from relearn_lens.neurons.streaming import class_stats
+from relearn_lens.runs.experiment import perform
+from relearn_lens.runs.presets import settings_of
+from relearn_lens.text.concept import Classes
+from relearn_lens.text.encoding import encode
+from relearn_lens.text.readers import read_conll
 
 
 def _exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from relearn_lens import store
+from relearn_lens.runs import store
 from tests.interruptions import difference, small_run
 
 KILLS = int(os.environ.get("RELEARN_LENS_KILLS", "100"))

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import nn
 
-from relearn_lens import toy
-from relearn_lens.concept import Concept
-from relearn_lens.models import Model
-from relearn_lens.tracking import measure
+from relearn_lens.measure.tracking import measure
+from relearn_lens.models import toy
+from relearn_lens.models.model import Model
+from relearn_lens.text.concept import Concept
 
 MEASUREMENTS, EVERY = 1000, 100
 

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relearn_lens.concept import Concept
-from relearn_lens.encoding import Batch, encode
-from relearn_lens.models import hidden, reading
-from relearn_lens.neurons import site_of
-from relearn_lens.streams import ClassStats, class_stats, stream
-from relearn_lens.topwords import top_words
+from relearn_lens.measure.topwords import top_words
+from relearn_lens.models.model import hidden, reading
+from relearn_lens.neurons.sites import site_of
+from relearn_lens.neurons.streaming import ClassStats, class_stats, stream
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.encoding import Batch, encode
 from tests.benchmarks.__main__ import _interleaved, _model_and_text
 
 

@@ -16,9 +16,9 @@ import threading
 import time
 from pathlib import Path
 
-from relearn_lens import sweeps
+from relearn_lens.bench import sweeps
+from tests.bench.test_sweeps import SMALL
 from tests.interruptions import difference
-from tests.test_sweeps import SMALL
 
 AXES = """
 [sweep]

@@ -6,10 +6,10 @@ import time
 
 import torch
 
-from relearn_lens.concept import Concept
-from relearn_lens.encoding import encode
-from relearn_lens.models import hidden, reading
-from relearn_lens.saliency import SCORES, gather, saliency, score_many
+from relearn_lens.find.saliency import SCORES, gather, saliency, score_many
+from relearn_lens.models.model import hidden, reading
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.encoding import encode
 from tests.benchmarks.__main__ import _interleaved, _model_and_text
 
 STREAMED = ("probeless", "difference", "dprime", "point_biserial", "auroc")

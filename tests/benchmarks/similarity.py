@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from relearn_lens.concept import Concept
-from relearn_lens.encoding import encode
-from relearn_lens.models import hidden, reading
-from relearn_lens.neurons import site_of
-from relearn_lens.similarity import Plan, activation_similarity
+from relearn_lens.measure.similarity import Plan, activation_similarity
+from relearn_lens.models.model import hidden, reading
+from relearn_lens.neurons.sites import site_of
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.encoding import encode
 from tests.benchmarks.__main__ import _interleaved, _model_and_text
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from relearn_lens import sources, toy
-from relearn_lens.encoding import Encoded
-from relearn_lens.models import Tagger
-from relearn_lens.retraining import finetune_
+from relearn_lens import sources
+from relearn_lens.models import toy
+from relearn_lens.models.model import Tagger
+from relearn_lens.models.training import finetune_
+from relearn_lens.text.encoding import Encoded
 from tests.benchmarks.__main__ import _interleaved, _model_and_text
 
 BATCH, STEPS = 16, 12

@@ -10,11 +10,11 @@ import nbformat
 from nbclient import NotebookClient
 
 from relearn_lens import sources
-from relearn_lens.events import Prepared
-from relearn_lens.experiment import perform
-from relearn_lens.preparation import prepare
-from relearn_lens.presets import settings_of
-from relearn_lens.retraining import finetune_, retrain_
+from relearn_lens.models.training import finetune_, retrain_
+from relearn_lens.runs.events import Prepared
+from relearn_lens.runs.experiment import perform
+from relearn_lens.runs.preparation import prepare
+from relearn_lens.runs.presets import settings_of
 
 SMALL = [
     "data.train_sentences=150", "data.validation_sentences=100", "data.probe_sentences=60", "finetune.epochs=1",

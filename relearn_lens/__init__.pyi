@@ -1,0 +1,106 @@
+# The public names, told once: `lazy_loader` and type checkers read this file.
+from . import sources as sources
+from .text.concept import Concept as Concept
+from .text.corpus import (
+    Corpus as Corpus,
+    build_corpus as build_corpus,
+)
+from .text.encoding import encode as encode
+from .text.readers import (
+    read_bsb_names as read_bsb_names,
+    read_conll as read_conll,
+    read_hf as read_hf,
+    read_splits as read_splits,
+)
+from .models import toy as toy
+from .models.export import export as export
+from .models.loading import (
+    load_bridge as load_bridge,
+    load_language_model as load_language_model,
+    load_tagger as load_tagger,
+)
+from .models.lora import adapted as adapted
+from .models.model import (
+    LanguageModel as LanguageModel,
+    Tagger as Tagger,
+    computing as computing,
+)
+from .models.training import (
+    Checkpoint as Checkpoint,
+    finetune_ as finetune_,
+    retrain_ as retrain_,
+)
+from .neurons.sites import (
+    Neuron as Neuron,
+    Neurons as Neurons,
+    Site as Site,
+    random_neurons as random_neurons,
+    site_of as site_of,
+)
+from .neurons.streaming import (
+    ClassStats as ClassStats,
+    class_stats as class_stats,
+    stream as stream,
+)
+from .find.attribution import (
+    Attribution as Attribution,
+    attribute as attribute,
+    attribution_plan as attribution_plan,
+)
+from .find.saliency import (
+    Saliency as Saliency,
+    score_many as score_many,
+)
+from .remove.ablation import (
+    ablated as ablated,
+    held as held,
+    prune_ as prune_,
+)
+from .measure.evaluation import (
+    SpanScores as SpanScores,
+    TokenLoss as TokenLoss,
+    evaluate as evaluate,
+)
+from .measure.meaning import (
+    concept_similarity as concept_similarity,
+    concept_words as concept_words,
+    polysemy as polysemy,
+)
+from .measure.similarity import (
+    ActivationSimilarity as ActivationSimilarity,
+    activation_similarity as activation_similarity,
+)
+from .measure.topwords import (
+    TopWords as TopWords,
+    top_words as top_words,
+)
+from .measure.tracking import (
+    Snapshot as Snapshot,
+    Trajectory as Trajectory,
+    measure as measure,
+    track as track,
+)
+from .measure.vectors import (
+    input_embeddings as input_embeddings,
+    vectors_from_file as vectors_from_file,
+)
+from .analysis import claims as claims
+from .analysis import migration as migration
+from .analysis import priming as priming
+from .analysis import recovery as recovery
+from .runs import published as published
+from .runs.presets import (
+    preset as preset,
+    settings_of as settings_of,
+)
+from .runs.results import Run as Run
+from .runs.settings import Experiment as Experiment
+from .runs.store import (
+    load_run as load_run,
+    run as run,
+)
+from .show import plots as plots
+from .show.explore import examples as examples, explore as explore
+from .show.plots.cards import neuron_card as neuron_card
+from .show.report import write_report as write_report
+from .bench import sweeps as sweeps

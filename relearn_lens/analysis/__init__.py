@@ -1,0 +1,6 @@
+"""Pure questions about results: numbers, intervals and verdicts. No model is touched here."""
+
+import lazy_loader as lazy
+
+# Modules that are public names.
+__getattr__, *_ = lazy.attach(__name__, ["claims", "migration", "priming", "recovery", "story"])

@@ -1,0 +1,391 @@
+"""How sure a number is: intervals over sentences, neurons and training seeds, and p-values against a null.
+
+1. One training run: its sentences (or neurons) are drawn again with replacement, with the same draws for every column,
+   so that a difference is paired; the interval is BCa (bias-corrected and accelerated).
+2. Several training runs: Student's t over the seeds, sign flips for the p-value of a paired difference.
+3. A control arm: where the value lies among the null values.
+4. Several comparisons: Holm for p-values, Bonferroni for the level of intervals.
+
+Every estimate says over what its interval is taken. Source: Efron 1987, "Better Bootstrap Confidence Intervals";
+Phipson & Smyth 2010 for p-values that are never 0; Holm 1979.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats as st
+from scipy.special import ndtr, ndtri
+from torch import Tensor
+
+from relearn_lens.measure.evaluation import Label, Scores
+
+Numbers = Sequence[float | int] | np.ndarray
+FEWEST_SEEDS = 3
+"""Fewest training seeds that say anything of what training did: below, a difference between arms has no interval."""
+ONE_SEED = "one training seed: no interval over training"
+JACKKNIFED = 1000
+"""Most neurons for which BCa is taken: its jackknife recomputes the statistic once per neuron. With more, skewness
+hardly matters, and the percentile interval is taken."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with an interval, and over what the interval is taken."""
+
+    value: float
+    low: float
+    """NaN, as `high`, where there is no interval."""
+    high: float
+    over: str
+    p: float | None = None
+    """Two-sided, not corrected for other comparisons; None where nothing was tested."""
+    n: int | None = None
+    """Seeds, sentences or neurons that the interval is over."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The ends, or None where there is no interval."""
+        return None if math.isnan(self.low) or math.isnan(self.high) else (self.low, self.high)
+
+    def excludes(self, number: float | int) -> bool:
+        """Whether the interval leaves a number out; no interval leaves out nothing."""
+        return self.interval is not None and not self.low <= number <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if self.interval else "")
+
+
+@dataclass(frozen=True)
+class Against:
+    """One value beside the values of a null, such as random arms."""
+
+    value: float
+    null: Estimate
+    """Mean of the null values, with the interval that one more of them would fall into (`level`)."""
+    p: float
+    """Two-sided share of null values at least as far from the common mean; never below 1 / (1 + n)."""
+
+    @property
+    def outside(self) -> bool:
+        """Whether the value is where one more null value would not be expected."""
+        return self.null.excludes(self.value)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} against {self.null} ({self.null.over}; p = {self.p:.3g})"
+
+
+def estimate(
+    of: Callable[..., Any],
+    label: Label,
+    *columns: Sequence[Scores],
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """A function of one or more scores' values (F1, say), with its interval.
+
+    `columns` are the arguments of `of`: for each, one score per seed of the run. With one seed the interval is over
+    sentences (`over_sentences`), with more it is Student's t over seeds (`over_seeds`).
+
+    Raises:
+        ValueError: no seed, columns of different lengths, or of one seed but different sentences.
+    """
+    n = {len(column) for column in columns}
+    if len(n) != 1 or 0 in n:
+        raise ValueError(f"every column needs one score per seed, got {[len(c) for c in columns]}")
+    rows = list(zip(*columns, strict=True))
+    if len(rows) == 1:
+        return over_sentences(of, label, *rows[0], level=level, draws=draws, seed=seed)
+    return over_seeds([float(of(*(s.value(label) for s in row))) for row in rows], level=level)
+
+
+def over_sentences(
+    of: Callable[..., Any],
+    label: Label,
+    *scores: Scores,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """A function of the values of one model's scores or of several, with its BCa bootstrap interval over the sentences.
+
+    `of` takes as many numbers as there are scores, or as many arrays of them, and works element by element. Every
+    score is drawn with the same sentences, so a difference is paired. Where BCa is not defined (draws or jackknife all
+    alike or undefined) the interval is the percentile one, and `over` says so. It holds for this trained model: it
+    does not say what another training seed would give.
+
+    Raises:
+        ValueError: scores of different numbers of sentences, which cannot be paired.
+    """
+    counts = [score.sums(label) for score in scores]
+    sizes = {len(count) for count in counts}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"scores of one interval need the same sentences, got {[len(c) for c in counts]} sentences; evaluate all "
+            "of them on the same text"
+        )
+    n = sizes.pop()
+    table = np.concatenate(counts, axis=1)
+
+    def of_counts(sums: np.ndarray) -> np.ndarray:
+        parts = np.split(sums, np.cumsum([count.shape[1] for count in counts])[:-1], axis=1)
+        values = [score.of_sums(part) for score, part in zip(scores, parts, strict=True)]
+        return np.broadcast_to(np.asarray(of(*values), dtype=float), len(sums))
+
+    value = float(of(*(score.value(label) for score in scores)))
+    drawn = of_counts(_weights(n, draws, seed) @ table)
+    return _bootstrapped(value, drawn, lambda: [of_counts(table.sum(0) - table)], level, "sentences", n)
+
+
+def over_neurons(
+    statistic: Callable[..., Any],
+    *columns: Tensor | np.ndarray,
+    groups: Tensor | np.ndarray | None = None,
+    weighted: bool = False,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic over neurons with its bootstrap interval, such as a centre of mass or a rank correlation.
+
+    `columns` are one number per neuron, shape `["neuron"]`; `statistic` takes them with any number of axes before it
+    (`[..., neuron]`) and works along the last. With `weighted` it takes the weights (how often each neuron is drawn,
+    `[..., neuron]`) and then the columns as they are, which is faster where it need not sort anew. With `groups` (such
+    as each neuron's layer) neurons are drawn within their group, so that each keeps its size. BCa up to `JACKKNIFED`
+    neurons, else percentile; also where BCa is undefined, and `over` says so. Neurons of one model are not independent,
+    and the interval is not about another training seed.
+
+    Raises:
+        ValueError: no neuron, or columns of different lengths.
+    """
+    arrays = [np.asarray(column) for column in columns]
+    labels = None if groups is None else np.asarray(groups)
+    shapes = [a.shape for a in (*arrays, *([] if labels is None else [labels]))]
+    if not arrays or len(set(shapes)) != 1 or len(shapes[0]) != 1 or not shapes[0][0]:
+        raise ValueError(f"columns and groups need one number per neuron, got shapes {shapes}")
+    n = len(arrays[0])
+    group = np.zeros(n, dtype=int) if labels is None else np.unique(labels, return_inverse=True)[1]
+    order = np.argsort(group, kind="stable")
+    sizes = np.bincount(group)
+    starts = np.cumsum(sizes) - sizes
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 2**20 // n)
+
+    def at(index: np.ndarray) -> np.ndarray:
+        found = statistic(_counted(index, n), *arrays) if weighted else statistic(*(array[index] for array in arrays))
+        return np.broadcast_to(np.asarray(found, dtype=float), len(index))
+
+    def again(rows: int) -> np.ndarray:
+        parts = [start + rng.integers(size, size=(rows, size)) for start, size in zip(starts, sizes, strict=True)]
+        return at(order[np.concatenate(parts, axis=1)])
+
+    def without(rows: np.ndarray) -> np.ndarray:
+        rest = np.arange(n - 1)
+        return at(order[rest + (rest >= rows[:, None])])
+
+    def jackknife() -> list[np.ndarray]:
+        left = np.concatenate([without(rows) for rows in np.array_split(np.arange(n), math.ceil(n / chunk))])
+        # A group of one neuron is always drawn whole: it does not vary, so it does not skew either.
+        return [part for part in np.split(left, starts[1:]) if len(part) > 1]
+
+    drawn = np.concatenate([again(min(chunk, draws - done)) for done in range(0, draws, chunk)])
+    value = float(at(np.arange(n)[None])[0])
+    return _bootstrapped(value, drawn, jackknife if n <= JACKKNIFED else None, level, "neurons", n)
+
+
+def over_seeds(values: Numbers, *, level: float = 0.95) -> Estimate:
+    """Mean of one number per training seed, with Student's t interval; of one seed there is none.
+
+    Raises:
+        ValueError: no value.
+    """
+    each = np.asarray(values, dtype=float)
+    n = len(each)
+    if not n:
+        raise ValueError("an interval over seeds needs at least one value, got none")
+    mean = float(each.mean())
+    if n == 1:
+        return Estimate(mean, math.nan, math.nan, ONE_SEED, n=1)
+    if not np.isfinite(each).all():
+        return Estimate(mean, math.nan, math.nan, f"{n} seeds, {(~np.isfinite(each)).sum()} undefined", n=n)
+    half = float(st.t.ppf((1 + level) / 2, n - 1) * st.sem(each))
+    return Estimate(mean, mean - half, mean + half, f"{n} seeds", n=n)
+
+
+def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95, draws: int = 9999, seed: int = 0) -> Estimate:
+    """Mean of ours minus theirs over training seeds, with Student's t interval and the p-value of sign flips.
+
+    Under the null each seed's difference could as well have the other sign. All flips are tried if they are at most
+    `draws`, else so many at random. The p-value of n seeds is at least 2 / 2**n: with fewer than six it cannot be
+    below 0.05, whatever the interval says. One seed has neither.
+
+    Raises:
+        ValueError: different numbers of seeds, or none.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"a paired difference needs the same seeds on both sides, got {len(ours)} and {len(theirs)}")
+    gap = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    found = over_seeds(gap, level=level)
+    if found.interval is None:
+        return found
+    test = st.permutation_test(
+        (gap,),
+        lambda d, axis: d.mean(axis),
+        permutation_type="samples",
+        n_resamples=draws,
+        rng=np.random.default_rng(seed),
+    )
+    return Estimate(found.value, found.low, found.high, found.over, float(test.pvalue), found.n)
+
+
+class Gap(NamedTuple):
+    """Concept minus control."""
+
+    effect: Estimate
+    p: float | None
+    p_flips: float | None
+
+
+def beside_control(ours: Numbers, control: Sequence[Numbers], level: float) -> Gap:
+    """Ours minus the control's values, both by seed: the wider of two intervals, and the larger of their p-values.
+
+    Seeds share the text, and often the neurons: what one control value does by luck it does in every seed, so
+    Student's t over seeds alone takes luck for an effect (`python -m tests.benchmarks false-alarms`).
+
+    Over seeds (from `FEWEST_SEEDS` on), and where one more value of the control would lie beside its others: those of
+    its own seed if there are several, else those of the other seeds.
+    """
+    means = [float(np.mean(values)) for values in control]
+    gap, n = float(np.mean(ours) - np.mean(means)), sum(map(len, control))
+    several = n > len(control)
+    middles = means if several else [float(np.mean(means))] * len(means)
+    off = np.concatenate([np.subtract(values, middle) for values, middle in zip(control, middles, strict=True)])
+    df = n - (len(control) if several else 1)
+    found = []
+    if df:
+        found.append((math.sqrt(float(off @ off) / df * (1 + 1 / n)), df, f"{n} values of the control"))
+    if len(ours) >= FEWEST_SEEDS:
+        found.append((float(st.sem(np.subtract(ours, means))), len(ours) - 1, f"{len(ours)} seeds"))
+    p_flips = paired(ours, means, level=level).p
+    if not found:
+        return Gap(Estimate(gap, math.nan, math.nan, "one value of the control", n=n), None, p_flips)
+    half, over = max((float(st.t.ppf((1 + level) / 2, df) * error), over) for error, df, over in found)
+    p = max(2 * float(st.t.sf(abs(gap) / error, df)) if error > 0 else float(gap == 0) for error, df, _ in found)
+    return Gap(Estimate(gap, gap - half, gap + half, over, p, n), p, p_flips)
+
+
+def against_null(value: float | int, null_values: Numbers, *, level: float = 0.95) -> Against:
+    """Where one value lies among the values of a null: p-value, and the interval of one more null value.
+
+    p = (1 + null values at least as extreme) / (1 + n); extreme is far from the mean of all n + 1 values, so that
+    under the null the value is as likely as any other to be the most extreme. The interval is Student's t with
+    sqrt(1 + 1/n); there is none for one null value.
+
+    Raises:
+        ValueError: no null value, or one that is not a number.
+    """
+    null = np.asarray(null_values, dtype=float)
+    n = len(null)
+    if not n or not np.isfinite(null).all() or not math.isfinite(value):
+        raise ValueError(f"a null needs at least one number, and all finite, got {value} against {null.tolist()}")
+    far = np.abs(np.append(null, value) - np.append(null, value).mean())
+    # Equal values can differ in the last bit of their distance.
+    extreme = int((far[:-1] >= far[-1] * (1 - 1e-12) - 1e-300).sum())
+    mean = float(null.mean())
+    half = float(st.t.ppf((1 + level) / 2, n - 1) * null.std(ddof=1) * math.sqrt(1 + 1 / n)) if n > 1 else math.nan
+    expected = Estimate(mean, mean - half, mean + half, f"{n} null values", n=n)
+    return Against(float(value), expected, (1 + extreme) / (1 + n))
+
+
+def holm(p_values: Numbers) -> list[float]:
+    """P-values of several tests, adjusted so that all of them together keep the level (Holm's step-down).
+
+    Raises:
+        ValueError: a p-value that is not within 0 and 1.
+    """
+    p = np.asarray(p_values, dtype=float)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values must be within 0 and 1, got {p.tolist()}")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted.tolist()
+
+
+def bonferroni(level: float | int, n: int) -> float:
+    """The level of each of `n` intervals, such that together they keep `level`.
+
+    Raises:
+        ValueError: a level not between 0 and 1, or no comparison.
+    """
+    if not 0 < level < 1 or n < 1:
+        raise ValueError(f"level must be between 0 and 1 and n at least 1, got level {level} and n {n}")
+    return 1 - (1 - level) / n
+
+
+@lru_cache(maxsize=2)
+def _weights(n: int, draws: int, seed: int) -> np.ndarray:
+    """How often each of `n` is drawn, `[draw, n]`: one matrix product then resamples any sum. Read only."""
+    weights = _counted(np.random.default_rng(seed).integers(n, size=(draws, n)), n)
+    weights.flags.writeable = False
+    return weights
+
+
+def _counted(index: np.ndarray, n: int) -> np.ndarray:
+    """How often each of `n` is in each row of `index`."""
+    flat = index + n * np.arange(len(index))[:, None]
+    return np.bincount(flat.ravel(), minlength=len(index) * n).reshape(len(index), n).astype(float)
+
+
+def _bootstrapped(
+    value: float,
+    drawn: np.ndarray,
+    jackknife: Callable[[], list[np.ndarray]] | None,
+    level: float,
+    of_what: str,
+    n: int,
+) -> Estimate:
+    """The BCa interval of bootstrap draws, or where there is none the percentile interval, which `over` then says."""
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    ends = None if jackknife is None or math.isnan(value) else _bca(value, drawn, jackknife, tails)
+    if ends is not None:
+        return Estimate(value, *ends, f"{n} {of_what}", n=n)
+    known = drawn[~np.isnan(drawn)]
+    lost = f"; {len(drawn) - len(known)} of {len(drawn)} draws undefined" if len(known) < len(drawn) else ""
+    over = f"{n} {of_what} (percentile{lost})"
+    if math.isnan(value) or not len(known):
+        return Estimate(value, math.nan, math.nan, over, n=n)
+    # Between infinite draws nothing can be interpolated.
+    low, high = np.quantile(known, tails, method="linear" if np.isfinite(known).all() else "inverted_cdf")
+    return Estimate(value, float(low), float(high), over, n=n)
+
+
+def _bca(
+    value: float, drawn: np.ndarray, jackknife: Callable[[], list[np.ndarray]], tails: np.ndarray
+) -> tuple[float, float] | None:
+    """Efron's bias-corrected and accelerated interval; None where it is not defined.
+
+    The jackknife is one array per group that was drawn by itself.
+    """
+    bias = ndtri(((drawn < value).mean() + (drawn <= value).mean()) / 2)
+    if not np.isfinite(drawn).all() or not np.isfinite(bias) or np.ptp(drawn) == 0:
+        return None
+    square = cube = 0.0
+    for left in jackknife():
+        influence = (len(left) - 1) / len(left) * (left.mean() - left)
+        square += float((influence**2).sum())
+        cube += float((influence**3).sum())
+    if not square > 0:  # NaN too
+        return None
+    acceleration = cube / (6 * square**1.5)
+    z = bias + ndtri(tails)
+    if not (acceleration * z < 1).all():
+        return None
+    low, high = np.quantile(drawn, ndtr(bias + z / (1 - acceleration * z)))
+    return float(low), float(high)

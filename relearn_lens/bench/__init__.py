@@ -1,0 +1,6 @@
+"""Many runs: settings crossed, spread over processes or a cluster, gathered in one table."""
+
+import lazy_loader as lazy
+
+# Modules that are public names.
+__getattr__, *_ = lazy.attach(__name__, ["sweeps"])

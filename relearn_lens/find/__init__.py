@@ -1,0 +1,1 @@
+"""What carries a concept: one number per neuron, with kind and unit."""

@@ -1,0 +1,53 @@
+"""References: the embedding that stands in place of each word where a path begins."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relearn_lens.models.model import Model, reading
+from relearn_lens.neurons.sites import token_vectors
+
+Reference = Literal["auto", "mask", "pad", "end", "mean", "zero"]
+
+
+def reference_of(model: Model, asked: str) -> tuple[str, Float[Tensor, " d_model"]]:
+    """The name and the vector, float32, of the reference that is asked for.
+
+    Raises:
+        ValueError: the model's tokenizer has no such token, or its embedding is all zeros.
+    """
+    tokenizer, bridge = model.tokenizer, model.bridge
+    rows = int(bridge.cfg.d_vocab)
+    tokens: dict[str, int] = {}
+    for name, kind in (("mask", "mask"), ("pad", "pad"), ("end", "sep"), ("end", "eos")):
+        text, token = getattr(tokenizer, f"{kind}_token"), getattr(tokenizer, f"{kind}_token_id")
+        # A bridge gives every tokenizer an end token, which for one that does not know it is the unknown token.
+        if token is not None and token < rows and tokenizer.convert_ids_to_tokens(token) == text:
+            tokens.setdefault(name, token)
+
+    def vectors(ids: Any) -> Tensor:
+        return token_vectors(bridge, torch.as_tensor(ids, device=model.device)).float()
+
+    with reading(model):
+        if asked == "mean":
+            sums = [vectors(ids).sum(0) for ids in torch.arange(rows).split(8192)]
+            return asked, torch.stack(sums).sum(0) / rows
+        if asked == "zero":
+            return asked, torch.zeros_like(vectors([0])[0])
+        for name in tokens if asked == "auto" else {asked} & set(tokens):
+            vector = vectors([tokens[name]])[0]
+            if vector.any():
+                return name, vector
+            if asked != "auto":
+                raise ValueError(
+                    f"the embedding of the {asked} token is all zeros, which no text is near to; use another "
+                    "reference, or ask for reference='zero' by name"
+                )
+    raise ValueError(
+        f"reference {asked!r} was asked for, but the tokenizer of {tokenizer.name_or_path!r} has no such token with an "
+        f"embedding; it has {', '.join(tokens) or 'none of mask, pad, end'}: use one of these, or reference='mean'"
+    )

@@ -1,0 +1,347 @@
+"""How well a model does what a concept is needed for, with the sums that intervals are made from.
+
+A tagger is judged by the F1 of its spans, a language model by its loss on the concept's tokens and on all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from beartype import beartype as typechecker
+from jaxtyping import Float, Int, jaxtyped
+from nervaluate import Evaluator
+from nervaluate.loaders import ListLoader
+
+from relearn_lens.models import processes
+from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for, reading
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import OUTSIDE, Corpus, Strings, bio
+from relearn_lens.text.encoding import Batch, Encoded
+
+OVERALL = "overall"
+OTHERS = "others"
+"""All tokens that do not carry the concept."""
+Label = str | tuple[str, ...]
+"""A label, several that are scored together, or `OVERALL`."""
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """What recovery, claims and intervals need of a score: a value that is 0 where a model knows nothing, and higher
+    where it knows more, from sums over sentences."""
+
+    metric: ClassVar[str]
+    """Name of what people read."""
+    unit: ClassVar[str]
+    """Its unit."""
+    quantity: ClassVar[str]
+    """Name of what `value` gives, of which shares are taken."""
+    better: ClassVar[str]
+    """How a model with a higher `value` compares, in words; `worse` the other way round."""
+    worse: ClassVar[str]
+
+    labels: Strings
+    """What is scored apart."""
+
+    def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
+        """What a label's value is made from, per sentence."""
+        ...
+
+    def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
+        """Values from sums over sentences; NaN where there is nothing to score."""
+        ...
+
+    def displayed(self, value: float) -> float:
+        """The number that people read for a value."""
+        ...
+
+    def support(self) -> dict[str, int]:
+        """How much there is to score, by label."""
+        ...
+
+    def value(self, label: Label) -> float:
+        """0 where a model knows nothing, higher where it knows more; NaN where there is nothing to score."""
+        return float(self.of_sums(self.sums(label).sum(0)))
+
+    def resampled(self, label: Label, *, n: int = 1000, seed: int = 0) -> Float[np.ndarray, " draw"]:
+        """`value` over `n` bootstrap draws of the sentences, NaN in a draw without anything to score.
+
+        The draws depend on `seed` alone, so two scores over the same sentences are paired: their difference has an
+        interval too.
+        """
+        sums = self.sums(label)
+        draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n)
+        return self.of_sums(draws @ sums)
+
+    def shown(self, label: Label) -> float:
+        """The number that people read."""
+        return self.displayed(self.value(label))
+
+    def interval(self, label: Label, *, level: float = 0.95, n: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """Percentile bootstrap interval of `shown` over sentences."""
+        drawn = self.resampled(label, n=n, seed=seed)
+        drawn = drawn[~np.isnan(drawn)]
+        if not len(drawn):
+            return float("nan"), float("nan")
+        ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        low, high = sorted(self.displayed(float(end)) for end in ends)
+        return low, high
+
+
+def _columns(labels: Strings, label: Label) -> list[int]:
+    """The columns of some labels."""
+    names = (label,) if isinstance(label, str) else label
+    if unknown := [name for name in names if name not in labels]:
+        raise ValueError(f"no scores of label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}")
+    return [labels.index(name) for name in names]
+
+
+@jaxtyped(typechecker=typechecker)
+@dataclass(frozen=True, eq=False, repr=False)
+class SpanScores(Scores):
+    """Strict span scores: a predicted span counts when its words and its label are both right."""
+
+    metric: ClassVar[str] = "F1"
+    unit: ClassVar[str] = "strict span F1, 0 to 1"
+    quantity: ClassVar[str] = "F1"
+    better: ClassVar[str] = "above"
+    worse: ClassVar[str] = "below"
+
+    f1: dict[str, float]
+    """By label, and `"overall"` over all spans together (micro). 0 where there is nothing right; NaN for a label that
+    neither text nor prediction has."""
+    precision: dict[str, float]
+    recall: dict[str, float]
+    counts: Int[np.ndarray, "sentence label 3"]
+    """Spans of each sentence and label (in the order of `labels`): right, predicted, true."""
+    labels: Strings
+
+    def __repr__(self) -> str:
+        return "SpanScores(F1 " + ", ".join(f"{label} {value:.3f}" for label, value in self.f1.items()) + ")"
+
+    def support(self) -> dict[str, int]:
+        """True spans of each label."""
+        true = self.counts[..., 2].sum(0)
+        return dict(zip(self.labels, true.tolist(), strict=True)) | {OVERALL: int(true.sum())}
+
+    def counts_of(self, label: Label) -> Int[np.ndarray, "sentence 3"]:
+        """Right, predicted and true spans of each sentence for a label or several together."""
+        return self.counts.sum(1) if label == OVERALL else self.counts[:, _columns(self.labels, label)].sum(1)
+
+    def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
+        """`counts_of`, as floats."""
+        return self.counts_of(label).astype(float)
+
+    def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
+        """F1 from right, predicted and true spans; NaN where neither text nor prediction has a span."""
+        right, spans = sums[..., 0], sums[..., 1] + sums[..., 2]
+        return np.divide(2 * right, spans, out=np.full(np.shape(right), np.nan), where=spans > 0)
+
+    def displayed(self, value: float) -> float:
+        """The F1 itself."""
+        return value
+
+
+@jaxtyped(typechecker=typechecker)
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenLoss(Scores):
+    """Loss of a language model on the tokens of each class of words, every sub-word given all before it.
+
+    Every token of a word counts. `value` is what the model gains over a uniform guess, log(vocabulary) - loss: 0 for a
+    model that knows nothing, so that shares of it can be taken as of an F1.
+    """
+
+    metric: ClassVar[str] = "loss"
+    unit: ClassVar[str] = "nats per token"
+    quantity: ClassVar[str] = "gain over a uniform guess"
+    better: ClassVar[str] = "nats better than"
+    worse: ClassVar[str] = "nats worse than"
+
+    nats: Float[np.ndarray, "sentence column"]
+    """Summed over the tokens of each sentence; the columns are `labels`, then all tokens."""
+    tokens: Int[np.ndarray, "sentence column"]
+    labels: Strings
+    """The classes that have a name, and `"others"`: all tokens that do not carry the concept."""
+    vocabulary: int
+    """Number of tokens that a uniform guess chooses from."""
+
+    def __repr__(self) -> str:
+        return f"TokenLoss(nats per token {', '.join(f'{k} {v:.3f}' for k, v in self.loss.items())})"
+
+    @property
+    def loss(self) -> dict[str, float]:
+        """Nats per token, by label and `"overall"`; summed over tokens before dividing."""
+        return {label: self.shown(label) for label in (*self.labels, OVERALL)}
+
+    def support(self) -> dict[str, int]:
+        """Tokens of each label."""
+        return dict(zip((*self.labels, OVERALL), self.tokens.sum(0).tolist(), strict=True))
+
+    def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
+        """Nats and tokens of each sentence."""
+        columns = [len(self.labels)] if label == OVERALL else _columns(self.labels, label)
+        return np.stack([self.nats[:, columns].sum(1), self.tokens[:, columns].sum(1).astype(float)], 1)
+
+    def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
+        """Nats per token gained over a uniform guess."""
+        nats, tokens = sums[..., 0], sums[..., 1]
+        loss = np.divide(nats, tokens, out=np.full(np.shape(nats), np.nan), where=tokens > 0)
+        return np.asarray(math.log(self.vocabulary) - loss)
+
+    def displayed(self, value: float) -> float:
+        """The loss, in nats per token."""
+        return math.log(self.vocabulary) - value
+
+
+def evaluate(
+    model: Model,
+    text: Corpus | Encoded,
+    *,
+    concept: Concept | None = None,
+    max_tokens: int = 4096,
+    tick: Callable[[int], object] | None = None,
+) -> Any:
+    """Strict span F1 of a tagger on labelled text, by nervaluate; of a language model, its loss per class of tokens.
+
+    Tagger: a word's tag is that of its first sub-word; a word that the context cut off is predicted `"O"`. An `I-`
+    that follows no span of its type opens one (as conlleval counts). Language model: `token_loss` for the concept.
+    A `SpanScores` or a `TokenLoss`; both are `Scores`.
+
+    Raises:
+        ValueError: the text has a label that the tagger does not know; a language model without a concept.
+    """
+    encoded = encoded_for(model, text)
+    check_labels(model, encoded.corpus)
+    if isinstance(model, Tagger):
+        return score_spans(encoded.corpus, predict(model, encoded, max_tokens=max_tokens, tick=tick), model.tags)
+    if not isinstance(model, LanguageModel) or concept is None:
+        raise ValueError(
+            "a language model is judged on the tokens of a concept: give evaluate(..., concept=Concept(...))"
+        )
+    return token_loss(model, encoded, concept, max_tokens=max_tokens, tick=tick)
+
+
+def token_loss(
+    model: LanguageModel,
+    text: Corpus | Encoded,
+    concept: Concept,
+    *,
+    max_tokens: int = 4096,
+    tick: Callable[[int], object] | None = None,
+) -> TokenLoss:
+    """Loss of a language model on the tokens of the concept, of every other label of the text, and of all other words.
+
+    Every token of a word counts, special tokens do not. Words that the context cut off are left out.
+
+    Raises:
+        ValueError: no word of the text carries the concept.
+    """
+    encoded = encoded_for(model, text)
+    corpus, classes = encoded.corpus, concept.classes(encoded.corpus)
+    named = [k for k, name in enumerate(classes.names) if name != OUTSIDE]
+    sentence_of = np.repeat(np.arange(corpus.n_sentences), np.diff(corpus.start))
+    member = np.stack(
+        [*(classes.of_word == k for k in named), ~classes.carries[classes.of_word], np.ones(corpus.n_words, bool)], 1
+    )
+    nats, tokens = np.zeros(corpus.n_words), np.zeros(corpus.n_words, dtype=np.int64)
+    with reading(model), _sharing(encoded, max_tokens, (nats, tokens)) as batches:
+        for batch, n_tokens in batches:
+            losses, words = model.losses(batch.to(model.device)).double().cpu().numpy(), batch.word_of.numpy()
+            np.add.at(nats, words, losses)
+            np.add.at(tokens, words, 1)
+            if tick:
+                tick(n_tokens)
+    if not np.isfinite(nats).all():
+        raise ValueError(
+            "the loss of the language model is not finite (NaN or infinite); look at its weights and at the learning "
+            "rate"
+        )
+
+    def by_sentence(of_word: np.ndarray) -> np.ndarray:
+        table = np.zeros((corpus.n_sentences, member.shape[1]), dtype=of_word.dtype)
+        np.add.at(table, sentence_of, of_word[:, None] * member)
+        return table
+
+    labels = (*(classes.names[k] for k in named), OTHERS)
+    return TokenLoss(by_sentence(nats), by_sentence(tokens), labels, model.vocabulary)
+
+
+def check_labels(model: Model, corpus: Corpus) -> None:
+    """Refuse a text with a label that a tagger does not know."""
+    if isinstance(model, Tagger):
+        _check_tags(model, corpus)
+
+
+def _check_tags(tagger: Tagger, corpus: Corpus) -> None:
+    if unknown := sorted(set(corpus.label_names) - set(tagger.label_names)):
+        raise ValueError(
+            f"corpus {corpus.name!r} has labels {unknown} that the tagger does not know; it was made for "
+            f"{', '.join(tagger.label_names)}"
+        )
+
+
+def predict(
+    tagger: Tagger,
+    encoded: Encoded,
+    *,
+    max_tokens: int = 4096,
+    tick: Callable[[int], object] | None = None,
+) -> Int[np.ndarray, " word"]:
+    """The tag of every word of the corpus, an index into `tagger.tags`."""
+    tags = np.zeros(encoded.corpus.n_words, dtype=np.int64)
+    with reading(tagger), _sharing(encoded, max_tokens, (tags,)) as batches:
+        for batch, n_tokens in batches:
+            here = batch.to(tagger.device)
+            best = tagger(here.ids, here.mask).argmax(-1).flatten()
+            tags[batch.words.numpy()] = best[here.subword[here.first]].cpu().numpy()
+            if tick:
+                tick(n_tokens)
+    return tags
+
+
+@contextlib.contextmanager
+def _sharing(encoded: Encoded, max_tokens: int, sums: Sequence[np.ndarray]) -> Iterator[Iterator[tuple[Batch, int]]]:
+    """This process's batches of a text, each with the tokens that go by meanwhile; afterwards `sums`, which are 0
+    where this process read nothing, are those of all processes."""
+    cuts = encoded.cuts(max_tokens=max_tokens)
+    shared = processes.is_shared(len(cuts))
+    mine = map(encoded.batch, processes.share(cuts))
+    yield ((batch, batch.n_tokens * (processes.size() if shared else 1)) for batch in mine)
+    if shared:
+        processes.sum_(*map(torch.from_numpy, sums))
+
+
+def score_spans(corpus: Corpus, predicted: Int[np.ndarray, " word"], tags: tuple[str, ...]) -> SpanScores:
+    """Strict span scores of predicted word tags against a corpus's labels."""
+    labels = tuple(dict.fromkeys(tag[2:] for tag in tags if tag != OUTSIDE))
+    true, guess = [], []
+    for i in range(corpus.n_sentences):
+        span = slice(corpus.start[i], corpus.start[i + 1])
+        true.append(bio([corpus.label_names[k] for k in corpus.label[span]], corpus.begins[span].tolist()))
+        guess.append([tags[k] for k in predicted[span]])
+    strict = Evaluator(true, guess, tags=list(labels), loader="list").evaluate()
+    results = {name: result["strict"] for name, result in strict["entities"].items()}
+    if results:  # without a span on either side there is no overall F1 either
+        results[OVERALL] = strict["overall"]["strict"]
+
+    counts = np.zeros((corpus.n_sentences, len(labels), 3), dtype=np.int64)
+    loader = ListLoader()
+    for i, (there, here) in enumerate(zip(loader.load(true), loader.load(guess), strict=True)):
+        there, here = ({(e.label, e.start, e.end) for e in side} for side in (there, here))
+        for k, found in enumerate((there & here, here, there)):
+            for label, _, _ in found:
+                counts[i, labels.index(label), k] += 1
+
+    def each(metric: str) -> dict[str, float]:
+        return {
+            name: float(getattr(results[name], metric)) if name in results else float("nan")
+            for name in (*labels, OVERALL)
+        }
+
+    return SpanScores(each("f1"), each("precision"), each("recall"), counts, labels)

@@ -1,0 +1,432 @@
+"""Activation similarity before and after: which neuron of the new model does what a neuron of the old one did.
+
+1. Both models read the same batch; sub-words are averaged into words, and each neuron gets a number per word.
+2. The products of every neuron before with every neuron after are summed over the words, and within a layer those of
+   its neurons with each other. Nothing is kept per word, so memory does not depend on the length of the text.
+3. Where all pairs do not fit in memory, the neurons before are taken in parts, and the text is read once for each.
+4. From the sums: correlation of each neuron with itself, its best match anywhere and what chance gives for that, the
+   flow from layer to layer, and linear CKA.
+
+Source of CKA: Kornblith, Norouzi, Lee, Hinton 2019 ("Similarity of neural network representations revisited"). The
+best match of one neuron among all of another network is the maximum matching of Li et al. 2015; ours goes over layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from beartype import beartype as typechecker
+from einops import rearrange
+from jaxtyping import Float, Int, jaxtyped
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from relearn_lens.models.model import Model, encoded_for, hidden, reading
+from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
+from relearn_lens.neurons.streaming import word_means
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import Corpus
+from relearn_lens.text.encoding import Batch, Encoded
+
+Which = Literal["all", "concept"]
+
+PROBES = 64
+"""Neurons whose words are paired at random to learn what chance gives."""
+CONSTANT, DEAD = 1e-6, 1e-12
+"""A neuron is constant if its standard deviation is at most these shares of its mean (float32 leaves no less) and of
+the largest standard deviation of all neurons (trained models have some with a gain of 1e-30)."""
+
+
+@jaxtyped(typechecker=typechecker)
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationSimilarity:
+    """How alike the neurons of two models are over the same words; correlations are Pearson's, -1 to 1.
+
+    Rows are neurons or layers before. A neuron that is constant over the words correlates with nothing: it is NaN in
+    `same` if constant on either side, in `best` if constant before.
+    """
+
+    same: Float[Tensor, "layer neuron"]
+    """Each neuron before with itself after."""
+    best: Float[Tensor, "layer neuron"]
+    """Each neuron before with the neuron after, of any layer, whose correlation is largest in size; with its sign."""
+    best_layer: Int[Tensor, "layer neuron"]
+    """Position of that neuron's layer in `site.layers`; -1 where `best` is NaN."""
+    best_neuron: Int[Tensor, "layer neuron"]
+    """Its index within the layer; -1 where `best` is NaN."""
+    flow: Float[Tensor, "before after"]
+    """Share of a layer's neurons (constant ones left out) whose best match is in each layer after; rows sum to 1."""
+    cka: Float[Tensor, "before after"]
+    """Linear centred kernel alignment of a layer before and a layer after, 0 to 1. It is the biased estimator: with
+    fewer words than neurons in a layer it is near 1 whatever the models."""
+    chance: float
+    """Mean over some neurons before of the best |correlation| they reach with their words paired at random."""
+    chance_high: float
+    """95th percentile of the same."""
+    which: Which
+    """Over which words."""
+    n_words: int
+    site: Site
+
+    def above_chance(self, neurons: Neurons | None = None) -> float:
+        """Share of neurons (constant ones left out) whose best match is above `chance_high`: 0.05 is chance."""
+        mask = ~self.best.isnan() if neurons is None else ~self.best.isnan() & _mask(self, neurons)
+        return float((self.best[mask].abs() > self.chance_high).float().mean())
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationSimilarity({self.which}, {self.site.name}, {self.n_words:,} words; median correlation "
+            f"{self.same.nanmedian():.2f} with itself, {self.best.abs().nanmedian():.2f} with the best match, "
+            f"{self.chance:.2f} by chance)"
+        )
+
+
+def flow_of(similarity: ActivationSimilarity, neurons: Neurons) -> Float[Tensor, "before after"]:
+    """`flow` of some neurons before, such as those that were pruned: where is what they did now?
+
+    Rows sum to 1; a layer that has none of them (constant ones left out) is NaN.
+
+    Raises:
+        ValueError: the neurons are of another site.
+    """
+    return _flow(similarity.best_layer, _mask(similarity, neurons))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the pairs of neurons are gone through: so many at a time."""
+
+    passes: int
+    """Times that both models read the text."""
+    neurons_per_pass: int
+    """Neurons before whose products with all neurons after are summed in one pass."""
+    words_per_batch: int
+    """No batch has more."""
+    n_bytes: int
+    """Most memory of the sums and of one batch's words, on the models' device."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.neurons_per_pass:,} neurons before with every neuron after per pass over the text, passes: "
+            f"{self.passes}, with at most {self.n_bytes / 2**20:,.0f} MiB beside the models."
+        )
+
+
+def activation_similarity(
+    before: Model | TransformerBridge | Mapping[str, Tensor],
+    after: Model | TransformerBridge,
+    text: Corpus | Encoded,
+    *,
+    concept: Concept | None = None,
+    site: str | Site = "resid",
+    max_memory: int = 1 << 30,
+    max_tokens: int = 4096,
+    tick: Callable[[int], object] | None = None,
+    on_plan: Callable[[Plan], object] | None = None,
+) -> dict[str, ActivationSimilarity]:
+    """Which neuron after does what each neuron did before: `"all"` words and, with a concept, those of `"concept"`.
+
+    `before` is another model of the same shape, or weights that `after.weights()` gave (keep clones): they are put into
+    `after` for each batch and its own put back. Results are float32 on the CPU.
+
+    Memory: with L layers of N neurons, at most W words a batch, r neurons before a pass, and G = 2 with a concept (its
+    words have sums of their own), else 1: `4 G (N ((L + 2) r + 64 L) + W (r + 4 N + 384))` bytes beside the models,
+    never more than `max_memory`. r is as many as fit; ceil(L N / r) passes are made. `on_plan` gets the `Plan` before
+    the first forward pass; `tick` the number of tokens of each batch, after each model, in each pass.
+
+    Accuracy: products add up in float32 after a shift by the mean of the first batch, so that a large mean does not
+    swallow the variance; sums and squares of single neurons add up in float64. On MiniLM every correlation is within
+    1e-6 of float64's (on CUDA with torch's default of no TF32 in matrix products).
+
+    Chance: the best of many correlations is large by itself when words are few. For 64 neurons before, each word gets
+    the activation of a random other word (of the batch before; in the first batch, of its own), and the best match is
+    found as for the others. Heavy tails and likeness among the neurons after are so those of the data, which
+    the closed form for independent normal neurons would miss. Words count as exchangeable.
+
+    Raises:
+        ValueError: models of other shapes, vocabularies or devices; weights of another model; fewer than 3 words; not
+            even one neuron fits `max_memory`; activations that are not finite.
+    """
+    place, first = _checked(before, after, site)
+    context = min(int(_bridge(model).cfg.n_ctx) for model in (first, after))
+    encoded = encoded_for(after, text, context=context)
+    chosen: dict[Which, np.ndarray] = {"all": np.ones(encoded.corpus.n_words, dtype=bool)}
+    if concept is not None:
+        classes = concept.classes(encoded.corpus)
+        chosen["concept"] = classes.carries[classes.of_word]
+    for which, words in chosen.items():
+        if (n := int(words[encoded.read_words].sum())) < 3:
+            raise ValueError(
+                f"a correlation needs at least 3 words, and {encoded.corpus.name!r} has {n} ({which} words; those that "
+                "the context cut off are not measured); use a larger text"
+            )
+    plan = _plan(place, encoded, len(chosen), max_memory, max_tokens)
+    device = next(_bridge(after).original_model.parameters()).device
+    parts: dict[Which, list[_Part]] = {which: [] for which in chosen}
+    if on_plan:
+        on_plan(plan)
+    with reading(first), reading(after), _wardrobe(before, after) as wear:
+        for start in range(0, place.n_neurons, plan.neurons_per_pass):
+            moments = {which: _Moments(place, start, plan, device) for which in chosen}
+            for batch in encoded.batches(max_tokens=max_tokens):
+                here = batch.to(device)
+                index = [torch.from_numpy(np.flatnonzero(x[batch.words.numpy()])).to(device) for x in chosen.values()]
+                picked = [(m, at) for m, at in zip(moments.values(), index, strict=True) if len(at)]
+                for side, model in (("before", first), ("after", after)):
+                    wear(side)
+                    _read(model, place, here, [(getattr(m, side), at) for m, at in picked])
+                    if tick:
+                        tick(batch.n_tokens)
+            for which in chosen:
+                parts[which].append(moments.pop(which).finish())
+    return {which: _result(which, found, place) for which, found in parts.items()}
+
+
+def _read(
+    model: Model | TransformerBridge, site: Site, batch: Batch, visits: Sequence[tuple[Callable, Tensor]]
+) -> None:
+    """One forward pass, whose words are handed over layer by layer: to each visitor those that it picks."""
+
+    def see(layer: int, activations: Tensor) -> None:
+        words = word_means(activations, batch)
+        for visit, index in visits:
+            visit(layer, words if len(index) == len(words) else words[index])
+
+    # The hooks of one model are gone before the other runs: they may be the same module.
+    with streaming(_bridge(model), site, see):
+        hidden(_bridge(model), batch.ids, batch.mask)
+
+
+class _Sums:
+    """Mean and spread of some neurons, after a shift by the mean of the first batch."""
+
+    def __init__(self, neurons: int, device: torch.device):
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.shift = torch.zeros(neurons, device=device)
+        self.first, self.second = torch.zeros(2, neurons, device=device, dtype=wide)
+
+    def add(self, neurons: slice, words: Tensor, *, opens: bool) -> Tensor:
+        """Count the words of a batch and give them back shifted; the batch that `opens` sets the shift."""
+        if opens:
+            self.shift[neurons] = words.mean(0)
+        words = words - self.shift[neurons]
+        self.first[neurons] += words.sum(0)
+        self.second[neurons] += words.square().sum(0)
+        return words
+
+    def close(self, n: int) -> tuple[Tensor, Tensor]:
+        """Mean after the shift, and 1 / norm of the centred activations (0 if constant)."""
+        mean = self.first / n
+        m2 = (self.second - n * mean.square()).clamp(min=0)
+        spread = (m2 / n).sqrt()
+        varies = spread > torch.maximum(CONSTANT * (mean + self.shift).abs(), DEAD * spread.max())
+        return mean.float(), torch.where(varies, m2.rsqrt(), 0.0).float()
+
+
+class _Part(NamedTuple):
+    """What one pass finds for its neurons before, and what it adds to the squared norms of the layers."""
+
+    same: Tensor
+    best: Tensor
+    at: Tensor
+    chance: Tensor
+    cross: Tensor
+    within: Tensor
+    n_words: int
+
+
+class _Moments:
+    """Over some words: products of the neurons `start` to `stop` before (over all layers) with every neuron after."""
+
+    def __init__(self, site: Site, start: int, plan: Plan, device: torch.device):
+        self.site, self.layers, self.width, self.device = site, len(site.layers), site.width, device
+        self.start, self.stop = start, min(start + plan.neurons_per_pass, site.n_neurons)
+        self.rng = torch.Generator().manual_seed(0)
+        self.probes = torch.randperm(site.n_neurons, generator=self.rng)[:PROBES].sort().values
+        self.rows, extra = self.stop - start, len(self.probes)
+        self.left, self.right = _Sums(site.n_neurons + extra, device), _Sums(site.n_neurons, device)
+        # Words paired at random are columns of their own behind the neurons.
+        self.cross = torch.zeros(self.layers, self.rows + extra, self.width, device=device)
+        self.gram = torch.zeros(2, self.rows, self.width, device=device)
+        self.words = torch.zeros(plan.words_per_batch, self.rows + extra, device=device)
+        self.pool = torch.zeros(0, extra, device=device)
+        self.n = self.n_words = 0
+
+    def _mine(self, layer: int) -> tuple[slice, slice, slice]:
+        """All neurons of a layer; those of this pass among them; and the rows that these are."""
+        first = layer * self.width
+        low, high = (min(max(x - first, 0), self.width) for x in (self.start, self.stop))
+        skip = first - self.start
+        return slice(first, first + self.width), slice(low, high), slice(skip + low, skip + high)
+
+    def before(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
+        """One layer's words before, kept for the batch."""
+        if layer == 0:
+            self.n, self.opens = len(words), not self.n_words
+            self.n_words += self.n
+            self.probed = words.new_empty(self.n, len(self.probes))
+        every, mine, rows = self._mine(layer)
+        words = self.left.add(every, words, opens=self.opens)
+        here = self.probes // self.width == layer
+        self.probed[:, here.to(self.device)] = words[:, (self.probes[here] % self.width).to(self.device)]
+        self.words[: self.n, rows] = words[:, mine]
+        self.gram[0, rows].addmm_(words[:, mine].T, words)
+
+    def after(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
+        """One layer's words after, multiplied with those before."""
+        if layer == 0:
+            self._pair()
+        every, mine, rows = self._mine(layer)
+        words = self.right.add(every, words, opens=self.opens)
+        self.cross[layer].addmm_(self.words[: self.n].T, words)
+        self.gram[1, rows].addmm_(words[:, mine].T, words)
+
+    def _pair(self) -> None:
+        """Give the probes' columns the activations of random other words."""
+        past = self.pool if len(self.pool) else self.probed
+        order = torch.randperm(len(past), generator=self.rng).to(self.device)
+        draw = order.repeat(-(-self.n // len(past)))[: self.n]
+        # Each word is drawn about once, so that the columns keep their tails; what is not drawn now is drawn later.
+        self.pool = torch.cat([past[order[self.n :]], self.probed])
+        drawn = self.left.add(slice(self.site.n_neurons, None), past[draw], opens=self.opens)
+        self.words[: self.n, self.rows :] = drawn
+
+    def finish(self) -> _Part:
+        """From products to correlations and norms; the products are used up."""
+        n = self.n_words
+        for side, sums in (("before", self.left), ("after", self.right)):
+            if not sums.second.isfinite().all():
+                layer = self.site.layers[int((~sums.second.isfinite()).nonzero()[0]) // self.width]
+                raise ValueError(
+                    f"activations of {self.site.name} in layer {layer!r} of the model {side} are not finite (NaN or "
+                    "infinite), so there is nothing to compare; look at its weights and at the learning rate"
+                )
+        (mean0, inverse0), (mean1, inverse1) = self.left.close(n), self.right.close(n)
+        mine = [*range(self.start, self.stop), *range(self.site.n_neurons, len(mean0))]
+        mean, inverse = mean0[mine], rearrange(inverse0[mine], "r -> r 1")
+        same, best = torch.zeros(self.rows), torch.zeros(len(mine), device=self.device)
+        at = torch.full_like(best, -1, dtype=torch.int64)
+        cross = torch.zeros(self.layers, self.layers, dtype=torch.float64)
+        within = torch.zeros(2, self.layers, dtype=torch.float64)
+        for layer, block in enumerate(self.cross):
+            every, own, rows = self._mine(layer)
+            block.addr_(mean, mean1[every], alpha=-n)
+            cross[:, layer] = torch.tensor([_square(block[self._mine(k)[2]]) for k in range(self.layers)])
+            for side, m in enumerate((mean0[every], mean1[every])):
+                within[side, layer] = _square(self.gram[side, rows].addr_(m[own], m, alpha=-n))
+            block.mul_(inverse).mul_(inverse1[every])
+            same[rows] = block[rows, own].diagonal().cpu()
+            for value, index in (block.max(1), block.min(1)):
+                better = value.abs() > best.abs()
+                best, at = torch.where(better, value, best), torch.where(better, index + every.start, at)
+        constant = (inverse0[self.start : self.stop] * inverse1[self.start : self.stop] == 0).cpu()
+        same, best, at = same.clamp(-1, 1).masked_fill(constant, torch.nan), best.clamp(-1, 1).cpu(), at.cpu()
+        best[at < 0] = torch.nan
+        return _Part(same, best[: self.rows], at[: self.rows], best[self.rows :].abs(), cross, within, n)
+
+
+def _square(block: Tensor) -> float:
+    """Sum of squares."""
+    return float(block.norm()) ** 2
+
+
+def _result(which: Which, parts: Sequence[_Part], site: Site) -> ActivationSimilarity:
+    same, best, at = (torch.cat(x).view(len(site.layers), -1) for x in list(zip(*parts, strict=True))[:3])
+    layer, neuron = (torch.where(at < 0, -1, x) for x in (at // site.width, at % site.width))
+    within = torch.stack([part.within for part in parts]).sum(0).sqrt()
+    cka = (torch.stack([part.cross for part in parts]).sum(0) / within[0].outer(within[1])).clamp(max=1).float()
+    chance, high = float(parts[0].chance.nanmean()), float(parts[0].chance.nanquantile(0.95))
+    n = parts[0].n_words
+    return ActivationSimilarity(same, best, layer, neuron, _flow(layer, at >= 0), cka, chance, high, which, n, site)
+
+
+def _flow(best_layer: Tensor, among: Tensor) -> Tensor:
+    """Share of each layer's matches in each layer, over the neurons that have one."""
+    valid = among & (best_layer >= 0)
+    hits = torch.stack([(valid & (best_layer == layer)).sum(1) for layer in range(len(best_layer))], 1)
+    return hits / rearrange(valid.sum(1), "l -> l 1")
+
+
+def _mask(similarity: ActivationSimilarity, neurons: Neurons) -> Tensor:
+    if neurons.site != similarity.site:
+        raise ValueError(
+            f"these neurons are of site {neurons.site.name!r} of a model with {neurons.site.n_neurons:,} of them, the "
+            f"similarity of {similarity.site.name!r} with {similarity.site.n_neurons:,}; give neurons of its own site"
+        )
+    return neurons.mask
+
+
+def _plan(site: Site, encoded: Encoded, groups: int, max_memory: int, max_tokens: int) -> Plan:
+    layers, width = len(site.layers), site.width
+    words = min(encoded.corpus.n_words, max(max_tokens, int(encoded.lengths.max())))
+    fixed = 4 * groups * (width * PROBES * layers + words * (4 * width + 6 * PROBES))
+    each = 4 * groups * (width * (layers + 2) + words)
+    fits = min(site.n_neurons, (max_memory - fixed) // each)
+    if fits < 1:
+        raise ValueError(
+            f"max_memory of {max_memory:,} bytes does not hold the products of a single neuron of {site.name} with all "
+            f"others: {fixed + each:,} bytes are needed with up to {words:,} words a batch; allow more, or a smaller "
+            "max_tokens"
+        )
+    passes = -(-site.n_neurons // fits)
+    rows = -(-site.n_neurons // passes)
+    return Plan(passes, rows, words, fixed + rows * each)
+
+
+def _bridge(model: Model | TransformerBridge) -> TransformerBridge:
+    return model.bridge if isinstance(model, Model) else model
+
+
+def _checked(
+    before: Model | TransformerBridge | Mapping[str, Tensor], after: Model | TransformerBridge, site: str | Site
+) -> tuple[Site, Model | TransformerBridge]:
+    """The site of both models, and the module that is run as the one before."""
+    name = site if isinstance(site, str) else site.name
+    place = site_of(_bridge(after), name)
+    if isinstance(before, Mapping):
+        if not isinstance(after, Model):
+            raise ValueError(
+                "weights before are put into a Tagger or LanguageModel, and the model after is a bridge; give one of "
+                "these"
+            )
+        mine = after.weights()
+        if any(key in mine and mine[key].data_ptr() == value.data_ptr() for key, value in before.items()):
+            raise ValueError(
+                "the weights before are the tensors of the model after, not clones, so they changed with it; keep "
+                "{name: value.clone() for name, value in tagger.weights().items()}"
+            )
+        return place, after
+    bridges, sites = (_bridge(before), _bridge(after)), (site_of(_bridge(before), name), place)
+    devices = [next(bridge.original_model.parameters()).device for bridge in bridges]
+    if sites[0] != place or devices[0] != devices[1]:
+        said = [
+            f"{bridge.cfg.architecture}, {len(s.layers)} layers of {s.width}, on {device}"
+            for bridge, s, device in zip(bridges, sites, devices, strict=True)
+        ]
+        raise ValueError(
+            f"neurons of {name} pair up between a model and a pruned or retrained copy of it on the same device; "
+            f"before is {said[0]}; after is {said[1]}"
+        )
+    words = [bridge.tokenizer for bridge in bridges]
+    if words[0] is not words[1] and words[0].get_vocab() != words[1].get_vocab():
+        raise ValueError("the two models cut words by different vocabularies; compare models that share a tokenizer")
+    return place, before
+
+
+@contextlib.contextmanager
+def _wardrobe(before: object, after: Model | TransformerBridge) -> Iterator[Callable[[str], None]]:
+    """`wear(side)` puts the weights of a side into the model, where `before` is weights; its own come back."""
+    if not isinstance(before, Mapping) or not isinstance(after, Model):
+        yield lambda side: None
+        return
+    own = {name: value.clone() for name, value in after.weights().items()}
+    after.load_weights(before)  # refuses another model's weights before anything is run
+    try:
+        yield lambda side: after.load_weights(before if side == "before" else own)
+    finally:
+        after.load_weights(own)

@@ -1,0 +1,402 @@
+"""Measure once, and at every pause of a training loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from relearn_lens.find.attribution import Attribution, Form, attribute
+from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
+from relearn_lens.measure import meaning
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores, SpanScores, check_labels, evaluate
+from relearn_lens.measure.meaning import Nulls, concept_similarity, similarity_to
+from relearn_lens.measure.similarity import ActivationSimilarity
+from relearn_lens.measure.topwords import TopWords, top_words
+from relearn_lens.measure.vectors import WordVectors, input_embeddings
+from relearn_lens.models.model import Model, encoded_for
+from relearn_lens.models.training import Checkpoint
+from relearn_lens.neurons.sites import Neurons, Site, site_of
+from relearn_lens.neurons.streaming import ClassStats
+from relearn_lens.text import markup
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import Corpus, Strings
+from relearn_lens.text.encoding import Encoded
+
+BASE, PRUNED = "base", "pruned"
+"""Names of the stages before and right after pruning; later stages are named by their epoch of retraining."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Snapshot:
+    """Everything measured at one pause."""
+
+    saliency: Saliency
+    scores: Any
+    """`SpanScores` of a tagger, or the `TokenLoss` of a language model; both are `Scores`."""
+    stats: ClassStats
+    """Class statistics of the probe corpus: any score of class means and variances follows from them."""
+    at: Checkpoint | None = None
+    """Where in training; None before any."""
+    also: Mapping[str, Saliency] = field(default_factory=dict)
+    """The other scores that were measured, by name."""
+    attribution: Attribution | None = None
+    words: TopWords | None = None
+    """Top words of every neuron."""
+    meaning: Float[Tensor, "layer neuron"] | None = None
+    """Concept similarity: cosine of the neuron's top words now and at base; NaN for null neurons."""
+    near_concept: Float[Tensor, "layer neuron"] | None = None
+    """Cosine of the neuron's top words and the concept's own words; NaN for null neurons."""
+    shuffled: tuple[Saliency, ...] = ()
+    """The main score under shuffled labels: what it gives by chance."""
+    concept_words: Strings = ()
+    """The words that carry the concept, where top words were measured."""
+    separated: Int[Tensor, "layer neuron"] | None = None
+    """Number of classes that the neuron separates from all other words beyond the label-shuffle null."""
+
+    def by(self, name: str) -> Saliency:
+        """The saliency of a score, or of the attribution, by name.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        known = {self.saliency.kind: self.saliency, **self.also}
+        if self.attribution is not None:
+            found = self.attribution.saliency()
+            known["attribution"] = known[found.kind] = found
+        if name not in known:
+            raise ValueError(f"{name!r} was not measured at this stage; measured: {', '.join(known)}")
+        return known[name]
+
+    @property
+    def f1(self) -> dict[str, float]:
+        """Strict span F1 by label and `"overall"`.
+
+        Raises:
+            AttributeError: the model is no tagger; see `scores`.
+        """
+        if not isinstance(self.scores, SpanScores):
+            raise AttributeError(f"a language model has no F1 but a {self.scores.metric}: see snapshot.scores")
+        return self.scores.f1
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """The numbers that people read, by label and `"overall"`: F1, or loss in nats per token."""
+        return {label: self.scores.shown(label) for label in (*self.scores.labels, OVERALL)}
+
+    def __repr__(self) -> str:
+        return f"Snapshot({self.saliency!r}, {self.scores!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One arm: snapshots by stage (`"base"`, `"pruned"`, then epochs of retraining), in order."""
+
+    snapshots: Mapping[str, Snapshot]
+    pruned: Neurons | None = None
+    """What was pruned between base and the next stage; None when nothing was."""
+    arm: str = ""
+    seed: int = 0
+    concept: Concept | None = None
+    compare: Neurons | None = None
+    """The neurons of matched comparisons, where they are not the survivors: an unpruned arm is compared on the
+    neurons that survive in the concept arm, or choosing those by their score at base would look like a move."""
+    similarity: Mapping[str, ActivationSimilarity] = field(default_factory=dict)
+    """Activations at base against those at the last stage: over `"all"` words and over the `"concept"`'s."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages in order."""
+        return tuple(self.snapshots)
+
+    @property
+    def site(self) -> Site:
+        """What the neurons are."""
+        return next(iter(self.snapshots.values())).saliency.site
+
+    @property
+    def label(self) -> Label:
+        """What the concept's score is looked up by: its labels together, or its name where it is a list of words; then
+        a tagger has no score of its own for it, and the overall one stands in."""
+        if self.concept is None:
+            return OVERALL
+        names = tuple(self.concept.labels) or (self.concept.name,)
+        known = next(iter(self.snapshots.values())).scores.labels if self.snapshots else names
+        return names if set(names) <= set(known) or self.concept.labels else OVERALL
+
+    def survivors(self) -> Neurons:
+        """The neurons that were not pruned: what a matched comparison looks at on both sides."""
+        site = self.site
+        everything = Neurons(torch.ones(len(site.layers), site.width, dtype=torch.bool), site)
+        return everything if self.pruned is None else everything - self.pruned
+
+    def matched(self) -> Neurons:
+        """The neurons that a matched comparison looks at, on both sides."""
+        return self.survivors() if self.compare is None else self.compare
+
+    def __getitem__(self, stage: str) -> Snapshot:
+        return self.snapshots[stage]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per stage and label: epoch, step, tokens seen, loss in training (nats per sub-word), and F1,
+        precision, recall of a tagger, or the loss of a language model on the label's tokens (`nats_per_token`)."""
+        rows = []
+        for stage, snapshot in self.snapshots.items():
+            scores, at = snapshot.scores, snapshot.at
+            support = scores.support()
+            for label in (*scores.labels, OVERALL):
+                rows.append(
+                    {
+                        "arm": self.arm,
+                        "seed": self.seed,
+                        "stage": stage,
+                        "epoch": at.epoch if at else 0.0,
+                        "step": at.step if at else 0,
+                        "tokens_seen": at.tokens_seen if at else 0,
+                        "loss": at.loss if at else float("nan"),
+                        "label": label,
+                        **_columns(scores, label),
+                        "support": support[label],
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def to_xarray(self) -> xr.Dataset:
+        """`saliency[stage, layer, neuron]`, `f1[stage, label]` or `loss`, and `pruned[layer, neuron]`, axes by name."""
+        first = next(iter(self.snapshots.values()))
+        labels = [*first.scores.labels, OVERALL]
+        return xr.Dataset(
+            {
+                "saliency": (
+                    ("stage", "layer", "neuron"),
+                    torch.stack([s.saliency.score for s in self.snapshots.values()]).numpy(),
+                    {"units": first.saliency.unit, "kind": first.saliency.kind},
+                ),
+                first.scores.metric.lower(): (
+                    ("stage", "label"),
+                    [[s.shown[k] for k in labels] for s in self.snapshots.values()],
+                    {"units": first.scores.unit},
+                ),
+                "pruned": (("layer", "neuron"), (~self.survivors().mask).numpy()),
+            },
+            coords={"stage": list(self.stages), "layer": list(self.site.layers), "label": labels},
+            attrs={
+                "arm": self.arm,
+                "seed": self.seed,
+                "concept": self.concept.name if self.concept else "",
+                "site": self.site.name,
+            },
+        )
+
+    def __repr__(self) -> str:
+        curve = " > ".join(f"{stage} {s.scores.shown(self.label):.3f}" for stage, s in self.snapshots.items())
+        what = self.concept.name if self.concept else OVERALL
+        metric = next((s.scores.metric for s in self.snapshots.values()), "F1")
+        return f"Trajectory({self.arm or 'arm'}, seed {self.seed}, {metric} of {what}: {curve})"
+
+    def _repr_html_(self) -> str:
+        """Scores, and the neuron that is highest, stage by stage."""
+        rows, header = [], ["stage"]
+        for stage, snapshot in self.snapshots.items():
+            header = ["stage", *(f"{snapshot.scores.metric} {label}" for label in snapshot.shown), "highest neuron"]
+            best = next(iter(snapshot.saliency.top(1)))
+            rows.append([stage, *(f"{value:.3f}" for value in snapshot.shown.values()), best])
+        pruned = "nothing pruned" if self.pruned is None else f"{len(self.pruned):,} neurons pruned"
+        return markup.box(f"{self!r}; {pruned}", markup.table(header, rows))
+
+
+def _columns(scores: Scores, label: str) -> dict[str, float]:
+    """A label's scores, as columns of a table."""
+    if isinstance(scores, SpanScores):
+        return {"f1": scores.f1[label], "precision": scores.precision[label], "recall": scores.recall[label]}
+    return {"nats_per_token": scores.shown(label)}
+
+
+FORMS: dict[str, Form] = {"conductance": "conductance", "layer_ig": "layer"}
+"""The measurements that are attributions, and the form of each."""
+
+MEASURES: dict[str, str] = {
+    "conductance": "attribution of every neuron of every layer: conductance along the path from a reference input",
+    "layer_ig": "attribution by integrated gradients in each layer's own activations; a pass per layer",
+    "top_words": "top words of every neuron, concept similarity to base, polysemy",
+    "similarity": "activation similarity of base and last stage: correlation, best match, flow, CKA (a run only)",
+}
+"""What can be measured besides the scores."""
+
+
+def check_measures(what: Sequence[str]) -> None:
+    """Refuse a measurement that is not known.
+
+    Raises:
+        ValueError: it is no score and none of `MEASURES`.
+    """
+    if unknown := [name for name in what if name not in SCORES and name not in MEASURES]:
+        raise ValueError(f"unknown measurement {unknown[0]!r}; known: {', '.join([*SCORES, *MEASURES])}")
+
+
+def measure(
+    model: Model,
+    probe: Corpus | Encoded,
+    concept: Concept,
+    *,
+    validation: Corpus | Encoded | None = None,
+    site: str | Site = "resid",
+    score: str | Score | Callable = "probeless",
+    contrast: Contrast = "classes",
+    what: Sequence[str] = (),
+    base: Snapshot | None = None,
+    vectors: WordVectors | None = None,
+    shuffles: int = 0,
+    rank_bucket: int = 1,
+    nulls: Nulls = "drop",
+    attribution: Mapping[str, Any] | None = None,
+    sample_words: int = 2000,
+    max_memory: int = 512 * 2**20,
+    seed: int = 0,
+    at: Checkpoint | None = None,
+    max_tokens: int = 4096,
+    tick: Callable[[int], object] | None = None,
+) -> Snapshot:
+    """Saliency of every neuron for a concept over the probe corpus, and span F1 on `validation` (or on the probe); of a
+    language model the loss there.
+
+    `what` names further measurements: scores (from the same pass), `"conductance"` or `"layer_ig"` (with the keywords
+    of `attribute` in `attribution`), `"top_words"` (with `base` and `vectors`, concept similarity too; by default the
+    vectors are the model's own input embeddings as they are now). With `shuffles`, the main score under so many
+    shuffles of the labels, from the same pass. `rank_bucket` is the `Saliency.bucket` of every score, `nulls` is for
+    `concept_similarity`. The model is read only: mode, gradients, weights and random state are
+    as before.
+
+    Raises:
+        ValueError: an unknown site, score, measurement or label; a concept that no word of the probe corpus carries.
+    """
+    encoded = encoded_for(model, probe)
+    classes = concept.classes(encoded.corpus)
+    main = score_of(score, contrast)
+    check_measures(what)
+    if "similarity" in what:
+        raise ValueError(
+            "similarity compares two models, and measure() has one: use activation_similarity(before, after, ...), or "
+            "the setting measure.what of a run"
+        )
+    scored = encoded if validation is None else encoded_for(model, validation)
+    check_labels(model, scored.corpus)
+    place = site_of(model.bridge, site)
+
+    others = [score_of(name) for name in what if name in SCORES and name != main.name]
+    gathered = gather(
+        model, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
+        relabelled=meaning.shuffles(classes, shuffles, seed=seed), sample_words=sample_words, seed=seed,
+        max_tokens=max_tokens, tick=tick,
+    )  # fmt: skip
+    stats, by_chance = gathered.stats, gathered.shuffled
+    assert stats is not None
+    carries = torch.from_numpy(classes.carries)
+    attributed = [name for name in what if name in FORMS]
+    words = None
+    if "top_words" in what:
+        words = top_words(
+            model, encoded, site=place, stats=stats, max_memory=max_memory, max_tokens=max_tokens, tick=tick
+        )
+        vectors = vectors or input_embeddings(model)
+    spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
+
+    def scored_by(how: Score, of: Gathered | ClassStats = gathered) -> Saliency:
+        return replace(saliency(of, concept, carries, score=how, contrast=contrast), bucket=rank_bucket)
+
+    return Snapshot(
+        saliency=scored_by(main),
+        scores=evaluate(model, scored, concept=concept, max_tokens=max_tokens, tick=tick),
+        stats=stats,
+        at=at,
+        also={how.name: scored_by(how) for how in others},
+        attribution=attribute(model, encoded, concept, site=place, form=FORMS[attributed[0]], **(attribution or {}))
+        if attributed
+        else None,
+        words=words,
+        meaning=concept_similarity(base.words, words, vectors, nulls=nulls)
+        if base and base.words and words and vectors
+        else None,
+        near_concept=similarity_to(spoken, words, vectors) if words and vectors else None,
+        concept_words=spoken,
+        shuffled=tuple(scored_by(main, s) for s in by_chance) if main.needs == "stats" else (),
+        separated=meaning.separated(stats, by_chance) if len(by_chance) >= 19 else None,
+    )
+
+
+def track(
+    model: Model,
+    probe: Corpus | Encoded,
+    concept: Concept,
+    checkpoints: Iterable[Checkpoint],
+    *,
+    before: Snapshot | None = None,
+    pruned: Neurons | None = None,
+    compare: Neurons | None = None,
+    validation: Corpus | Encoded | None = None,
+    arm: str = "",
+    seed: int = 0,
+    on_measured: Callable[[str, Snapshot], object] | None = None,
+    **measuring,
+) -> Trajectory:
+    """Measure now, then at every checkpoint of a training loop.
+
+    `checkpoints` is `retrain_(...)` or any loop that yields `Checkpoint`. `before` is the snapshot from before
+    pruning (stage `"base"`), `pruned` the set that was pruned, `compare` the neurons of matched comparisons where they
+    are not the survivors. Other keywords are those of `measure`; `on_measured` is called with each stage's name and
+    snapshot as it comes.
+
+    Warns where two stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
+    under two names, draw a flat line that means nothing.
+
+    Raises:
+        ValueError: as `measure`; or two checkpoints of one epoch.
+    """
+    probe = encoded_for(model, probe)
+    validation = probe if validation is None else encoded_for(model, validation)
+    snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
+
+    def take(stage: str, at: Checkpoint | None) -> None:
+        snapshots[stage] = measure(model, probe, concept, validation=validation, at=at, **measuring)
+        if on_measured:
+            on_measured(stage, snapshots[stage])
+
+    take(PRUNED, None)
+    for checkpoint in checkpoints:
+        stage = stage_name(checkpoint)
+        if stage in snapshots:
+            raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
+        take(stage, checkpoint)
+        _warn_of_twins(snapshots, stage)
+    return Trajectory(snapshots, pruned, arm, seed, concept, compare)
+
+
+def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:
+    """Warn if an earlier stage measured the very same."""
+    here = snapshots[stage]
+    for name, other in snapshots.items():
+        if name != stage and torch.equal(here.saliency.score, other.saliency.score) and _same_scores(here, other):
+            warnings.warn(
+                f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
+                "weights; look whether they were loaded, or saved, as meant",
+                stacklevel=3,
+            )
+
+
+def _same_scores(one: Snapshot, other: Snapshot) -> bool:
+    """Whether what the head says is the same too: training may have moved it alone."""
+    sums = [[s.scores.sums(label) for label in (*s.scores.labels, OVERALL)] for s in (one, other)]
+    return all(np.array_equal(a, b) for a, b in zip(*sums, strict=True))
+
+
+def stage_name(checkpoint: Checkpoint) -> str:
+    """The name of a stage: its epoch of retraining, such as `"2"` or `"0.5"`."""
+    return f"{round(checkpoint.epoch, 3):.10g}"

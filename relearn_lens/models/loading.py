@@ -1,0 +1,258 @@
+"""Loading: a model by name, from a folder or from the hub, wrapped in a TransformerBridge, with a head on it.
+
+Only safetensors are read and no code that a checkpoint brings is run. Whatever is wrong with a model is said in one
+sentence, before or instead of what transformers says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from relearn_lens import sources
+from relearn_lens.models import families
+from relearn_lens.models.gguf import dequantised, quiet, silent
+from relearn_lens.models.heads import trained_head
+from relearn_lens.models.model import LanguageModel, Tagger, seeded
+
+_TOKENIZER_FILES = {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"}
+
+
+def load_tagger(
+    model: str | Path | TransformerBridge | nn.Module,
+    labels: Sequence[str],
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tagger:
+    """A model with a tagging head for the given labels (`corpus.label_names`).
+
+    `model` is a source name (`"minilm"`), a local Hugging Face folder, a name on the hub, a bridge, or a Hugging Face
+    model that is loaded already (with its `tokenizer`; the model is wrapped in place). The head is fresh, drawn by
+    `seed`; but a model for token classification keeps the one it was trained with, if its labels are the BIO tags of
+    these, in any order.
+
+    Raises:
+        ValueError: labels without `"O"` first; a folder that holds no model, or only a pickled one; a trained head for
+            other labels.
+        OSError: the name is neither a folder nor to be had from the hub.
+    """
+    head = None
+    if isinstance(model, TransformerBridge):
+        bridge = model
+    elif isinstance(model, nn.Module):
+        if _has_trained_head(getattr(model, "config", None)):
+            head = trained_head(model, labels)
+        bridge = _bridge_of(model, tokenizer, device=device, dtype=dtype)
+    else:
+        bridge = load_bridge(model, device=device, dtype=dtype, seed=seed)
+        head = None if str(model) in sources.SOURCES else _head_in(str(model), labels)
+    tagger = Tagger(bridge, labels, seed=seed).eval()
+    if head is not None:
+        with torch.no_grad():
+            tagger.head.weight.copy_(head[0])
+            tagger.head.bias.copy_(head[1])
+    return tagger
+
+
+def _has_trained_head(config: Any) -> bool:
+    """Whether a configuration is of a model for token classification."""
+    named = getattr(config, "architectures", None)
+    return isinstance(named, list) and any(str(name).endswith("ForTokenClassification") for name in named)
+
+
+def _head_in(where: str, labels: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+    """The head of a checkpoint for token classification; None for any other."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    if not _has_trained_head(config):
+        return None
+    with silent():
+        plain = AutoModelForTokenClassification.from_pretrained(where, use_safetensors=True, trust_remote_code=False)
+    return trained_head(plain, labels)
+
+
+def _bridge_of(
+    model: Any, tokenizer: Any, *, device: str | torch.device | None, dtype: torch.dtype
+) -> TransformerBridge:
+    """A bridge around a Hugging Face model that is loaded already; the body of one for token classification."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    if tokenizer is None:
+        raise ValueError("a loaded model needs its tokenizer: load_tagger(model, labels, tokenizer=tokenizer)")
+    if not hasattr(model, "base_model_prefix"):
+        raise ValueError(f"a {type(model).__name__} is no Hugging Face model; pass a bridge, or a folder")
+    if _has_trained_head(model.config):
+        auto: Any = AutoModelForMaskedLM if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING else AutoModelForCausalLM
+        with silent(), seeded(0):
+            whole = auto.from_config(model.config, attn_implementation="eager")
+        whole.base_model.load_state_dict(model.base_model.state_dict())
+        model = whole
+    else:
+        model.set_attn_implementation("eager")
+    there = torch.device(device) if device else next(model.parameters()).device
+    model.to(device=there, dtype=dtype)
+    return _wrapped(model, str(model.config._name_or_path or "model"), tokenizer, device=there, dtype=dtype)
+
+
+def load_language_model(
+    model: str | Path | TransformerBridge,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """A causal language model with its own vocabulary head: a source (`"smollm2"`), a local Hugging Face folder, a name
+    on the hub, or a bridge.
+
+    Raises:
+        ValueError: a model that does not predict the next token; as `load_bridge`.
+        OSError: the name is neither a folder nor to be had from the hub.
+    """
+    bridge = model if isinstance(model, TransformerBridge) else load_bridge(model, device=device, dtype=dtype)
+    return LanguageModel(bridge).eval()
+
+
+def load_bridge(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> TransformerBridge:
+    """A TransformerBridge of a source, a local Hugging Face folder, or a model on the hub; in eval mode.
+
+    Only safetensors are read. Parts that the checkpoint lacks are drawn with `seed` (the language-model head that the
+    bridge asks for and this package never computes). Without `device`: CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: a folder that holds no model, or only a pickled one.
+        OSError: the name is neither a folder nor to be had from the hub.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = _place(model)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with quiet():
+        with _in_our_words(where):
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        auto = _auto_class(config, where)
+        _check_tokenizer(where)
+        with _in_our_words(where):
+            tokenizer = AutoTokenizer.from_pretrained(where, add_prefix_space=True, trust_remote_code=False)
+            with seeded(seed):
+                hf_model = auto.from_pretrained(
+                    where, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+                )
+    torch.nn.Module.to(hf_model, device)
+    return _wrapped(hf_model, where, tokenizer, device=device, dtype=dtype)
+
+
+def _place(model: str | Path) -> str:
+    """The folder that a model is in, fetched or dequantised first where that is needed, or its name on the hub."""
+    where = str(sources.fetch(str(model))) if str(model) in sources.SOURCES else str(model)
+    folder = Path(where)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and (packed := sorted(folder.glob("*.gguf"))):
+        folder = dequantised(packed[0])
+        where = str(folder)
+    if folder.is_dir():
+        _check_folder(folder)
+    elif where.count("/") > 1 or where.startswith((".", "/", "~")):
+        raise ValueError(f"no model folder at {where!r}")
+    return where
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what is wrong with a model folder before anything is loaded from it."""
+    names = {path.name for path in folder.iterdir()}
+    if "config.json" not in names:
+        raise ValueError(f"{str(folder)!r} holds no Hugging Face model: there is no config.json")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(folder / 'config.json')!r} is damaged: {error}") from error
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickled:
+        raise ValueError(
+            f"{str(folder)!r} holds only pickled weights ({pickled[0]}), which can run code when loaded; save it again "
+            "with model.save_pretrained(folder), which writes safetensors"
+        )
+    raise ValueError(f"{str(folder)!r} holds no *.safetensors file")
+
+
+def _check_tokenizer(where: str) -> None:
+    """Say that a folder holds no tokenizer; what a hub holds, only loading tells."""
+    folder = Path(where)
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} & _TOKENIZER_FILES:
+        raise ValueError(
+            f"{where!r} holds no tokenizer (none of {', '.join(sorted(_TOKENIZER_FILES))}); save it there with "
+            "tokenizer.save_pretrained(folder)"
+        )
+
+
+def _auto_class(config: Any, where: str) -> Any:
+    """The class of transformers that loads a model of this configuration with its vocabulary head."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+    )
+
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return AutoModelForMaskedLM
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    raise ValueError(f"{where!r} is a {config.model_type!r} model; only masked and causal language models work")
+
+
+@contextlib.contextmanager
+def _in_our_words(where: str) -> Iterator[None]:
+    """Whatever transformers raises while it reads a model, as a sentence that says what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the *.safetensors weights in {where!r} are damaged ({error}); fetch or save the model again"
+        ) from error
+    except ImportError:
+        raise  # a package that is missing
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        if Path(where).is_dir():
+            raise OSError(f"cannot load the model in {where!r}: {reason}") from error
+        raise OSError(
+            f"cannot load model {where!r}: it is no source ({', '.join(sources.SOURCES)}), no local folder, and the "
+            f"hub did not give it ({reason}). Download it once where there is a network "
+            "(`hf download NAME --local-dir DIR`) and pass the folder"
+        ) from error
+    except Exception as error:  # a config.json or tokenizer of wrong values ends in any error that there is
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"cannot load model {where!r}: {reason}. Its config.json or its tokenizer is damaged, or asks for code of "
+            "its own, which is never run; fetch it again, or save it again with save_pretrained(folder)"
+        ) from error
+
+
+def _wrapped(model: Any, name: str, tokenizer: Any, *, device: torch.device, dtype: torch.dtype) -> TransformerBridge:
+    """A bridge in eval mode around a Hugging Face model that is where it should be."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # TransformerLens goes by this name, and a checkpoint that was saved with another head names that.
+    model.config.architectures = [type(model).__name__]
+    families.register()
+    bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, device=device, dtype=dtype)
+    bridge.eval()
+    return bridge

@@ -1,0 +1,1 @@
+"""Ways back: training a model from which something was removed."""

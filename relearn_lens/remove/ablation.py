@@ -1,0 +1,186 @@
+"""Take neurons away, in three ways that answer three questions.
+
+`ablated` for a while, by hooks: what does the model owe to them? `prune_` in the weights, free to grow back: does the
+concept return? `held` at their value through training: can it return *elsewhere*?
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformer_lens.model_bridge import TransformerBridge
+
+from relearn_lens.models.model import Model, wearing
+from relearn_lens.neurons.sites import Neurons, Sever, Site, parameter, site_of, streaming
+
+
+@contextlib.contextmanager
+def ablated(
+    model: Model | TransformerBridge, neurons: Neurons, *, value: float | Float[Tensor, "layer neuron"] = 0.0
+) -> Iterator[None]:
+    """For a while, hold the neurons' activations at a value, on every token.
+
+    `value` is in activation units: 0, or one value for each neuron (its mean over a corpus, say). A head is a vector,
+    and each of its units is held at the value. The weights are not touched, and the hooks are gone when the block ends.
+
+    Raises:
+        ValueError: a tensor of values of another shape.
+    """
+    _same_site(model, neurons)
+    values = torch.as_tensor(value, dtype=torch.float32)
+    if values.ndim and values.shape != neurons.mask.shape:
+        raise ValueError(f"value must be a number or of shape {tuple(neurons.mask.shape)}, got {tuple(values.shape)}")
+    device = next(_bridge(model).original_model.parameters()).device
+    size = neurons.site.size
+    masks = neurons.mask.to(device).repeat_interleave(size, 1)
+    values = values.expand(neurons.mask.shape).to(device).repeat_interleave(size, 1)
+
+    def replace(layer: int, activations: Tensor) -> Tensor:
+        return torch.where(masks[layer], values[layer].to(activations.dtype), activations)
+
+    with streaming(_bridge(model), neurons.site, replace, units=True):
+        yield
+
+
+def prune_(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> None:
+    """Set the weights of the neurons to what has no effect, once. Training is free to grow them back.
+
+    `sever="out"`: the weights that carry a neuron on. The model then computes what it computes with the neurons ablated
+    to 0. `mlp_post`: the neuron's row of the MLP's output matrix; `attn_head`: the head's rows of the attention's
+    output matrix; `resid` of a model that normalises after adding (BERT): gain and bias of the LayerNorm that writes
+    the coordinate. A model that normalises before (GPT-2, Llama) has no such weights for `resid`.
+
+    `sever="both"`: its input weights too (of a head: queries, keys and values, where it has its own). Then it is dead:
+    no gradient reaches it. `resid` has no input weights: as `"out"`.
+
+    `sever="gain"`: what the released code of Lo et al. does, `resid` only. After-norm: the gain of the output
+    LayerNorm, while its bias stays, so the coordinate is not 0 but a constant. Pre-norm: the gain of the LayerNorm
+    before that block's MLP (`ln_2`), which hides the coordinate from that one MLP: attention and all other blocks still
+    read it, so this is *not* what ablating the neurons computes. There is none for the embedding's output.
+
+    `sever="writes"`: `resid` of a pre-norm model. The block itself no longer writes the coordinate (rows of the output
+    matrices of attention and MLP); what earlier blocks wrote stays. Of the embedding's output: the coordinate of the
+    token and position embeddings, which a tied vocabulary head reads too.
+
+    Source: Lo et al. 2024, section 3, and METHODS section 4.
+
+    Raises:
+        ValueError: the model family has no such weights for one of the neurons, or they have a low-rank adapter now, or
+            `sever` is not known.
+    """
+    with torch.no_grad():
+        for weight, mask, nothing in _slices(model, neurons, sever):
+            weight.masked_fill_(mask, nothing)
+
+
+@contextlib.contextmanager
+def held(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> Iterator[None]:
+    """For a while, keep the neurons' weights at exactly the value they have now, whatever trains the model.
+
+    Their gradient is masked, and after every step of any torch optimiser their value is put back (weight decay and
+    momentum move a weight without a gradient too). To ask whether a concept can come back elsewhere:
+    `prune_(tagger, chosen)`, then retrain inside `with held(tagger, chosen)`. `sever` is that of `prune_`.
+
+    Raises:
+        ValueError: the model family has no such weights for one of the neurons, or they have a low-rank adapter now, or
+            `sever` is not known.
+    """
+    kept = [(weight, mask, weight.detach().clone()) for weight, mask, _ in _slices(model, neurons, sever)]
+
+    def put_back(*_: Any) -> None:
+        with torch.no_grad():
+            for weight, mask, value in kept:
+                weight.copy_(torch.where(mask, value, weight))
+
+    handles: list[Any] = [
+        weight.register_hook(lambda gradient, mask=mask: gradient.masked_fill(mask, 0.0))
+        for weight, mask, _ in kept
+        if weight.requires_grad
+    ]
+    handles.append(register_optimizer_step_post_hook(put_back))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bridge(model: Model | TransformerBridge) -> TransformerBridge:
+    return model.bridge if isinstance(model, Model) else model
+
+
+def _same_site(model: Model | TransformerBridge, neurons: Neurons) -> Site:
+    """The neurons' site, if it is one of this model; as the model has it."""
+    mine, theirs = site_of(_bridge(model), neurons.site.name), neurons.site
+    if mine != theirs:
+        raise ValueError(
+            f"these neurons are of another model: their site {theirs.name!r} has {len(theirs.layers)} layers of "
+            f"{theirs.width} ({theirs.hooks[0]}, ...), this model's {len(mine.layers)} of {mine.width} "
+            f"({mine.hooks[0]}, ...)"
+        )
+    return mine
+
+
+def check_prunable(model: Model | TransformerBridge, neurons: Site | Neurons, sever: Sever | str = "out") -> None:
+    """Refuse neurons whose weights this model does not have: a set, or all layers of a site.
+
+    Raises:
+        ValueError: a layer has no weights for `sever`, or `sever` is not known.
+    """
+    if sever not in get_args(Sever):
+        raise ValueError(f"unknown sever {sever!r}; known: {', '.join(get_args(Sever))}")
+    site = neurons.site if isinstance(neurons, Neurons) else neurons
+    asked = neurons.mask.any(1).tolist() if isinstance(neurons, Neurons) else [True] * len(site.layers)
+    sever = cast(Sever, sever)
+    site = site_of(_bridge(model), site.name)
+    lacking = [
+        layer for layer, parts, of in zip(site.layers, site.parts(sever), asked, strict=True) if of and not parts
+    ]
+    if not lacking:
+        return
+    others = {
+        other: [layer for layer, parts in zip(site.layers, site.parts(other), strict=True) if parts]
+        for other in get_args(Sever)
+        if other != sever
+    }
+    has = "; ".join(f"sever={other!r} (layers {', '.join(layers)})" for other, layers in others.items() if layers)
+    why = {
+        "resid": "is a sum over blocks" if sever in ("out", "both") else "has none of that kind",
+        "attn_head": "shares input weights between heads" if sever == "both" else "has none of that kind",
+    }
+    raise ValueError(
+        f"site {site.name!r} of a {_bridge(model).cfg.architecture} model has no weights to prune with sever={sever!r} "
+        f"(layer {lacking[0]!r} {why.get(site.name, 'has none of that kind')}): use `with ablated(...)`, or "
+        + (f"{has}, or " if has else "")
+        + f"site {'mlp_post' if site.name != 'mlp_post' else 'resid'!r}"
+    )
+
+
+def _slices(
+    model: Model | TransformerBridge, neurons: Neurons, sever: Sever | str
+) -> list[tuple[torch.nn.Parameter, Tensor, float]]:
+    """The parameters that hold the neurons, with where in each they are and the value that has no effect."""
+    bridge, site = _bridge(model), _same_site(model, neurons)
+    check_prunable(model, neurons, sever)
+    sever = cast(Sever, sever)
+    found = []
+    for parts, mask in zip(site.parts(sever), neurons.mask.repeat_interleave(site.size, 1), strict=True):
+        if not mask.any():
+            continue
+        for part in parts:
+            weight = parameter(bridge, part)
+            if wearing(bridge, weight):
+                raise ValueError(
+                    f"{part.component} has a low-rank adapter now, beside which its own weights cannot be set or held; "
+                    "prune before the block of `adapted`, or use `with ablated(...)`"
+                )
+            shape = [1] * weight.ndim
+            shape[part.axis] = len(mask)
+            found.append((weight, mask.to(weight.device).view(shape).expand_as(weight), part.nothing))
+    return found

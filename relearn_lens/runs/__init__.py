@@ -1,0 +1,6 @@
+"""An experiment as settings, as events that come one by one, and as a folder that keeps them."""
+
+import lazy_loader as lazy
+
+# Modules that are public names.
+__getattr__, *_ = lazy.attach(__name__, ["published"])

@@ -1,0 +1,296 @@
+"""What a run measured besides F1 and saliency, as plain numbers for `summary.json` and as rows for tables.
+
+Claims, attribution, how well the scores agree, how fast F1 came back, activation similarity and top words. A part whose
+measurement was not taken is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats as st
+
+from relearn_lens.analysis import migration, priming, recovery
+from relearn_lens.analysis.claims import Claim, claims
+from relearn_lens.analysis.intervals import Estimate
+from relearn_lens.measure import meaning
+from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory
+from relearn_lens.runs.results import Run
+
+CORRECTED = (
+    "An effect is positive in the direction of the claim. Each verdict holds at the level of the run's intervals by "
+    "itself; p (Holm) is corrected for all claims of the table."
+)
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def claims_of(run: Run) -> list[Claim]:
+    """C1 to C9 of a run."""
+    return claims(
+        run.arms, run.label, random_sets=[damage.random for damage in run.damage], level=run.interval["level"],
+        draws=run.interval["draws"],
+    )  # fmt: skip
+
+
+def findings(run: Run) -> dict[str, Any]:
+    """Everything here as plain values."""
+    return {
+        "claims": [asdict(claim) for claim in claims_of(run)],
+        "migration": migration_of(run),
+        "recovery_speed": {name: _speeds(run, arms) for name, arms in run.arms.items()},
+        "savings": _savings(run),
+        "attribution": _by_stage(run, lambda arm, stage: _attribution(arm, stage)),
+        "scores_agreement": agreement(run),
+        "similarity": {name: [_similarity(arm) for arm in arms] for name, arms in run.arms.items()},
+        "meaning": _by_stage(run, lambda arm, stage: _meaning(arm, stage)),
+        "heirs": {name: heirs(run, name) for name in run.arms},
+        "probe_quality": {kind: asdict(s.quality) for kind, s in _base(run).also.items() if s.quality is not None},
+    }
+
+
+def migration_of(run: Run) -> dict[str, Any]:
+    """Where the concept went, by the main score and by attribution, all three selections.
+
+    Where it cannot be said (a score with a sign, no neuron that survived in both arms) there is `says` alone.
+    """
+    if "concept" not in run.arms:
+        return {}
+
+    def told(**how: Any) -> dict[str, Any]:
+        try:
+            moved = migration.migration(run.arms, **how)
+        except ValueError as error:
+            return {"says": f"Not measured: {error}."}
+        return {**asdict(moved), "says": str(moved)}
+
+    found = {which: told(selection=which) for which in ("matched", "all", "published")}
+    if all(arm[last(arm)].attribution and arm[BASE].attribution for arms in run.arms.values() for arm in arms):
+        found["attribution"] = told(score=lambda snapshot: snapshot.by("attribution"))
+    return found
+
+
+def last(arm: Trajectory) -> str:
+    """The last stage."""
+    return arm.stages[-1]
+
+
+def agreement(run: Run) -> dict[str, float]:
+    """Spearman correlation over neurons of the ranking score with every other score, at base, mean over seeds."""
+    first = next(iter(run.arms.values()))
+    found: dict[str, float] = {}
+    kinds = [*first[0][BASE].also, *(["attribution"] if first[0][BASE].attribution else [])]
+    for kind in kinds:
+        found[arm_kind(first[0], kind)] = float(np.mean([_rank_correlation(arm[BASE], kind) for arm in first]))
+    return found
+
+
+def _rank_correlation(snapshot: Snapshot, kind: str) -> float:
+    """Spearman, NaN where a score is the same for every neuron."""
+    mine, other = (saliency.score.flatten().numpy() for saliency in (snapshot.saliency, snapshot.by(kind)))
+    if np.ptp(mine) == 0 or np.ptp(other) == 0:
+        return float("nan")
+    found: Any = st.spearmanr(mine, other)  # stubs and scipy do not agree on what this is
+    return float(found.statistic)
+
+
+def arm_kind(arm: Trajectory, kind: str) -> str:
+    """The name of a score; of an attribution, its form."""
+    return arm[BASE].by(kind).kind
+
+
+def heirs(run: Run, name: str, k: int = 8) -> list[str]:
+    """Polysemy lines of the neurons that are new in the top tenth of the survivors, those that gained most first."""
+    arm = run.arms[name][0]
+    base, now = arm[BASE], arm[last(arm)]
+    if base.words is None or now.words is None or not len(arm.matched()):
+        return []
+    among = arm.matched()
+    new = priming.heirs(base.saliency, now.saliency, max(1, len(among) // 10), among)
+    return [str(row) for row in meaning.polysemy(base.words, now.words, base.concept_words, neurons=new).rows(k)]
+
+
+def _base(run: Run) -> Any:
+    return next(iter(run.arms.values()))[0][BASE]
+
+
+def _by_stage(run: Run, of: Any) -> dict[str, Any]:
+    """Arm to one mapping of stages per seed; stages without the measurement are left out."""
+    found = {}
+    for name, arms in run.arms.items():
+        each = [{stage: entry for stage in arm.stages if (entry := of(arm, stage))} for arm in arms]
+        if any(each):
+            found[name] = each
+    return found
+
+
+def _attribution(arm: Trajectory, stage: str) -> dict[str, Any] | None:
+    found = arm[stage].attribution
+    if found is None:
+        return None
+    return {
+        "layer_share": migration.layer_share(found.saliency()),
+        "score_by_layer": found.score.sum(1).tolist(),
+        "delta": found.delta.tolist(),
+        "delta_is_error": found.is_cut_set,
+        "change": found.change,
+        "unit": found.unit,
+        **{key: getattr(found, key) for key in ("form", "target", "reference", "quadrature", "steps", "n_words")},
+    }
+
+
+def _similarity(arm: Trajectory) -> dict[str, Any]:
+    return {
+        which: {
+            "flow": found.flow.tolist(),
+            "cka": found.cka.tolist(),
+            "same_by_layer": found.same.nanmedian(1).values.tolist(),
+            "best_by_layer": found.best.abs().nanmedian(1).values.tolist(),
+            "chance": found.chance,
+            "above_chance": found.above_chance(),
+            "n_words": found.n_words,
+        }
+        for which, found in arm.similarity.items()
+    }
+
+
+def _meaning(arm: Trajectory, stage: str) -> dict[str, Any] | None:
+    found = arm[stage]
+    if found.words is None:
+        return None
+    return {
+        "null_by_layer": found.words.null.sum(1).tolist(),
+        "similarity_by_layer": None if found.meaning is None else found.meaning.nanmean(1).tolist(),
+        "near_concept_by_layer": None if found.near_concept is None else found.near_concept.nanmean(1).tolist(),
+        "classes_separated_by_layer": None if found.separated is None else found.separated.double().mean(1).tolist(),
+    }
+
+
+def _speeds(run: Run, arms: Sequence[Trajectory]) -> dict[str, Any]:
+    found = recovery.speeds(arms, run.label, **run.interval)
+    return {
+        "reached": {f"{share:g}": asdict(when) for share, when in found.reached.items()},
+        "area": None if found.area is None else asdict(found.area),
+    }
+
+
+def _savings(run: Run) -> dict[str, Any] | None:
+    if not {"concept", "never"} <= set(run.arms):
+        return None
+    found = recovery.savings(run.arms["concept"], run.arms["never"], run.label, **run.interval)
+    saved = {f"{share:g}": None if each is None else asdict(each) for share, each in found.saved.items()}
+    return {"saved": saved, "area": asdict(found.area)}
+
+
+MOST_LAYERS = 14
+"""Columns of layers that a terminal and a page have room for; deeper models are shown in groups of neighbours."""
+
+
+def layer_columns(layers: Sequence[str]) -> list[tuple[str, slice]]:
+    """Name and layers of each column of a table: one layer each, or groups such as `"3-5"` where there are many."""
+    size = -(-len(layers) // MOST_LAYERS)
+    parts = [slice(i, min(i + size, len(layers))) for i in range(0, len(layers), size)]
+    return [(layers[p.start] if p.stop - p.start == 1 else f"{layers[p.start]}-{layers[p.stop - 1]}", p) for p in parts]
+
+
+def _by_column(layers: Sequence[str], values: Any, of: Any = np.mean) -> list[str]:
+    """Values by layer as cells: means (or sums) over the layers of each column."""
+    values = np.asarray(values, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return [_number(of(values[part])) for _, part in layer_columns(layers)]
+
+
+def claims_rows(found: Sequence[Claim]) -> Table:
+    """The claims table: the number in the concept arm and in its control, effect with interval, verdict."""
+    rows = [
+        [
+            claim.id, claim.says, claim.verdict, _number(claim.concept), _number(claim.control),
+            _interval(claim.effect), f"{claim.bar:g}", _number(claim.p), _number(claim.p_holm),
+        ]
+        for claim in found
+    ]  # fmt: skip
+    return ["", "claim", "verdict", "concept", "control", "effect", "bar", "p", "p (Holm)"], rows
+
+
+def speed_rows(run: Run) -> Table:
+    """Epochs until each arm has a share of its base F1 again."""
+    rows = []
+    for name, arms in run.arms.items():
+        if arms[0].pruned is None:
+            continue
+        found = recovery.speeds(arms, run.label, **run.interval)
+        area = "within noise" if found.area is None else _interval(found.area)
+        rows.append([name, *(_interval(when.epochs) or "not reached" for when in found.reached.values()), area])
+    shares = [f"epochs to {share:.0%}" for share in recovery.SHARES]
+    return ["arm", *shares, "area under recovery"], rows
+
+
+def attribution_rows(run: Run) -> Table:
+    """Share of the attribution in each layer, its change of the output and the largest completeness error."""
+    rows, layers = [], list(next(iter(run.arms.values()))[0].site.layers)
+    shown_base = False
+    for name, arms in run.arms.items():
+        for stage in arms[0].stages:
+            found = [arm[stage].attribution for arm in arms]
+            again = (stage == BASE and shown_base and name != "never") or (stage == PRUNED and arms[0].pruned is None)
+            if again or any(each is None for each in found):
+                continue
+            shown_base = shown_base or stage == BASE
+            known = [each for each in found if each is not None]
+            shares = np.mean([migration.layer_share(each.saliency()) for each in known], axis=0)
+            error = max(float((each.delta / each.change).abs().max()) for each in known)
+            said = f"{error:.1%}" if known[0].is_cut_set else "no cut set"
+            change = float(np.mean([each.change for each in known]))
+            who = "all arms" if stage == BASE and name != "never" else name
+            rows.append([who, stage, *_by_column(layers, shares, np.sum), f"{change:.2f}", said])
+    return ["arm", "stage", *(name for name, _ in layer_columns(layers)), "output change", "completeness error"], rows
+
+
+def similarity_rows(run: Run) -> Table:
+    """Per layer, base against last stage: CKA, correlation of a neuron with itself, share that stays in its layer."""
+    rows, layers = [], list(next(iter(run.arms.values()))[0].site.layers)
+    for name, arms in run.arms.items():
+        for which in ("all", "concept"):
+            found = [arm.similarity[which] for arm in arms if which in arm.similarity]
+            if not found:
+                continue
+            for what, values in (
+                ("linear CKA, same layer", [each.cka.diagonal() for each in found]),
+                ("correlation with itself, median", [each.same.nanmedian(1).values for each in found]),
+                ("best match in the same layer, share", [each.flow.diagonal() for each in found]),
+            ):
+                rows.append(
+                    [
+                        name,
+                        f"{which}, {found[0].n_words:,} words",
+                        what,
+                        *_by_column(layers, torch.stack(values).mean(0)),
+                    ]
+                )
+    return ["arm", "over", "base against last stage", *(name for name, _ in layer_columns(layers))], rows
+
+
+def agreement_rows(run: Run) -> Table:
+    """Rank correlation of the ranking score with the others, at base; fitted scores with their held-out quality."""
+    rows = []
+    also = _base(run).also
+    for name, value in agreement(run).items():
+        quality = also[name].quality if name in also else None
+        rows.append([name, _number(value), "" if quality is None else str(quality)])
+    return ["score", f"Spearman with {_base(run).saliency.kind}", "held-out quality, beside its controls"], rows
+
+
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    if estimate.interval is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _number(value: float | np.floating | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.3f}"

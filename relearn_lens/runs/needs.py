@@ -1,0 +1,350 @@
+"""What a preset needs of a machine, by calculation from sizes; no model is loaded and torch is not imported.
+
+Resident memory is a sum, because what the allocator keeps of one phase is rarely what the next one asks for:
+
+    baseline    Python with torch, transformers, TransformerLens and pandas imported
+    text        the text while it is read
+    weights     6 copies of the model in float32: the model, the base of the seed, gradients, two moments of AdamW,
+                and one that is being written or compared
+    training    activations of the longest batch, kept for the backward pass, and logits of a language model
+    measuring   what attribution and top words may take at once: what they need, at most `measure.max_memory`
+
+Activations of a transformer layer are 68 d + 10 h s bytes a token in float32 (d wide, h heads, sentences of s tokens;
+Korthikanti et al. 2022, section 4.1, twice the bytes of 16-bit numbers). It is within 15 % of these measured peaks:
+`names` 1,989 MB, `names-quick` 1,643 MB (1,957 MB since a run keeps where its training stands), `toy` 584 MB; and of a
+BERT of 335 M parameters, 10,026 MB up to the measurement of its base, where the sum says 11,369 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from relearn_lens import sources
+from relearn_lens.runs.presets import PRESETS, preset
+from relearn_lens.runs.settings import Experiment
+
+BASELINE_MB = 515
+"""Resident after the imports of a run, measured with torch 2.13 on Linux x86-64 without CUDA."""
+
+COPIES = 6
+"""Of the weights, as the sum above counts them."""
+
+REPORT_MB = 8
+"""What the page of a run takes at most."""
+
+LATER_MB = 60
+"""What a run imports, and small things it makes, once model and text are there."""
+
+_MB = 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a transformer that its needs follow from."""
+
+    layers: int
+    d_model: int
+    heads: int
+    parameters: int
+    vocabulary: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Its weights in float32."""
+        return 4 * self.parameters
+
+
+@dataclass(frozen=True)
+class Text:
+    """The sizes of a text: its longest sentence in sub-words, its labels, and megabytes while it is read."""
+
+    longest: int
+    labels: int
+    megabytes: int
+
+
+SHAPES: dict[str, Shape] = {
+    "toy": Shape(4, 32, 2, 36_000),
+    "minilm": Shape(6, 384, 12, 22_713_216),
+    "smollm2": Shape(30, 576, 9, 134_515_008, 49_152),
+    "distilbert-base-cased": Shape(6, 768, 12, 65_190_912),
+    "distilgpt2": Shape(6, 768, 12, 81_912_576, 50_257),
+    "gpt2": Shape(12, 768, 12, 124_439_808, 50_257),
+    "bert-base-cased": Shape(12, 768, 12, 108_310_272),
+}
+"""Models by name, from their published config.json."""
+
+TEXTS: dict[str, Text] = {
+    "toy": Text(12, 3, 0),
+    "bsb-names": Text(83, 4, 150),
+    "hf:eriktks/conll2003": Text(160, 5, 120),
+}
+"""Texts by name."""
+
+_UNKNOWN_TEXT = Text(128, 5, 100)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs; None where it cannot be said."""
+
+    memory_mb: int
+    disk_mb: int
+    fetch_mb: int
+    """What must come over the network first; 0 where all is here."""
+
+
+def shape_of(model: str) -> Shape | None:
+    """The sizes of a model, from `SHAPES` or a local folder's config.json and safetensors; None if neither knows it.
+
+    Raises:
+        ValueError: a folder whose config.json is damaged.
+    """
+    if model in SHAPES:
+        return SHAPES[model]
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        sizes = [
+            next((int(config[key]) for key in keys if key in config), None)
+            for keys in (
+                ("num_hidden_layers", "n_layers", "n_layer"),
+                ("hidden_size", "dim", "n_embd"),
+                ("num_attention_heads", "n_heads", "n_head"),
+            )
+        ]
+        layers, width, heads = (size for size in sizes if size is not None)
+        vocabulary = int(config.get("vocab_size", 0))
+        half = str(config.get("dtype") or config.get("torch_dtype")).endswith("16")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{str(folder / 'config.json')!r} does not say how large the model is ({type(error).__name__}: {error}); "
+            "save the model again with save_pretrained"
+        ) from error
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Shape(layers, width, heads, stored // (2 if half else 4), vocabulary)
+
+
+def estimate(experiment: Experiment) -> Estimate | None:
+    """What a run with these settings needs of memory and disk; None for a model whose size is not known here.
+
+    Raises:
+        ValueError: as `shape_of`.
+    """
+    shape = shape_of(experiment.model)
+    if shape is None:
+        return None
+    text = TEXTS.get(experiment.corpus, _UNKNOWN_TEXT)
+    token = _token_bytes(shape, text.longest)
+    batch = max(experiment.finetune.batch_size, experiment.retrain.batch_size)
+    training = batch * text.longest * (shape.layers * token + _logit_bytes(experiment, shape))
+    asked = experiment.measure
+    measuring = 0.0
+    if {"conductance", "layer_ig"} & set(asked.what):
+        measuring = asked.sentences * asked.steps * text.longest * shape.layers * token
+    if "top_words" in asked.what:  # a table of word types by neurons
+        measuring = max(measuring, 4.0 * 5000 * (shape.layers + 1) * shape.d_model)
+    measuring = min(measuring, asked.max_memory * _MB)
+    memory = BASELINE_MB + text.megabytes + (COPIES * shape.bytes + training + measuring) / _MB
+    return Estimate(math.ceil(memory), _disk(experiment, shape, text), _fetch(experiment, shape))
+
+
+def _token_bytes(shape: Shape, longest: int) -> int:
+    """Activations of one token in one layer, in sentences of so many tokens."""
+    return 68 * shape.d_model + 10 * shape.heads * longest
+
+
+def _logit_bytes(experiment: Experiment, shape: Shape) -> int:
+    """Of one token: logits, their probabilities and the gradient, over the whole vocabulary of a language model."""
+    return 3 * 4 * shape.vocabulary if experiment.task == "next_token" else 0
+
+
+def fitted(
+    experiment: Experiment, shape: Shape, *, taken_mb: float | int, longest_train: int, longest_read: int
+) -> tuple[Experiment, list[str]]:
+    """The settings with batches and chunks small enough for `max_memory`, and what was decided, in words.
+
+    `taken_mb` is taken already, with one copy of the weights in it; `longest_train` is the longest piece to train on,
+    `longest_read` the longest of all, in tokens. Batches keep their size: they go through the model in more parts
+    (`accumulate`), for the same gradient but for dropout's draws.
+
+    Raises:
+        ValueError: not even one piece at a time fits.
+    """
+    if experiment.max_memory is None:
+        return experiment, []
+    fixed = taken_mb + LATER_MB + (COPIES - 1) * shape.bytes / _MB
+    room = (0.9 * experiment.max_memory - fixed) * _MB  # a tenth for what allocators keep and the sum misses
+    layer, reading = (_token_bytes(shape, n) for n in (longest_train, longest_read))
+    logits = _logit_bytes(experiment, shape)
+    piece = longest_train * (shape.layers * layer + logits)
+    token = 2 * reading + logits  # nothing is kept for a backward pass: one layer and what it becomes
+    need = max(piece, longest_read * token, _MB)
+    if room < need:
+        raise ValueError(
+            f"max_memory={experiment.max_memory:g} MB is too little: this run needs "
+            f"{(fixed + need / _MB) / 0.9:,.0f} MB even with one sentence at a time "
+            f"({fixed:,.0f} MB of it for Python and {COPIES} copies of {shape.parameters:,} weights); "
+            "give it more, or use a smaller model"
+        )
+    groups = {}
+    for name in ("finetune", "retrain"):
+        training = getattr(experiment, name)
+        parts = max(training.accumulate, -(-training.batch_size // int(room // piece)))
+        groups[name] = training.model_copy(update={"accumulate": parts})
+    asked = experiment.measure
+    tokens = max(16, min(asked.max_tokens, int(room // token)))
+    megabytes = min(asked.max_memory, max(1, int(room // _MB)))
+    groups["measure"] = asked.model_copy(update={"max_tokens": tokens, "max_memory": megabytes})
+    said = (
+        f"max_memory={experiment.max_memory:g} MB: about {fixed:,.0f} MB are taken whatever the batches; accumulate="
+        f"{groups['finetune'].accumulate} in fine-tuning and {groups['retrain'].accumulate} in retraining, "
+        f"measure.max_tokens={tokens:,}, measure.max_memory={megabytes:g}"
+    )
+    return experiment.model_copy(update=groups), [said]
+
+
+def _disk(experiment: Experiment, shape: Shape, text: Text) -> int:
+    """Megabytes of the run folder at its largest: every seed's base, one training's weights and two moments, twice
+    while one file replaces another, what is kept, and a few numbers per neuron, class and stage."""
+    seeds, arms = len(experiment.seeds), len(experiment.arms)
+    stages = math.ceil(experiment.retrain.epochs / experiment.retrain.every)
+    kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}.get(experiment.keep, 0)
+    neurons = (shape.layers + 1) * shape.d_model * (4 if experiment.site.startswith("mlp") else 1)
+    numbers = 2 * seeds * (arms + 1) * (stages + 2) * neurons * (16 * text.labels + 48)
+    return math.ceil(((seeds + 6 + kept) * shape.bytes + numbers) / _MB) + REPORT_MB
+
+
+def _fetch(experiment: Experiment, shape: Shape) -> int:
+    """Megabytes to fetch first: archives of sources that are not in the cache, models and texts of the hub."""
+    total = 0.0
+    for name in {experiment.model, experiment.corpus, experiment.probe_corpus} & set(sources.SOURCES):
+        total += 0 if sources.is_cached(name) else sources.SOURCES[name].size
+    model = experiment.model
+    if model not in ("toy", *sources.SOURCES) and not Path(model).expanduser().is_dir() and not _on_hub_cache(model):
+        total += shape.bytes
+    name = experiment.corpus.removeprefix("hf:")
+    if name != experiment.corpus and not Path(name).expanduser().is_dir() and not _on_hub_cache(name, "datasets"):
+        total += 5 * _MB
+    return math.ceil(total / _MB)
+
+
+def _on_hub_cache(name: str, kind: str = "models") -> bool:
+    """Whether the hub's own cache holds something of that name."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return (cache / f"{kind}--{name.replace('/', '--')}" / "snapshots").is_dir()
+
+
+def memory_mb(root: Path = Path("/")) -> int | None:
+    """Memory that a new process can have on this machine: what is free, within the limits of container and shell.
+
+    None where the system does not say.
+    """
+    found = [n for n in (_free(root), _cgroup(root), _rlimit()) if n is not None]
+    return min(found) // _MB if found else None
+
+
+def _free(root: Path) -> int | None:
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:  # all of it, where what is free is not said
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _cgroup(root: Path) -> int | None:
+    """What a container's limit leaves, by cgroups of version 2 or 1."""
+    for folder, limit, used in (
+        ("sys/fs/cgroup", "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most = int((root / folder / limit).read_text())  # "max" is no number: no limit
+            return max(0, most - int((root / folder / used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _rlimit() -> int | None:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if most == resource.RLIM_INFINITY else most
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB (2**20 bytes)."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # Not getrusage where there is a choice: on Linux a new process inherits its parent's peak there.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory: Any = psutil.Process().memory_info()
+        return memory.peak_wset / _MB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+HEADER = ["preset", "memory needed", "there is", "disk needed", "free", "verdict"]
+
+
+def doctor_rows(
+    *, out: Path = Path("runs"), has_mb: int | None = None, presets: Mapping[str, Any] = PRESETS
+) -> list[list[str]]:
+    """A row of `HEADER` for each preset: whether this machine can run it, in plain words.
+
+    `out` is where run folders would lie; `has_mb` is the memory to judge by, by default this machine's.
+    """
+    has = memory_mb() if has_mb is None else has_mb
+    place = out.absolute()
+    disk = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free // _MB
+    rows = []
+    for name in presets:
+        experiment = preset(name)
+        need = estimate(experiment)
+        if need is None:
+            unknown = f"the size of model {experiment.model!r} is not known before it is fetched"
+            rows.append([name, "?", _said(has), "?", _said(disk), unknown])
+            continue
+        shown = [_said(need.memory_mb), _said(has), _said(need.disk_mb), _said(disk)]
+        rows.append([name, *shown, verdict(need, has, disk)])
+    return rows
+
+
+def verdict(need: Estimate, has_mb: int | None, disk_mb: int) -> str:
+    """Whether a run fits, in plain words."""
+    if has_mb is not None and need.memory_mb > has_mb:
+        return f"does not fit: needs about {need.memory_mb:,} MB of memory, there are {has_mb:,} MB"
+    if need.disk_mb + need.fetch_mb > disk_mb:
+        return f"does not fit: needs about {need.disk_mb + need.fetch_mb:,} MB of disk, there are {disk_mb:,} MB"
+    if need.fetch_mb:
+        return f"runs here, after a fetch of {need.fetch_mb:,} MB"
+    return "runs here"
+
+
+def _said(megabytes: int | None) -> str:
+    return "?" if megabytes is None else f"{megabytes:,} MB"

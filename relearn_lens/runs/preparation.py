@@ -1,0 +1,164 @@
+"""Everything before the first step of training: model and text, and all that can be checked about them."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from relearn_lens import sources
+from relearn_lens.find.attribution import attribution_plan
+from relearn_lens.find.saliency import score_of
+from relearn_lens.measure.tracking import FORMS, check_measures
+from relearn_lens.models import toy
+from relearn_lens.models.loading import load_language_model, load_tagger
+from relearn_lens.models.lora import adapted
+from relearn_lens.models.model import Model
+from relearn_lens.neurons.sites import Site, site_of
+from relearn_lens.runs.events import Prepared, Progress
+from relearn_lens.runs.needs import Shape, fitted
+from relearn_lens.runs.protocol import resolved
+from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.texts import draw, read_texts
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import Corpus, Splits
+from relearn_lens.text.encoding import Encoded, Reading
+
+
+def concept_of(experiment: Experiment) -> Concept:
+    """The concept that the settings name."""
+    if experiment.words:
+        return Concept(experiment.labels[0], words=experiment.words)
+    return Concept("+".join(experiment.labels), experiment.labels)
+
+
+def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prepared:
+    """Load text and model, draw the sentences, and check all that can be checked before training.
+
+    Raises:
+        ValueError: an unknown name, a label that the text lacks, a concept that the probe corpus lacks.
+        OSError: a model or a text that cannot be had.
+    """
+    score_of(experiment.score, experiment.contrast)
+    check_measures(experiment.measure.what)
+    _check_device(experiment.device)
+    concept = concept_of(experiment)
+    if progress:
+        progress("reading the text", 0, 1)
+    splits = read_texts(experiment, concept)
+    for part in splits:
+        concept.classes(part)
+    data = experiment.data
+    sizes = (data.train_sentences, data.validation_sentences, data.probe_sentences)
+    drawn = [draw(part, size, concept, experiment) for part, size in zip(splits, sizes, strict=True)]
+    concept.classes(drawn[2])
+    if progress:
+        progress("loading the model", 0, 1)
+    tagger = load(experiment, drawn[0].label_names)
+    site = site_of(tagger.bridge, experiment.site)
+    with adapters(tagger, experiment.retrain.lora_rank, seed=0):
+        pass  # peft, and layers to adapt, are there
+    decided: list[str] = []
+    if set(experiment.arms) - {"unpruned"}:
+        experiment, decided = resolved(experiment, tagger.bridge, site)
+    train, validation, probe = (tagger.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
+    experiment, fits = _fitted(experiment, tagger, train, validation, probe)
+    decided += fits
+    notes = [note for part in (train, validation, probe) for note in part.notes()] + decided
+    notes += _plans(experiment, tagger, probe, concept, site)
+    return Prepared(
+        experiment, tagger, site, concept, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
+    )
+
+
+def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0) -> Model:
+    """The model with its head; the planted toy comes with its own."""
+    device = None if experiment.device == "auto" else experiment.device
+    if experiment.task == "next_token":
+        if experiment.model == "toy":
+            return toy.language_model(seed=seed).to(device or "cpu")
+        return load_language_model(experiment.model, device=device)
+    if experiment.model == "toy":
+        if labels != toy.LABELS:
+            raise ValueError(f"model 'toy' knows the labels {toy.LABELS} of corpus 'toy', not {labels}")
+        return toy.tagger(seed=seed).to(device or "cpu")
+    return load_tagger(experiment.model, labels, seed=seed, device=device)
+
+
+def adapters(tagger: Model, rank: int | None, *, seed: int) -> contextlib.AbstractContextManager[None]:
+    """Low-rank adapters for a while, if a rank is set."""
+    return adapted(tagger, rank=rank, seed=seed) if rank else contextlib.nullcontext()
+
+
+def attribution_settings(experiment: Experiment) -> dict[str, Any]:
+    """The settings of attribution, as `attribute` takes them."""
+    asked = experiment.measure
+    return {
+        **{name: getattr(asked, name) for name in ("target", "reference", "quadrature", "steps", "sentences")},
+        "max_memory": megabytes(asked.max_memory),
+        "seed": experiment.data.split_seed,
+    }
+
+
+def megabytes(n: float) -> int:
+    """So many MB (2**20 bytes) in bytes."""
+    return int(n * 2**20)
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine lacks."""
+    kind, _, index = device.partition(":")
+    there = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= there:
+        raise ValueError(f"device = {device!r}: this machine has {there} CUDA device(s); use device=cpu or auto")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device = 'mps': this machine has none; use device=cpu or auto")
+
+
+def _reading(experiment: Experiment) -> Reading | None:
+    """Where words are read; None for what suits the model."""
+    return None if experiment.measure.reading == "auto" else experiment.measure.reading
+
+
+def _hashes(experiment: Experiment, drawn: list[Corpus]) -> dict[str, str]:
+    """sha256 of the sentences that are used and of the files they and the model come from."""
+    found = {f"sentences:{part}": text.sha256() for part, text in zip(Splits._fields, drawn, strict=True)}
+    named = {"model": experiment.model, "corpus": experiment.corpus, "probe_corpus": experiment.probe_corpus}
+    for role, name in named.items():
+        if name is None or name == "toy":
+            continue  # made by this package: its version says what it is
+        if name in sources.SOURCES:
+            found |= {f"{role}:{name}/{file}": digest for file, digest in sources.hashes(name).items()}
+        else:
+            path = Path(name if role == "model" else name.partition(":")[2]).expanduser()
+            found |= {f"{role}:{file}": digest for file, digest in sources.hash_files(path).items()}
+    return found
+
+
+def _fitted(experiment: Experiment, tagger: Model, train: Encoded, *read: Encoded) -> tuple[Experiment, list[str]]:
+    """The settings, within `max_memory` for this model and these texts."""
+    config = tagger.bridge.cfg
+    sizes = int(config.n_layers), int(config.d_model), int(config.n_heads)
+    shape = Shape(*sizes, sum(value.numel() for value in tagger.weights().values()), int(config.d_vocab))
+    # On a GPU the run has the device's memory to itself, but for the one copy of the weights that is there.
+    taken = shape.bytes / 2**20 if tagger.device.type == "cuda" else psutil.Process().memory_info().rss / 2**20
+    longest = int(train.lengths.max())
+    return fitted(
+        experiment, shape, taken_mb=taken, longest_train=longest,
+        longest_read=max(longest, *(int(part.lengths.max()) for part in read)),
+    )  # fmt: skip
+
+
+def _plans(experiment: Experiment, tagger: Model, probe: Encoded, concept: Concept, site: Site) -> list[str]:
+    """What the costly measurements will take, and an error now if their settings cannot work."""
+    said = []
+    for name in experiment.measure.what:
+        if name in FORMS:
+            plan = attribution_plan(
+                tagger, probe, concept, site=site, form=FORMS[name], **attribution_settings(experiment)
+            )
+            said.append(f"{name}: {plan}")
+    return said

@@ -1,0 +1,67 @@
+"""A finished experiment as an object: what a run folder loads into, and what everything that reads results takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from relearn_lens.measure.evaluation import Label
+from relearn_lens.measure.tracking import BASE, Trajectory
+from relearn_lens.runs.events import Damage
+from relearn_lens.runs.settings import Experiment
+from relearn_lens.text import markup
+
+
+@dataclass
+class Run:
+    """A finished experiment: what a run folder loads into."""
+
+    experiment: Experiment
+    arms: dict[str, list[Trajectory]] = field(default_factory=dict)
+    """Arm name to one trajectory per seed, in the order of the settings."""
+    damage: list[Damage] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """Versions, seeds, hashes of inputs, notes, seconds, memory."""
+    folder: str | None = None
+
+    @property
+    def label(self) -> Label:
+        """What the concept's F1 is looked up by."""
+        return self.experiment.labels
+
+    @property
+    def interval(self) -> dict[str, Any]:
+        """Coverage and bootstrap draws of every interval, as `analysis.estimate` takes them."""
+        return {"level": self.experiment.measure.level, "draws": self.experiment.measure.draws}
+
+    def to_dataframe(self) -> Any:
+        """All arms' `Trajectory.to_dataframe` below each other."""
+        import pandas as pd
+
+        return pd.concat([t.to_dataframe() for arm in self.arms.values() for t in arm], ignore_index=True)
+
+    def to_xarray(self) -> Any:
+        """All arms' `Trajectory.to_xarray` along the axes `arm` and `seed`."""
+        import xarray as xr
+
+        arms = [
+            xr.concat([t.to_xarray().drop_attrs() for t in arm], dim="seed").assign_coords(seed=[t.seed for t in arm])
+            for arm in self.arms.values()
+        ]
+        return xr.concat(arms, dim="arm").assign_coords(arm=list(self.arms))
+
+    def _repr_html_(self) -> str:
+        """The concept's score by arm and stage, means over seeds."""
+        stages = list(dict.fromkeys(stage for arms in self.arms.values() for stage in arms[0].stages))
+        rows = []
+        for name, arms in self.arms.items():
+            shown = {s: sum(arm[s].scores.shown(self.label) for arm in arms) / len(arms) for s in arms[0].stages}
+            rows.append([name, len(arms), *(f"{shown[s]:.3f}" if s in shown else "" for s in stages)])
+        metric = next((arm[BASE].scores.metric for arms in self.arms.values() for arm in arms), "F1")
+        how = self.experiment
+        title = f"{how.model}, {how.corpus}, {how.site}: {metric} of {'+'.join(how.labels)}"
+        return markup.box(title, markup.table(["arm", "seeds", *stages], rows))
+
+    def __repr__(self) -> str:
+        arms = "\n  ".join(repr(t) for arm in self.arms.values() for t in arm)
+        return f"Run({self.experiment.model}, {self.experiment.corpus}, {self.experiment.site})\n  {arms}"

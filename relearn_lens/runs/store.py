@@ -1,0 +1,512 @@
+"""The run folder: what a run leaves on disk, and how it is read back.
+
+    settings.toml            the resolved settings; `relearn-lens run settings.toml` repeats the run
+    manifest.json            versions, hashes of every input, notes, seconds, memory; `complete` once all is there
+    summary.json             the numbers, in the shape that the README documents
+    metrics.parquet          F1, precision, recall per arm, seed, stage, label
+    layers.parquet           saliency per arm, seed, stage, layer; all neurons and matched
+    tensors/*.safetensors    per seed and arm: score of every neuron, class statistics, span counts, what was pruned
+    stages/*.safetensors     every stage of the arm under way, while the run lasts
+    state/*.safetensors      where the training under way stood at its last pause: weights, optimiser, position
+    weights/*.safetensors    the base models while the run lasts; of the arms, by `keep`, the last or every stage's
+    report.html              the page (report.py)
+
+Every file is written whole: to a temporary name, synced, renamed; and in an order in which what is there can be used:
+measurements of a stage before the state to go on from it, results before what they were made from is removed, the
+manifest's `complete` last. A run that was interrupted goes on from the last pause of the training under way, and ends
+in the same bits.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from relearn_lens.measure.tracking import Snapshot, Trajectory, stage_name
+from relearn_lens.models import processes
+from relearn_lens.models.training import Checkpoint
+from relearn_lens.neurons.sites import Site
+from relearn_lens.runs import archive, needs, settings, verify
+from relearn_lens.runs.events import Arm, Base, Damage, Event, Measured, Paused, Prepared, Progress
+from relearn_lens.runs.experiment import perform
+from relearn_lens.runs.files import as_json, plain_settings, read_json, read_tensors, write_tensors, write_whole
+from relearn_lens.runs.needs import peak_rss_mb
+from relearn_lens.runs.results import Run
+from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.summary import layers_table, summary
+
+MANIFEST, SUMMARY, SETTINGS = "manifest.json", "summary.json", "settings.toml"
+PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accelerate", "nervaluate", "numpy")
+
+
+def run(
+    experiment: Experiment,
+    out: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    on_event: Callable[[Event], object] | None = None,
+) -> Run:
+    """Run an experiment; with `out`, into a run folder, where the same call continues what was interrupted.
+
+    A folder that holds a finished run of the same settings is read and not run again. `fresh` removes the run that
+    the folder holds first. `progress` is called with (what, done, of how much); `on_event` with every event of
+    `perform` as it comes.
+
+    Raises:
+        FileExistsError: the folder holds a run with other settings (and not `fresh`), or something that is no run.
+        BlockingIOError: another process is running into this folder.
+        ValueError, OSError: as `experiment.prepare`; OSError with ENOSPC if the disk is full.
+    """
+    with processes.joined():
+        return _run(experiment, out, fresh, progress, on_event)
+
+
+def _run(
+    experiment: Experiment,
+    out: str | Path | None,
+    fresh: bool,
+    progress: Progress | None,
+    on_event: Callable[[Event], object] | None,
+) -> Run:
+    if out is None:
+        return _drive(experiment, None, progress, on_event)
+    path = Path(out)
+    if not processes.is_first():
+        processes.wait()  # for the first one to have opened the folder
+        return _in_folder(RunFolder.read(path), experiment, None, None)
+    _check_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"another process is running into {str(path)!r}; wait for it, or choose another folder with --out"
+        ) from None
+    try:
+        folder = RunFolder.open(path, experiment, fresh=fresh)
+        processes.wait()
+        return _in_folder(folder, experiment, progress, on_event)
+    finally:
+        lock.release()
+
+
+def _in_folder(
+    folder: RunFolder,
+    experiment: Experiment,
+    progress: Progress | None,
+    on_event: Callable[[Event], object] | None,
+) -> Run:
+    """Read the finished run of a folder, or run what is missing into it."""
+    if processes.size() > 1:
+        folder.freeze()
+    if folder.manifest.get("complete") and folder.is_whole(experiment):
+        return load_run(folder.path)
+    return _drive(experiment, folder, progress, on_event)
+
+
+def _drive(
+    experiment: Experiment,
+    folder: RunFolder | None,
+    progress: Progress | None,
+    on_event: Callable[[Event], object] | None,
+) -> Run:
+    """Take the events of `perform` into a `Run` and, if there is one, into its folder."""
+    result = Run(experiment, manifest={"versions": _versions()}, folder=str(folder.path) if folder else None)
+    if processes.size() > 1:
+        result.manifest["processes"] = processes.size()
+    seconds: dict[str, float] = dict(folder.manifest.get("seconds", {})) if folder else {}
+    phase_began = time.monotonic()
+    events = perform(experiment, kept=folder, progress=progress)
+    folder = folder if processes.is_first() else None  # one process writes
+    for event in events:
+        if not isinstance(event, Measured | Paused):
+            name = _phase(event)
+            seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
+            phase_began = time.monotonic()
+        match event:
+            case Prepared():
+                result.manifest |= {"inputs": dict(event.inputs), "notes": list(event.notes)}
+                result.manifest["text"] = [repr(part.corpus) for part in (event.train, event.validation, event.probe)]
+                result.manifest["tokens"] = {p: getattr(event, p).n_tokens for p in ("train", "validation", "probe")}
+                if folder:
+                    folder.check_inputs(event.inputs)
+                    folder.check_room(event)
+            case Measured():
+                if folder:
+                    folder.keep_stage(event)
+            case Paused():
+                if folder:
+                    folder.keep_state(event)
+            case Base():
+                if folder:
+                    folder.keep_base(event)
+            case Damage():
+                result.damage.append(event)
+                if folder:
+                    folder.keep_damage(event)
+            case Arm():
+                result.arms.setdefault(event.trajectory.arm, []).append(event.trajectory)
+                if folder:
+                    folder.keep_arm(event)
+        if not isinstance(event, Measured | Paused):
+            result.manifest |= {"seconds": seconds, "peak_rss_mb": round(peak_rss_mb())}
+            if folder:
+                folder.note(**result.manifest)
+        if on_event:
+            on_event(event)
+    if folder:
+        folder.finish(result)
+    return result
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return (folder / MANIFEST).is_file() and bool(read_json(folder / MANIFEST).get("complete"))
+
+
+def load_run(folder: str | Path) -> Run:
+    """A finished run as objects, without loading the model.
+
+    Raises:
+        FileNotFoundError: there is no run folder.
+        ValueError: the run is not finished, or a file of it is missing or damaged.
+    """
+    path = Path(folder)
+    if not (path / MANIFEST).is_file():
+        raise FileNotFoundError(f"{str(path)!r} is no run folder: there is no {MANIFEST}")
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest.get("settings"), dict):
+        raise ValueError(f"{str(path / MANIFEST)!r} is damaged (it has no settings); run again with --fresh")
+    experiment = settings.experiment(manifest["settings"])
+    if not manifest.get("complete"):
+        raise ValueError(
+            f"the run in {str(path)!r} is not finished; `relearn-lens run {path / SETTINGS} --out {path}` continues it"
+        )
+    kept = RunFolder(path, manifest)
+    result = Run(experiment, manifest=manifest, folder=str(path))
+    for seed in experiment.seeds:
+        damage = kept.damage(seed)
+        if damage is None:
+            raise ValueError(f"{str(path)!r}: the measurements of seed {seed} are missing; run it again with --fresh")
+        result.damage.append(damage)
+        for name in experiment.arms:
+            arm = kept.arm(name, seed)
+            if arm is None:
+                raise ValueError(f"{str(path)!r}: arm {name!r} of seed {seed} is missing; run it again with --fresh")
+            result.arms.setdefault(name, []).append(arm)
+    return result
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a path that cannot be a run folder, or a folder that holds something else."""
+    if path.is_file():
+        raise FileExistsError(f"{str(path)!r} is a file; choose a folder with --out")
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NotADirectoryError(f"{str(path)!r} cannot be a folder: {str(above)!r} is a file")
+    if path.is_dir() and not (path / MANIFEST).is_file() and any(p.name != ".lock" for p in path.iterdir()):
+        raise FileExistsError(f"{str(path)!r} holds files that are no run; choose another folder with --out")
+
+
+class RunFolder:
+    """A run's folder on disk; gives `perform` what an earlier process left in it."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self._frozen: frozenset[Path] | None = None
+
+    @classmethod
+    def open(cls, path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
+        """A new folder, or one with a run of the same settings to go on with."""
+        _check_folder(path)
+        if (path / MANIFEST).is_file() and not fresh:
+            manifest = read_json(path / MANIFEST)
+            if _are_of(manifest.get("settings"), experiment):
+                for part in path.rglob(".*.tmp"):  # of a killed process: whoever holds the lock is the only one here
+                    part.unlink()
+                return cls(path, manifest)
+            if manifest.get("inputs"):  # else nothing ran: the settings were refused, and these may be the mended ones
+                changed = _differences(manifest.get("settings", {}), plain_settings(experiment))
+                raise FileExistsError(
+                    f"{str(path)!r} holds a run with other settings ({changed}); choose another folder with --out, or "
+                    "--fresh to remove that run"
+                )
+        for old in path.iterdir() if path.is_dir() else ():
+            if old.name != ".lock":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path, {})
+        # The manifest first: it is what makes the folder a run.
+        folder.note(settings=plain_settings(experiment), complete=False)
+        write_whole(path / SETTINGS, experiment.to_toml().encode())
+        return folder
+
+    @classmethod
+    def read(cls, path: Path) -> RunFolder:
+        """The folder that the first process has opened, for the others.
+
+        Raises:
+            FileNotFoundError: this process does not see it.
+        """
+        if not (path / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"process {processes.rank()} sees no run at {str(path)!r}, which the first process has opened; put "
+                "runs on a file system that all machines share (--out)"
+            )
+        return cls(path, read_json(path / MANIFEST))
+
+    def freeze(self) -> None:
+        """What is here now is what was kept: the first process goes on writing while others still look, and all must
+        find the same.
+
+        Raises:
+            OSError: the processes see different files.
+        """
+        self._frozen = frozenset(file for file in self.path.rglob("*.safetensors"))
+        names = sorted(str(file.relative_to(self.path)) for file in self._frozen)
+        digest = torch.frombuffer(bytearray(hashlib.sha256("\n".join(names).encode()).digest()), dtype=torch.uint8)
+        if not torch.equal(digest, processes.agreed(digest.clone())):
+            raise OSError(
+                f"process {processes.rank()} sees other files in {str(self.path)!r} than the first process; put runs "
+                "on a file system that all machines share (--out)"
+            )
+        processes.wait()
+
+    def _is_here(self, path: Path) -> bool:
+        return path.exists() if self._frozen is None else path in self._frozen
+
+    def is_whole(self, experiment: Experiment) -> bool:
+        """Whether the measurements of every seed and arm are here; what is missing can be made again."""
+        names = ("damage", *experiment.arms)
+        return all(self._is_here(self._tensors(f"{name}-{seed}")) for seed in experiment.seeds for name in names)
+
+    def note(self, **entries: Any) -> None:
+        """Write entries into the manifest."""
+        self.manifest |= entries
+        write_whole(self.path / MANIFEST, as_json(self.manifest))
+
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Refuse to go on with other inputs than the run began with."""
+        before = self.manifest.get("inputs")
+        if before is not None and before != dict(inputs):
+            changed = sorted(k for k in {*before, *inputs} if before.get(k) != inputs.get(k))
+            raise ValueError(
+                f"the inputs of {str(self.path)!r} have changed since the run began ({', '.join(changed)}); put them "
+                "back, or run again with --fresh"
+            )
+
+    def check_room(self, ready: Prepared) -> None:
+        """Write down what the run will take of the disk, and refuse to begin if that much is not free."""
+        need, disk = disk_estimate(ready), shutil.disk_usage(self.path)
+        there = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        self.note(disk_estimate_mb=round(need / 2**20))
+        if need - there > disk.free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the run needs about {need / 2**20:,.0f} MB of disk with keep={ready.experiment.keep!r}, "
+                f"{disk.free / 2**20:,.0f} MB are free at {str(self.path)!r}; make room, choose another disk with "
+                "--out, or keep less (--set keep=none)",
+            )
+
+    def keep_base(self, base: Base) -> None:
+        """Weights and measurement of a seed's base model, so that its arms need no new fine-tuning."""
+        weights = self._weights("base", base.seed)
+        if not weights.exists():
+            write_tensors(weights, {k: v.cpu() for k, v in base.weights.items()}, {})
+        self._keep(f"base-{base.seed}", base.snapshot)
+        self._forget(f"base-{base.seed}")
+
+    def keep_stage(self, event: Measured) -> None:
+        """A measured stage of the arm under way. The base's is kept with the base."""
+        path = self._stage(event.arm, event.seed, event.stage)
+        if not path.exists():
+            write_tensors(path, *archive.pack(event.snapshot))
+
+    def stages(self, arm: str, seed: int) -> dict[str, Snapshot]:
+        """The stages of an unfinished arm that were measured."""
+        prefix = f"{arm}-{seed}@"
+        found = {}
+        for path in sorted((self.path / "stages").glob(f"{prefix}*.safetensors")):
+            if not self._is_here(path):
+                continue
+            found[path.name.removeprefix(prefix).removesuffix(".safetensors")] = _unpacked(path)
+        return found
+
+    def keep_state(self, event: Paused) -> None:
+        """Where a training stands: enough to go on from. One file, replaced at every pause."""
+        tensors = {f"weights/{name}": value for name, value in event.weights.items()}
+        tensors |= {f"optimiser/{name}": value for name, value in event.state.items()}
+        at = event.at
+        meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss}
+        write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+        if self._keeps == "all":
+            weights = {name: value.cpu() for name, value in event.weights.items()}
+            write_tensors(self._weights(f"{event.training}@{stage_name(at)}", event.seed), weights, {})
+
+    def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
+        """Checkpoint, weights and optimiser state of a training that was interrupted."""
+        path = self._state(training, seed)
+        if not self._is_here(path):
+            return None
+        tensors, meta = read_tensors(path)
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimiser": {}}
+        try:
+            for name, value in tensors.items():
+                kind, _, rest = name.partition("/")
+                parts[kind][rest] = value
+            at = Checkpoint(float(meta["epoch"]), int(meta["step"]), int(meta["tokens_seen"]), float(meta["loss"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error!r}); run again with --fresh") from error
+        return at, parts["weights"], parts["optimiser"]
+
+    def _forget(self, training: str) -> None:
+        """Remove what an unfinished training needed, once its result is there."""
+        (self.path / "state" / f"{training}.safetensors").unlink(missing_ok=True)
+        for path in (self.path / "stages").glob(f"{training}@*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    @property
+    def _keeps(self) -> str:
+        return str(self.manifest.get("settings", {}).get("keep", "none"))
+
+    def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
+        """A seed's base model, if both its weights and its measurement are here."""
+        weights = self._weights("base", seed)
+        snapshot = self._kept(f"base-{seed}", Snapshot)
+        if snapshot is None or not self._is_here(weights):
+            return None
+        return read_tensors(weights)[0], snapshot
+
+    def keep_damage(self, damage: Damage) -> None:
+        """What pruning alone does."""
+        self._keep(f"damage-{damage.seed}", damage)
+
+    def damage(self, seed: int) -> Damage | None:
+        """What pruning alone does, if it was measured."""
+        return self._kept(f"damage-{seed}", Damage)
+
+    def keep_arm(self, arm: Arm) -> None:
+        """A finished arm."""
+        path = arm.trajectory
+        if self._keeps != "none" and arm.weights is not None:
+            tensors = {k: v.cpu() for k, v in arm.weights.items()}
+            write_tensors(self._weights(path.arm, path.seed), tensors, {})
+        self._keep(f"{path.arm}-{path.seed}", path)
+        self._forget(f"{path.arm}-{path.seed}")
+        self._forget(f"{path.arm}-fine-{path.seed}")
+
+    def arm(self, name: str, seed: int, site: Site | None = None) -> Trajectory | None:
+        """A finished arm, if it is here."""
+        found = self._kept(f"{name}-{seed}", Trajectory)
+        if found is not None and (found.arm, found.seed) != (name, seed):
+            raise ValueError(
+                f"{str(self._tensors(f'{name}-{seed}'))!r} is damaged: it holds arm {found.arm!r} of seed {found.seed}"
+                "; put the right file back, or run again with --fresh"
+            )
+        return found
+
+    def finish(self, result: Run) -> None:
+        """Tables and summary; then what only an unfinished run needs goes, and the run is complete: its manifest holds
+        the hash of every file beside it."""
+        write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
+        write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
+        write_whole(self.path / SUMMARY, as_json(summary(result)))
+        for name in ("state", "stages", *(["weights"] if self._keeps == "none" else [])):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        final = {**self.manifest, "outputs": verify.hashes_of(self.path), "complete": True}
+        final.pop("seal", None)
+        self.note(**final, seal=verify.seal_of(final))
+
+    def _tensors(self, name: str) -> Path:
+        return self.path / "tensors" / f"{name}.safetensors"
+
+    def _state(self, training: str, seed: int) -> Path:
+        return self.path / "state" / f"{training}-{seed}.safetensors"
+
+    def _stage(self, arm: str, seed: int, stage: str) -> Path:
+        return self.path / "stages" / f"{arm}-{seed}@{stage}.safetensors"
+
+    def _weights(self, name: str, seed: int) -> Path:
+        return self.path / "weights" / f"{name}-{seed}.safetensors"
+
+    def _keep(self, name: str, result: Any) -> None:
+        write_tensors(self._tensors(name), *archive.pack(result))
+
+    def _kept(self, name: str, kind: type) -> Any:
+        path = self._tensors(name)
+        return _unpacked(path, kind) if self._is_here(path) else None
+
+
+def _are_of(kept: Any, experiment: Experiment) -> bool:
+    """Whether these are the settings of a run; a setting that was not there when it began counts as its default."""
+    try:
+        return settings.experiment(kept) == experiment
+    except (ValueError, TypeError):
+        return False
+
+
+def disk_estimate(ready: Prepared) -> int:
+    """Bytes of disk that a run takes at most at one time, from the sizes of the model and of the results."""
+    experiment, weights = ready.experiment, sum(value.nbytes for value in ready.tagger.weights().values())
+    seeds, arms = len(experiment.seeds), len(experiment.arms)
+    stages = math.ceil(experiment.retrain.epochs / experiment.retrain.every)
+    kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
+    # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
+    classes = len(ready.probe.corpus.label_names)
+    snapshot = ready.site.n_neurons * (16 * classes + 4 * 12)
+    tensors = seeds * (arms + 1) * (stages + 2) * snapshot
+    # The base of every seed, one training's weights with two moments each, and the file that is about to replace it.
+    return weights * (seeds + 2 * 3 + kept) + 2 * tensors + needs.REPORT_MB * 2**20
+
+
+def _unpacked(path: Path, kind: type = Snapshot) -> Any:
+    tensors, meta = read_tensors(path)
+    try:
+        return archive.unpack(tensors, meta, kind)
+    except ValueError as error:
+        why = f"{str(path)!r} is damaged or of another version: {error}; run again with --fresh"
+        raise ValueError(why) from error
+
+
+def _phase(event: Event) -> str:
+    """The phase that ends with an event, as `seconds` names it."""
+    match event:
+        case Prepared():
+            return "prepare"
+        case Base(seed=seed):
+            return f"base-{seed}"
+        case Damage(seed=seed):
+            return f"random-draws-{seed}"
+        case Arm(trajectory=path):
+            return f"{path.arm}-{path.seed}"
+    raise AssertionError(event)
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    said = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if inner := _differences(a, b, f"{prefix}{key}."):
+                said.append(inner)
+        elif a != b:
+            said.append(f"{prefix}{key} {a!r} there, {b!r} here")
+    return "; ".join(said)

@@ -1,0 +1,134 @@
+"""A finished run as numbers: `summary.json`, and the rows of `layers.parquet`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from relearn_lens.analysis import story
+from relearn_lens.analysis.migration import Selection, sides
+from relearn_lens.measure.evaluation import OVERALL, Scores
+from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
+from relearn_lens.runs.files import plain_settings
+from relearn_lens.runs.findings import findings
+from relearn_lens.runs.results import Run
+
+
+def summary(result: Run) -> dict[str, Any]:
+    """The numbers of a run as plain values; lists by layer and means over seeds where the name says so."""
+    label, interval = result.label, result.interval
+    first = next(iter(result.arms.values()))[0]
+    site = first.site
+    metric = first.snapshots[first.stages[0]].scores.metric.lower()
+
+    def by_stage(arm: Trajectory, of: Callable[[Snapshot], Any]) -> dict[str, Any]:
+        return {stage: of(snapshot) for stage, snapshot in arm.snapshots.items()}
+
+    def mean(values: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+        return {stage: np.mean([v[stage] for v in values], axis=0).tolist() for stage in values[0]}
+
+    return {
+        "settings": plain_settings(result.experiment),
+        "concept": story.name_of(first),
+        "site": site.name,
+        "layers": list(site.layers),
+        "n_neurons": site.n_neurons,
+        "stages": list(first.stages),
+        "units": {
+            first.snapshots[first.stages[0]].scores.metric.lower(): first.snapshots[first.stages[0]].scores.unit,
+            "saliency_by_layer": "mean rank saliency, 1 the most salient neuron and 0 the least, mean over seeds",
+            "score_by_layer": f"mean score of the matched neurons, {first.snapshots[first.stages[0]].saliency.unit}",
+            "seconds": "seconds per phase",
+            "claims": "effect and bar as `measures` says, positive in the direction of the claim",
+            "migration": "shares of the model's depth, positive towards later layers; `share`: shares of the score",
+            "recovery_speed": "epochs and tokens of retraining",
+            "attribution": "`unit` per concept word",
+            "similarity": "correlations and shares, base against the last stage",
+            "meaning": "means over a layer's neurons; cosines; counts",
+        },
+        "text": result.manifest.get("text"),
+        "notes": result.manifest.get("notes"),
+        "arms": {
+            name: [
+                {
+                    "seed": arm.seed,
+                    metric: by_stage(arm, lambda s: s.shown),
+                    f"{metric}_interval": by_stage(
+                        arm,
+                        lambda s: s.scores.interval(label, level=interval["level"], n=interval["draws"]),
+                    ),
+                    "support": next(iter(arm.snapshots.values())).scores.support(),
+                    "training_loss": by_stage(arm, lambda s: s.at.loss if s.at else None),
+                    "n_pruned": 0 if arm.pruned is None else len(arm.pruned),
+                }
+                for arm in arms
+            ]
+            for name, arms in result.arms.items()
+        },
+        "random_draws": [
+            {"seed": d.seed, "concept": _each(d.concept), "random": [_each(scores) for scores in d.random]}
+            for d in result.damage
+        ],
+        "overlap_random_with_concept": _overlap(result),
+        "pruned_share_by_layer": {
+            name: np.mean([(~arm.survivors()).share_by_layer() for arm in arms], axis=0).tolist()
+            for name, arms in result.arms.items()
+        },
+        "saliency_by_layer": {
+            name: {
+                which: mean([story.saliency_by_layer(arm, which) for arm in arms]) for which in selections(result)
+            }
+            for name, arms in result.arms.items()
+        },
+        "score_by_layer": {
+            name: mean([_score_by_stage(arm) for arm in arms]) for name, arms in result.arms.items()
+        },
+        "what_happened": story.what_happened(result.arms, label, **interval),
+        **findings(result),
+        "seconds": result.manifest.get("seconds"),
+        "peak_rss_mb": result.manifest.get("peak_rss_mb"),
+        "versions": result.manifest.get("versions"),
+    }  # fmt: skip
+
+
+def _score_by_stage(arm: Trajectory) -> dict[str, list[float]]:
+    """Mean score of each layer's surviving neurons at every stage."""
+    chosen = arm.matched()
+    return {stage: story.score_by_layer(s.saliency, chosen) for stage, s in arm.snapshots.items()}
+
+
+def layers_table(result: Run) -> pd.DataFrame:
+    """One row per arm, seed, stage, selection and layer: mean rank saliency and mean score."""
+    rows = []
+    for name, arms in result.arms.items():
+        for arm in arms:
+            for which in selections(result):
+                for stage, ranks in story.saliency_by_layer(arm, which).items():
+                    before, later = sides(arm.matched(), arm.survivors(), which)
+                    scores = story.score_by_layer(arm[stage].saliency, before if stage == BASE else later)
+                    rows += [
+                        {"arm": name, "seed": arm.seed, "stage": stage, "selection": which, "layer": layer,
+                         "rank_saliency": rank, "score": score}
+                        for layer, rank, score in zip(arm.site.layers, ranks, scores, strict=True)
+                    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _overlap(result: Run) -> float | None:
+    """Share of the random arm's neurons that the concept arm pruned too, mean over seeds."""
+    if not {"concept", "random"} <= set(result.arms):
+        return None
+    pairs = zip(result.arms["concept"], result.arms["random"], strict=True)
+    return float(np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned]))
+
+
+def _each(scores: Scores) -> dict[str, float]:
+    return {label: scores.shown(label) for label in (*scores.labels, OVERALL)}
+
+
+def selections(run: Run) -> tuple[Selection, ...]:
+    """The neurons that layers are compared on: first as the settings ask, then matched and all."""
+    return tuple(dict.fromkeys((run.experiment.measure.selection, "matched", "all")))

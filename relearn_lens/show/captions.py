@@ -1,0 +1,252 @@
+"""What each figure shows in this run, in two sentences: the numbers of the concept arm, and those of its controls.
+
+Plain text, written from the same results as the figures; no sentence says more than the numbers do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats as st
+
+from relearn_lens.analysis import migration, priming, story
+from relearn_lens.analysis.claims import Claim
+from relearn_lens.analysis.intervals import FEWEST_SEEDS
+from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
+from relearn_lens.runs import findings
+from relearn_lens.runs.results import Run
+
+TOP = 0.1
+"""Share of the neurons that count as the top."""
+
+
+def recovery(run: Run) -> str:
+    """What pruning took and training brought back, beside the random and the unpruned arm."""
+    name = told(run)
+    arms, last = run.arms[name], run.arms[name][0].stages[-1]
+    scores = arms[0][BASE].scores
+    said = (
+        f"In the {name} arm the {scores.metric} of {story.name_of(arms[0])!r} was {_shown(run, name, BASE)} "
+        f"at base, {_shown(run, name, PRUNED)} after pruning and {_shown(run, name, last)} at stage {last}."
+    )
+    others = [other for other in run.arms if other != name]
+    if not others:
+        return f"{said} There is no control arm in this run, so this is not evidence about the concept's neurons."
+    beside = "; ".join(
+        f"in the {other} arm {_shown(run, other, PRUNED)} and {_shown(run, other, last)}" for other in others
+    )
+    said += f" At the same two later stages it was, {beside}"
+    if "random" not in others:
+        return f"{said}."
+    pair = [[arm[last].scores for arm in run.arms[each]] for each in (name, "random")]
+    gap = story.estimate(np.subtract, run.label, *pair, **run.interval)
+    if gap.interval is None:
+        return f"{said}."
+    verdict = "differ beyond noise" if gap.excludes(0) else "do not differ beyond noise"
+    few = "" if len(arms) >= FEWEST_SEEDS else "; another training seed may differ as much"
+    return f"{said}: at stage {last} the {name} and the random arm {verdict} ({gap}, over {gap.over}{few})."
+
+
+def pruned_share(run: Run) -> str:
+    """Where the cut fell, and whether the control's fell there too."""
+    name = told(run)
+    arms = run.arms[name]
+    layers = arms[0].site.layers
+    share = np.mean([(~arm.survivors()).share_by_layer() for arm in arms], axis=0)
+    if not share.any():
+        return f"The {name} arm pruned nothing. There is no cut to compare with a control."
+    low, high = int(share.argmin()), int(share.argmax())
+    said = (
+        f"{share.mean():.0%} of all neurons were pruned, from {share[low]:.0%} of layer {layers[low]} to "
+        f"{share[high]:.0%} of layer {layers[high]}."
+    )
+    if "random" not in run.arms or name == "random":
+        return f"{said} There is no random arm beside it."
+    other = np.mean([(~arm.survivors()).share_by_layer() for arm in run.arms["random"]], axis=0)
+    pairs = list(zip(arms, run.arms["random"], strict=False))
+    both = np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned])
+    as_many = "took as many from every layer" if np.allclose(share, other) else "took other numbers from the layers"
+    return f"{said} The random arm {as_many} and shares {both:.0%} of its neurons with this cut."
+
+
+def layer_map(run: Run) -> str:
+    """The layer whose saliency changed most, and how much it changed in the controls."""
+    name = told(run)
+    last = run.arms[name][0].stages[-1]
+    layers = run.arms[name][0].site.layers
+    change = {each: _change(arms, arms[0].stages[-1]) for each, arms in run.arms.items()}
+    mine = change[name]
+    if not np.isfinite(mine).any():
+        return f"In the {name} arm no layer has survivors on both sides. There is nothing to compare."
+    most = int(np.nanargmax(np.abs(mine)))
+    said = (
+        f"From base to stage {last} the mean rank saliency of the {name} arm's survivors changed most in layer "
+        f"{layers[most]}, by {mine[most]:+.2f}."
+    )
+    return f"{said} {_beside(change, name, lambda values: values[most], 'It changed there by')}"
+
+
+def _change(arms: Sequence[Trajectory], last: str) -> np.ndarray:
+    found = [story.saliency_by_layer(arm) for arm in arms]
+    return np.mean([np.subtract(by_stage[last], by_stage[BASE]) for by_stage in found], axis=0)
+
+
+def _beside(change: dict[str, np.ndarray], name: str, of: Callable[[np.ndarray], float], what: str) -> str:
+    """The controls' numbers, and whether one of them shows the same."""
+    own = float(of(change[name]))
+    others = {each: float(of(values)) for each, values in change.items() if each != name}
+    others = {each: value for each, value in others.items() if np.isfinite(value)}
+    if not others:
+        return "There is no control arm to compare with, so this is not evidence of a change by pruning the concept."
+    beside = " and ".join(f"{value:+.2f} in the {each} arm" for each, value in others.items())
+    alike = [each for each, value in others.items() if value * own > 0 and abs(value) >= abs(own) / 2]
+    if alike:
+        return f"{what} {beside}: at least half as much in the {' and the '.join(alike)} arm, so it is not specific."
+    return f"{what} {beside}; the figure has no interval for this difference, so it is a description."
+
+
+def neuron_map(run: Run) -> str:
+    """How much of the top of the ranking changed hands, beside the controls and chance."""
+    name = told(run)
+    left, chance = {}, 0.0
+    for each, arms in run.arms.items():
+        found = []
+        for arm in arms:
+            among = arm.matched()
+            if len(among):
+                k = max(1, round(TOP * len(among)))
+                turn = priming.turnover(arm[BASE].saliency, arm[arm.stages[-1]].saliency, k, among)
+                found.append(turn.left)
+                chance = turn.by_chance if each == name else chance
+        if found:
+            left[each] = float(np.mean(found))
+    if name not in left:
+        return f"No neuron survived in the {name} arm. There is nothing to compare."
+    said = (
+        f"Of the survivors that were in the top {TOP:.0%} at base, {left[name]:.0%} are no longer in it at the last "
+        f"stage of the {name} arm (two unrelated rankings: {chance:.0%})."
+    )
+    beside = " and ".join(f"{value:.0%} in the {each} arm" for each, value in left.items() if each != name)
+    return f"{said} It is {beside}, each among the neurons it compares." if beside else f"{said} There is no control."
+
+
+def migrated(run: Run, score: str = "saliency") -> str:
+    """The matched comparison in words, then the unmatched one."""
+    found = findings.migration_of(run)
+    if score == "attribution":
+        return f"{found['attribution']['says']} Attribution and the ranking score need not agree."
+    return f"{found['matched']['says']} {found['published']['says']}"
+
+
+def attribution(run: Run) -> str:
+    """The layer that the output owes most to, before and after, beside the controls; and what is missing."""
+    name = told(run)
+    layers = run.arms[name][0].site.layers
+    parts, errors = [], []
+    for each, arms in run.arms.items():
+        for stage in ([BASE] if each == name else []) + [arms[0].stages[-1]]:
+            known = [found for arm in arms if (found := arm[stage].attribution) is not None]
+            if not known:
+                continue
+            share = np.mean([migration.layer_share(found.saliency()) for found in known], axis=0)
+            most = int(np.nanargmax(share))
+            where = "at base" if stage == BASE else f"in the {each} arm at stage {stage}"
+            parts.append(f"{where} layer {layers[most]} ({share[most]:.0%})")
+            errors += [float((found.delta / found.change).abs().max()) for found in known if found.is_cut_set]
+    alone = "" if len(run.arms) > 1 else ", and there is no control arm"
+    said = f"The summed attribution is largest {', '.join(parts)}; an even share is {1 / len(layers):.0%}{alone}."
+    if not errors:
+        return f"{said} MLP units are by-passed by the residual stream, so a layer need not account for everything."
+    return (
+        f"{said} The account is complete to within {max(errors):.0%} of the output's change (lower panel); look at it "
+        "before a close call, and make it smaller with more measure.steps."
+    )
+
+
+def flow(run: Run) -> str:
+    """The share of neurons that stayed in their layer, beside the controls."""
+    name = told(run)
+    stayed = {}
+    for each, arms in run.arms.items():
+        tables = [arm.similarity["all"] for arm in arms if "all" in arm.similarity]
+        if tables:
+            stayed[each] = float(torch.stack([found.flow for found in tables]).mean(0).diagonal().nanmean())
+    mine = next(arm for arm in run.arms[name] if "all" in arm.similarity)
+    n = len(mine.site.layers)
+    above = mine.similarity["all"].above_chance()
+    said = (
+        f"In the {name} arm, {stayed[name]:.0%} of a layer's neurons on average have their best match in the same "
+        f"layer after ({1 / n:.0%} if matches fell anywhere), and {above:.0%} of all matches are better than 95% of "
+        "those by chance."
+    )
+    beside = " and ".join(f"{value:.0%} in the {each} arm" for each, value in stayed.items() if each != name)
+    return f"{said} It is {beside}." if beside else f"{said} There is no control arm."
+
+
+def saliency_against_similarity(run: Run) -> str:
+    """The rank correlation over the survivors, beside the controls."""
+    name = told(run)
+    found = {}
+    for each, arms in run.arms.items():
+        each_seed = [value for arm in arms if (value := _correlation(arm)) is not None]
+        if each_seed:
+            found[each] = float(np.mean(each_seed))
+    said = (
+        f"Over the survivors of the {name} arm, saliency at the last stage and likeness of meaning to base have a rank "
+        f"correlation of {found[name]:+.2f}: salient neurons mean {'less' if found[name] < 0 else 'no less'} of what "
+        "they meant."
+    )
+    beside = " and ".join(f"{value:+.2f} in the {each} arm" for each, value in found.items() if each != name)
+    return f"{said} It is {beside}." if beside else f"{said} There is no control arm."
+
+
+def _correlation(arm: Trajectory) -> float | None:
+    snapshot = arm[arm.stages[-1]]
+    if snapshot.meaning is None:
+        return None
+    rank = snapshot.saliency.by_rank(arm.matched())
+    known = ~(rank.isnan() | snapshot.meaning.isnan())
+    if int(known.sum()) < 3:
+        return None
+    result: Any = st.spearmanr(rank[known].numpy(), snapshot.meaning[known].numpy())
+    value = float(result.statistic)
+    return value if np.isfinite(value) else None
+
+
+def verdicts(found: Sequence[Claim], seeds: int) -> str:
+    """How many claims got which verdict, and which of the supported ones their control shows too."""
+    count = Counter(claim.verdict for claim in found)
+    order = ("supported", "reversed", "not supported", "inconclusive")
+    said = ", ".join(f"{count[verdict]} {verdict}" for verdict in order if count[verdict])
+    said = f"Of {len(found)} claims in this run: {said}."
+    shared = [
+        claim.id
+        for claim in found
+        if claim.verdict == "supported" and claim.effect is not None and claim.control is not None
+        and claim.control > claim.bar and claim.id == "C1"
+    ]  # fmt: skip
+    if shared:
+        said += f" {', '.join(shared)} is supported as published, and its control shows the same."
+    if seeds < FEWEST_SEEDS:
+        said += (
+            f" With {seeds} training seed{'s' * (seeds > 1)} nothing that compares trained arms has an interval, so "
+            "those claims stay inconclusive."
+        )
+    elif not shared:
+        said += " Each effect is the concept arm beside its control, so what both do is no support."
+    return said
+
+
+def told(run: Run) -> str:
+    """The arm that is told of: the concept's where there is one."""
+    return "concept" if "concept" in run.arms else next(iter(run.arms))
+
+
+def _shown(run: Run, name: str, stage: str) -> str:
+    """The mean over seeds of what people read, or that the stage was not measured."""
+    values = [arm[stage].scores.shown(run.label) for arm in run.arms[name] if stage in arm.stages]
+    return f"{np.mean(values):.2f}" if values and np.isfinite(np.mean(values)) else "not measured"

@@ -1,0 +1,34 @@
+"""One figure per question. Every function takes results and returns a plotly Figure; nothing is shown.
+
+Where a figure is of a run it draws the controls beside the concept arm; every docstring says how to read the picture
+and what a blank cell means.
+"""
+
+from relearn_lens.show.plots.cards import VERDICTS, neuron_card, verdicts
+from relearn_lens.show.plots.curves import attribution, migration, pruned_share, recovery_curves
+from relearn_lens.show.plots.film import film, save_gif
+from relearn_lens.show.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity
+from relearn_lens.show.plots.style import ARM_COLOURS, NotMeasuredError, live, said, save_html, save_png, shown
+
+__all__ = [
+    "ARM_COLOURS",
+    "VERDICTS",
+    "NotMeasuredError",
+    "attribution",
+    "film",
+    "flow",
+    "layer_map",
+    "live",
+    "migration",
+    "neuron_card",
+    "neuron_map",
+    "pruned_share",
+    "recovery_curves",
+    "said",
+    "saliency_against_similarity",
+    "save_gif",
+    "save_html",
+    "save_png",
+    "shown",
+    "verdicts",
+]

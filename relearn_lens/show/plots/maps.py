@@ -1,0 +1,361 @@
+"""Figures with layers down one side: layer by stage, layer by neuron, layer by layer, and neurons as dots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from relearn_lens.analysis.migration import Selection, saliency_by_layer
+from relearn_lens.measure.topwords import TopWords
+from relearn_lens.measure.tracking import BASE, Trajectory
+from relearn_lens.neurons.sites import Neuron
+from relearn_lens.show.plots.style import (
+    ARM_COLOURS,
+    ARM_DASHES,
+    BLANK,
+    DIVERGING,
+    INK,
+    SEQUENTIAL,
+    STAGE,
+    NotMeasuredError,
+    Paths,
+    about,
+    arm_of,
+    arms_of,
+    clipped,
+    concept,
+    dressed,
+    safe,
+)
+
+BUDGET = 850_000
+"""Bytes of text and numbers in the largest figure, so that with its axes it stays under 1 MB."""
+DOTS = 4000
+"""Neurons in a scatter; of more, so many are drawn by chance (seed 0)."""
+
+
+def layer_map(data: Paths, *, selection: Selection = "matched", arm: str | None = None) -> go.Figure:
+    """In which layers does the concept sit, and does that change from stage to stage?
+
+    Each cell is the mean rank saliency of a layer's neurons at a stage: 0.5, the pale middle of the scale, is what a
+    layer would have if neurons were ranked at random. `matched` ranks the neurons that survived pruning, at base too,
+    so that a change is not an effect of which neurons were taken; `all` ranks all of them. A grey cell without a number
+    is a layer without any survivor. Of a run every arm has a panel (or `arm` alone): look at the controls before
+    believing a change. For several seeds of an arm the mean is drawn.
+    """
+    arms = arms_of(data, arm)
+    first = next(iter(arms.values()))
+    figure = _panels(list(arms))
+    for k, each in enumerate(arms.values(), 1):
+        stages = list(each[0].stages)
+        found = [saliency_by_layer(one, selection) for one in each]
+        table = np.mean([[by_stage[stage] for stage in stages] for by_stage in found], axis=0).T
+        figure.add_heatmap(
+            z=table, x=stages, y=list(each[0].site.layers), colorscale=DIVERGING, zmid=0.5, zmin=0, zmax=1,
+            text=np.vectorize(lambda v: "" if np.isnan(v) else f"{v:.2f}")(table), texttemplate="%{text}",
+            colorbar=_scale("rank<br>saliency"), showscale=k == len(arms),
+            xgap=2, ygap=2, hoverongaps=False,
+            hovertemplate="layer %{y}, stage %{x}: %{z:.3f}<extra></extra>", row=1, col=k,
+        )  # fmt: skip
+    who = {
+        "matched": "surviving neurons on both sides",
+        "all": "all neurons",
+        "published": "all neurons at base, survivors later",
+    }[selection]
+    if selection == "matched" and first[0].compare is not None:
+        who = "the neurons that survive in the concept arm"
+    name = "" if len(arms) > 1 else f": {safe(next(iter(arms)))} arm"
+    dressed(
+        figure,
+        f"Saliency of {concept(first)} by layer and stage{name}",
+        f"mean rank saliency, {who}; 0.5 is chance; {about(data, first)}",
+        x=STAGE if len(arms) == 1 else "stage",
+    )
+    figure.update_yaxes(title_text=f"layer ({safe(first[0].site.name)})", col=1)
+    return _tiles(figure).update_xaxes(type="category")
+
+
+def _panels(names: Sequence[str]) -> go.Figure:
+    """A panel per arm, side by side."""
+    titles = [f"{safe(name)} arm" for name in names] if len(names) > 1 else None
+    return make_subplots(1, len(names), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
+
+
+def _scale(title: str) -> dict[str, Any]:
+    """A colour bar."""
+    font = {"size": 12}
+    return {"title": {"text": title, "font": font}, "outlinewidth": 0, "thickness": 16, "tickfont": font}
+
+
+def _tiles(figure: go.Figure) -> go.Figure:
+    """The looks of a map: no grid, grey where there is no value, layers by name."""
+    figure.update_layout(plot_bgcolor=BLANK).update_xaxes(showgrid=False, zeroline=False)
+    figure.update_yaxes(type="category", showgrid=False, zeroline=False)
+    if figure.layout.annotations:  # pyright: ignore[reportAttributeAccessIssue]
+        figure.update_layout(margin={"t": 112})  # room for the panels' titles below the figure's
+    return figure.update_annotations(font={"size": 13, "color": INK})
+
+
+def neuron_map(
+    data: Paths,
+    *,
+    arm: str | None = None,
+    selection: Selection = "matched",
+    order: Literal["base", "index"] = "base",
+    seed: int | None = None,
+    stage: str | None = None,
+) -> go.Figure:
+    """Which single neurons carry the concept, and which take over? A slider goes through the stages.
+
+    One row per layer, one cell per neuron; dark orange is the most salient neuron and dark purple the least, by rank.
+    Within a layer neurons stand in the order of their saliency at base, most salient first (`order="index"`: by
+    number), at every stage: the smooth row of base breaks up where other neurons take over. A grey cell was pruned
+    (`matched` ranks survivors only, on both sides; `published` draws all at base, `all` always). Hover for the neuron's
+    name, score and top words at base and at the last stage. In a large model a cell is the mean of a block of
+    neighbours; the title says of how many, and the hover text is that of its most salient neuron at base. Of several
+    seeds one is drawn (`seed`, by default the first), as neurons have no counterpart in another training. `stage` is
+    where the slider stands at first.
+
+    Raises:
+        ValueError: no arm of that name, no such seed or no such stage.
+    """
+    arms = arm_of(data, arm)
+    path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
+    if path is None:
+        raise ValueError(f"no seed {seed} in this arm; it has {', '.join(str(each.seed) for each in arms)}")
+    site, stages = path.site, list(path.stages)
+    if stage is not None and stage not in stages:
+        raise ValueError(f"no stage {stage!r} in this arm; it has {', '.join(stages)}")
+    shown = stages[0] if stage is None else stage
+    base = path[stages[0]].saliency.score
+    place = base.argsort(dim=1, descending=True, stable=True)
+    if order == "index":
+        place = torch.arange(site.width).expand_as(place)
+    block, text = _blocks(path, place, len(stages))
+    lead = _leads(base.gather(1, place), block)
+    ranks, scores = {}, {}
+    for name in stages:
+        found = path[name].saliency
+        ranks[name] = _rounded(_means(found.by_rank(_among(path, name, selection)).gather(1, place), block), 3)
+        # Of a block, the score is that of the neuron that is named.
+        scores[name] = _rounded(found.score.gather(1, place).gather(1, lead), 4)
+    figure = go.Figure(
+        go.Heatmap(
+            z=ranks[shown], customdata=scores[shown], text=text, y=list(site.layers), x0=0, dx=block,
+            colorscale=DIVERGING, zmin=0, zmid=0.5, zmax=1, hoverongaps=False, ygap=3,
+            colorbar=_scale("rank<br>saliency"),
+            hovertemplate="%{text}<br>rank saliency %{z:.3f}, score %{customdata:.3g} "
+            f"{safe(path[stages[0]].saliency.unit)}<extra></extra>",
+        )
+    )  # fmt: skip
+    steps = [
+        {"label": name, "method": "restyle", "args": [{"z": [ranks[name]], "customdata": [scores[name]]}, [0]]}
+        for name in stages
+    ]
+    slider = {
+        "steps": steps, "active": stages.index(shown), "currentvalue": {"prefix": "stage: "}, "pad": {"t": 50},
+        "len": 0.9, "tickcolor": INK, "bordercolor": INK, "bgcolor": "rgba(128,128,128,0.3)",
+    }  # fmt: skip
+    figure.update_layout(sliders=[slider])
+    cell = f"; each cell is the mean of {block} neighbours" if block > 1 else ""
+    sort = "by saliency at base within each layer" if order == "base" else "by index"
+    one = f", seed {path.seed} drawn" if len(arms) > 1 else ""
+    dressed(
+        figure,
+        f"Every neuron for {concept(arms)}, stage by stage: {path.arm or 'arm'} arm{cell}",
+        f"rank saliency; grey: pruned; {about(data, arms)}{one}",
+        x=f"neuron, {sort}",
+        y=f"layer ({safe(site.name)})",
+        height=480,
+    )
+    return _tiles(figure)
+
+
+def _among(path: Trajectory, stage: str, selection: Selection) -> Any:
+    """The neurons that are ranked at a stage; None for all."""
+    if selection == "matched":
+        return path.matched()
+    return None if selection == "all" or stage == BASE else path.survivors()
+
+
+def _blocks(path: Trajectory, place: Tensor, stages: int) -> tuple[int, list[list[str]]]:
+    """How many neighbours share a cell so that the figure stays small, and each cell's text."""
+    base = path[path.stages[0]].saliency.score.gather(1, place)
+    numbers = 13 * (stages + 1)  # bytes of a rank and a score, at every stage and once more at the first
+    # A text is at least its neuron's name: no need to write those of a map that cannot fit.
+    block = max(1, -(-base.numel() * (numbers + 20) // BUDGET))
+    while True:
+        lead = _leads(base, block)
+        text = _hover(path, place.gather(1, lead), block)
+        written = json.dumps(text)
+        # plotly writes each of these characters as six
+        size = len(written) + 5 * sum(map(written.count, "<>/")) + lead.numel() * numbers
+        if size <= BUDGET:
+            return block, text
+        block = max(block + 1, int(np.ceil(block * size / BUDGET)))
+
+
+def _leads(score: Tensor, block: int) -> Tensor:
+    """Position of the most salient neuron of each block of neighbours, per layer."""
+    padded = _padded(score.nan_to_num(-torch.inf), block, -torch.inf)
+    return padded.argmax(2) + torch.arange(padded.shape[1]) * block
+
+
+def _means(values: Tensor, block: int) -> Tensor:
+    """Mean of each block of neighbours without the blank ones; NaN where all are."""
+    return _padded(values, block, torch.nan).nanmean(2)
+
+
+def _padded(values: Tensor, block: int, fill: float) -> Tensor:
+    """Rows cut into blocks, the last one filled up."""
+    layers, width = values.shape
+    padded = values.new_full((layers, -(-width // block) * block), fill)
+    padded[:, :width] = values
+    return padded.view(layers, -1, block)
+
+
+def _rounded(values: Tensor, digits: int) -> list[list[float | None]]:
+    """As short numbers; None for NaN, which is no JSON."""
+    return [[None if v != v else round(v, digits) for v in row] for row in values.tolist()]
+
+
+def _hover(path: Trajectory, index: Tensor, block: int) -> list[list[str]]:
+    """What each cell's neuron is and which words drive it, before and now."""
+    layers = [safe(layer) for layer in path.site.layers]
+    stages = dict.fromkeys((path.stages[0], path.stages[-1]))
+    sides = [(safe(stage), words) for stage in stages if (words := path[stage].words) is not None]
+    rows = []
+    for layer, members in enumerate(index.tolist()):
+        row = []
+        for neuron in members:
+            lines = [f"<b>{Neuron(layers[layer], neuron)}</b>" + (f" of {block}" if block > 1 else "")]
+            lines += [f"{stage}: {_words(words, layer, neuron)}" for stage, words in sides]
+            row.append("<br>".join(lines))
+        rows.append(row)
+    return rows
+
+
+def _words(words: TopWords, layer: int, neuron: int, k: int = 4) -> str:
+    """Top words of a neuron, safe to draw."""
+    ids = [w for w in words.words[layer, neuron].tolist() if w >= 0][:k]
+    return ", ".join(safe(clipped(words.vocab[w])) for w in ids) or "no top words"
+
+
+def flow(data: Paths, *, arm: str | None = None, which: Literal["all", "concept"] = "all") -> go.Figure:
+    """Where is what a layer did now done? The flow of neurons between layers, base against the last stage.
+
+    A row is a layer before, a column a layer after; a cell is the share of the row's neurons whose best match after
+    (the neuron of any layer whose activations correlate with it most, over `"all"` words or the `"concept"`'s) is in
+    that layer. Rows sum to 1; a bright diagonal means that neurons stayed in their layers. Of a run every arm has a
+    panel: what the unpruned arm shows is what training on does by itself. A grey row has constant neurons alone.
+
+    Raises:
+        ValueError: activation similarity was not measured.
+    """
+    arms = {name: each for name, each in arms_of(data, arm).items() if all(which in one.similarity for one in each)}
+    if not arms:
+        raise NotMeasuredError("activation similarity was not measured; add 'similarity' to measure.what")
+    first = next(iter(arms.values()))
+    layers = list(first[0].site.layers)
+    figure = _panels(list(arms))
+    for k, each in enumerate(arms.values(), 1):
+        table = torch.stack([one.similarity[which].flow for one in each]).mean(0).numpy()
+        figure.add_heatmap(
+            z=table, x=layers, y=layers, zmin=0, zmax=1, colorscale=SEQUENTIAL, hoverongaps=False, xgap=2, ygap=2,
+            colorbar=_scale("share of<br>the row"), showscale=k == len(arms),
+            text=np.vectorize(lambda v: "" if np.isnan(v) or v < 0.005 else f"{v:.2f}")(table),
+            texttemplate="%{text}" if len(arms) == 1 else "",
+            hovertemplate="from layer %{y} to layer %{x}: %{z:.3f}<extra></extra>", row=1, col=k,
+        )  # fmt: skip
+    over = f"{first[0].similarity[which].n_words:,} words" + (" of the concept" if which == "concept" else "")
+    name = "" if len(arms) > 1 else f": {safe(next(iter(arms)))} arm"
+    dressed(
+        figure,
+        f"Flow between layers, base to last stage, run on {concept(first)}{name}",
+        f"share of a layer's neurons by the layer of their best match, over {over}; {about(data, first)}",
+        x="layer after",
+        height=440,
+    )
+    figure.update_yaxes(title_text="layer before", col=1)
+    return _tiles(figure).update_xaxes(type="category")
+
+
+def saliency_against_similarity(
+    data: Paths,
+    *,
+    arm: str | None = None,
+    stage: str | None = None,
+    similarity: Literal["words", "activations"] = "words",
+) -> go.Figure:
+    """Do the neurons that carry the concept now still mean what they meant before?
+
+    Each dot is a surviving neuron: right, it is salient for the concept at the stage (by default the last); up, it is
+    like itself at base, by the cosine of its top words' mean vectors (`"words"`) or by the correlation of its
+    activations at the last stage (`"activations"`). Colour is the layer. Lines are the median of ten equal groups of
+    neurons along the rank, one per arm: where the control's line falls as much, salient neurons are new in the control
+    too. Neurons without top words, or constant ones, are left out.
+
+    Raises:
+        ValueError: top words or activation similarity were not measured.
+    """
+    arms = arm_of(data, arm)
+    stage = arms[0].stages[-1] if stage is None or similarity == "activations" else stage
+    points = _points(arms, stage, similarity)
+    if not len(points):
+        what = "'top_words'" if similarity == "words" else "'similarity'"
+        raise NotMeasuredError(f"there is no similarity to base at stage {stage}; add {what} to measure.what")
+    layers = list(arms[0].site.layers)
+    some = points
+    if len(points) > DOTS:
+        some = points[np.sort(np.random.default_rng(0).choice(len(points), DOTS, replace=False))]
+    figure = go.Figure()
+    colours = sample_colorscale("viridis", np.linspace(0.2, 0.92, len(layers)).tolist())
+    for i, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
+        here = some[some[:, 0] == i]
+        figure.add_scatter(
+            x=np.round(here[:, 2], 3), y=np.round(here[:, 3], 3), mode="markers", name=f"layer {safe(layer)}",
+            marker={"color": colour, "size": 5, "opacity": 0.7}, customdata=here[:, 1].astype(int),
+            hovertemplate=f"L{safe(layer)}N%{{customdata}}: rank saliency %{{x:.3f}}, similarity %{{y:.3f}}"
+            "<extra></extra>",
+        )  # fmt: skip
+    for name, each in (arms_of(data) if not isinstance(data, Trajectory) else {}).items():
+        mine = _points(each, stage, similarity) if all(stage in one.stages for one in each) else ()
+        if len(mine) < 20:
+            continue
+        groups = np.array_split(mine[np.argsort(mine[:, 2])], 10)
+        figure.add_scatter(
+            x=[float(np.median(g[:, 2])) for g in groups], y=[float(np.median(g[:, 3])) for g in groups],
+            mode="lines+markers", name=f"{safe(name)} arm, median", marker={"size": 7, "symbol": "square"},
+            line={"color": ARM_COLOURS.get(name, INK), "width": 3, "dash": ARM_DASHES.get(name, "solid")},
+            hovertemplate=f"{safe(name)} arm: median %{{y:.3f}} at rank saliency %{{x:.2f}}<extra></extra>",
+        )  # fmt: skip
+    drawn = f"{DOTS:,} of {len(points):,} dots drawn" if len(points) > DOTS else f"{len(points):,} dots"
+    return dressed(
+        figure,
+        f"Saliency for {concept(arms)} and likeness to base, stage {safe(stage)}: {arms[0].arm or 'arm'} arm",
+        f"surviving neurons, {drawn}; {about(data, arms)}",
+        x="rank saliency among survivors (1 most salient)",
+        y="top words' similarity to base (cosine)" if similarity == "words" else "correlation with itself at base",
+        height=520,
+    ).update_layout(legend_y=-0.2)
+
+
+def _points(arms: Sequence[Trajectory], stage: str, similarity: str) -> np.ndarray:
+    """Layer, neuron, rank saliency and similarity of every surviving neuron that has both, seeds below each other."""
+    rows = []
+    for arm in arms:
+        like = arm[stage].meaning if similarity == "words" else getattr(arm.similarity.get("all"), "same", None)
+        if like is None:
+            continue
+        rank = arm[stage].saliency.by_rank(arm.matched())
+        layer, neuron = (~(rank.isnan() | like.isnan())).nonzero().T
+        rows.append(torch.stack([layer, neuron, rank[layer, neuron], like[layer, neuron]], 1).double().numpy())
+    return np.concatenate(rows) if rows else np.zeros((0, 4))

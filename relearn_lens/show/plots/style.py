@@ -1,0 +1,201 @@
+"""How every figure looks: colours, titles, text that is safe to draw, and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from relearn_lens.analysis.intervals import Estimate, estimate
+from relearn_lens.analysis.recovery import name_of
+from relearn_lens.measure.evaluation import Label, Scores
+from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.runs.results import Run
+
+# Okabe-Ito: told apart with every common kind of colour blindness, on white and on black.
+ARM_COLOURS = {"concept": "#D55E00", "random": "#0072B2", "unpruned": "#999999", "never": "#009E73"}
+ARM_DASHES = {"concept": "solid", "random": "dash", "unpruned": "dot", "never": "dashdot"}
+"""Arms differ in their line too, for print and for eyes that see no colour."""
+
+DIVERGING = [[0, "#5e3c99"], [0.25, "#b2abd2"], [0.5, "#f4f2ef"], [0.75, "#fdb863"], [1, "#d45500"]]
+"""ColorBrewer's PuOr, dark orange high: its ends differ in lightness from its middle and in hue from each other."""
+SEQUENTIAL = "cividis"
+INK, GRID, BLANK = "#7d7d7d", "rgba(128,128,128,0.25)", "rgba(128,128,128,0.3)"
+"""Greys that are read on white and on black; `BLANK` is behind maps, so a cell without a value is grey in both."""
+
+STAGE = "stage (epochs of retraining)"
+
+Paths = Run | Trajectory | Sequence[Trajectory]
+"""A run, one arm's seeds, or one trajectory."""
+
+
+class NotMeasuredError(ValueError):
+    """What a figure shows was not measured in this run."""
+
+
+def arm_of(data: Paths, arm: str | None = None) -> list[Trajectory]:
+    """The trajectories of one arm, one per seed: of a run the named one, by default the concept's.
+
+    Raises:
+        ValueError: the run has no arm of that name, or there is no trajectory.
+    """
+    if isinstance(data, Trajectory):
+        return [data]
+    if isinstance(data, Run):
+        name = arm or ("concept" if "concept" in data.arms else next(iter(data.arms), ""))
+        if name not in data.arms:
+            raise ValueError(f"no arm {name!r} in this run; it has {', '.join(data.arms) or 'none'}")
+        return list(data.arms[name])
+    if not data:
+        raise ValueError("there is no trajectory to draw")
+    return list(data)
+
+
+def arms_of(data: Paths, arm: str | None = None) -> dict[str, list[Trajectory]]:
+    """Arm name to trajectories: every arm of a run, or the one that is asked for or given."""
+    if isinstance(data, Run) and arm is None:
+        return {name: list(arms) for name, arms in data.arms.items()}
+    found = arm_of(data, arm)
+    return {found[0].arm or arm or "arm": found}
+
+
+def about(data: Paths, arms: Sequence[Trajectory]) -> str:
+    """What a figure is of: model and text (of a run), site, neurons and seeds."""
+    site = arms[0].site
+    parts = [safe(_short(name)) for name in _names(data)]
+    return ", ".join([*parts, f"{safe(site.name)}, {site.n_neurons:,} neurons", seeds(len(arms))])
+
+
+def _names(data: Paths) -> list[str]:
+    return [data.experiment.model, data.experiment.corpus] if isinstance(data, Run) else []
+
+
+def _short(name: str) -> str:
+    """A model or a text by name; of a path, its last part."""
+    kind, colon, path = name.rpartition(":")
+    return f"{kind}{colon}{Path(path).name}" if Path(path).is_absolute() else name
+
+
+def seeds(n: int) -> str:
+    """How many seeds, in words."""
+    return f"{n} seed{'s' if n > 1 else ''}"
+
+
+def concept(arms: Sequence[Trajectory]) -> str:
+    """The concept's name, safe to draw."""
+    return safe(name_of(arms[0]))
+
+
+def safe(text: object) -> str:
+    """Text as plotly draws it: it reads some HTML tags and entities, and a word of a corpus may be one."""
+    return escape(str(text), quote=False)
+
+
+def clipped(text: str, width: int = 18) -> str:
+    """A word that is no longer than a hover box takes."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def shown(label: Label, scores: Sequence[Scores], **interval: Any) -> Estimate:
+    """The number that people read (F1, or loss), with the interval of the tables: over seeds, else over sentences."""
+    found = estimate(np.asarray, label, scores, **interval)
+    value, *ends = (scores[0].displayed(each) for each in (found.value, found.low, found.high))
+    return replace(found, value=value, low=min(ends), high=max(ends))  # a loss falls where its value rises
+
+
+def dressed(figure: go.Figure, title: str, note: str, *, x: str = "", y: str = "", height: int = 420) -> go.Figure:
+    """Title, note and axes; transparent, so that the page's own light or dark background shows."""
+    figure.update_layout(
+        title={"text": title, "subtitle": {"text": note}, "x": 0.01, "xanchor": "left"},
+        height=height,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"t": 84, "r": 20, "l": 60, "b": 60},
+        font={"color": INK, "size": 13},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK, "remove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d"]},
+        hoverlabel={"bgcolor": "#262626", "bordercolor": "#262626", "font": {"color": "#ffffff"}},
+        legend={"orientation": "h", "y": -0.25},  # below, so that a phone has room for the picture
+    )
+    lines = {
+        "gridcolor": GRID, "zerolinecolor": "rgba(128,128,128,0.6)", "linecolor": GRID, "automargin": True,
+        "title_font_size": 13,
+    }  # fmt: skip
+    figure.update_xaxes(**lines).update_yaxes(**lines)
+    if x:
+        figure.update_xaxes(title_text=x)
+    if y:
+        figure.update_yaxes(title_text=y)
+    return figure
+
+
+def said(figure: go.Figure) -> tuple[str, str]:
+    """Title and note of a figure, as they were given to `dressed` (escaped text)."""
+    title: Any = figure.layout.title  # pyright: ignore[reportAttributeAccessIssue]
+    return title.text or "", title.subtitle.text or ""
+
+
+def live(figure: go.Figure) -> Any:
+    """The figure as a widget that Python can change while it is shown.
+
+    Raises:
+        ImportError: anywidget is missing.
+    """
+    return go.FigureWidget(figure)
+
+
+def save_html(figure: go.Figure, path: str | Path, *, plotlyjs: bool = True) -> Path:
+    """Write a figure as a page that needs no network (about 5 MB, nearly all of it plotly.js); gives the path back.
+
+    `plotlyjs=False` leaves plotly.js out, for a page that has it.
+    """
+    body = figure.to_html(
+        full_html=False, include_plotlyjs=plotlyjs, auto_play=False, config={"displaylogo": False, "responsive": True}
+    )
+    head = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{said(figure)[0]}</title>'
+    path = Path(path)
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def save_png(
+    figure: go.Figure, path: str | Path, *, width: int = 900, height: int = 500, scale: float | int = 2
+) -> Path:
+    """Write a figure as a PNG on a white background; gives the path back.
+
+    Raises:
+        RuntimeError: kaleido, or the Chrome or Chromium that it draws with, is missing.
+    """
+    path = Path(path)
+    path.write_bytes(png_of(figure, width=width, height=height, scale=scale))
+    return path
+
+
+def png_of(figure: go.Figure, *, width: int, height: int, scale: float | int) -> bytes:
+    """A figure as the bytes of a PNG, on white and without sliders.
+
+    Raises:
+        RuntimeError: as `save_png`.
+    """
+    try:
+        picture = go.Figure(figure).update_layout(paper_bgcolor="white")
+        picture.layout.sliders = ()  # pyright: ignore[reportAttributeAccessIssue]
+        return picture.to_image(format="png", width=width, height=height, scale=scale)
+    except Exception as error:
+        # plotly raises ValueError without kaleido, kaleido errors of its own without a browser
+        if not _is_about_drawing(error):
+            raise
+        raise RuntimeError(
+            "a PNG needs the package kaleido and a Chrome or Chromium that it can start: pip install "
+            f'"relearn-lens[png]", then a browser (or `plotly_get_chrome`); save_html needs neither ({error})'
+        ) from error
+
+
+def _is_about_drawing(error: Exception) -> bool:
+    text = f"{type(error).__module__} {error}".lower()
+    return any(word in text for word in ("kaleido", "choreographer", "chrome", "browser"))

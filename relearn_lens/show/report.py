@@ -1,0 +1,326 @@
+"""One self-contained HTML page from a finished run, or from several side by side: no network, nothing but this file."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
+
+from relearn_lens.analysis.claims import Claim
+from relearn_lens.analysis.intervals import Estimate
+from relearn_lens.analysis.recovery import name_of
+from relearn_lens.measure.tracking import BASE, PRUNED
+from relearn_lens.runs import files, findings, presets, verify
+from relearn_lens.runs.results import Run
+from relearn_lens.runs.summary import summary
+from relearn_lens.show import captions, plots
+from relearn_lens.show.tables import draws_row, layer_rows, score_rows
+
+Table = tuple[list[str], list[list[str]]]
+
+
+class Picture(NamedTuple):
+    """A figure on the page."""
+
+    html: Markup
+    title: Markup
+    note: Markup
+    asks: str
+    """The question of the figure: the first line of its docstring."""
+    reads: Markup
+    """How to read it: the rest of its docstring."""
+    says: str
+    """What it shows in this run."""
+
+
+def write_report(run: Run, path: str | Path) -> Path:
+    """Write the page of a run; gives its path back."""
+    path = Path(path)
+    files.write_whole(path, render(run).encode())
+    return path
+
+
+def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
+    """Write one page that puts runs side by side; gives its path back.
+
+    Raises:
+        ValueError: fewer than two runs.
+    """
+    path = Path(path)
+    files.write_whole(path, render_comparison(runs).encode())
+    return path
+
+
+def render(run: Run) -> str:
+    """The page of a run as HTML."""
+    numbers = summary(run)
+    found = findings.claims_of(run)
+    manifest = run.manifest
+    heirs = {name: findings.heirs(run, name) for name in run.arms}
+    tables: dict[str, Table | None] = {
+        "f1": score_rows(run),
+        "speeds": findings.speed_rows(run),
+        "layers": layer_rows(run),
+        "agreement": findings.agreement_rows(run),
+        "attribution": findings.attribution_rows(run),
+        "similarity": findings.similarity_rows(run),
+        "claims": findings.claims_rows(found) if found else None,
+    }
+    return _page(
+        "run.html.j2",
+        title=f"Where does {numbers['concept']} come back in {run.experiment.model}?",
+        heading=Markup("Where does <em>{}</em> come back in {}?").format(numbers["concept"], run.experiment.model),
+        run=run,
+        experiment=run.experiment,
+        scores=_scores_of(run),
+        story=numbers["what_happened"],
+        draws=draws_row(run),
+        overlap=numbers["overlap_random_with_concept"],
+        sections=_sections(run, found, heirs),
+        tables=tables,
+        whys=[(claim.id, claim.verdict, claim.why) for claim in found],
+        corrected=findings.CORRECTED,
+        heirs=heirs,
+        settings=run.experiment.to_toml(),
+        command=_command(run),
+        versions=manifest.get("versions", {}),
+        inputs=manifest.get("inputs", {}),
+        notes=[*manifest.get("text", []), *manifest.get("notes", [])],
+        seconds=manifest.get("seconds", {}),
+        memory=manifest.get("peak_rss_mb"),
+    )
+
+
+def _sections(run: Run, found: Sequence[Claim], heirs: Mapping[str, list[str]]) -> list[tuple[str, str, list[Picture]]]:
+    """The parts of a run's page: id, heading, and the pictures of what was measured."""
+    draw = _Drawing()
+
+    def each(plot: Callable[..., Any], says: Callable[[], str], **how: Any) -> list[Picture | None]:
+        """A picture per arm, of which the first says what all show."""
+        small = len(run.arms) > 1
+        return [
+            draw(plot, run, arm=name, small=small, says=None if i else says, **how) for i, name in enumerate(run.arms)
+        ]
+
+    sections = [
+        ("cut", "Where it was cut", [draw(plots.pruned_share, run, says=lambda: captions.pruned_share(run))]),
+        ("back", "How much is lost, and how much comes back", [
+            draw(plots.recovery_curves, run, says=lambda: captions.recovery(run))]),
+        ("layers", "Where the concept sits, stage by stage",
+            each(plots.layer_map, lambda: captions.layer_map(run), selection=run.experiment.measure.selection)),
+        ("neurons", "Which neurons carry it", [draw(plots.neuron_map, run, says=lambda: captions.neuron_map(run))]),
+        ("moved", "Did it move?", [
+            draw(plots.migration, run, says=lambda: captions.migrated(run)) if "concept" in run.arms else None]),
+        ("owes", "What the output owes to each layer", [
+            draw(plots.attribution, run, says=lambda: captions.attribution(run))]),
+        ("same", "Are they still the same neurons?", each(plots.flow, lambda: captions.flow(run))),
+        ("meaning", "What the neurons stand for", [
+            draw(plots.saliency_against_similarity, run, says=lambda: captions.saliency_against_similarity(run)),
+            _card(draw, run, heirs)]),
+        ("claims", "The paper's claims, beside their controls", [
+            draw(plots.verdicts, run, says=lambda: captions.verdicts(found, len(run.experiment.seeds)))]),
+    ]  # fmt: skip
+    return [(id, title, [p for p in pictures if p]) for id, title, pictures in sections]
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """The page of several runs side by side as HTML: the settings that differ, scores with intervals, claims.
+
+    Raises:
+        ValueError: fewer than two runs, or runs whose inputs changed in between.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
+    names = _names(runs)
+    verify.check_same_inputs({name: run.manifest for name, run in zip(names, runs, strict=True)})
+    draw = _Drawing()
+    curves = [draw(plots.recovery_curves, run, says=lambda run=run: captions.recovery(run)) for run in runs]
+    maps = [draw(plots.layer_map, run, arm=captions.told(run), small=True) for run in runs]
+    return _page(
+        "comparison.html.j2",
+        title=f"{len(runs)} runs side by side",
+        heading=f"{len(runs)} runs side by side",
+        runs=list(zip(names, runs, strict=True)),
+        warnings=_warnings(runs),
+        differ=_settings_that_differ(runs, names),
+        scores=_scores_table(runs, names),
+        claims=_claims_table([findings.claims_of(run) for run in runs], names),
+        curves=[(name, picture) for name, picture in zip(names, curves, strict=True) if picture],
+        maps=[(name, picture) for name, picture in zip(names, maps, strict=True) if picture],
+    )
+
+
+class _Drawing:
+    """Draws the figures of one page; the first brings plotly.js along."""
+
+    def __init__(self):
+        self.n = 0
+
+    def __call__(
+        self,
+        plot: Callable[..., Any],
+        *data: Any,
+        says: Callable[[], str] | None = None,
+        small: bool = False,
+        **how: Any,
+    ) -> Picture | None:
+        """A figure, or None where what it shows was not measured; `small` for one of several maps in a row."""
+        try:
+            figure = plot(*data, **how)
+        except plots.NotMeasuredError:
+            return None
+        except ValueError:
+            if plot is not plots.migration:  # a score with a sign, or no survivor: the text says so
+                raise
+            return None
+        title, note = (Markup(text.replace("<br>", "; ")) for text in plots.said(figure))
+        # The page says these as text, which wraps on a phone, and has a slider that the keyboard reaches.
+        steps = [step for slider in figure.layout.sliders for step in slider.to_plotly_json()["steps"]]
+        figure.update_layout(title=None, dragmode=False)
+        figure.layout.sliders = ()
+        if small:
+            figure.update_traces(showscale=False)  # every cell says its number
+        margin = figure.layout.margin
+        figure.update_layout(margin={"t": 44 if margin.t > 100 else 16})
+        id = f"figure-{self.n}"
+        html = figure.to_html(
+            full_html=False, include_plotlyjs=self.n == 0, div_id=id, default_width="100%",
+            config={"displayModeBar": False, "responsive": True},
+        )  # fmt: skip
+        if steps:
+            html = _slider(id, steps) + Markup(html)
+        self.n += 1
+        asks, _, reads = (inspect.getdoc(plot) or "").partition("\n\n")
+        reads = reads.partition("\n\nRaises:")[0]
+        return Picture(Markup(html), title, note, asks, _as_html(reads), says() if says else "")
+
+
+def _slider(id: str, steps: Sequence[Mapping[str, Any]]) -> Markup:
+    """A native range input for the steps of a plotly slider; the script at the end of the page makes it work."""
+    labels = [str(step["label"]) for step in steps]
+    data = json.dumps([[step["label"], step["method"], step["args"]] for step in steps], separators=(",", ":"))
+    return Markup(
+        '<div class="stage"><label for="{id}-stage">stage</label>'
+        '<input type="range" id="{id}-stage" min="0" max="{last}" step="1" value="0" data-plot="{id}"'
+        ' aria-valuetext="{first}"><output for="{id}-stage">{first}</output></div>'
+        '<script type="application/json" id="{id}-steps">{data}</script>'
+    ).format(id=id, last=len(steps) - 1, first=labels[0], data=Markup(data.replace("<", "\\u003c")))
+
+
+def _as_html(text: str) -> Markup:
+    """A docstring's text: code between backticks."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _card(draw: _Drawing, run: Run, heirs: Mapping[str, list[str]]) -> Picture | None:
+    """One neuron close up: the one that gained most words of the concept, in the first arm that has any."""
+    for name in [captions.told(run), *run.arms]:
+        if heirs.get(name):
+            neuron = heirs[name][0].partition(":")[0]
+            says = (
+                f"{neuron} gained most words of the concept among the neurons that are new in the top tenth of the "
+                f"{name} arm. It was chosen for that after the fact, so it is an example and no evidence."
+            )
+            return draw(plots.neuron_card, run, neuron, arm=name, says=lambda says=says: says)
+    return None
+
+
+def _command(run: Run) -> str:
+    """The command that repeats a run."""
+    preset = next((name for name in presets.PRESETS if presets.preset(name) == run.experiment), None)
+    return f"relearn-lens run {preset}" if preset else "relearn-lens run settings.toml"
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run: its folder's where these differ, else numbered."""
+    names = [Path(run.folder).name if run.folder else f"run {i}" for i, run in enumerate(runs, 1)]
+    return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def _warnings(runs: Sequence[Run]) -> Iterator[str]:
+    """What keeps the runs' numbers from being compared."""
+    for what, values in (
+        ("concepts", {name_of(next(iter(run.arms.values()))[0]) for run in runs}),
+        ("scores", {_scores_of(run).unit for run in runs}),
+        ("texts", {tuple(v for k, v in run.manifest.get("inputs", {}).items() if k == "sentences:validation")
+                   for run in runs}),
+    ):  # fmt: skip
+        if len(values) > 1:
+            how = "" if what == "texts" else f" ({', '.join(sorted(map(str, values)))})"
+            yield f"The runs are scored on different {what}{how}; their scores are not on one scale."
+
+
+def _scores_of(run: Run) -> Any:
+    arm = next(iter(run.arms.values()))[0]
+    return arm[arm.stages[0]].scores
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _settings_that_differ(runs: Sequence[Run], names: Sequence[str]) -> Table:
+    each = [_flat(run.experiment.model_dump(mode="json")) for run in runs]
+    keys = [key for key in dict.fromkeys(k for one in each for k in one) if len({repr(o.get(key)) for o in each}) > 1]
+
+    def said(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+
+    return ["setting", *names], [[key, *(said(one.get(key)) for one in each)] for key in keys]
+
+
+def _scores_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
+    """Base, pruned and last stage of every arm, with the interval that each run asks for."""
+    rows = []
+    for arm in dict.fromkeys(name for run in runs for name in run.arms):
+        for what in (BASE, PRUNED, "last"):
+            cells = []
+            for run in runs:
+                arms = run.arms.get(arm, [])
+                stage = arms[0].stages[-1] if arms and what == "last" else what
+                there = arms and all(stage in each.stages for each in arms)
+                cells.append(_told([each[stage].scores for each in arms], run) if there else "")
+            rows.append([arm, f"{what} stage", *cells])
+    over = [f"{name}: {_scores_of(run).metric} of {name_of(next(iter(run.arms.values()))[0])}"
+            for name, run in zip(names, runs, strict=True)]  # fmt: skip
+    return ["arm", "", *over], rows
+
+
+def _told(scores: Sequence[Any], run: Run) -> str:
+    return _interval(plots.shown(run.label, scores, **run.interval))
+
+
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None or not np.isfinite(estimate.value):
+        return ""
+    return str(estimate)
+
+
+def _claims_table(each: Sequence[Sequence[Claim]], names: Sequence[str]) -> Table | None:
+    """Verdict and effect of every claim in every run."""
+    by_id = [{claim.id: claim for claim in found} for found in each]
+    rows = []
+    for id, says in {claim.id: claim.says for found in each for claim in found}.items():
+        cells = []
+        for found in by_id:
+            claim = found.get(id)
+            cells += [claim.verdict, _interval(claim.effect)] if claim else ["", ""]
+        rows.append([id, says, *cells])
+    header = ["", "claim", *(cell for name in names for cell in (name, "effect"))]
+    return (header, rows) if rows else None
+
+
+def _page(template: str, **values: Any) -> str:
+    """A template of the package's `data` folder with these values in it, every string escaped."""
+    pages = Environment(loader=PackageLoader("relearn_lens.show"), autoescape=True, trim_blocks=True)
+    return pages.get_template(template).render(**values)

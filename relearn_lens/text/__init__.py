@@ -1,0 +1,1 @@
+"""Labelled text: which words carry what is looked for, and a reader for each format."""

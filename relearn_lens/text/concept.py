@@ -1,0 +1,72 @@
+"""A concept: a name, and which words of a corpus carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from relearn_lens.text.corpus import OUTSIDE, Corpus
+
+
+class Classes(NamedTuple):
+    """The classes into which a concept cuts the words of a corpus."""
+
+    names: tuple[str, ...]
+    of_word: Int[np.ndarray, " word"]
+    """Class of each word, an index into `names`."""
+    carries: Bool[np.ndarray, " class"]
+    """The classes that are the concept."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What is looked for: a name, and the labels (or the words) that carry it.
+
+    `Concept("place")` is carried by the label `place`; `Concept("place", labels=("LOC", "GPE"))` by two of them;
+    `Concept("colour", words=("red", "blue"))` by the words themselves, in any case.
+    """
+
+    name: str
+    labels: Sequence[str] = ()
+    words: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.labels and self.words:
+            raise ValueError(f"concept {self.name!r} has labels and words; give one of them")
+        labels, words = ((v,) if isinstance(v, str) else tuple(v) for v in (self.labels, self.words))
+        object.__setattr__(self, "labels", labels or (() if words else (self.name,)))
+        object.__setattr__(self, "words", words)
+
+    def classes(self, corpus: Corpus) -> Classes:
+        """The classes of a corpus's words and which of them carry the concept.
+
+        For a concept by labels these are the corpus's labels; for one by words, `"O"` and the concept.
+
+        Raises:
+            ValueError: the corpus has no such label, or no word that carries the concept, or no other word.
+        """
+        if self.words:
+            wanted = {word.lower() for word in self.words}
+            is_wanted = np.array([word.lower() in wanted for word in corpus.vocab], dtype=bool)
+            names, of_word = (OUTSIDE, self.name), is_wanted[corpus.word].astype(np.int64)
+            carries = np.array([False, True])
+        else:
+            if unknown := [label for label in self.labels if label not in corpus.label_names]:
+                raise ValueError(
+                    f"corpus {corpus.name!r} has no label {unknown[0]!r} for concept {self.name!r}; its labels are "
+                    f"{', '.join(corpus.label_names)}"
+                )
+            names, of_word = corpus.label_names, corpus.label.astype(np.int64)
+            carries = np.isin(np.array(names), self.labels)
+        positive = int(carries[of_word].sum())
+        if positive == 0 or positive == corpus.n_words:
+            which = "no word" if positive == 0 else "every word"
+            raise ValueError(
+                f"{which} of corpus {corpus.name!r} ({corpus.n_words:,} words) carries concept {self.name!r}; a score "
+                "compares words that carry it with words that do not, so use a larger or another probe corpus"
+            )
+        return Classes(names, of_word, carries)

@@ -1,0 +1,210 @@
+"""What the doctor says: needs against measured peaks, and this machine's limits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relearn_lens import sources
+from relearn_lens.models import toy
+from relearn_lens.runs import needs
+from relearn_lens.runs.needs import Estimate, doctor_rows, estimate, memory_mb, shape_of, verdict
+from relearn_lens.runs.presets import PRESETS, preset, settings_of
+from relearn_lens.runs.settings import Experiment
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"), [("names", 1989), ("names-quick", 1643), ("names-quick", 1957), ("toy", 584)]
+)
+def test_estimate_is_within_30_percent_of_the_measured_peak(name, measured):
+    need = estimate(preset(name))
+    assert need is not None
+    assert need.memory_mb == pytest.approx(measured, rel=0.3)
+
+
+def test_estimate_grows_with_what_takes_memory():
+    def memory(*sets: str) -> int:
+        need = estimate(settings_of("names", {}, sets))
+        assert need is not None
+        return need.memory_mb
+
+    plain = memory()
+    assert memory("finetune.batch_size=64") > plain + 300
+    assert memory("measure.max_memory=64") < plain - 300
+    assert memory("model=gpt2") > plain + 1500
+    assert memory("measure.what=['auroc']") < plain
+
+
+def test_disk_grows_with_seeds_and_with_what_is_kept():
+    def disk(*sets: str) -> int:
+        need = estimate(settings_of("names", {}, sets))
+        assert need is not None
+        return need.disk_mb
+
+    weights = 4 * needs.SHAPES["minilm"].parameters / 2**20
+    assert disk("keep=last") - disk() == pytest.approx(3 * weights, abs=2)
+    assert disk("seeds=[0, 1]") - disk() >= weights
+
+
+def test_known_sizes_are_those_of_the_models():
+    made = toy.tagger()
+    assert needs.SHAPES["toy"].parameters == pytest.approx(sum(w.numel() for w in made.weights().values()), rel=0.2)
+    minilm = next(m for m in sources.SOURCES["minilm"].members if m.name == "model.safetensors")
+    assert needs.SHAPES["minilm"].bytes == pytest.approx(minilm.size, rel=0.01)
+
+
+def test_shape_of_a_folder_is_read_from_its_config(bert_folder):
+    found = shape_of(str(bert_folder))
+    assert found is not None
+    assert (found.layers, found.d_model, found.heads) == (3, 32, 4)
+    stored = (bert_folder / "model.safetensors").stat().st_size
+    assert found.bytes == pytest.approx(stored, abs=8)
+    assert shape_of("an/unknown-model") is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"num_hidden_layers": "many", "hidden_size": 1}'])
+def test_folder_whose_config_says_no_sizes_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json' does not say how large the model is .*save_pretrained"):
+        shape_of(str(tmp_path))
+
+
+def test_a_half_precision_folder_counts_as_float32(tmp_path):
+    config = {"n_layer": 2, "n_embd": 8, "n_head": 2, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    found = shape_of(str(tmp_path))
+    assert found is not None
+    assert found.bytes == 2000
+
+
+# --- this machine
+
+
+def machine(root: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_memory_is_what_is_free(tmp_path):
+    root = machine(tmp_path, proc__meminfo="MemTotal: 9999999 kB\nMemAvailable: 2048000 kB\n")
+    assert memory_mb(root) == 2000
+
+
+def test_memory_is_within_the_limit_of_a_container(tmp_path):
+    root = machine(tmp_path, proc__meminfo="MemAvailable: 2048000 kB\n")
+    limits = root / "sys/fs/cgroup"
+    limits.mkdir(parents=True)
+    (limits / "memory.max").write_text("max\n")
+    assert memory_mb(root) == 2000
+    (limits / "memory.max").write_text(f"{700 * 2**20}\n")
+    (limits / "memory.current").write_text(f"{200 * 2**20}\n")
+    assert memory_mb(root) == 500
+
+
+def test_memory_is_within_the_limit_of_an_old_container(tmp_path):
+    limits = tmp_path / "sys/fs/cgroup/memory"
+    limits.mkdir(parents=True)
+    (limits / "memory.limit_in_bytes").write_text(str(300 * 2**20))
+    (limits / "memory.usage_in_bytes").write_text(str(400 * 2**20))
+    assert memory_mb(tmp_path) == 0
+
+
+def test_this_machine_says_how_much_it_has():
+    found = memory_mb()
+    assert found is None or found > 100
+
+
+# --- verdicts
+
+
+@pytest.mark.parametrize(
+    ("need", "has", "disk", "says"),
+    [
+        (Estimate(600, 10, 0), 1000, 1000, "runs here"),
+        (Estimate(600, 10, 0), None, 1000, "runs here"),
+        (Estimate(600, 10, 95), 1000, 1000, "runs here, after a fetch of 95 MB"),
+        (Estimate(1989, 10, 0), 1500, 1000, "does not fit: needs about 1,989 MB of memory, there are 1,500 MB"),
+        (Estimate(600, 10, 95), 1000, 100, "does not fit: needs about 105 MB of disk, there are 100 MB"),
+    ],
+)
+def test_verdict_is_in_plain_words(need, has, disk, says):
+    assert verdict(need, has, disk) == says
+
+
+def test_doctor_has_a_row_for_every_preset(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELEARN_LENS_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    rows = {row[0]: row for row in doctor_rows(out=tmp_path / "runs" / "deep", has_mb=1000)}
+    assert list(rows) == list(PRESETS)
+    assert all(len(row) == len(needs.HEADER) for row in rows.values())
+    assert rows["toy"][-1] == "runs here"
+    assert rows["names"][-1].startswith("does not fit: needs about")
+    rich = {row[0]: row[-1] for row in doctor_rows(out=tmp_path, has_mb=100_000)}
+    assert rich["names"].startswith("runs here, after a fetch of 8")
+    assert rich["lo2024"].startswith("runs here, after a fetch of 2")
+
+
+def test_doctor_says_when_a_size_is_not_known(monkeypatch):
+    monkeypatch.setattr(needs, "SHAPES", {})
+    assert doctor_rows(presets={"names": None})[0][-1] == "the size of model 'minilm' is not known before it is fetched"
+
+
+def test_estimates_need_no_torch():
+    code = "from relearn_lens.runs import needs; needs.doctor_rows(); import sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"
+
+
+def test_peak_is_the_processs_own_and_not_its_parents():
+    held = bytearray(300 * 2**20)  # makes this process larger than the one that it starts
+    script = "from relearn_lens.runs.needs import peak_rss_mb; print(peak_rss_mb())"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert len(held)
+    assert 5 < float(said) < 200
+
+
+# --- within max_memory
+
+LARGE = needs.Shape(12, 768, 12, 100_000_000)  # 381 MB of weights; 37 kB a token and layer at 60 tokens
+
+
+def within(max_memory: int | None, *sets: str) -> tuple[Experiment, list[str]]:
+    asked = settings_of("names", {"max_memory": max_memory}, ["finetune.batch_size=64", *sets])
+    return needs.fitted(asked, LARGE, taken_mb=1000, longest_train=60, longest_read=80)
+
+
+def test_without_a_limit_nothing_is_changed():
+    made, said = within(None)
+    assert made == settings_of("names", {}, ["finetune.batch_size=64"])
+    assert said == []
+
+
+def test_a_limit_cuts_batches_into_parts_and_lowers_what_is_read_at_once():
+    wide, said = within(20_000)
+    assert (wide.finetune.accumulate, wide.measure.max_tokens, wide.measure.max_memory) == (1, 4096, 512)
+    tight, said = within(3_600)
+    # 0.9 x 3,600 - (1,000 + 60 + 5 x 381) MB are left, and a piece of 60 tokens takes 12 layers x 60 x 59,424 bytes.
+    room = 0.9 * 3_600 - (1_000 + needs.LATER_MB + 5 * LARGE.bytes / 2**20)
+    pieces = int(room * 2**20 // (12 * 60 * (68 * 768 + 10 * 12 * 60)))
+    assert tight.finetune.accumulate == -(-64 // pieces) > 1
+    assert tight.finetune.batch_size == 64
+    assert tight.measure.max_memory == int(room)
+    assert tight.measure.max_tokens < 4096
+    assert said[0].startswith("max_memory=3600 MB: about 2,967 MB are taken whatever the batches; accumulate=")
+
+
+def test_a_limit_that_nothing_fits_is_refused_with_what_would():
+    with pytest.raises(ValueError, match=r"max_memory=3000 MB is too little: this run needs 3,3\d\d MB even with one"):
+        within(3_000)
+    made, _ = within(3_400)
+    assert made.finetune.accumulate > 1
+
+
+def test_parts_that_were_asked_for_stay():
+    assert within(20_000, "finetune.accumulate=4")[0].finetune.accumulate == 4

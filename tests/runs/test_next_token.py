@@ -1,0 +1,150 @@
+"""A whole run on next-token concepts: a toy language model, a run folder, its tables and its page."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from relearn_lens.measure.evaluation import OTHERS, TokenLoss
+from relearn_lens.models import toy
+from relearn_lens.runs import store
+from relearn_lens.runs.events import Base, Prepared
+from relearn_lens.runs.experiment import perform
+from relearn_lens.runs.files import plain
+from relearn_lens.runs.findings import claims_of
+from relearn_lens.runs.presets import settings_of
+from relearn_lens.runs.results import Run
+from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.store import load_run
+from relearn_lens.runs.summary import summary as summary_of
+from relearn_lens.show import report, tables
+
+SMALL = (
+    "data.train_sentences=150", "data.validation_sentences=80", "data.probe_sentences=80", "finetune.epochs=8",
+    "retrain.epochs=1", "retrain.every=0.5", "prune.control_draws=1", "measure.draws=100", "measure.sentences=6",
+    "measure.steps=4",
+)  # fmt: skip
+
+
+def small(*sets: str) -> Experiment:
+    return settings_of("toy-next-token", {}, [*SMALL, *sets])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    return store.run(small(), tmp_path_factory.mktemp("run") / "run")
+
+
+def test_the_concepts_tokens_suffer_and_recover(run):
+    concept, random = run.arms["concept"][0], run.arms["random"][0]
+    loss = {stage: snapshot.scores for stage, snapshot in concept.snapshots.items()}
+    assert all(isinstance(scores, TokenLoss) for scores in loss.values())
+    assert loss["pruned"].shown("place") > loss["base"].shown("place") + 0.3
+    assert abs(loss["pruned"].shown(OTHERS) - loss["base"].shown(OTHERS)) < 0.1  # what is not a place is left alone
+    assert loss["1"].shown("place") < loss["pruned"].shown("place") - 0.2
+    assert random["pruned"].scores.shown("place") < loss["base"].shown("place") + 0.2
+
+
+def test_a_folder_gives_the_run_back(run):
+    again = load_run(run.folder)
+    for name, (arm,) in run.arms.items():
+        for stage in arm.stages:
+            one, other = arm[stage].scores, again.arms[name][0][stage].scores
+            assert (one.nats == other.nats).all()
+            assert (one.tokens == other.tokens).all()
+
+
+def test_numbers_are_losses_in_nats(run):
+    summary = summary_of(run)
+    assert summary["units"]["loss"] == "nats per token"
+    (arm,) = summary["arms"]["concept"]
+    assert set(arm["loss"]["base"]) == {"person", "place", OTHERS, "overall"}
+    low, high = arm["loss_interval"]["pruned"]
+    assert low < arm["loss"]["pruned"]["place"] < high
+    json.dumps(plain(summary), allow_nan=False)
+    header, rows = tables.score_rows(run)
+    assert header == ["arm", "stage", "person", "place", OTHERS, "overall", "place interval"]
+    shown = float(rows[1][3])
+    low, high = map(float, rows[1][-1].split(" to "))
+    assert low <= shown <= high
+    assert tables.score_title(run) == "loss, nats per token"
+    assert "took its loss from" in summary["what_happened"]
+    assert "nats per token" in summary["what_happened"]
+    assert "nats worse than it right after pruning" in summary["what_happened"]
+    assert "F1" not in summary["what_happened"]
+    assert "loss" in tables.draws_row(run)
+
+
+def test_claims_take_shares_of_the_gain_over_a_guess(run):
+    found = {claim.id: claim for claim in claims_of(run)}
+    base, pruned = (run.arms["concept"][0][stage].scores.shown("place") for stage in ("base", "pruned"))
+    guess = math.log(run.arms["concept"][0]["base"].scores.vocabulary)
+    assert found["C1"].concept == pytest.approx((pruned - base) / (guess - base))
+    assert (
+        found["C1"].measures == "share of the base model's gain over a uniform guess on the concept that pruning takes"
+    )
+
+
+def test_the_page_speaks_of_loss(run):
+    page = report.render(run)
+    assert "nats per token" in page
+    assert "strict span F1" not in page
+
+
+def test_words_carry_a_concept(tmp_path):
+    words = small('words=["Tarn", "velda"]', "concept=two", 'arms=["concept"]', "measure.what=[]")
+    run = store.run(words, tmp_path / "run")
+    scores = run.arms["concept"][0]["base"].scores
+    assert scores.labels == ("two", OTHERS)
+    text = toy.corpus()
+    wanted = {"Tarn", "Velda"}
+    assert 0 < scores.support()["two"] < sum(text.vocab[w] in wanted for w in text.word)
+    assert summary_of(run)["concept"] == "two"
+
+
+def test_words_are_read_where_the_settings_say():
+    for reading, count in (("auto", None), ("word", None), ("before", None)):
+        ready = next(iter(perform(small(f"measure.reading={reading}"))))
+        assert isinstance(ready, Prepared)
+        read = len(ready.probe.read_words)
+        assert (read == ready.probe.corpus.n_words) == (reading == "word"), count
+
+
+def test_training_takes_none_of_it_as_it_comes():
+    ready, base = list(perform(small("finetune.epochs=0", 'arms=["unpruned"]', "measure.what=[]")))[:2]
+    assert isinstance(ready, Prepared)
+    untrained = toy.language_model(seed=0)
+    assert isinstance(base, Base)
+    for name, weight in untrained.weights().items():
+        assert np.array_equal(base.weights[name].numpy(), weight.numpy())
+
+
+def test_precision_changes_how_the_model_computes():
+    bases = []
+    for precision in ("float32", "bfloat16"):
+        sets = (f"precision={precision}", "finetune.epochs=1", 'arms=["unpruned"]', "measure.what=[]")
+        bases.append(next(event for event in perform(small(*sets)) if isinstance(event, Base)))
+    assert {str(value.dtype) for base in bases for value in base.weights.values()} == {"torch.float32"}
+    wide, narrow = (base.snapshot.scores.shown("overall") for base in bases)
+    assert narrow == pytest.approx(wide, abs=0.1)
+    assert narrow != wide
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["task=tag", 'words=["a"]'], "a tagger needs a label for the concept"),
+        (['words=["a"]', 'concept=["x", "y"]'], "a concept that is given by words has one name"),
+        (['arms=["concept", "never"]'], "a language model has no labels to hide the concept with"),
+        (["measure.reading=after"], "measure.reading = 'after'"),
+    ],
+)
+def test_settings_that_do_not_go_together(sets, said):
+    with pytest.raises(ValueError, match=said):
+        small(*sets)
+
+
+def test_an_encoder_is_refused_before_any_training(bert_folder):
+    with pytest.raises(ValueError, match="sees the words after a token"):
+        list(perform(small(f"model={bert_folder}")))

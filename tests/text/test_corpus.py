@@ -1,0 +1,210 @@
+"""Values worked out by hand on three sentences in two documents, and invariants of any corpus."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from relearn_lens.text.corpus import Corpus, Word, bio, build_corpus
+from tests.conftest import unchecked
+
+SENTENCES = [
+    [("Paul", "PER", True), ("saw", "O", False), ("Rome", "LOC", True)],
+    [("he", "O", False), ("left", "O", False)],
+    [("New", "LOC", True), ("York", "LOC", False), ("Rome", "LOC", True), ("saw", "O", False)],
+]
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    return build_corpus(SENTENCES, name="tiny", groups=[7, 7, 9])
+
+
+WORD = st.tuples(st.sampled_from("abc"), st.sampled_from(["O", "X", "Y"]), st.booleans())
+SENTENCE = st.tuples(st.lists(WORD, min_size=1, max_size=5), st.integers(0, 6))
+DRAWN = st.lists(SENTENCE, min_size=3, max_size=12)
+
+
+def built(drawn) -> Corpus:
+    """A corpus of drawn sentences, of three groups at least."""
+    return build_corpus([s for s, _ in drawn], name="any", groups=[0, 1, 2, *(g for _, g in drawn[3:])])
+
+
+def test_build_stores_words_flat_and_outside_first(corpus):
+    assert corpus.vocab == ("Paul", "saw", "Rome", "he", "left", "New", "York")
+    assert corpus.word.tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 1]
+    assert corpus.label_names == ("O", "LOC", "PER")
+    assert corpus.label.tolist() == [2, 0, 1, 0, 0, 1, 1, 1, 0]
+    assert corpus.begins.tolist() == [True, False, True, False, False, True, False, True, False]
+    assert corpus.start.tolist() == [0, 3, 5, 9]
+    assert corpus.group.tolist() == [7, 7, 9]
+    assert (corpus.n_words, corpus.n_sentences, len(corpus)) == (9, 3, 3)
+
+
+def test_build_leaves_out_empty_sentences_and_keeps_the_others_groups():
+    corpus = build_corpus([[], SENTENCES[1], [], SENTENCES[0]], name="gaps")
+    assert corpus.group.tolist() == [1, 3]
+    assert corpus.sentence(0) == [Word("he", "O"), Word("left", "O")]
+
+
+def test_build_never_begins_a_span_outside():
+    assert not build_corpus([[("a", "O", True)]], name="x").begins.any()
+
+
+def test_build_takes_label_names_that_do_not_occur():
+    corpus = build_corpus(SENTENCES, name="x", label_names=("O", "PER", "ORG", "LOC"))
+    assert corpus.words_per_label() == {"O": 4, "PER": 1, "ORG": 0, "LOC": 4}
+
+
+def test_build_refuses_no_words():
+    with pytest.raises(ValueError, match=r"corpus 'empty' has no words"):
+        build_corpus([[], []], name="empty")
+
+
+def test_build_refuses_labels_that_are_not_among_label_names():
+    with pytest.raises(ValueError, match=r"'tiny' has labels \['PER'\] that are not among \['O', 'LOC'\]"):
+        build_corpus(SENTENCES, name="tiny", label_names=("O", "LOC"))
+
+
+def test_corpus_checks_shapes(corpus):
+    with pytest.raises(TypeCheckError, match="label"):
+        replace(corpus, label=corpus.label[:-1])
+    with pytest.raises(TypeCheckError, match="start"):
+        replace(corpus, start=corpus.start[:-1])
+    with pytest.raises(TypeCheckError, match="begins"):
+        replace(corpus, begins=corpus.begins.astype(int))
+
+
+def test_iteration_gives_words_with_labels(corpus):
+    assert list(corpus)[2] == [("New", "LOC"), ("York", "LOC"), ("Rome", "LOC"), ("saw", "O")]
+
+
+def test_words_per_label_counts(corpus):
+    assert corpus.words_per_label() == {"O": 4, "LOC": 4, "PER": 1}
+
+
+def test_repr_counts_sentences_words_and_labels(corpus):
+    assert repr(corpus) == "Corpus(tiny: 3 sentences, 9 words; O 4, LOC 4, PER 1)"
+
+
+def test_take_keeps_the_given_order_and_repeats(corpus):
+    taken = corpus.take([2, 0, 2], name="mine")
+    assert [[w.text for w in s] for s in taken] == [
+        ["New", "York", "Rome", "saw"],
+        ["Paul", "saw", "Rome"],
+        ["New", "York", "Rome", "saw"],
+    ]
+    assert taken.begins.tolist() == [True, False, True, False, True, False, True, True, False, True, False]
+    assert taken.group.tolist() == [9, 7, 9]
+    assert (taken.name, taken.label_names) == ("mine", corpus.label_names)
+
+
+def test_take_nothing_is_an_empty_corpus(corpus):
+    assert (corpus.take([]).n_sentences, corpus.take([]).n_words) == (0, 0)
+
+
+def test_labelled_keeps_sentences_with_a_label(corpus):
+    assert [s[0].text for s in corpus.labelled()] == ["Paul", "New"]
+
+
+def test_sample_is_deterministic_ordered_and_without_replacement():
+    corpus = build_corpus([[(str(i), "O", False)] for i in range(50)], name="numbers")
+    drawn = [int(s[0].text) for s in corpus.sample(20, seed=3)]
+    assert drawn == [int(s[0].text) for s in corpus.sample(20, seed=3)]
+    assert drawn != [int(s[0].text) for s in corpus.sample(20, seed=4)]
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == 20
+
+
+def test_sample_of_more_than_there_is_is_everything(corpus):
+    assert corpus.sample(3, seed=0) is corpus
+
+
+def test_drawing_leaves_the_global_generator_alone(corpus):
+    np.random.seed(5)  # noqa: NPY002  (the generator that must not move)
+    expected = np.random.random()  # noqa: NPY002
+    np.random.seed(5)  # noqa: NPY002
+    corpus.sample(2, seed=0)
+    build_corpus(SENTENCES, name="x").split(seed=0)
+    assert np.random.random() == expected  # noqa: NPY002
+
+
+def test_split_meets_the_shares_where_groups_allow():
+    corpus = build_corpus([[(str(i), "O", False)] for i in range(100)], name="hundred")
+    parts = corpus.split(seed=0, parts=(0.5, 0.3, 0.2))
+    assert [len(part) for part in parts] == [50, 30, 20]
+    assert [part.name for part in parts] == ["hundred/train", "hundred/validation", "hundred/probe"]
+
+
+def test_split_depends_on_the_seed():
+    corpus = build_corpus([[(str(i), "O", False)] for i in range(100)], name="hundred")
+    groups = [corpus.split(seed=seed).train.group.tolist() for seed in (0, 0, 1)]
+    assert groups[0] == groups[1] != groups[2]
+
+
+@pytest.mark.parametrize("parts", [(0.5, 0.5, 0.5), (1.0, 0.0, 0.0), (0.6, 0.6, -0.2)])
+def test_split_refuses_parts_that_are_no_shares(corpus, parts):
+    with pytest.raises(ValueError, match="must be above 0 and sum to 1"):
+        corpus.split(seed=0, parts=parts)
+
+
+def test_split_refuses_fewer_than_three_groups(corpus):
+    with pytest.raises(ValueError, match=r"'tiny' has 2 group\(s\).* at least 3 .*-DOCSTART-"):
+        corpus.split(seed=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(DRAWN, st.integers(0, 5), st.sampled_from([(0.6, 0.2, 0.2), (0.1, 0.1, 0.8), (0.34, 0.33, 0.33)]))
+def test_split_keeps_groups_together_and_loses_nothing(drawn, seed, parts):
+    corpus = built(drawn)
+    split, again = corpus.split(seed=seed, parts=parts), corpus.split(seed=seed, parts=parts)
+    groups = [set(part.group.tolist()) for part in split]
+    assert all(groups)
+    assert sum(map(len, groups)) == len(set().union(*groups)) == len(set(corpus.group.tolist()))
+    for part, same, mine in zip(split, again, groups, strict=True):
+        kept = [s for s, g in zip(corpus, corpus.group, strict=True) if g in mine]
+        assert list(part) == list(same) == kept
+
+
+@settings(max_examples=50, deadline=None)
+@given(DRAWN, st.data())
+def test_take_agrees_with_a_slow_loop_and_can_be_undone(drawn, data):
+    corpus = built(drawn)
+    order = data.draw(st.permutations(range(len(corpus))))
+    shuffled = corpus.take(order)
+    assert list(shuffled) == [corpus.sentence(i) for i in order]
+    back = shuffled.take(np.argsort(order))
+    for field in ("word", "label", "begins", "group", "start"):
+        np.testing.assert_array_equal(getattr(back, field), getattr(corpus, field))
+
+
+def test_bio_opens_each_span_with_b():
+    assert bio(["X", "X", "X", "O"], [True, False, True, False]) == ["B-X", "I-X", "B-X", "O"]
+
+
+@pytest.mark.parametrize(
+    ("word", "label", "message"),
+    [
+        ("", "LOC", "has the word ''; every word must be a string, not empty"),
+        (5, "LOC", "has the word 5; every word must be a string"),
+        ("Rome", None, "has the label None; every label must be a string"),
+        ("Rome", b"LOC", "has the label b'LOC'; every label must be"),
+        ("R\udfff", "LOC", r"the word 'R\\udfff' with half a character"),
+    ],
+)
+def test_build_corpus_refuses_what_is_no_text(word, label, message):
+    with pytest.raises(ValueError, match=message):
+        unchecked(build_corpus)([[(word, label, True)]], name="odd")
+
+
+def test_build_corpus_refuses_a_label_name_twice():
+    with pytest.raises(ValueError, match=r"label names of corpus 'twice' hold one twice: \['O', 'O'\]; name each once"):
+        build_corpus([[("a", "O", False)]], name="twice", label_names=["O", "O"])
+
+
+def test_split_refuses_parts_that_are_not_numbers(corpus):
+    with pytest.raises(ValueError, match="parts must be above 0 and sum to 1"):
+        corpus.split(seed=0, parts=(float("nan"), 0.5, 0.5))
