@@ -1,4 +1,5 @@
 # The public names, told once: `lazy_loader` and type checkers read this file.
+from .methods import Training as Training
 from . import sources as sources
 from .text.concept import Concept as Concept
 from .text.corpus import (
@@ -28,7 +29,7 @@ from .models.model import (
 from .models.training import (
     Checkpoint as Checkpoint,
     finetune_ as finetune_,
-    retrain_ as retrain_,
+    train_ as train_,
 )
 from .neurons.sites import (
     Neuron as Neuron,
@@ -56,6 +57,7 @@ from .remove.ablation import (
     held as held,
     prune_ as prune_,
 )
+from .relearn.retraining import retrain_ as retrain_
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,

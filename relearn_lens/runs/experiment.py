@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +21,14 @@ from relearn_lens.measure.vectors import input_embeddings
 from relearn_lens.models import processes
 from relearn_lens.models.lora import adapter_weights, load_adapter_weights
 from relearn_lens.models.model import computing
-from relearn_lens.models.training import Checkpoint, finetune_, retrain_
+from relearn_lens.models.training import Checkpoint, finetune_
 from relearn_lens.neurons.sites import Neurons, random_neurons
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import ablated, prune_
 from relearn_lens.runs.events import Arm, Base, Damage, Event, Kept, Measured, Paused, Prepared, Progress
 from relearn_lens.runs.preparation import adapters, attribution_settings, load, megabytes, prepare
 from relearn_lens.runs.protocol import choose, control_of, placed
-from relearn_lens.runs.settings import Experiment, Training
+from relearn_lens.runs.settings import Experiment
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded
 
@@ -98,11 +98,7 @@ def _finetune(
         tagger.load_weights(load(experiment, ready.train.corpus.label_names, seed=seed).weights())
     if experiment.finetune.epochs == 0:
         return
-    prior_bias = experiment.finetune.prior_bias and experiment.task == "tag"
-    training = finetune_(
-        tagger, train, seed=seed, prior_bias=prior_bias, resume=resume,
-        tick=_steps(progress, "fine-tuning"), **_training(experiment.finetune),
-    )  # fmt: skip
+    training = finetune_(tagger, train, experiment.finetune, seed=seed, resume=resume)
     for checkpoint in training:
         yield Paused(name, seed, checkpoint, tagger.weights(), training.state())
 
@@ -208,9 +204,8 @@ def _arm(
         if found and settings.lora_rank:
             load_adapter_weights(tagger, found[1])
         training = retrain_(
-            tagger, ready.train, seed=base.seed + 1, every=settings.every, restart=settings.restart, resume=resume,
-            tick=_steps(progress, f"retraining ({name})"), **_training(settings),
-        )  # fmt: skip
+            tagger, ready.train, settings, seed=base.seed + 1, resume=resume, what=f"retraining ({name})"
+        )
         for checkpoint in training:
             stage = stage_name(checkpoint)
             last = checkpoint.epoch >= settings.epochs
@@ -236,18 +231,9 @@ def _similarity(ready: Prepared, base: Base, progress: Progress | None, what: st
     )  # fmt: skip
 
 
-def _training(settings: Training) -> dict[str, Any]:
-    names = ("epochs", "lr", "batch_size", "weight_decay", "clip", "accumulate", "checkpointing")
-    return {name: getattr(settings, name) for name in names}
-
-
 def _draw_seed(seed: int, draw: int) -> int:
     """Seed of a random set of neurons: 0 is the random arm, the others are the draws beside it."""
     return 1000 * (seed + 1) + draw
-
-
-def _steps(progress: Progress | None, what: str) -> Callable[[int, int], object] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
 
 
 def _measure(

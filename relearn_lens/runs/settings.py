@@ -12,24 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-Size = Annotated[float, Field(gt=0, le=10**9)]
-Epochs = Annotated[float, Field(gt=0, le=10_000)]
-Rate = Annotated[float, Field(gt=0, le=10)]
+from relearn_lens.methods import AtMost, Finetuning, Method, Retraining, Size
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-AtMost = Annotated[int, Field(ge=1, le=10**9)]
-"""So many, or all where there are fewer."""
-
-STAGES = 10_000
-"""Most stages of one training: each is measured."""
 
 
-class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class Data(_Group):
+class Data(Method):
     """Which sentences of the corpus are used."""
 
     train_sentences: AtMost = Field(default=900, description="sentences to train on, at most")
@@ -65,7 +55,7 @@ class Data(_Group):
         return parts
 
 
-class Prune(_Group):
+class Prune(Method):
     """What is removed."""
 
     fraction: float = Field(default=0.5, gt=0, le=1, description="share of all neurons of the site that is pruned")
@@ -101,46 +91,7 @@ class Prune(_Group):
     )
 
 
-class Training(_Group):
-    """AdamW with a learning rate that falls linearly to 0."""
-
-    epochs: Epochs = Field(default=3, description="passes over the training sentences")
-    lr: Rate = Field(default=1e-4, description="highest learning rate")
-    batch_size: int = Field(default=16, ge=1, le=100_000, description="sentences per step")
-    weight_decay: float = Field(default=0.01, ge=0, le=10, description="not on biases and LayerNorms")
-    clip: Size = Field(default=1.0, description="largest gradient norm")
-    accumulate: int = Field(
-        default=1, ge=1, le=100_000, description="parts that a batch goes through the model in, to save memory"
-    )
-    checkpointing: bool = Field(default=False, description="compute blocks again in the backward pass, to save memory")
-
-
-class Finetune(Training):
-    """Training of the base model."""
-
-    epochs: float = Field(
-        default=3,
-        ge=0,
-        le=10_000,
-        description="passes over the training sentences; 0: the model as it comes (its own head)",
-    )
-    prior_bias: bool = Field(default=True, description="start the head's bias at the log share of each tag")
-
-
-class Retrain(Training):
-    """Training after pruning, measured after every stage."""
-
-    lr: Rate = Field(default=5e-4, description="highest learning rate")
-    every: Epochs = Field(default=1, description="epochs per stage")
-    restart: bool = Field(default=False, description="begin optimiser and learning rate anew in every stage")
-    lora_rank: int | None = Field(
-        default=None, ge=1, le=10_000,
-        description="train only low-rank adapters of this rank beside the blocks' matrices (alpha 16; needs peft: "
-        "extra lora), and the head; an interrupted arm is retrained from its beginning; none: train all weights",
-    )  # fmt: skip
-
-
-class Measure(_Group):
+class Measure(Method):
     """What is measured, and how. A list alone stands for `what`: `measure = ["probeless", "dprime"]`."""
 
     what: tuple[str, ...] = Field(
@@ -200,7 +151,7 @@ class Measure(_Group):
     level: float = Field(default=0.95, gt=0.5, le=0.9999, description="coverage of the intervals")
 
 
-class Experiment(_Group):
+class Experiment(Method):
     """Find the neurons of a concept, prune them, retrain, and follow the concept, with controls."""
 
     model: str = Field(
@@ -262,8 +213,8 @@ class Experiment(_Group):
     )
     data: Data = Data()
     prune: Prune = Prune()
-    finetune: Finetune = Finetune()
-    retrain: Retrain = Retrain()
+    finetune: Finetuning = Finetuning()
+    retrain: Retraining = Retraining()
     measure: Measure = Measure()
 
     @model_validator(mode="before")
@@ -302,15 +253,6 @@ class Experiment(_Group):
             raise ValueError(f"concept = {list(self.concept)}: a concept that is given by words has one name")
         if self.task == "next_token" and "never" in self.arms:
             raise ValueError("arms = 'never': a language model has no labels to hide the concept with; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _stages(self) -> Experiment:
-        if self.retrain.epochs / self.retrain.every > STAGES * (1 + 1e-9):
-            raise ValueError(
-                f"retrain.every = {self.retrain.every}: {self.retrain.epochs} epochs would be more than {STAGES:,} "
-                f"stages, and each is measured; make it {self.retrain.epochs / STAGES:g} or more"
-            )
         return self
 
     @model_validator(mode="after")
@@ -392,7 +334,7 @@ def fields() -> list[tuple[str, Any, str]]:
     found = []
     for name, field in Experiment.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        if isinstance(default, _Group):
+        if isinstance(default, Method):
             found += [
                 (f"{name}.{key}", getattr(default, key), inner.description or "")
                 for key, inner in type(default).model_fields.items()
@@ -412,7 +354,7 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     both = dict(under)
     for key, value in over.items():
         mine, value = both.get(key), as_group(key, value)
-        if isinstance(mine, Mapping) and isinstance(value, _Group):
+        if isinstance(mine, Mapping) and isinstance(value, Method):
             value = value.model_dump(exclude_unset=True)
         both[key] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
     return both

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -463,7 +462,7 @@ def disk_estimate(ready: Prepared) -> int:
     """Bytes of disk that a run takes at most at one time, from the sizes of the model and of the results."""
     experiment, weights = ready.experiment, sum(value.nbytes for value in ready.tagger.weights().values())
     seeds, arms = len(experiment.seeds), len(experiment.arms)
-    stages = math.ceil(experiment.retrain.epochs / experiment.retrain.every)
+    stages = experiment.retrain.n_stages
     kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
     # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
     classes = len(ready.probe.corpus.label_names)

@@ -30,8 +30,9 @@ from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, me
 from relearn_lens.measure.vectors import input_embeddings
 from relearn_lens.models import toy
 from relearn_lens.models.model import Tagger
-from relearn_lens.models.training import finetune_, retrain_
+from relearn_lens.models.training import finetune_
 from relearn_lens.neurons.sites import Neurons, random_neurons
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import ablated, prune_
 from relearn_lens.runs.events import Base
 from relearn_lens.text.concept import Concept

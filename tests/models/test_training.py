@@ -12,7 +12,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.model import Tagger
-from relearn_lens.models.training import Checkpoint, finetune_, retrain_
+from relearn_lens.models.training import Checkpoint, finetune_
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
 
