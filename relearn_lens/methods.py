@@ -85,6 +85,18 @@ class Training(Method):
         """How often training stands still."""
         return math.ceil(self.epochs / (self.every or 1.0) - 1e-9) if self.steps is None else len(self.steps)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by(cls, values: Any) -> Any:
+        """Who says epochs means a training that is measured by epochs."""
+        if not isinstance(values, Mapping):
+            return values
+        if {"epochs", "every"} & values.keys() and values.get("steps") is None:
+            return {**values, "steps": None}
+        usual = {name: cls.model_fields[name].default for name in ("epochs", "every")}
+        # Settings written in full hold the epochs too that steps take the place of.
+        return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
+
     @model_validator(mode="after")
     def _stages(self) -> Training:
         if self.steps is not None:
@@ -119,8 +131,14 @@ class Finetuning(Training):
 class Retraining(Training):
     """Training after something was removed, measured after every stage."""
 
-    lr: Rate = Field(default=5e-4, description="highest learning rate")
-    every: Epochs | None = Field(default=1, description="epochs per stage")
+    steps: tuple[Annotated[int, Field(ge=1, le=10**9)], ...] | None = Field(
+        default=(1, 2, 4, 8, 16, 32, 64), description=Training.model_fields["steps"].description
+    )
+    lr: Rate = Field(default=5e-5, description=Training.model_fields["lr"].description)
+    schedule: Literal["linear", "constant"] = Field(
+        default="constant", description=Training.model_fields["schedule"].description
+    )
+    warmup: int = Field(default=2, ge=0, le=10**9, description=Training.model_fields["warmup"].description)
     lora_rank: int | None = Field(
         default=None, ge=1, le=10_000,
         description="train only low-rank adapters of this rank beside the blocks' matrices (alpha 16; needs peft: "

@@ -19,12 +19,22 @@ from relearn_lens.methods import AtMost, Finetuning, Method, Retraining, Size
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
+ArmName = Literal["concept", "other", "random", "unpruned", "never"]
+ARMS: tuple[ArmName, ...] = get_args(ArmName)
+
+
 class Data(Method):
     """Which sentences of the corpus are used."""
 
-    train_sentences: AtMost = Field(default=900, description="sentences to train on, at most")
-    validation_sentences: AtMost = Field(default=300, description="sentences that F1 is measured on, at most")
-    probe_sentences: AtMost = Field(default=200, description="sentences that saliency is measured on, at most")
+    train_sentences: AtMost = Field(default=600, description="sentences to train on, at most")
+    validation_sentences: AtMost = Field(
+        default=150,
+        description="sentences on which the size of the cut is found, at most; they neither train, nor find neurons, nor "
+        "are scored unless measure.on says so",
+    )
+    probe_sentences: AtMost = Field(
+        default=150, description="sentences that F1, margins and saliency are measured on, in one pass, at most"
+    )
     parts: tuple[float, float, float] = Field(
         default=(0.6, 0.2, 0.2),
         description="shares of train, validation and probe where the corpus is not split already",
@@ -58,7 +68,22 @@ class Data(Method):
 class Prune(Method):
     """What is removed."""
 
-    fraction: float = Field(default=0.5, gt=0, le=1, description="share of all neurons of the site that is pruned")
+    fraction: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="share of all neurons of the site that is pruned; auto: the smallest of `grid` that takes the "
+        "concept and leaves the others, on the validation sentences, for each seed",
+    )
+    grid: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20), min_length=1, description="fractions that auto tries"
+    )
+    gone: float = Field(
+        default=0.1, gt=0, lt=1, description="auto: the concept's F1 is to fall below this share of what it was"
+    )
+    spared: float = Field(
+        default=0.85, gt=0, lt=1,
+        description="auto: the F1 of all labels with 30 spans or more, together, is to keep this share of what it was, "
+        "at the lower end of its interval",
+    )  # fmt: skip
     sever: Literal["auto", "out", "both", "gain", "writes"] = Field(
         default="auto",
         description="which weights are zeroed; out: those that carry the neuron on, so that it is gone; both: those "
@@ -77,17 +102,17 @@ class Prune(Method):
         description="the most or the least salient neurons. Published: by_family, the most salient in BERT-like models "
         "and, by a sorting order, the least salient in GPT-2: that prunes what the concept does not use",
     )
-    control: Literal["layers", "uniform", "first"] = Field(
-        default="layers",
-        description="the random arm; layers: as many in every layer as the concept arm, so that only the choice within "
-        "a layer differs; uniform: as many over all layers. Published: first, the first ids in order, which are the "
-        "embedding and the early blocks and no random draw",
+    control: Literal["disjoint", "layers", "uniform", "first"] = Field(
+        default="disjoint",
+        description="the random arm; disjoint: as many in every layer as the concept arm, none of them the concept "
+        "arm's where there is room; layers: as many in every layer, from all; uniform: as many over all layers. "
+        "Published: first, the first ids in order, which are the embedding and the early blocks and no random draw",
     )
     control_draws: int = Field(
-        default=3,
+        default=4,
         ge=0,
         le=1000,
-        description="random sets of the same size per layer whose damage is measured without retraining",
+        description="random sets of each kind whose damage is measured without retraining, per seed",
     )
 
 
@@ -95,8 +120,16 @@ class Measure(Method):
     """What is measured, and how. A list alone stands for `what`: `measure = ["probeless", "dprime"]`."""
 
     what: tuple[str, ...] = Field(
-        default=("probeless", "dprime", "auroc", "conductance", "top_words", "similarity"),
+        default=("dprime", "probeless", "auroc", "conductance", "top_words", "similarity"),
         description="scores (`relearn-lens scores`), conductance or layer_ig, top_words, similarity",
+    )
+    on: Literal["probe", "validation"] = Field(
+        default="probe",
+        description="the sentences that F1 and margins are measured on; validation where the probe text is another one",
+    )
+    dear: Literal["first", "all"] = Field(
+        default="first",
+        description="which seeds get attribution, top words and similarity, which take longest; first: the first seed",
     )
     everywhere: bool = Field(
         default=False,
@@ -116,7 +149,7 @@ class Measure(Method):
         default="auto", description="attribution: the reference input; auto, mask, pad, end, mean (or zero)"
     )
     quadrature: str = Field(default="gauss-legendre", description="attribution: gauss-legendre or riemann")
-    steps: int = Field(default=8, ge=2, le=1000, description="attribution: points of the quadrature")
+    steps: int = Field(default=16, ge=2, le=1000, description="attribution: points of the quadrature")
     sentences: AtMost = Field(default=24, description="attribution: sentences that hold the concept, at most")
     rank_bucket: int = Field(
         default=1,
@@ -183,20 +216,36 @@ class Experiment(Method):
         description="the label, or several, that carry the concept in probe_corpus; none: named there as in corpus",
     )
     site: str = Field(default="resid", description="what a neuron is (`relearn-lens sites`)")
-    score: str = Field(default="probeless", description="how neurons are ranked (`relearn-lens scores`)")
+    score: str = Field(default="dprime", description="how neurons are ranked (`relearn-lens scores`)")
     contrast: Literal["classes", "rest"] = Field(
-        default="classes",
-        description="compare the concept with each other class and sum, or with all other words together",
+        default="rest",
+        description="compare the concept with all other words together, or with each other class and sum: that ranks "
+        "the neurons of other concepts too. Published: classes",
     )
-    arms: tuple[Literal["concept", "random", "unpruned", "never"], ...] = Field(
-        default=("concept", "random", "unpruned"), min_length=1,
-        description="concept: its neurons are pruned; random: as many in every layer, drawn; unpruned: none; never: "
-        "pruned as the concept arm, but fine-tuned on text in which the concept has no label, for savings",
+    other: str = Field(
+        default="auto",
+        description="the label of the arm other; auto: the most frequent other one with 30 spans in the probe text; "
+        "without one the arm is left out",
+    )
+    arms: tuple[ArmName, ...] = Field(
+        default=ARMS, min_length=1,
+        description="concept: its neurons are pruned; other: those of another label, as many; random: drawn, as many; "
+        "unpruned: none; never: pruned as the concept arm, but fine-tuned without the concept's label",
     )  # fmt: skip
-    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1, description="each seed is a fine-tuning and all arms")
+    never: Literal["absent", "outside"] = Field(
+        default="absent",
+        description="what the arm never is fine-tuned on; absent: the concept's words are in no loss, and its label is "
+        "none that could be given; outside: they are labelled O, which teaches against the concept and not only not of it",
+    )
+    seeds: tuple[Seed, ...] = Field(
+        default=(0, 1, 2), min_length=1,
+        description="each seed is a fine-tuning and all arms; what training did gets a verdict from three on",
+    )  # fmt: skip
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="what the model computes in; its weights are float32 either way"
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="what the model computes in; its weights are float32 either way; auto: bfloat16 where the processor "
+        "has units for it",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch while the run lasts; none: torch's own choice"
@@ -251,8 +300,13 @@ class Experiment(Method):
             raise ValueError("words: a tagger needs a label for the concept; use task = 'next_token', or a label")
         if self.words and not isinstance(self.concept, str):
             raise ValueError(f"concept = {list(self.concept)}: a concept that is given by words has one name")
-        if self.task == "next_token" and "never" in self.arms:
-            raise ValueError("arms = 'never': a language model has no labels to hide the concept with; leave it out")
+        if self.task == "next_token" and self.never == "outside":
+            raise ValueError("never = 'outside': a language model has no label O; use never = 'absent'")
+        if self.task == "next_token" and self.prune.fraction == "auto":
+            raise ValueError(
+                "prune.fraction = 'auto': the size of a cut is found by F1, which a language model does not have; give a "
+                "number, such as 0.01"
+            )
         return self
 
     @model_validator(mode="after")
@@ -302,7 +356,7 @@ class Experiment(Method):
 
 PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
     "corrected": {
-        "prune": {"sever": "auto", "embedding": "own", "which": "most", "control": "layers"},
+        "prune": {"sever": "auto", "embedding": "own", "which": "most", "control": "disjoint"},
         "measure": {"rank_bucket": 1, "nulls": "drop", "selection": "matched"},
     },
     "published": {
