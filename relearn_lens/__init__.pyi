@@ -38,6 +38,10 @@ from .neurons.sites import (
     random_neurons as random_neurons,
     site_of as site_of,
 )
+from .neurons.weights import (
+    WeightMask as WeightMask,
+    parts as parts,
+)
 from .neurons.streaming import (
     ClassStats as ClassStats,
     class_stats as class_stats,

@@ -110,7 +110,9 @@ class Model(nn.Module):
         return {name: value.detach() for name, value in self.plain().items()}
 
     def plain(self) -> dict[str, Tensor]:
-        """`weights()` as the parameters and buffers themselves."""
+        """`weights()` as the parameters and buffers themselves; without low-rank adapters, where there are any now."""
+        if (adapted := _ADAPTED.get(self.bridge)) is not None:
+            return dict(adapted.plain)
         names: dict[int, str] = {}
         state = self.state_dict(keep_vars=True)
         for name, value in state.items():

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.neurons.sites import Neurons, Site, random_neurons
-from relearn_lens.remove.ablation import check_prunable
+from relearn_lens.neurons.weights import check_prunable
 from relearn_lens.runs.settings import Experiment
 
 EMBEDDING = "embed"

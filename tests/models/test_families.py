@@ -16,7 +16,8 @@ from relearn_lens.find.attribution import attribute
 from relearn_lens.models.export import export
 from relearn_lens.models.loading import load_language_model, load_tagger
 from relearn_lens.neurons.sites import SITES, Neurons, site_of
-from relearn_lens.remove.ablation import ablated, check_prunable, prune_
+from relearn_lens.neurons.weights import check_prunable
+from relearn_lens.remove.ablation import ablated, prune_
 from relearn_lens.text.concept import Concept
 from tests.conftest import D_MLP, D_MODEL, LABELS, N_LAYERS
 from tests.families import IDS, KINDS, MASK, REAL, row, said, small_tagger, some_of
