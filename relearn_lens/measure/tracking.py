@@ -398,5 +398,5 @@ def _same_scores(one: Snapshot, other: Snapshot) -> bool:
 
 
 def stage_name(checkpoint: Checkpoint) -> str:
-    """The name of a stage: its epoch of retraining, such as `"2"` or `"0.5"`."""
-    return f"{round(checkpoint.epoch, 3):.10g}"
+    """The name of a stage: its epoch of retraining, such as `"2"` or `"0.5"`, or its step."""
+    return str(checkpoint.step) if checkpoint.by == "step" else f"{round(checkpoint.epoch, 3):.10g}"

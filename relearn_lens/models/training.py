@@ -64,11 +64,6 @@ class Checkpoint:
     by: Literal["epoch", "step"] = "epoch"
     """What this training is measured in, and so what its stages are named by."""
 
-    @property
-    def stage(self) -> str:
-        """Name of the stage: `"2"` after two epochs, or steps."""
-        return f"{self.epoch:g}" if self.by == "epoch" else str(self.step)
-
 
 def cross_entropy(model: Model, batches: Mapping[str, Batch], reference: Any = None) -> Parts:
     """Nats at each sub-word of the first text: a tag, or the sub-word itself given all before it."""
@@ -108,6 +103,11 @@ class Checkpoints(Iterator[Checkpoint]):
     def reference(self) -> Any:
         """What the objective took from the model before the first step; None before that, or if it takes nothing."""
         return self._loop.reference
+
+    @property
+    def last_step(self) -> int:
+        """Optimiser steps at the end."""
+        return max(self._loop.pauses)
 
     def close(self) -> None:
         """Stop here; the model is put back into its mode."""
@@ -236,6 +236,7 @@ def _entries(
     weights = model.plain()
     if unknown := sorted(set(only) - set(weights)):
         raise ValueError(f"only: this model has no weight {unknown[0]!r}; it has {', '.join(list(weights)[:3])}, ...")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
     entries = []
     for name, mask in only.items():
         weight = weights[name]
@@ -244,9 +245,8 @@ def _entries(
                 f"only: {name} has shape {tuple(weight.shape)}, its mask is {mask.dtype} of {tuple(mask.shape)}; a "
                 "mask says True or False of every entry"
             )
-        if not isinstance(weight, nn.Parameter):
-            raise ValueError(f"only: {name} is no parameter, nothing trains it")
-        if mask.any():
+        # A mask of all weights names those too that nothing trains: buffers, and what follows from others.
+        if id(weight) in trained and mask.any():
             entries.append((weight, None if mask.all() else mask.to(weight.device)))
     if not entries:
         raise ValueError("only: no entry of any weight may move, so there is nothing to train")

@@ -382,15 +382,33 @@ class Neurons:
         return f"Neurons({self.site.name}: {len(self):,} of {self.site.n_neurons:,}; {shares})"
 
 
-def random_neurons(*, like: Neurons, seed: int) -> Neurons:
+def random_neurons(
+    *,
+    like: Neurons,
+    seed: int,
+    apart: Neurons | None = None,
+    scale: Float[Tensor, "layer neuron"] | None = None,
+) -> Neurons:
     """A control set: as many neurons in every layer as `like` has, drawn uniformly.
 
     They are drawn from all neurons of the layer, so where `like` takes most of a layer the two sets overlap; say
-    `len(like & control)` beside a result.
+    `len(like & control)` beside a result. None of them is in `apart` where the layer has room for that. With `scale`,
+    a number per neuron such as its standard deviation, as many are drawn from every tenth of the layer by that number.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(like.mask.shape, generator=generator).argsort(1).argsort(1)
-    return Neurons(order < like.mask.sum(1, keepdim=True), like.site)
+    # Drawn in the order of a random number: 1 more for what is to be avoided, so that it comes last.
+    order = torch.rand(like.mask.shape, generator=generator)
+    if apart is not None:
+        order = order + apart.mask
+    if scale is None:
+        return Neurons(order.argsort(1).argsort(1) < like.mask.sum(1, keepdim=True), like.site)
+    tenth = scale.argsort(1).argsort(1) * 10 // like.site.width
+    mask = torch.zeros_like(like.mask)
+    for k in range(10):
+        within = tenth == k
+        ranks = torch.where(within, order, torch.inf).argsort(1).argsort(1)
+        mask |= within & (ranks < (like.mask & within).sum(1, keepdim=True))
+    return Neurons(mask, like.site)
 
 
 @contextlib.contextmanager

@@ -27,12 +27,14 @@ from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, Slice
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.runs.events import Damage
+from relearn_lens.measure.grafting import Grafts
+from relearn_lens.runs.events import Again, Blocked, Cuts, Damage, Dose, Grafted, Round, Sized
 from relearn_lens.text.concept import Concept
 
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
+        Again, Blocked, Cuts, Dose, Grafted, Grafts, Round, Sized,
         ActivationSimilarity, AtK, Attribution, Checkpoint, ClassStats, Concept, Damage, Neurons, Quality, Saliency,
         Site, Slice, Snapshot, SpanScores, TokenLoss, TopWords, Trajectory,
     )

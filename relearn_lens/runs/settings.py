@@ -184,6 +184,26 @@ class Measure(Method):
     level: float = Field(default=0.95, gt=0.5, le=0.9999, description="coverage of the intervals")
 
 
+class Grafting(Method):
+    """Where it came back, by moving parts of the model between the cut and the retrained weights."""
+
+    skip: bool = Field(default=False, description="leave this out, and cutting again with it")
+    bands: int | None = Field(
+        default=None, ge=1, le=1000, description="blocks in so many groups of neighbours; none: each for itself"
+    )
+    cumulative: bool = Field(default=False, description="also all parts up to each, from the input and from the output")
+
+
+class Blocking(Method):
+    """Train on with something held where the cut left it: does it need to come back there?"""
+
+    held: tuple[Literal["part", "heirs", "random"], ...] = Field(
+        default=(),
+        description="part: the part of the model that alone brings most back; heirs: the neurons that carry the concept "
+        "at the end; random: as many others in every layer",
+    )
+
+
 class Experiment(Method):
     """Find the neurons of a concept, prune them, retrain, and follow the concept, with controls."""
 
@@ -265,6 +285,11 @@ class Experiment(Method):
     finetune: Finetuning = Finetuning()
     retrain: Retraining = Retraining()
     measure: Measure = Measure()
+    grafts: Grafting = Grafting()
+    rounds: int = Field(
+        default=1, ge=0, le=100, description="how often the concept is found and cut again in the model it came back to"
+    )
+    block: Blocking = Blocking()
 
     @model_validator(mode="before")
     @classmethod
