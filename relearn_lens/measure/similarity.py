@@ -39,9 +39,9 @@ PROBES = 64
 """Neurons whose words are paired at random to learn what chance gives."""
 CONSTANT, DEAD = 1e-5, 1e-12
 """A neuron is constant if its standard deviation is at most these shares of its mean and of the largest standard
-deviation of all neurons (trained models have some with a gain of 1e-30). Rounding in a forward pass moves a neuron by up
-to about 1e-6 of its mean (measured, by other batches and on other processors), so that below ten times as much it is in
-good part rounding that would correlate."""
+deviation of all neurons (trained models have some with a gain of 1e-30). Rounding in a forward pass moves a neuron by
+up to about 1e-6 of its mean (measured, by other batches and on other processors), so that below ten times as much it is
+in good part rounding that would correlate."""
 
 
 @jaxtyped(typechecker=typechecker)
