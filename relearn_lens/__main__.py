@@ -416,7 +416,9 @@ def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Ev
                 say(f"seed {event.seed}, base: {scores.metric} {_scores(event.snapshot.shown)}")
             case events.Sized():
                 for dose in event.doses:
-                    say(f"dose {dose.fraction:g} {dose.cut}: {_scores({k: dose.scores.shown(k) for k in (*dose.scores.labels, 'overall')})}")
+                    say(
+                        f"dose {dose.fraction:g} {dose.cut}: {_scores({k: dose.scores.shown(k) for k in (*dose.scores.labels, 'overall')})}"
+                    )
                 say(f"fraction {event.fraction}")
             case events.Cuts():
                 for name, chosen in event.sets.items():
@@ -434,10 +436,15 @@ def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Ev
             case events.Again():
                 say(f"the same cut again: {event.same.shown(experiment.labels):.3f}")
                 for each in event.rounds:
-                    say(f"second cut: {each.share_old:.2f} old; {each.cut.shown(experiment.labels):.3f} > "
-                        + " ".join(f"{step}: {s.shown(experiment.labels):.2f}" for step, s in each.course.items()))
+                    say(
+                        f"second cut: {each.share_old:.2f} old; {each.cut.shown(experiment.labels):.3f} > "
+                        + " ".join(f"{step}: {s.shown(experiment.labels):.2f}" for step, s in each.course.items())
+                    )
             case events.Blocked():
-                say(f"{event.held} held: " + " ".join(f"{step}: {s.shown(experiment.labels):.2f}" for step, s in event.course.items()))
+                say(
+                    f"{event.held} held: "
+                    + " ".join(f"{step}: {s.shown(experiment.labels):.2f}" for step, s in event.course.items())
+                )
             case events.Measured(stage=stage) if stage != "base":
                 say(f"{event.arm:>9} {stage:>6}: {_scores(event.snapshot.shown)}")
 

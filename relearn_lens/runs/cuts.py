@@ -141,9 +141,9 @@ def _no_dose(ready: Prepared, base: Base, before: Scores, doses: list[Dose]) -> 
     beside = f", others {before.shown(others):.2f}" if others else ""
     return (
         f"prune.fraction = 'auto': no cut of seed {base.seed} takes {'+'.join(label)!r} (below {how.gone:g} of its "
-        f"{before.shown(label):.2f}{beside}) and leaves the other labels ({how.spared:g} of theirs, at the lower end of "
-        f"the interval). F1 by fraction cut: {rows}. Choose a size by --set prune.fraction=0.1, say, and see in the run "
-        "what else it takes; or another score or site"
+        f"{before.shown(label):.2f}{beside}) and leaves the other labels ({how.spared:g} of theirs, at the lower end "
+        f"of the interval). F1 by fraction cut: {rows}. Choose a size by --set prune.fraction=0.1, say, and see in the "
+        "run what else it takes; or another score or site"
     )
 
 

@@ -162,6 +162,8 @@ class Round:
     found: Neurons
     share_old: float
     """Share of them that an earlier cut had taken too."""
+    share_by_chance: float
+    """The same of neurons drawn at random, as many in every layer."""
     cut: Any
     """`Scores` after the cut."""
     course: Mapping[int, Any]
@@ -175,6 +177,8 @@ class Again:
     seed: int
     same: Any
     """`Scores` with the neurons of the first cut cut again."""
+    random: tuple[Any, ...]
+    """`Scores` with random sets cut, as many in every layer."""
     rounds: tuple[Round, ...]
 
 
@@ -184,14 +188,12 @@ class Blocked:
 
     seed: int
     held: str
-    """What was held: the name of a part, `"heirs"`, or `"random"`, as many neurons in every layer as there are heirs."""
+    """What was held: `"part"`, `"heirs"`, or `"random"`, as many neurons in every layer as there are heirs."""
     course: Mapping[int, Any]
     """Steps of retraining to `Scores`."""
 
 
 Event = Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Grafted | Again | Blocked
-
-
 
 
 @runtime_checkable

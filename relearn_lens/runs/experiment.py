@@ -11,7 +11,6 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +56,6 @@ from relearn_lens.runs.events import (
 from relearn_lens.runs.preparation import adapters, attribution_settings, load, megabytes, precision_of, prepare
 from relearn_lens.runs.protocol import placed
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.text.encoding import Encoded
 
 BACK = 0.9
 """Share of what it was at which a concept counts as back: where grafts are taken first."""
@@ -152,7 +150,8 @@ class _Seed:
         training = "base" if role == "base" else f"{role}-fine"
         resume = self._resumed(training)
         if resume is None:
-            model.load_weights(load(self.experiment, ready.train.corpus.label_names, seed=self.seed).weights())
+            labels, knows = ready.train.corpus.label_names, role != "never"
+            model.load_weights(load(self.experiment, labels, seed=self.seed, knows=knows).weights())
         if how.epochs == 0:
             return
         text, objective, what = ready.train, cross_entropy, "fine-tuning"
@@ -251,9 +250,7 @@ class _Seed:
             return self.kept.weighed(arm, self.seed, stage)
         return self.weighed.get((arm, stage))
 
-    def _afterwards(
-        self, base: Base, cuts: Cuts, done: Mapping[str, Trajectory], back: str | None
-    ) -> Iterator[Event]:
+    def _afterwards(self, base: Base, cuts: Cuts, done: Mapping[str, Trajectory], back: str | None) -> Iterator[Event]:
         """Where it came back, by intervention."""
         experiment, path = self.experiment, done["concept"]
         last = path.stages[-1]
@@ -318,9 +315,14 @@ class _Seed:
         assert prune.sever != "auto"
         old = cuts.sets["concept"]
         model.load_weights(end)
-        with progress.task("cutting again"):
-            prune_(model, placed(old, prune.embedding), sever=prune.sever)
-            same = self._evaluated()
+        drawn = [random_neurons(like=old, seed=draw_seed(self.seed, 1 + k)) for k in range(prune.control_draws)]
+        after = []
+        with progress.task("cutting again", 1 + len(drawn)):
+            for neurons in (old, *drawn):
+                model.load_weights(end)
+                prune_(model, placed(neurons, prune.embedding), sever=prune.sever)
+                after.append(self._evaluated())
+                progress.advance()
         rounds: list[Round] = []
         model.load_weights(end)
         snapshot, ever = path[path.stages[-1]], old
@@ -329,11 +331,13 @@ class _Seed:
             prune_(model, placed(new, prune.embedding), sever=prune.sever)
             cut = self._evaluated()
             course = self._course(f"retraining (round {k + 2})", path, "again", k)
-            rounds.append(Round(new, share_old(new, ever), cut, course))
+            per_layer = ever.mask.float().mean(1)
+            by_chance = float((new.mask.sum(1) * per_layer).sum() / len(new))
+            rounds.append(Round(new, share_old(new, ever), by_chance, cut, course))
             ever = ever | new
             if k + 1 < self.experiment.rounds:
                 snapshot = self._measure("measuring after another round")
-        return Again(self.seed, same, tuple(rounds))
+        return Again(self.seed, after[0], tuple(after[1:]), tuple(rounds))
 
     def _course(self, what: str, path: Trajectory, role: str, k: int = 0, **how: Any) -> dict[int, Scores]:
         """Retrain the model as it is, and evaluate at every pause until the concept is back."""
@@ -360,7 +364,11 @@ class _Seed:
                 return None
             mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=parts(model))
         else:
-            which = heirs if held == "heirs" else random_neurons(like=heirs, seed=draw_seed(self.seed, 99), apart=heirs | old)
+            which = (
+                heirs
+                if held == "heirs"
+                else random_neurons(like=heirs, seed=draw_seed(self.seed, 99), apart=heirs | old)
+            )
             if not len(which):
                 return None
             prune = self.experiment.prune

@@ -32,8 +32,8 @@ Table = tuple[list[str], list[list[str]]]
 def claims_of(run: Run) -> list[Claim]:
     """C1 to C9 of a run."""
     return claims(
-        run.arms, run.label, random_sets=[damage.random for damage in run.damage], level=run.interval["level"],
-        draws=run.interval["draws"],
+        run.arms, run.label, random_sets=[damage.random.get("layers", ()) for damage in run.damage],
+        level=run.interval["level"], draws=run.interval["draws"],
     )  # fmt: skip
 
 

@@ -109,8 +109,8 @@ def precision_of(experiment: Experiment, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
 
 
-def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0) -> Model:
-    """The model with its head; the planted toy comes with its own."""
+def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0, knows: bool = True) -> Model:
+    """The model with its head; the planted toy comes with its own, or (not `knows`) without the planted concept."""
     device = None if experiment.device == "auto" else experiment.device
     if experiment.task == "next_token":
         if experiment.model == "toy":
@@ -119,7 +119,7 @@ def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0) -> M
     if experiment.model == "toy":
         if labels != toy.LABELS:
             raise ValueError(f"model 'toy' knows the labels {toy.LABELS} of corpus 'toy', not {labels}")
-        return toy.tagger(seed=seed).to(device or "cpu")
+        return toy.tagger(seed=seed, knows=knows).to(device or "cpu")
     return load_tagger(experiment.model, labels, seed=seed, device=device)
 
 

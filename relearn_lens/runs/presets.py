@@ -68,7 +68,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "prune": {"fraction": 0.5},
             "finetune": {"epochs": 3, "lr": 2e-5, "batch_size": 8, "prior_bias": False},
             "retrain": {
-                "epochs": 8, "every": 2, "restart": True, "lr": 2e-5, "batch_size": 8, "schedule": "linear", "warmup": 0,
+                "epochs": 8, "every": 2, "restart": True, "lr": 2e-5, "batch_size": 8, "schedule": "linear",
+                "warmup": 0,
             },
             "measure": {"on": "validation", "everywhere": True, "dear": "all"},
         },
@@ -94,6 +95,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "a planted concept in a toy model, three seeds, no download; seconds",
         {
             **_TOY,
+            # Decoys that nothing uses tell places apart as well; what is used has the larger difference of means.
+            "score": "probeless",
             "prune": {"fraction": 4 / 256},
             "finetune": {"epochs": 1, "prior_bias": False},
             "retrain": {"steps": [1, 2, 4, 8, 16, 32], "lr": 1e-3},

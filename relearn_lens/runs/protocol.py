@@ -50,8 +50,8 @@ def placed(neurons: Neurons, embedding: str) -> Neurons:
 def control_of(chosen: Neurons, how: str, *, seed: int) -> Neurons:
     """As many neurons as were chosen, for the random arm.
 
-    `"disjoint"`: as many in every layer, drawn from the others where there is room; `"layers"`: drawn from all; `"uniform"`: drawn over all layers; `"first"`: the first in order, layer
-    by layer, without a draw, as published.
+    `"disjoint"`: as many in every layer, drawn from the others where there is room; `"layers"`: drawn from all;
+    `"uniform"`: drawn over all layers; `"first"`: the first in order, layer by layer, without a draw, as published.
     """
     if how in ("disjoint", "layers"):
         return random_neurons(like=chosen, seed=seed, apart=chosen if how == "disjoint" else None)

@@ -29,8 +29,8 @@ class Data(Method):
     train_sentences: AtMost = Field(default=600, description="sentences to train on, at most")
     validation_sentences: AtMost = Field(
         default=150,
-        description="sentences on which the size of the cut is found, at most; they neither train, nor find neurons, nor "
-        "are scored unless measure.on says so",
+        description="sentences on which the size of the cut is found, at most; they neither train, nor find neurons, "
+        "nor are scored unless measure.on says so",
     )
     probe_sentences: AtMost = Field(
         default=150, description="sentences that F1, margins and saliency are measured on, in one pass, at most"
@@ -199,8 +199,8 @@ class Blocking(Method):
 
     held: tuple[Literal["part", "heirs", "random"], ...] = Field(
         default=(),
-        description="part: the part of the model that alone brings most back; heirs: the neurons that carry the concept "
-        "at the end; random: as many others in every layer",
+        description="part: the part of the model that alone brings most back; heirs: the neurons that carry the "
+        "concept at the end; random: as many others in every layer",
     )
 
 
@@ -255,7 +255,7 @@ class Experiment(Method):
     never: Literal["absent", "outside"] = Field(
         default="absent",
         description="what the arm never is fine-tuned on; absent: the concept's words are in no loss, and its label is "
-        "none that could be given; outside: they are labelled O, which teaches against the concept and not only not of it",
+        "none that could be given; outside: they are labelled O, which teaches against the concept",
     )
     seeds: tuple[Seed, ...] = Field(
         default=(0, 1, 2), min_length=1,
@@ -264,8 +264,8 @@ class Experiment(Method):
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="what the model computes in; its weights are float32 either way; auto: bfloat16 where the processor "
-        "has units for it",
+        description="what the model computes in; its weights are float32 either way; auto: bfloat16 where the "
+        "processor has units for it",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch while the run lasts; none: torch's own choice"
@@ -329,8 +329,8 @@ class Experiment(Method):
             raise ValueError("never = 'outside': a language model has no label O; use never = 'absent'")
         if self.task == "next_token" and self.prune.fraction == "auto":
             raise ValueError(
-                "prune.fraction = 'auto': the size of a cut is found by F1, which a language model does not have; give a "
-                "number, such as 0.01"
+                "prune.fraction = 'auto': the size of a cut is found by F1, which a language model does not have; give "
+                "a number, such as 0.01"
             )
         return self
 

@@ -36,24 +36,19 @@ from relearn_lens.measure.tracking import Snapshot, Trajectory, stage_name
 from relearn_lens.models import processes
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site
-from relearn_lens.runs import archive, needs, settings, verify
 from relearn_lens.progress import Progress, reported
+from relearn_lens.runs import archive, needs, settings, verify
+from relearn_lens.runs.arms import arms_of
 from relearn_lens.runs.events import (
-    Again,
     ArmDone,
     Base,
     Blocked,
-    Cuts,
-    Damage,
     Event,
-    Grafted,
     Measured,
     Paused,
     Prepared,
-    Sized,
     Weighed,
 )
-from relearn_lens.runs.arms import arms_of
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.files import as_json, plain_settings, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.runs.needs import peak_rss_mb
@@ -196,8 +191,8 @@ def load_run(folder: str | Path) -> Run:
     result = Run(experiment, manifest=manifest, folder=str(path))
     for seed in experiment.seeds:
         for name in kept.names(seed):
-            value = kept.read(name)
-            if value is None and name != f"again-{seed}":
+            value = kept.named(name)
+            if value is None:
                 raise ValueError(f"{str(path)!r}: {name} is missing; run it again with --fresh")
             result.take(ArmDone(value, None) if isinstance(value, Trajectory) else value)
     return result
@@ -349,7 +344,7 @@ class RunFolder:
         parts = (kind.__name__.lower(), *([name] if name else []), str(seed))
         return self._kept("-".join(parts), kind)
 
-    def read(self, name: str) -> Any:
+    def named(self, name: str) -> Any:
         """A result by its name; None where it is not here."""
         return self._kept(name, object)
 
