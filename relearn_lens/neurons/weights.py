@@ -91,7 +91,7 @@ class WeightMask(Mapping[str, Tensor]):
 
     def _with(self, op: Callable[..., Tensor], *others: WeightMask) -> WeightMask:
         for other in others:
-            if (why := _differs(self, other)) is not None:
+            if (why := differs(self, other)) is not None:
                 raise ValueError(f"masks of the weights of two models cannot be combined: {why}")
         masks = {name: _each(op, self[name], *(other[name] for other in others)) for name in self}
         nothing = {name: value for one in (self, *others) for name, value in one.nothing.items()}
@@ -110,7 +110,7 @@ class WeightMask(Mapping[str, Tensor]):
         return self._with(torch.logical_not)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, WeightMask) or _differs(self, other) is not None:
+        if not isinstance(other, WeightMask) or differs(self, other) is not None:
             return False
         return all(bool(_each(torch.eq, self[name], other[name]).all()) for name in self)
 
@@ -131,13 +131,18 @@ class WeightMask(Mapping[str, Tensor]):
         """Plain names of the weights that have an entry in the set."""
         return [name for name in self if bool(_compact(self[name]).any())]
 
+    def on(self, device: torch.device) -> WeightMask:
+        """The same set on a device."""
+        masks = {name: _compact(mask).to(device).expand(mask.shape) for name, mask in self.masks.items()}
+        return WeightMask(masks, self.joint, self.nothing)
+
     def check(self, model: Model) -> None:
         """Refuse a mask of another model.
 
         Raises:
             ValueError: a name or a shape differs.
         """
-        if (why := _differs(self, model.plain())) is not None:
+        if (why := differs(self, model.plain())) is not None:
             raise ValueError(f"this mask is of the weights of another model: {why}")
 
     def __repr__(self) -> str:
@@ -293,6 +298,16 @@ def parts(model: Model, *, bands: int | None = None, within: Iterable[int] = ())
     return {" and ".join(at): tuple(names) for at, names in named}
 
 
+def differs(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str | None:
+    """What tells two models' weights apart, in words; None where nothing does."""
+    if names := sorted(set(mine) ^ set(theirs)):
+        return f"{len(names)} names differ, such as {names[:3]}"
+    for name, mask in mine.items():
+        if mask.shape != theirs[name].shape:
+            return f"{name} has shape {tuple(mask.shape)} in one and {tuple(theirs[name].shape)} in the other"
+    return None
+
+
 def _bands(blocks: int, bands: int | None) -> list[str]:
     """The name of every block's part."""
     if bands is None:
@@ -364,13 +379,3 @@ def _each(op: Callable[..., Tensor], *masks: Tensor) -> Tensor:
 def _n_set(mask: Tensor) -> int:
     compact = _compact(mask)
     return int(compact.sum()) * (mask.numel() // compact.numel()) if mask.numel() else 0
-
-
-def _differs(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str | None:
-    """What tells two models' weights apart, in words; None where nothing does."""
-    if names := sorted(set(mine) ^ set(theirs)):
-        return f"{len(names)} names differ, such as {names[:3]}"
-    for name, mask in mine.items():
-        if mask.shape != theirs[name].shape:
-            return f"{name} has shape {tuple(mask.shape)} in one and {tuple(theirs[name].shape)} in the other"
-    return None
