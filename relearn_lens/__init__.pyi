@@ -67,6 +67,10 @@ from .measure.evaluation import (
     TokenLoss as TokenLoss,
     evaluate as evaluate,
 )
+from .measure.grafting import (
+    Grafts as Grafts,
+    grafts as grafts,
+)
 from .measure.meaning import (
     concept_similarity as concept_similarity,
     concept_words as concept_words,
