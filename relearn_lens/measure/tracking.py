@@ -294,8 +294,8 @@ def measure(
     others = [score_of(name) for name in what if name in SCORES and name != main.name]
     gathered = gather(
         model, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
-        relabelled=meaning.shuffles(classes, shuffles, seed=seed), sample_words=sample_words, seed=seed,
-        max_tokens=max_tokens, tick=tick,
+        relabelled=meaning.shuffles(classes, encoded.corpus.word, shuffles, seed=seed), sample_words=sample_words,
+        seed=seed, max_tokens=max_tokens, tick=tick,
     )  # fmt: skip
     stats, by_chance = gathered.stats, gathered.shuffled
     assert stats is not None
