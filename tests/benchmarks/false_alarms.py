@@ -122,7 +122,8 @@ def shuffled_base(here: World, base: Base, draw: int, own: int) -> Trajectory:
     """The base arm for a concept that is a shuffle (`draw`) of the labels, with shuffles of its own as a null."""
     here.tagger.load_weights(base.weights)
     classes = CONCEPT.classes(here.probe.corpus)
-    relabelled = meaning.shuffles(classes, 1, seed=draw) + meaning.shuffles(classes, SHUFFLES, seed=own)
+    types = here.probe.corpus.word
+    relabelled = meaning.shuffles(classes, types, 1, seed=draw) + meaning.shuffles(classes, types, SHUFFLES, seed=own)
     gathered = gather(here.tagger, here.probe, classes, site=SITE, relabelled=relabelled)
     scored = [saliency(s, CONCEPT, torch.from_numpy(classes.carries)) for s in gathered.shuffled]
     snapshot = replace(base.snapshot, saliency=scored[0], shuffled=tuple(scored[1:]))

@@ -282,3 +282,19 @@ def test_trajectory_says_its_curve(path):
 def test_snapshot_f1_is_that_of_its_scores():
     scores = scores_of(0.25)
     assert snapshot_of(SCORE, scores).f1 is scores.f1
+
+
+def test_a_pruned_neuron_is_never_shown_as_the_most_salient(toy):
+    # Cut off from what reads it alone, it is as salient as it was.
+    before = measure(toy.tagger, toy.corpus, PLACE, site="mlp_post")
+    cut = before.saliency.top(4)
+    prune_(toy.tagger, cut)
+    path = track(toy.tagger, toy.corpus, PLACE, [], before=before, pruned=cut, site="mlp_post")
+    after = path["pruned"].saliency
+    assert after.top(4) == cut
+    assert path["pruned"].f1["place"] < 0.1
+    assert len(after.top(4, among=path.there("pruned")) & cut) == 0
+    assert path.there("base").mask.all()
+    first, last = (str(next(iter(x))) for x in (cut, after.top(1, among=path.there("pruned"))))
+    base, pruned = path._repr_html_().split("<tr>")[-2:]
+    assert (first in base, first in pruned, last in pruned) == (True, False, True)
