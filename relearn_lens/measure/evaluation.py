@@ -252,7 +252,7 @@ def token_loss(
     nats, tokens = np.zeros(corpus.n_words), np.zeros(corpus.n_words, dtype=np.int64)
     with reading(model), _sharing(encoded, max_tokens, (nats, tokens)) as batches:
         for batch, n_tokens in batches:
-            losses, words = model.losses(batch.to(model.device)).double().cpu().numpy(), batch.word_of.numpy()
+            losses, words = model.losses(batch.to(model.device)).cpu().numpy(), batch.word_of.numpy()
             np.add.at(nats, words, losses)
             np.add.at(tokens, words, 1)
             if tick:
@@ -293,15 +293,25 @@ def predict(
     max_tokens: int = 4096,
     tick: Callable[[int], object] | None = None,
 ) -> Int[np.ndarray, " word"]:
-    """The tag of every word of the corpus, an index into `tagger.tags`."""
+    """The tag of every word of the corpus, an index into `tagger.tags`.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
     tags = np.zeros(encoded.corpus.n_words, dtype=np.int64)
     with reading(tagger), _sharing(encoded, max_tokens, (tags,)) as batches:
         for batch, n_tokens in batches:
             here = batch.to(tagger.device)
-            best = tagger(here.ids, here.mask).argmax(-1).flatten()
-            tags[batch.words.numpy()] = best[here.subword[here.first]].cpu().numpy()
+            logits = tagger(here.ids, here.mask).flatten(0, 1)[here.subword[here.first]]
+            best = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+            tags[batch.words.numpy()] = best.cpu().numpy()
             if tick:
                 tick(n_tokens)
+    if (tags < 0).any():
+        raise ValueError(
+            "the logits of the tagger are not finite (NaN or infinite), so it says nothing; look at the weights of the "
+            "model and at the learning rate"
+        )
     return tags
 
 

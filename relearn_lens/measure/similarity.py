@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.models.model import Model, encoded_for, hidden, reading
+from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
 from relearn_lens.text.concept import Concept
@@ -206,7 +206,7 @@ class _Sums:
     """Mean and spread of some neurons, after a shift by the mean of the first batch."""
 
     def __init__(self, neurons: int, device: torch.device):
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = widest(device)
         self.shift = torch.zeros(neurons, device=device)
         self.first, self.second = torch.zeros(2, neurons, device=device, dtype=wide)
 

@@ -395,14 +395,27 @@ def checkpointed(model: Model) -> Iterator[None]:
             inner.disable_input_require_grads()  # a hook on the embedding that switching it off leaves behind
 
 
+_NARROW = {"mps"}
+"""Kinds of devices without float64."""
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float that a device has for sums."""
+    return torch.float32 if device.type in _NARROW else torch.float64
+
+
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """For a while, random numbers from a seed, on the CPU and on one CUDA device; the global generators do not move."""
-    cuda = [device.index or 0] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    """For a while, random numbers from a seed, on the CPU and on one CUDA or MPS device; the global generators do not
+    move."""
+    kind = device.type if device is not None and device.type in ("cuda", "mps") else ""
+    index = (device.index or 0) if device is not None else 0
+    with torch.random.fork_rng(devices=[index] if kind else [], device_type=kind or "cuda"):
         torch.default_generator.manual_seed(seed)
-        for index in cuda:
+        if kind == "cuda":
             torch.cuda.default_generators[index].manual_seed(seed)
+        elif kind == "mps":
+            torch.mps.manual_seed(seed)
         yield
 
 

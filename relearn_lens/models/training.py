@@ -218,7 +218,7 @@ def _train(
         # Looked at once per stage: to look at every step would make a GPU wait for it.
         each = torch.stack(losses)
         processes.sum_(each)
-        each = each.double()
+        each = each.cpu().to(torch.float64)
         if not each.isfinite().all():
             bad = int((~each.isfinite()).nonzero()[0])
             raise FloatingPointError(

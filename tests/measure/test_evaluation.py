@@ -295,3 +295,10 @@ def test_evaluate_leaves_the_model_as_it_was(toy, untouched):
     list(toy.tagger.modules())[5].eval()  # every module has its own mode back
     with untouched(toy.tagger):
         evaluate(toy.tagger, toy.corpus)
+
+
+def test_a_tagger_whose_logits_are_not_finite_is_refused(bert, corpus):
+    with torch.no_grad():
+        next(bert.trunk.parameters())[5:].fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"logits of the tagger are not finite .*; look at the weights"):
+        evaluate(bert, corpus)
