@@ -15,6 +15,7 @@ import transformers
 from relearn_lens.find.attribution import attribute
 from relearn_lens.models.export import export
 from relearn_lens.models.loading import load_language_model, load_tagger
+from relearn_lens.models.model import computing, reading
 from relearn_lens.neurons.sites import FAMILIES, SITES, Neurons, site_of
 from relearn_lens.remove.ablation import ablated, check_prunable, prune_
 from relearn_lens.text.concept import Concept
@@ -101,6 +102,26 @@ def test_gain_alone_keeps_the_bias(bert):
         torch.testing.assert_close(said(bert), now)
     with ablated(bert, chosen):
         assert not torch.equal(said(bert), now)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["bert", "deberta-v3", "modernbert", "mistral", "gemma2", "gemma3"])
+def test_padding_beyond_a_window_is_finite_in_half_precision(kind, dtype, tmp_path):
+    tagger = small_tagger(kind, tmp_path)
+    config = tagger.bridge.original_model.config
+    if kind in ("mistral", "gemma2"):
+        config.sliding_window = 4
+    ids = torch.arange(5, 21)[None].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    hooks = sum(len(module._forward_pre_hooks) for module in tagger.bridge.modules())
+    with reading(tagger):
+        exact = tagger(ids, mask)
+        with computing(tagger, dtype):
+            near = tagger(ids, mask)
+    assert near.isfinite().all()
+    assert (near - exact)[mask.bool()].abs().max() < 0.1 * exact.abs().max()
+    assert sum(len(module._forward_pre_hooks) for module in tagger.bridge.modules()) == hooks
 
 
 # --- checkpoints
