@@ -317,7 +317,7 @@ def token_loss(
     nats, tokens = np.zeros(corpus.n_words), np.zeros(corpus.n_words, dtype=np.int64)
     with reading(model), _sharing(encoded, max_tokens, (nats, tokens)) as batches:
         for batch, n_tokens in batches:
-            losses, words = model.losses(batch.to(model.device)).double().cpu().numpy(), batch.word_of.numpy()
+            losses, words = model.losses(batch.to(model.device)).cpu().numpy(), batch.word_of.numpy()
             np.add.at(nats, words, losses)
             np.add.at(tokens, words, 1)
             if tick:
@@ -358,7 +358,11 @@ def predict(
     max_tokens: int = 4096,
     tick: Callable[[int], object] | None = None,
 ) -> Int[np.ndarray, " word"]:
-    """The tag of every word of the corpus, an index into `tagger.tags`."""
+    """The tag of every word of the corpus, an index into `tagger.tags`.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
     return _tags_and_margin(tagger, encoded, max_tokens, tick)[0]
 
 
@@ -374,7 +378,8 @@ def _tags_and_margin(
         for batch, n_tokens in batches:
             here, words = batch.to(tagger.device), batch.words.numpy()
             logits = tagger(here.ids, here.mask).flatten(0, 1)[here.subword[here.first]]
-            tags[words], seen[words] = logits.argmax(-1).cpu().numpy(), 1
+            best = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+            tags[words], seen[words] = best.cpu().numpy(), 1
             margin = logits.new_zeros(len(words), dtype=torch.float32)
             for k in np.unique(column[words[column[words] >= 0]]):
                 rows = torch.from_numpy(np.flatnonzero(column[words] == k)).to(tagger.device)
@@ -382,6 +387,11 @@ def _tags_and_margin(
             margins[words] = margin.cpu().numpy()
             if tick:
                 tick(n_tokens)
+    if (tags < 0).any():
+        raise ValueError(
+            "the logits of the tagger are not finite (NaN or infinite), so it says nothing; look at the weights of the "
+            "model and at the learning rate"
+        )
     labelled = np.flatnonzero((column >= 0) & (seen > 0))
     sentence = np.searchsorted(corpus.start, labelled, side="right") - 1
     total, count = np.zeros((corpus.n_sentences, len(labels) + 1)), np.zeros((corpus.n_sentences, len(labels) + 1), int)

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.models.model import Model, encoded_for, hidden, reading
+from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
 from relearn_lens.text.concept import Concept
@@ -209,7 +209,7 @@ class _Sums:
     """Mean and summed squared deviation of some neurons, batch by batch."""
 
     def __init__(self, neurons: int, device: torch.device):
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = widest(device)
         self.mean, self.m2 = torch.zeros(2, neurons, device=device, dtype=wide)
 
     def add(self, neurons: slice, words: Tensor, seen: int) -> tuple[Tensor, Tensor]:

@@ -362,7 +362,7 @@ class _Loop:
         for part, values in sums.items():
             each = torch.stack(values)
             processes.sum_(each)
-            each = each.double()
+            each = each.cpu().to(torch.float64)  # no float64 on some devices
             if not each.isfinite().all():
                 bad = int((~each.isfinite()).nonzero()[0])
                 raise FloatingPointError(

@@ -403,3 +403,10 @@ def test_margin_of_a_language_model_is_its_loss_negative():
 
 def test_tags_scored_without_a_model_have_no_margin():
     assert scored([["B-A"]], [["B-A"]]).margin is None
+
+
+def test_a_tagger_whose_logits_are_not_finite_is_refused(bert, corpus):
+    with torch.no_grad():
+        next(bert.trunk.parameters())[5:].fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"logits of the tagger are not finite .*; look at the weights"):
+        evaluate(bert, corpus)
