@@ -3,7 +3,8 @@
 Training stands still wherever it yields. Every step is seeded by (seed, step), so measuring at a pause, or pausing more
 often, cannot change a run. Any other training loop plugs into `track` by yielding `Checkpoint` too.
 
-1. Batches: the first text gives the steps; the others are gone through beside it, each in an order of its own.
+1. Batches: the first text gives the steps; the others are gone through beside it, each in an order of its own, and
+   give no more pieces than it does.
 2. An objective says what each part of the loss sums to on these batches, and over how many sub-words or pieces.
 3. A step turns gradients of those parts into the gradient that the optimiser takes.
 4. `only` says which entries of the weights may move: all others are the same to the bit.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from relearn_lens import methods, progress
 from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
-from relearn_lens.models.model import Model, Tagger, checkpointed, seeded
+from relearn_lens.models.model import Model, Tagger, checkpointed, reading, seeded
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -35,13 +36,13 @@ Parts = Mapping[str, tuple[Tensor, int]]
 Objective = Callable[[Model, Mapping[str, Batch], Any], Parts]
 """What is lowered: `(model, batches by role, reference) -> parts`.
 
-It may have two attributes. `reference(model, texts)` is called once, before the first step, and what it gives is the
-third argument (else None). `counts(texts, pieces)` says over how many each part is for a whole batch, by part; it is
-needed where batches go through the model in several parts.
+It may have two attributes. `reference(model, texts)` is called once, before the first step, on a model that is only
+read, and what it gives is the third argument (else None). `counts(texts, pieces)` says over how many each part is for a
+whole batch, by part; it is needed where batches go through the model in several parts.
 """
-Gradient = Callable[..., None]
+Gradient = Callable[..., tuple[str, ...]]
 """`gradient(*parts)` adds the gradient of these parts of the loss (all, if none is named) to what the parameters
-have."""
+have, 0 where an entry may not move; gives the names of all parts."""
 Step = Callable[[Model, Gradient], None]
 """Leaves in the parameters the gradient that the optimiser takes."""
 
@@ -157,7 +158,8 @@ def train_(
 
     Raises:
         ValueError: a setting out of range, labels that the tagger does not know, an entry of `only` that the model does
-            not have, or a `resume` that is none of this training's pauses or of another model; at the call.
+            not have, an objective that does not count and is to be taken in parts, or a `resume` that is none of this
+            training's pauses, of another model or without its reference; at the call.
         FloatingPointError: the loss is no longer finite.
     """
     how = methods.of(Training, how, fields)
@@ -165,14 +167,21 @@ def train_(
     encoded = {role: text if isinstance(text, Encoded) else model.encode(text) for role, text in by_role.items()}
     for text in encoded.values():
         model.check_text(text.corpus)
+    if not encoded:
+        raise ValueError("no text to train on: texts is empty")
     if max(how.accumulate, processes.size()) > 1 and not hasattr(objective, "counts"):
         raise ValueError(
-            f"the objective {getattr(objective, '__name__', objective)!r} does not say over how many each of its parts "
+            f"the objective {_name(objective)!r} does not say over how many each of its parts "
             "is, so a batch cannot go through the model in several parts; give it an attribute "
             "`counts(texts, pieces) -> {part: n}`, or leave accumulate at 1 and use one process"
         )
     per_epoch = -(-next(iter(encoded.values())).n_pieces // how.batch_size)
     pauses = _pauses(how, per_epoch)
+    if resume is not None and reference is None and hasattr(objective, "reference"):
+        raise ValueError(
+            f"the objective {_name(objective)!r} compares with the model as it was before the first step, which this "
+            "one is no longer; resume with reference=, which `Checkpoints.reference` gave"
+        )
     if resume is not None and resume[0].step not in pauses:
         raise ValueError(
             f"this training pauses at steps {', '.join(map(str, pauses))}, so it cannot go on from step "
@@ -211,10 +220,16 @@ def finetune_(
     return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
 
 
+def _name(objective: Objective) -> str:
+    return getattr(objective, "__name__", type(objective).__name__)
+
+
 def _pauses(how: Training, per_epoch: int) -> dict[int, float]:
     """Step to epoch of every pause, the last one at the end."""
     if how.steps is not None:
         return {step: step / per_epoch for step in how.steps}
+    if how.epochs == 0:
+        return {}
     total, every = max(1, round(how.epochs * per_epoch)), how.every or 1.0
     marks = [k * every for k in range(1, math.ceil(how.epochs / every - 1e-9))]
     stops = {round(mark * per_epoch): float(mark) for mark in marks if round(mark * per_epoch)}
@@ -274,14 +289,16 @@ class _Loop:
 
     def checkpoints(self) -> Generator[Checkpoint, None, None]:
         """Train on to each pause in turn."""
-        model, how, total = self.model, self.how, max(self.pauses)
+        model, how, total = self.model, self.how, max(self.pauses, default=0)
         step, tokens = (self.after.step, self.after.tokens_seen) if self.after else (0, 0)
-        if getattr(how, "prior_bias", False) and self.after is None and isinstance(model, Tagger):
-            text = next(iter(self.texts.values()))
-            with torch.no_grad():
-                model.head.bias.copy_(tag_shares(text, len(model.tags)).log())
-        if self.reference is None and hasattr(self.objective, "reference"):
-            self.reference = self.objective.reference(model, self.texts)  # pyright: ignore[reportFunctionMemberAccess]
+        if total and getattr(how, "prior_bias", False) and self.after is None and isinstance(model, Tagger):
+            text, bias = next(iter(self.texts.values())), model.head.bias
+            if self.entries is None or any(weight is bias for weight, _ in self.entries):
+                with torch.no_grad(), self._others_still():
+                    bias.copy_(tag_shares(text, len(model.tags)).log())
+        if total and self.reference is None and hasattr(self.objective, "reference"):
+            with reading(model):
+                self.reference = self.objective.reference(model, self.texts)  # pyright: ignore[reportFunctionMemberAccess]
         accelerator = Accelerator(device_placement=False)
         for end, epoch in self.pauses.items():
             if end <= step:
@@ -299,7 +316,7 @@ class _Loop:
                 checkpointed(model) if how.checkpointing else contextlib.nullcontext(),
             ):
                 while step < end:
-                    pieces = {role: self._pieces(role, step) for role in self.texts}
+                    pieces = self._pieces(step)
                     tokens += sum(int(self.texts[role].lengths[whole].sum()) for role, whole in pieces.items())
                     for group in optimizer.param_groups:
                         group["lr"] = how.lr * _share_of_rate(how, step - since, horizon)
@@ -331,8 +348,17 @@ class _Loop:
             return [weight for weight, _ in self.entries]
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _pieces(self, role: str, step: int) -> np.ndarray:
-        """The pieces of a role's text that a step takes."""
+    def _pieces(self, step: int) -> dict[str, np.ndarray]:
+        """The pieces of every role's text that a step takes: of no role more than of the first."""
+        pieces = {role: self._of_role(role, step) for role in self.texts}
+        most = len(next(iter(pieces.values())))
+        # From a batch, which is sorted by length, both short and long ones are taken.
+        return {
+            role: whole if len(whole) <= most else whole[np.arange(most) * len(whole) // most]
+            for role, whole in pieces.items()
+        }
+
+    def _of_role(self, role: str, step: int) -> np.ndarray:
         text, first = self.texts[role], role == next(iter(self.texts))
         n = self.per_epoch if first else -(-text.n_pieces // self.how.batch_size)
         order = self.orders.get(role)
@@ -344,17 +370,22 @@ class _Loop:
         return order[1][step % n]
 
     def _stepped(self, accelerator: Accelerator, optimizer: Any) -> None:
-        """Let the optimiser take its step; what may not move is put back, to the bit."""
-        kept = [(w, mask, w.detach().clone()) for w, mask in self.entries or () if mask is not None]
-        for weight, mask, _ in kept:
-            if weight.grad is not None:
-                weight.grad.masked_fill_(~mask, 0.0)
+        """Let the optimiser take its step."""
         accelerator.clip_grad_norm_(self.moving(), self.how.clip)
-        optimizer.step()
+        with self._others_still():
+            optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for weight, mask, before in kept:
-                weight.copy_(torch.where(mask, weight, before))
+
+    @contextlib.contextmanager
+    def _others_still(self) -> Iterator[None]:
+        """Put back, to the bit, what may not move and did (weight decay moves a weight without a gradient too)."""
+        held = [(w, mask, w.detach().clone()) for w, mask in self.entries or () if mask is not None]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, mask, before in held:
+                    weight.copy_(torch.where(mask, weight, before))
 
     def _means(self, sums: dict[str, list[Tensor]], counts: dict[str, int], begin: int, end: int) -> dict[str, float]:
         """Each part of the loss over a stage; refuses what is not finite."""
@@ -385,8 +416,8 @@ class _Batch:
         self.counts: dict[str, int] = counts(loop.texts, pieces) if counts else {}
         self.sums: dict[str, Tensor] = {}
 
-    def gradient(self, *parts: str) -> None:
-        """Add the gradient of the named parts of the loss, or of all."""
+    def gradient(self, *parts: str) -> tuple[str, ...]:
+        """Add the gradient of the named parts of the loss, or of all; gives the names of all."""
         loop, model = self.loop, self.loop.model
         sums: dict[str, Tensor] = {}
         moving = loop.moving()
@@ -394,20 +425,15 @@ class _Batch:
         earlier = [(p, p.grad) for p in moving] if processes.size() > 1 else []
         for parameter, _ in earlier:
             parameter.grad = None
-        cut = {role: _parts(whole, self.n_parts) for role, whole in self.pieces.items()}
+        # Every part has pieces of every role.
+        n_parts = min(self.n_parts, *map(len, self.pieces.values()))
+        cut = {role: np.array_split(whole, n_parts) for role, whole in self.pieces.items()}
         # Each process takes whole parts, and each part has a seed: who computes it changes nothing.
-        for number in range(self.n_parts)[processes.rank() :: processes.size()]:
-            if number >= len(next(iter(cut.values()))):
-                continue
-            batches = {
-                role: loop.texts[role].batch(groups[number]).to(model.device)
-                for role, groups in cut.items()
-                if number < len(groups)
-            }
+        for number in range(n_parts)[processes.rank() :: processes.size()]:
+            batches = {role: loop.texts[role].batch(groups[number]).to(model.device) for role, groups in cut.items()}
             with seeded(_seed_of(loop.seed, self.step, number), model.device):
                 values = loop.objective(model, batches, loop.reference)
-                if unknown := set(parts) - set(values):
-                    raise ValueError(f"the objective has no part {min(unknown)!r}; its parts are {', '.join(values)}")
+                self._check(parts, values)
                 means = [values[p][0] / (self.counts.get(p) or max(values[p][1], 1)) for p in parts or values]
                 loss = torch.stack(means).sum() if len(means) > 1 else means[0]
                 self.accelerator.backward(loss)
@@ -416,9 +442,22 @@ class _Batch:
                 sums[part] = sums.get(part, torch.zeros((), device=model.device)) + value.detach()
         self.sums = self.sums or sums
         _sum_gradients(moving)
+        for weight, mask in loop.entries or ():
+            if mask is not None and weight.grad is not None:
+                weight.grad.masked_fill_(~mask, 0.0)
         for parameter, gradient in earlier:
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return tuple(self.counts)
+
+    def _check(self, parts: tuple[str, ...], values: Parts) -> None:
+        """Refuse parts of the loss that the objective does not have, or does not count."""
+        if unknown := set(parts) - set(values):
+            raise ValueError(f"the objective has no part {min(unknown)!r}; its parts are {', '.join(values)}")
+        if self.n_parts > 1 and set(values) != set(self.counts):
+            raise ValueError(
+                f"the objective gives the parts {', '.join(values)}, but its `counts` those of {', '.join(self.counts)}"
+            )
 
     def parts(self) -> dict[str, tuple[Tensor, int]]:
         """The parts of the loss as they were first computed, before anything was perturbed."""
@@ -459,11 +498,6 @@ def _with_state(optimizer: torch.optim.AdamW, state: Mapping[str, Tensor]) -> to
         raise ValueError("the state to resume from is of another model: its moments have other shapes")
     optimizer.load_state_dict({**whole, "state": {i: {k: v.clone() for k, v in e.items()} for i, e in kept.items()}})
     return optimizer
-
-
-def _parts(pieces: np.ndarray, n: int) -> list[np.ndarray]:
-    """A batch's pieces in at most `n` groups, none empty."""
-    return [part for part in np.array_split(pieces, n) if len(part)]
 
 
 def tag_shares(encoded: Encoded, n_tags: int) -> Float[Tensor, " tag"]:

@@ -363,7 +363,7 @@ class Words:
         sums, bins = ClassSums(self.site, classes), BinCounts(self.site, classes)
         words = torch.arange(len(self.x))
         for collector in (sums, bins):
-            collector.begin(Batch(words[None], words[None], *[words] * 8))
+            collector.begin(Batch(words[None], words[None], *[words] * 8, words[:1]))
             for layer in range(self.x.shape[1]):
                 collector.add(layer, self.x[:, layer])
         sample = WordSample(self.x, words, torch.from_numpy(self.of_word), words // 3, ("O", "A"), self.site, 0)
