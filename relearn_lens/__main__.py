@@ -416,9 +416,7 @@ def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Ev
                 say(f"seed {event.seed}, base: {scores.metric} {_scores(event.snapshot.shown)}")
             case events.Sized():
                 for dose in event.doses:
-                    say(
-                        f"dose {dose.fraction:g} {dose.cut}: {_scores({k: dose.scores.shown(k) for k in (*dose.scores.labels, 'overall')})}"
-                    )
+                    say(f"dose {dose.fraction:g} {dose.cut}: {dose.scores!r}")
                 say(f"fraction {event.fraction}")
             case events.Cuts():
                 for name, chosen in event.sets.items():

@@ -380,7 +380,7 @@ def track(
 
     take(PRUNED, None)
     for checkpoint in checkpoints:
-        stage = stage_name(checkpoint)
+        stage = checkpoint.stage
         if stage in snapshots:
             raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
         take(stage, checkpoint)
@@ -404,8 +404,3 @@ def _same_scores(one: Snapshot, other: Snapshot) -> bool:
     """Whether what the head says is the same too: training may have moved it alone."""
     sums = [[s.scores.sums(label) for label in (*s.scores.labels, OVERALL)] for s in (one, other)]
     return all(np.array_equal(a, b) for a, b in zip(*sums, strict=True))
-
-
-def stage_name(checkpoint: Checkpoint) -> str:
-    """The name of a stage: its epoch of retraining, such as `"2"` or `"0.5"`, or its step."""
-    return str(checkpoint.step) if checkpoint.by == "step" else f"{round(checkpoint.epoch, 3):.10g}"

@@ -33,7 +33,9 @@ def test_an_adapter(folder, with_config):
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     if not with_config:
         (folder / "config.json").unlink()
-    refused(folder, r"holds an adapter \(LORA, for 'me/base'\), not a model; load that model with peft .*merge_and_unload")
+    refused(
+        folder, r"holds an adapter \(LORA, for 'me/base'\), not a model; load that model with peft .*merge_and_unload"
+    )
 
 
 def test_an_adapter_beside_a_model(folder):
@@ -121,7 +123,9 @@ def unsupported(config: Any, folder: Path) -> None:
 
 def test_a_family_without_an_adapter(tmp_path):
     unsupported(transformers.AlbertConfig(), tmp_path)
-    refused(tmp_path, r"is a 'albert' model \(AlbertForMaskedLM\), which TransformerLens cannot hook; .*types bert, dist")
+    refused(
+        tmp_path, r"is a 'albert' model \(AlbertForMaskedLM\), which TransformerLens cannot hook; .*types bert, dist"
+    )
 
 
 def test_a_loaded_model_of_a_family_without_an_adapter():
