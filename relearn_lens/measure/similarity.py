@@ -88,17 +88,6 @@ class ActivationSimilarity:
         )
 
 
-def flow_of(similarity: ActivationSimilarity, neurons: Neurons) -> Float[Tensor, "before after"]:
-    """`flow` of some neurons before, such as those that were pruned: where is what they did now?
-
-    Rows sum to 1; a layer that has none of them (constant ones left out) is NaN.
-
-    Raises:
-        ValueError: the neurons are of another site.
-    """
-    return _flow(similarity.best_layer, _mask(similarity, neurons))
-
-
 @dataclass(frozen=True)
 class Plan:
     """How the pairs of neurons are gone through: so many at a time."""
