@@ -37,6 +37,9 @@ _NEXT_TOKEN: dict[str, Any] = {
     "measure": {"what": ["probeless", "conductance", "top_words"], "sentences": 6, "steps": 4, "shuffles": 19},
 }  # fmt: skip
 
+FOR_A_GPU = frozenset({"lo2024", "smollm2-places-gpu"})
+"""Presets that are sized for a GPU."""
+
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "names": (
         "MiniLM and named entities of the New Testament, concept place; about 8 minutes on 2 cores",
