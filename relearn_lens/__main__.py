@@ -377,7 +377,12 @@ def _print_anywhere() -> None:
     import codecs
     from json import dumps
 
-    codecs.register_error("as_json", lambda error: (dumps(error.object[error.start : error.end])[1:-1], error.end))
+    def escaped(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return dumps(error.object[error.start : error.end])[1:-1], error.end
+
+    codecs.register_error("as_json", escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(errors="as_json")
