@@ -17,7 +17,7 @@ from torch import Tensor
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import meaning
-from relearn_lens.measure.evaluation import OVERALL, Label, Scores, SpanScores
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores, SpanScores, judge_of
 from relearn_lens.measure.meaning import Nulls, concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
