@@ -67,7 +67,7 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
     train, validation, probe = (tagger.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
     experiment, fits = _fitted(experiment, tagger, train, validation, probe)
     decided += fits
-    notes = [note for part in (train, validation, probe) for note in part.notes()] + decided
+    notes = [*dict.fromkeys(note for part in (train, validation, probe) for note in part.notes()), *decided]
     notes += _plans(experiment, tagger, probe, concept, site)
     return Prepared(
         experiment, tagger, site, concept, train, validation, probe, tuple(notes), _hashes(experiment, drawn)

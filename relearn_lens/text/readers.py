@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -385,11 +385,11 @@ def read_bsb_names() -> Corpus:
             for id in record["target"]:
                 aligned.setdefault(id, kind)
 
-    words = list(_columns(verses, "id", "source_verse", "text"))
-    forms = [re.sub("’s?$", "", text) if text[:1].isupper() else "" for _, _, text in words]
+    words = list(_columns(verses, "id", "source_verse", "text", "skip_space_after"))
+    forms = [re.sub("’s?$", "", text) if text[:1].isupper() else "" for _, _, text, _ in words]
     occurs: Counter[str] = Counter(forms)
     votes: dict[str, Counter[str]] = {}
-    for (id, _, _), form in zip(words, forms, strict=True):
+    for (id, _, _, _), form in zip(words, forms, strict=True):
         if form and aligned.get(id, "other") != "other":
             votes.setdefault(form, Counter())[aligned[id]] += 1
     label = {form: n.most_common(1)[0][0] for form, n in votes.items() if 3 * n.total() >= occurs[form]}
@@ -398,14 +398,16 @@ def read_bsb_names() -> Corpus:
         kind = aligned.get(id, label[form]) if form in label else OUTSIDE
         return OUTSIDE if kind == "other" else kind
 
-    rows = [_Row(int(verse), text, kind_of(id, form)) for (id, verse, text), form in zip(words, forms, strict=True)]
+    rows = [_Row(int(verse), text, kind_of(id, form)) for (id, verse, text, _), form in zip(words, forms, strict=True)]
     sentences = [list(verse) for _, verse in groupby(rows, key=lambda row: row.number)]
+    glued = [skip == "y" and verse == after for (_, verse, _, skip), (_, after, _, _) in pairwise(words)]
     return build_corpus(
         _decode(sentences, "io", "verse"),
         name="bsb-names",
         groups=[verse[0].number // 1000 for verse in sentences],  # BBCCCVVV
         source="Berean Standard Bible, New Testament; Clear Bible alignments",
         licence="CC BY 4.0",
+        spaced=[True, *(not skip for skip in glued)],
     )
 
 

@@ -464,13 +464,15 @@ ALIGNED = [  # Greek word, verse, English words counted from 1
 def test_read_bsb_names_decides_by_form(tmp_path, monkeypatch):
     places = ["40001001", "40001002", "40002001"]
     words = [
-        f"{place}{w:03}\t{place}\t{text}"
+        f"{place}{w:03}\t{place}\t{text}\t{'y' if text in ('told', 'Hebrew', 'left', 'Christ') else ''}"
         for place, verse in zip(places, VERSES, strict=True)
         for w, text in enumerate(verse.split(), start=1)
     ]
     records = [{"source": [greek], "target": [f"{places[verse]}{w:03}" for w in at]} for greek, verse, at in ALIGNED]
     (tmp_path / "SBLGNT.tsv").write_text(SOURCE, encoding="utf-8")
-    (tmp_path / "nt_BSB.tsv").write_text("\n".join(["id\tsource_verse\ttext", *words]), encoding="utf-8")
+    (tmp_path / "nt_BSB.tsv").write_text(
+        "\n".join(["id\tsource_verse\ttext\tskip_space_after", *words]), encoding="utf-8"
+    )
     (tmp_path / "SBLGNT-BSB-manual.json").write_text(json.dumps({"records": records}), encoding="utf-8")
     monkeypatch.setattr(readers.sources, "fetch", lambda name: tmp_path)
     corpus = read_bsb_names()
@@ -478,6 +480,8 @@ def test_read_bsb_names_decides_by_form(tmp_path, monkeypatch):
     # of 5 "He" one is aligned, less than a third; of 3 "Paul" two are, and so all 3 are names
     assert read(corpus) == ("O O *person O O O *place O / *person O O O O *person O O O / O O *person person O O O O")
     assert corpus.group.tolist() == [40001, 40001, 40002]
+    glued = [corpus.vocab[w] for w in corpus.word[~corpus.after_blank]]
+    assert glued == ["Paul", ";", "."]  # what is after `left` opens the next verse
 
 
 @pytest.fixture(scope="module")
@@ -524,6 +528,17 @@ def test_bsb_keeps_languages_out_and_joins_neighbours(bsb):
     assert [word.text for word in first if word.label == "person"] == ["Jesus", "Christ", "David", "Abraham"]
     assert bsb.begins[: len(first)].sum() == 3
     assert bsb.split(seed=0).train.n_sentences > 4_000
+
+
+@pytest.mark.artefacts
+def test_bsb_knows_its_own_blanks(bsb):
+    shown = [
+        "".join(" " * bool(b) + w.text for w, b in zip(s, bsb.after_blank[bsb.start[i] :], strict=False))
+        for i, s in zip(range(3), bsb, strict=False)
+    ]
+    assert shown[0] == " This is the record of the genealogy of Jesus Christ, the son of David, the son of Abraham:"
+    assert bsb.after_blank[bsb.start[:-1]].all()
+    assert bsb.n_words - bsb.spaced.sum() == 29_407  # as the file counts them
 
 
 # --- by name
