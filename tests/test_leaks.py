@@ -180,7 +180,7 @@ def test_every_context_of_the_package_is_tried_here():
     elsewhere = {
         "_progress",
         "_in_our_words",
-        "_sharing",
+        "sharing",
         "_locked",
         "_stoppable",
         "_cluster",

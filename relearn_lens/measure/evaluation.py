@@ -250,7 +250,7 @@ def token_loss(
         [*(classes.of_word == k for k in named), ~classes.carries[classes.of_word], np.ones(corpus.n_words, bool)], 1
     )
     nats, tokens = np.zeros(corpus.n_words), np.zeros(corpus.n_words, dtype=np.int64)
-    with reading(model), _sharing(encoded, max_tokens, (nats, tokens)) as batches:
+    with reading(model), sharing(encoded, max_tokens, (nats, tokens)) as batches:
         for batch, n_tokens in batches:
             losses, words = model.losses(batch.to(model.device)).double().cpu().numpy(), batch.word_of.numpy()
             np.add.at(nats, words, losses)
@@ -295,7 +295,7 @@ def predict(
 ) -> Int[np.ndarray, " word"]:
     """The tag of every word of the corpus, an index into `tagger.tags`."""
     tags = np.zeros(encoded.corpus.n_words, dtype=np.int64)
-    with reading(tagger), _sharing(encoded, max_tokens, (tags,)) as batches:
+    with reading(tagger), sharing(encoded, max_tokens, (tags,)) as batches:
         for batch, n_tokens in batches:
             here = batch.to(tagger.device)
             best = tagger(here.ids, here.mask).argmax(-1).flatten()
@@ -306,7 +306,7 @@ def predict(
 
 
 @contextlib.contextmanager
-def _sharing(encoded: Encoded, max_tokens: int, sums: Sequence[np.ndarray]) -> Iterator[Iterator[tuple[Batch, int]]]:
+def sharing(encoded: Encoded, max_tokens: int, sums: Sequence[np.ndarray]) -> Iterator[Iterator[tuple[Batch, int]]]:
     """This process's batches of a text, each with the tokens that go by meanwhile; afterwards `sums`, which are 0
     where this process read nothing, are those of all processes."""
     cuts = encoded.cuts(max_tokens=max_tokens)
