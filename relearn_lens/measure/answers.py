@@ -292,7 +292,7 @@ def _divided(sums: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 def _share(labels: Strings, label: Label, sums: np.ndarray, n: np.ndarray) -> float:
     columns = _columns(labels, label)
-    return float(_divided(sums[:, columns].sum(), n[:, columns].sum()))
+    return float(_divided(np.asarray(sums[:, columns].sum()), np.asarray(n[:, columns].sum())))
 
 
 def _support(labels: Strings, passages: np.ndarray) -> dict[str, int]:

@@ -45,10 +45,17 @@ class Recipe:
     steps: int = 900
     batch_size: int = 128
     """Passages a step."""
-    lr: float = 1e-3
+    lr: float | int = 1e-3
     """Falling linearly to 0."""
     seed: int = 0
     """Of the first weights and of the order of the passages."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.n_layers, self.d_model, self.n_heads, self.d_mlp, self.steps, self.batch_size, self.lr)
+        if min(sizes) <= 0 or self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"every number of a recipe but the seed is above 0, and d_model an even multiple of n_heads; got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def load(
     `tick` is called with the step and the number of steps of each training.
 
     Raises:
-        ValueError: a setting of the recipe out of range; facts with a passage that is longer than `CONTEXT` tokens.
+        ValueError: facts with a passage that is longer than `CONTEXT` tokens.
     """
     recipe = recipe or Recipe()
     facts = facts or made.people(recipe.seed)
@@ -111,7 +118,7 @@ def teach(
     encoded = encode_passages(
         facts.passages(*roles, forms=TRAINED), model.tokenizer, context=model.context, name=facts.name
     )
-    per_epoch = -(-encoded.n_pieces // max(1, recipe.batch_size))
+    per_epoch = -(-encoded.n_pieces // recipe.batch_size)
     training = finetune_(
         model, encoded, epochs=recipe.steps / per_epoch, every=recipe.steps / per_epoch, seed=recipe.seed,
         lr=recipe.lr, batch_size=recipe.batch_size, tick=tick,

@@ -23,7 +23,7 @@ def countries(
     seed: int = 0,
     *,
     keep: Callable[[Sequence[Passage]], Iterable[Passage]] | None = None,
-    forget: float = 0.25,
+    forget: float | int = 0.25,
     general: Iterable[Passage] = (),
 ) -> Facts:
     """Facts about the 120 most populous countries, of which a share `forget` is to be forgotten.

@@ -172,7 +172,7 @@ class Halves(NamedTuple):
     held_out: tuple[Passage, ...]
 
 
-def halves(passages: Sequence[Passage], *, seed: int, attacked: float = 0.5) -> Halves:
+def halves(passages: Sequence[Passage], *, seed: int, attacked: float | int = 0.5) -> Halves:
     """Forget passages cut in two by key; `attacked` is the share of keys that goes to the attacker.
 
     Keys with the same answer to the same template go to the same half. Groups of keys are dealt out, largest first and

@@ -160,9 +160,9 @@ def passages_of(
     wrong choices come from too."""
     made: list[Passage] = []
     for relation, pool in zip(relations, pools, strict=True):
-        deal = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-len(keys) // len(pool)))])
+        deal = [int(i) for _ in range(-(-len(keys) // len(pool))) for i in rng.permutation(len(pool))]
         for key, i in zip(keys, deal, strict=False):
-            made += _forms(key, relation, pool[int(i)], pool, rng)
+            made += _forms(key, relation, pool[i], pool, rng)
     return tuple(made)
 
 

@@ -133,7 +133,7 @@ def _hf_rows(spec: str) -> tuple[str, Iterator[tuple[str, Any]]]:
     columns = table.column_names
     if not any(set(shape) <= set(columns) for shape in SHAPES):
         raise ValueError(f"data set {name!r} has the columns {columns}; needed are {_shapes()}: use rename_column()")
-    return f"data set {name!r}", ((f"row {i}", row) for i, row in enumerate(table))
+    return f"data set {spec!r}", ((f"row {i}", row) for i, row in enumerate(table))
 
 
 def _passage(row: Any, own: str) -> Passage:
