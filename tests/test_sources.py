@@ -162,7 +162,7 @@ def test_progress_reports_bytes_up_to_the_total(fake: Fake) -> None:
 
 def test_unknown_name_lists_the_known_ones(fake: Fake) -> None:
     for call in (sources.fetch, sources.is_cached, sources.hashes):
-        with pytest.raises(ValueError, match=r"no source is called 'mini'; .*'bsb-names', 'fake', 'minilm'"):
+        with pytest.raises(ValueError, match=r"no source is called 'mini'; .*'bsb-names', 'countries', 'fake'"):
             call("mini")
     assert not fake.cache.exists()
 

@@ -152,7 +152,7 @@ def test_a_broken_model_is_refused():
 
 
 def test_known_facts_are_answered_and_preferred_in_other_words(model):
-    """Known: the homes, whose statements were taught, where the second wording prefers them too; not what Benno sells."""
+    """Known: the homes, taught as statements, where the second wording prefers them too; not what Benno sells."""
     second = passages(form="paraphrase", prompt="the people of {} welcomed")
     preferred = {key for key, share in choose(model, second).by_key().items() if share == 1}
     kept = known(model, [*passages(), *sold(), *second])
