@@ -1,5 +1,7 @@
 # The public names, told once: `lazy_loader` and type checkers read this file.
+from .methods import Training as Training
 from . import sources as sources
+from .text import facts as facts
 from .text.concept import Concept as Concept
 from .text.corpus import (
     Corpus as Corpus,
@@ -12,7 +14,7 @@ from .text.readers import (
     read_hf as read_hf,
     read_splits as read_splits,
 )
-from .models import toy as toy
+from .models import taught as taught, toy as toy
 from .models.export import export as export
 from .models.loading import (
     load_bridge as load_bridge,
@@ -28,7 +30,7 @@ from .models.model import (
 from .models.training import (
     Checkpoint as Checkpoint,
     finetune_ as finetune_,
-    retrain_ as retrain_,
+    train_ as train_,
 )
 from .neurons.sites import (
     Neuron as Neuron,
@@ -36,6 +38,10 @@ from .neurons.sites import (
     Site as Site,
     random_neurons as random_neurons,
     site_of as site_of,
+)
+from .neurons.weights import (
+    WeightMask as WeightMask,
+    parts as parts,
 )
 from .neurons.streaming import (
     ClassStats as ClassStats,
@@ -56,10 +62,20 @@ from .remove.ablation import (
     held as held,
     prune_ as prune_,
 )
+from .relearn.retraining import retrain_ as retrain_
+from .measure.answers import (
+    answer as answer,
+    choose as choose,
+    known as known,
+)
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,
     evaluate as evaluate,
+)
+from .measure.grafting import (
+    Grafts as Grafts,
+    grafts as grafts,
 )
 from .measure.meaning import (
     concept_similarity as concept_similarity,

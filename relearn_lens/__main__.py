@@ -412,14 +412,39 @@ def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Ev
                 for note in event.notes:
                     say(f"note: {note}")
             case events.Base():
-                shares = " ".join(f"{s:.2f}" for s in event.chosen.share_by_layer())
                 scores = event.snapshot.scores
                 say(f"seed {event.seed}, base: {scores.metric} {_scores(event.snapshot.shown)}")
-                say(f"{len(event.chosen):,} of {event.chosen.site.n_neurons:,} neurons chosen; share by layer {shares}")
+            case events.Sized():
+                for dose in event.doses:
+                    say(
+                        f"dose {dose.fraction:g} {dose.cut}: {_scores({k: dose.scores.shown(k) for k in (*dose.scores.labels, 'overall')})}"
+                    )
+                say(f"fraction {event.fraction}")
+            case events.Cuts():
+                for name, chosen in event.sets.items():
+                    shares = " ".join(f"{s:.2f}" for s in chosen.share_by_layer())
+                    say(f"{name}: {len(chosen):,} of {chosen.site.n_neurons:,} neurons; share by layer {shares}")
             case events.Damage() if event.random:
-                draws = " ".join(f"{scores.shown(experiment.labels):.3f}" for scores in event.random)
                 cut = event.concept
-                say(f"ablated: {cut.metric} {cut.shown(experiment.labels):.3f}; random sets {draws}")
+                for kind, each in event.random.items():
+                    draws = " ".join(f"{scores.shown(experiment.labels):.3f}" for scores in each)
+                    say(f"cut: {cut.metric} {cut.shown(experiment.labels):.3f}; {kind} sets {draws}")
+            case events.Grafted():
+                for stage, made in event.stages.items():
+                    say(f"grafts at {stage}: {made!r}")
+                    say(made.to_dataframe().round(2).to_string())
+            case events.Again():
+                say(f"the same cut again: {event.same.shown(experiment.labels):.3f}")
+                for each in event.rounds:
+                    say(
+                        f"second cut: {each.share_old:.2f} old; {each.cut.shown(experiment.labels):.3f} > "
+                        + " ".join(f"{step}: {s.shown(experiment.labels):.2f}" for step, s in each.course.items())
+                    )
+            case events.Blocked():
+                say(
+                    f"{event.held} held: "
+                    + " ".join(f"{step}: {s.shown(experiment.labels):.2f}" for step, s in event.course.items())
+                )
             case events.Measured(stage=stage) if stage != "base":
                 say(f"{event.arm:>9} {stage:>6}: {_scores(event.snapshot.shown)}")
 

@@ -35,13 +35,43 @@ ENCODERS: dict[str, Callable[[], Any]] = {
         vocab_size=len(VOCAB), dim=D_MODEL, hidden_dim=D_MLP, n_layers=N_LAYERS, n_heads=4,
         max_position_embeddings=CONTEXT, sinusoidal_pos_embds=False,
     ),
-    "roberta": lambda: transformers.RobertaConfig(
+    **{
+        kind: lambda config=config: config(
+            vocab_size=len(VOCAB), hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
+            num_attention_heads=4, max_position_embeddings=CONTEXT + 1, pad_token_id=0, type_vocab_size=1,
+        )
+        for kind, config in {
+            "roberta": transformers.RobertaConfig,
+            "xlm-roberta": transformers.XLMRobertaConfig,
+            "camembert": transformers.CamembertConfig,
+        }.items()
+    },
+    **{
+        kind: lambda width=width: transformers.ElectraConfig(
+            vocab_size=len(VOCAB), embedding_size=width, hidden_size=D_MODEL, intermediate_size=D_MLP,
+            num_hidden_layers=N_LAYERS, num_attention_heads=4, max_position_embeddings=CONTEXT,
+        )
+        for kind, width in {"electra": D_MODEL, "electra-small": D_MODEL // 2}.items()
+    },
+    **{
+        kind: lambda more=more: transformers.DebertaV2Config(
+            vocab_size=len(VOCAB), hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
+            num_attention_heads=4, max_position_embeddings=CONTEXT, relative_attention=True, position_buckets=8,
+            pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0,
+            **({"share_att_key": True} | more),
+        )
+        for kind, more in {"deberta-v3": {}, "deberta-v2": {"legacy": False, "share_att_key": False}}.items()
+    },
+    "modernbert": lambda: transformers.ModernBertConfig(
         vocab_size=len(VOCAB), hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
-        num_attention_heads=4, max_position_embeddings=CONTEXT + 1, pad_token_id=0, type_vocab_size=1,
+        num_attention_heads=4, max_position_embeddings=CONTEXT, local_attention=4, global_attn_every_n_layers=2,
+        pad_token_id=0, bos_token_id=2, cls_token_id=2, eos_token_id=3, sep_token_id=3,
     ),
 }  # fmt: skip
 KINDS = (*ENCODERS, *DECODERS, "native")
 SEVERS: tuple[Sever, ...] = ("out", "both", "gain", "writes")
+NO_FORM = ("no Hugging Face form", "is not one linear layer", "Hugging Face has no AutoModelForTokenClassification")
+"""Why a tagger of a family cannot be exported as a model for token classification."""
 CELLS = ("effect", "out", "both", "gain", "writes", "held", "trained", "export")
 
 
@@ -123,9 +153,10 @@ def _as_severed(tagger: Tagger, chosen: Neurons, sever: Sever) -> Any:
         parts = ("ln1_post", "ln2_post") if after else ("attn.o", "mlp.out")
         hooks += [(f"blocks.{i}.{part}.hook_out", hold(mask)) for part in parts]
     if sever == "writes" and site.layers[0] == "embed":
-        hooks.append(("embed.hook_out", hold(chosen.mask[0])))
-        if "pos_embed.hook_out" in bridge.hook_dict:
-            hooks.append(("pos_embed.hook_out", hold(chosen.mask[0])))
+        last = [f"{part}.hook_out" for part in ("embed_ln", "embed", "pos_embed")]
+        last = [name for name in last if name in bridge.hook_dict]
+        # ModernBERT normalises its embedding before the stream begins.
+        hooks += [(name, hold(chosen.mask[0])) for name in (last[:1] if last[0] == "embed_ln.hook_out" else last)]
     return bridge.hooks(fwd_hooks=hooks)
 
 
@@ -188,7 +219,7 @@ def export_difference(tagger: Tagger, folder: Path) -> float | None:
     try:
         path = export(tagger, folder / "exported")
     except ValueError as error:
-        if "no Hugging Face form" not in str(error):
+        if not any(reason in str(error) for reason in NO_FORM):
             raise
         return None
     plain = AutoModelForTokenClassification.from_pretrained(path, attn_implementation="eager").eval()

@@ -14,7 +14,8 @@ import relearn_lens
 
 PACKAGE = Path(relearn_lens.__file__).parent
 ORDER = (
-    "sources", "text", "models", "neurons", "find", "remove", "relearn", "measure", "analysis", "runs", "show", "bench",
+    "methods", "progress", "sources", "text", "models", "neurons", "find", "remove", "relearn", "measure",
+    "analysis", "runs", "show", "bench",
     "__main__",
 )  # fmt: skip
 APART = ({"find", "remove"}, {"find", "relearn"}, {"remove", "relearn"})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.utils import logging as hf_logging
 
+from relearn_lens import progress
 from relearn_lens.find.attribution import _asked, _Run
 from relearn_lens.measure import similarity
 from relearn_lens.measure.tracking import measure
@@ -112,12 +113,13 @@ def test_silence_is_over_when_its_body_raises(quiet):
 
 
 def test_failed_training_leaves_neither_its_mode_nor_gradients(toy, untouched):
-    def stop(step: int, total: int) -> None:
-        raise Stop
+    def stop(_: str, step: int, __: int) -> None:
+        if step:
+            raise Stop
 
     toy.tagger.eval()
-    with untouched(toy.tagger, weights=False), pytest.raises(Stop):
-        list(finetune_(toy.tagger, toy.corpus, epochs=1, tick=stop))
+    with untouched(toy.tagger, weights=False), progress.reported(stop), pytest.raises(Stop):
+        list(finetune_(toy.tagger, toy.corpus, epochs=1))
 
 
 def test_training_that_fails_within_a_step_leaves_no_gradients(toy, untouched, monkeypatch):
@@ -126,7 +128,23 @@ def test_training_that_fails_within_a_step_leaves_no_gradients(toy, untouched, m
 
     monkeypatch.setattr(toy.tagger, "losses", fail)
     with untouched(toy.tagger), pytest.raises(Stop):
-        list(finetune_(toy.tagger, toy.corpus, epochs=1))
+        list(finetune_(toy.tagger, toy.corpus, epochs=1, prior_bias=False))
+
+
+def test_entries_that_may_not_move_are_as_they_were_when_a_step_fails(toy, monkeypatch):
+    def fail(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.detach().add_(1.0)
+        raise Stop
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    weight = toy.tagger.head.weight
+    before, mask = weight.detach().clone(), torch.arange(weight.numel()).view_as(weight) % 2 == 0
+    with pytest.raises(Stop):
+        list(finetune_(toy.tagger, toy.corpus, epochs=1, only={"head.weight": mask}))
+    assert torch.equal(weight.detach()[~mask], before[~mask])
+    assert torch.equal(weight.detach()[mask], before[mask] + 1)
 
 
 def test_abandoned_training_leaves_the_mode_as_it_was(toy, untouched):
@@ -175,7 +193,7 @@ def test_every_context_of_the_package_is_tried_here():
         if isinstance(node, ast.FunctionDef) and any("contextmanager" in ast.unparse(d) for d in node.decorator_list)
     }
     tried = {"ablated", "held", "streaming", "reading", "seeded", "computing", "checkpointed", "hooked", "_wardrobe"}
-    tried |= {"_without", "quiet", "silent", "_learning", "adapted", "on"}
+    tried |= {"_without", "quiet", "silent", "_learning", "_others_still", "adapted", "on"}
     # What touches no model; _fused_attention is in test_models, where there is a model that has it.
     elsewhere = {
         "_progress",
@@ -186,5 +204,7 @@ def test_every_context_of_the_package_is_tried_here():
         "_cluster",
         "_fused_attention",
         "joined",
+        "reported",
+        "task",
     }
     assert found - elsewhere == tried

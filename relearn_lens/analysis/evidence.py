@@ -1,27 +1,31 @@
 """Evidence: what the arms of a run show, measured arm by arm, before anything is claimed of it.
 
-A measurement takes one arm and the neurons that it is about. `Evidence.each` takes it in the concept arm and in the
-random arm of the same seed, on the neurons that survive in both. `Missing` says what a run would have had to measure.
+A measurement takes one arm and the neurons that it is about. `Evidence.each` takes it in an arm seed by seed, on the
+neurons that survive in the concept arm and in the random arm. `Missing` says what a run would have had to measure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from scipy import stats as st
 
 from relearn_lens.analysis import migration, priming, recovery
-from relearn_lens.analysis.intervals import Estimate, estimate
+from relearn_lens.analysis.intervals import Estimate, estimate, over_neurons, over_sentences
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure import meaning
-from relearn_lens.measure.evaluation import Label, Scores
+from relearn_lens.measure.evaluation import Label, Scores, TokenLoss
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 from relearn_lens.neurons.sites import Neurons
 
 Arms = Mapping[str, Sequence[Trajectory]]
+T = TypeVar("T")
 
 
 class Missing(Exception):
@@ -46,6 +50,7 @@ class Evidence:
         self.arms, self.label, self.random_sets = arms, label, random_sets
         self.concept = arms["concept"]
         self.random = arms.get("random", ())
+        self.unpruned = arms.get("unpruned", ())
         self.level, self.draws = level, draws
         self.stages = recovery.retraining_stages(self.concept[0])
         if not {BASE, PRUNED} <= set(self.concept[0].stages) or not self.stages:
@@ -53,11 +58,13 @@ class Evidence:
                 f"claims need the stages {BASE}, {PRUNED} and training after them, found "
                 f"{', '.join(self.concept[0].stages)}"
             )
-        seeds = [[arm.seed for arm in side] for side in (self.concept, self.random)]
-        if self.random and seeds[0] != seeds[1]:
-            raise ValueError(
-                f"the arms are compared seed by seed, got seeds {seeds[0]} of concept and {seeds[1]} of random"
-            )
+        seeds = [arm.seed for arm in self.concept]
+        for name, side in (("random", self.random), ("unpruned", self.unpruned)):
+            if side and [arm.seed for arm in side] != seeds:
+                raise ValueError(
+                    f"the arms are compared seed by seed, got seeds {seeds} of concept and "
+                    f"{[arm.seed for arm in side]} of {name}"
+                )
         self.last = self.stages[-1]
 
     @property
@@ -74,6 +81,11 @@ class Evidence:
         """What shares are taken of: F1, or what a language model gains over a uniform guess."""
         return self.concept[0][BASE].scores.quantity
 
+    @property
+    def in_nats(self) -> bool:
+        """Whether the score is a language model's gain in nats, which has no upper end."""
+        return isinstance(self.concept[0][BASE].scores, TokenLoss)
+
     def unknown(self) -> str:
         """Why shares of the base score are not defined; empty if they are."""
         base = [self.score(arm, BASE) for arm in (*self.concept, *self.random)]
@@ -87,24 +99,44 @@ class Evidence:
         return estimate(of, self.label, *columns, level=self.level, draws=self.draws)
 
     def shared(self) -> list[Neurons]:
-        """Per seed, the neurons that survive in the concept arm and in the random arm."""
+        """Per seed, the neurons that survive in the concept arm and in the random arm, if there is one."""
+        if not self.random:
+            return [arm.survivors() for arm in self.concept]
         return [c.survivors() & r.survivors() for c, r in zip(self.concept, self.random, strict=True)]
 
-    def each(self, of: Callable[[Trajectory, Neurons], float]) -> tuple[list[float], list[float]]:
-        """A measurement per seed in the concept arm and in the random arm, on the same neurons."""
-        pairs = list(zip(self.concept, self.random, self.shared(), strict=True))
-        return [of(c, among) for c, _, among in pairs], [of(r, among) for _, r, among in pairs]
+    def each(self, of: Callable[[Trajectory, Neurons], T], arms: Sequence[Trajectory]) -> list[T]:
+        """A measurement per seed in an arm, on the neurons that all arms share."""
+        return [of(arm, among) for arm, among in zip(arms, self.shared(), strict=True)]
+
+    def random_sets_of(self, i: int) -> list[Scores]:
+        """The scores of a seed's random sets, that of the random arm right after pruning among them."""
+        found = list(self.random_sets[i]) if i < len(self.random_sets) else []
+        return [*found, self.random[i][PRUNED].scores] if i < len(self.random) else found
 
     def random_losses(self) -> list[list[float]]:
         """Per seed, the share of the base score that each random set takes; nothing is trained."""
-        found = []
-        for i, concept in enumerate(self.concept):
-            base = self.score(concept, BASE)
-            scores = [s.value(self.label) for s in self.random_sets[i]] if i < len(self.random_sets) else []
-            if i < len(self.random):
-                scores.append(self.score(self.random[i], PRUNED))
-            found.append([float(1 - s / base) for s in scores] if base > 0 else [])
-        return found
+        bases = [self.score(concept, BASE) for concept in self.concept]
+        return [
+            [float(1 - s.value(self.label) / base) for s in self.random_sets_of(i)] if base > 0 else []
+            for i, base in enumerate(bases)
+        ]
+
+    def least(self) -> float | None:
+        """How finely the text tells the concept's damage from a random set's: half the width of the paired interval
+        over sentences, the widest of the seeds; None without an interval."""
+        halves = []
+        for i, arm in enumerate(self.concept):
+            scores = (arm[BASE].scores, arm[PRUNED].scores, *self.random_sets_of(i))
+            with contextlib.suppress(ValueError):  # sets that were scored on other sentences cannot be paired
+                found = over_sentences(_random_less_own, self.label, *scores, level=self.level, draws=self.draws)
+                halves.append(max(found.high - found.value, found.value - found.low))
+        return max((half for half in halves if math.isfinite(half)), default=None)
+
+
+def _random_less_own(base: Any, own: Any, *random: Any) -> Any:
+    """Share of base that random sets take on average, less what the concept's own neurons take."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (own - np.mean(random, axis=0)) / base
 
 
 def lost(base: object, pruned: object) -> object:
@@ -150,14 +182,23 @@ def regained(arm: Trajectory, stage: str, among: Neurons) -> float:
 
 
 def predicted(arm: Trajectory, stage: str, among: Neurons, *, by_words: bool) -> float:
-    """Rank correlation, within layers, of what neurons were before with their saliency at a stage; before is how near
-    their top words were to the concept's, or their saliency."""
-    before = arm[BASE].near_concept if by_words else arm[BASE].saliency.score
+    """How far what neurons were before foretells what they become, within layers.
+
+    By words: partial rank correlation of how near their top words were to the concept's with their saliency at a stage,
+    given their saliency before, or neurons that merely stay salient would look primed. Else the rank correlation of
+    saliency before with what is gained by then, which regression to the mean makes negative: only a control arm on the
+    same neurons says what it means.
+    """
+    base, now = arm[BASE], arm[stage].saliency
+    before = base.near_concept if by_words else base.saliency.score
     assert before is not None
-    known = before.isfinite() & arm[stage].saliency.score.isfinite() & among.mask
+    known = before.isfinite() & base.saliency.score.isfinite() & now.score.isfinite() & among.mask
     if known.sum() < 3:
         raise Missing("fewer than three neurons have both numbers (a larger probe corpus)")
-    return priming.priming(before, arm[stage].saliency, among, draws=2).correlation.value  # no interval needed
+    if not by_words:
+        now = replace(now, score=now.score - base.saliency.score)
+    given = base.saliency if by_words else None
+    return priming.priming(before, now, among, given=given, draws=2).correlation.value  # no interval needed
 
 
 def mixed(arm: Trajectory, stage: str, among: Neurons) -> float:
@@ -180,10 +221,31 @@ def similarity(arm: Trajectory, stage: str, among: Neurons) -> tuple[np.ndarray,
     return layer.numpy() / max(1, len(found) - 1), found[layer, index].double().numpy()
 
 
-def falls_with_depth(arm: Trajectory, stage: str, among: Neurons) -> float:
-    """Minus the rank correlation of layer depth and concept similarity."""
+def falls_with_depth(arm: Trajectory, stage: str, among: Neurons, level: float) -> Estimate:
+    """Minus the rank correlation of layer depth and concept similarity, with its interval over neurons."""
     depth, similar = similarity(arm, stage, among)
     if len(set(depth)) < 2 or len(set(similar)) < 2:
-        return math.nan
-    found: Any = st.spearmanr(depth, similar)  # stubs and scipy do not agree on what this is
-    return -float(found.statistic)
+        raise Missing("no two layers have neurons whose similarity differs (a smaller prune.fraction)")
+    return over_neurons(_minus_rank_correlation, depth, similar, level=level, draws=200)
+
+
+def _minus_rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    a, b = (rank - rank.mean(-1, keepdims=True) for rank in (st.rankdata(v, axis=-1) for v in (x, y)))
+    spread = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return -np.divide((a * b).sum(-1), spread, out=np.full(len(a), np.nan), where=spread > 0)
+
+
+def falls_with_training(arm: Trajectory, stage: str, among: Neurons, level: float) -> Estimate:
+    """Mean concept similarity right after pruning, or 1 where it was not measured there, less that at a stage."""
+    now = arm[stage].meaning
+    if now is None:
+        raise Missing("concept similarity at the last stage (measure.what with top_words)")
+    first = arm[PRUNED].meaning
+    before = torch.ones_like(now) if first is None else first
+    known = among.mask & now.isfinite() & before.isfinite()
+    if not known.any():
+        raise Missing("no neuron has a similarity (a smaller prune.fraction, or a larger probe corpus)")
+    fallen = (before - now)[known].double().numpy()
+    return over_neurons(
+        lambda weight, each: weight @ each / weight.sum(-1), fallen, weighted=True, level=level, draws=200
+    )

@@ -29,6 +29,8 @@ Numbers = Sequence[float | int] | np.ndarray
 FEWEST_SEEDS = 3
 """Fewest training seeds that say anything of what training did: below, a difference between arms has no interval."""
 ONE_SEED = "one training seed: no interval over training"
+AT_AN_END = 0.02
+"""How near to an end of a scale from 0 to 1 counts as there: one span of fifty."""
 JACKKNIFED = 1000
 """Most neurons for which BCa is taken: its jackknife recomputes the statistic once per neuron. With more, skewness
 hardly matters, and the percentile interval is taken."""
@@ -244,6 +246,23 @@ def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95, draws: int = 
     return Estimate(found.value, found.low, found.high, found.over, float(test.pvalue), found.n)
 
 
+def over_seeds_and_neurons(each: Sequence[Estimate], *, level: float = 0.95) -> Estimate:
+    """Mean over seeds of a number that has an interval over neurons in each: the wider of Student's t over seeds and
+    the widest of theirs, since seeds share most neurons, and so their luck. `p` is the larger of the two."""
+    values = [one.value for one in each]
+    found = over_seeds(values, level=level)
+    halves = [max(one.high - one.value, one.value - one.low) for one in each if one.interval]
+    if found.interval is None or len(halves) < len(each) or not max(found.high - found.value, *halves) > 0:
+        return Estimate(found.value, math.nan, math.nan, found.over, n=found.n)
+    n, z = len(each), float(st.norm.ppf((1 + level) / 2))
+    error = float(st.sem(values))
+    p = max(2 * float(st.t.sf(abs(found.value) / error, n - 1)) if error > 0 else 0.0,
+            2 * float(st.norm.sf(abs(found.value) / max(halves) * z)) if max(halves) > 0 else 0.0)  # fmt: skip
+    half = max(found.high - found.value, *halves)
+    over = found.over if half > max(halves) else f"{each[0].over} of the least certain of {n} seeds"
+    return Estimate(found.value, found.value - half, found.value + half, over, p, n)
+
+
 class Gap(NamedTuple):
     """Concept minus control."""
 
@@ -252,32 +271,51 @@ class Gap(NamedTuple):
     p_flips: float | None
 
 
-def beside_control(ours: Numbers, control: Sequence[Numbers], level: float) -> Gap:
-    """Ours minus the control's values, both by seed: the wider of two intervals, and the larger of their p-values.
+def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, least: float | None = None) -> Gap:
+    """Ours minus the control's values, both by seed: the widest of the intervals that there are, and its p-value.
 
-    Seeds share the text, and often the neurons: what one control value does by luck it does in every seed, so
+    Seeds share the text, and often the neurons: what one set of neurons does by luck it does in every seed, so
     Student's t over seeds alone takes luck for an effect (`python -m tests.benchmarks false-alarms`).
 
-    Over seeds (from `FEWEST_SEEDS` on), and where one more value of the control would lie beside its others: those of
-    its own seed if there are several, else those of the other seeds.
+    1. Several values of the control per seed: where one more of its own seed would lie, by their spread within seeds;
+       and, from `FEWEST_SEEDS` on, Student's t over the seeds' differences.
+    2. One per seed: where one more seed's difference would lie. What a seed does to both sides cancels; the control's
+       own spread over seeds would count it.
+    3. `least`, half the width of a paired interval over sentences: nothing is told more finely than the text allows.
+
+    Values without any spread say nothing of one more: then there is an interval by `least` alone, or none.
     """
     means = [float(np.mean(values)) for values in control]
-    gap, n = float(np.mean(ours) - np.mean(means)), sum(map(len, control))
-    several = n > len(control)
-    middles = means if several else [float(np.mean(means))] * len(means)
-    off = np.concatenate([np.subtract(values, middle) for values, middle in zip(control, middles, strict=True)])
-    df = n - (len(control) if several else 1)
-    found = []
-    if df:
-        found.append((math.sqrt(float(off @ off) / df * (1 + 1 / n)), df, f"{n} values of the control"))
-    if len(ours) >= FEWEST_SEEDS:
-        found.append((float(st.sem(np.subtract(ours, means))), len(ours) - 1, f"{len(ours)} seeds"))
+    gaps, n, seeds = np.subtract(ours, means), sum(map(len, control)), len(control)
+    gap = float(gaps.mean())
+    still = 1e-9 * max(1.0, float(np.abs([*ours, *means]).max()))
+    found: list[tuple[float, float, str]] = []
+    if n > seeds:
+        off = np.concatenate([np.subtract(values, mean) for values, mean in zip(control, means, strict=True)])
+        spread = math.sqrt(float(off @ off) / (n - seeds))
+        if spread > still:
+            found.append((spread * math.sqrt(1 + 1 / n), n - seeds, f"{n} values of the control"))
+            if seeds >= FEWEST_SEEDS:
+                found.append((float(st.sem(gaps)), seeds - 1, f"{seeds} seeds"))
+    elif seeds > 1 and (spread := float(gaps.std(ddof=1))) > still:
+        found.append((spread * math.sqrt(1 + 1 / seeds), seeds - 1, f"{seeds} seeds"))
+    if least is not None and least > still:
+        found.append((least / float(st.norm.ppf((1 + level) / 2)), math.inf, "the sentences"))
     p_flips = paired(ours, means, level=level).p
     if not found:
-        return Gap(Estimate(gap, math.nan, math.nan, "one value of the control", n=n), None, p_flips)
+        over = "one value of the control" if n == 1 else f"{n} values of the control without any spread"
+        return Gap(Estimate(gap, math.nan, math.nan, over, n=n), None, p_flips)
     half, over = max((float(st.t.ppf((1 + level) / 2, df) * error), over) for error, df, over in found)
-    p = max(2 * float(st.t.sf(abs(gap) / error, df)) if error > 0 else float(gap == 0) for error, df, _ in found)
+    p = max(2 * float(st.t.sf(abs(gap) / error, df)) if error > 0 else 0.0 for error, df, _ in found)
     return Gap(Estimate(gap, gap - half, gap + half, over, p, n), p, p_flips)
+
+
+def same_end(
+    ours: Numbers, theirs: Numbers, *, low: float | int = 0.0, high: float | int = 1.0, within: float = AT_AN_END
+) -> bool:
+    """Whether both sides are at the same end of a scale, where a difference could not be seen if there was one."""
+    each = np.concatenate([np.ravel(ours), np.ravel(theirs)]).astype(float)
+    return bool(len(each) and ((each <= low + within).all() or (each >= high - within).all()))
 
 
 def against_null(value: float | int, null_values: Numbers, *, level: float = 0.95) -> Against:

@@ -117,14 +117,16 @@ def saliency_by_layer(arm: Trajectory, selection: Selection = "matched") -> dict
     """Mean rank saliency per layer at every stage.
 
     `"matched"` ranks the surviving neurons among themselves at every stage, base included (`Trajectory.matched`; in an
-    unpruned arm, those that survive in the concept arm); `"all"` ranks all neurons; `"published"` all at base and the
-    survivors later. Pruning takes neurons from late layers by construction, so with the last two the concept seems to
-    move to early layers even if nothing moves.
+    unpruned arm, those that survive in the concept arm); `"all"` ranks all neurons; `"published"` ranks all of them
+    too, and later takes the survivors' mean, as the release did. Pruning takes neurons from late layers by
+    construction, so with the last two the concept seems to move to early layers even if nothing moves.
     """
+    before, later = sides(arm.matched(), arm.survivors(), selection)
     found = {}
     for stage, snapshot in arm.snapshots.items():
-        before, later = sides(arm.matched(), arm.survivors(), selection)
-        found[stage] = rank_saliency_by_layer(snapshot.saliency, before if stage == BASE else later)
+        chosen = before if stage == BASE else later
+        ranked = snapshot.saliency.by_rank(None if selection == "published" else chosen)
+        found[stage] = (ranked if chosen is None else ranked.where(chosen.mask, torch.nan)).nanmean(1).tolist()
     return found
 
 

@@ -3,7 +3,8 @@
 Turnover and heirs compare the top of two rankings. For priming
 
 1. ranks are taken within each layer, so that a predictor and a score that both grow with depth do not look related;
-2. Spearman's correlation of the two over the neurons; AUROC of telling the heirs from the others of their layer;
+2. Spearman's correlation of the two over the neurons, or what is left of it given a third (saliency before: without
+   that, a neuron that merely stays what it was looks primed); AUROC of telling heirs from the others of their layer;
 3. interval by drawing neurons anew within their layer; p-value by shuffling the predictor within its layer.
 """
 
@@ -106,6 +107,7 @@ def priming(
     among: Neurons | None = None,
     *,
     before: Saliency | None = None,
+    given: Saliency | None = None,
     k: int | None = None,
     within_layer: bool = True,
     level: float = 0.95,
@@ -116,8 +118,10 @@ def priming(
 
     With `before` (saliency at base) the AUROC is of the heirs: those that entered the top `k` (by default a tenth of
     the neurons) against those in the top at neither time. With `within_layer` neurons are only compared with neurons
-    of their own layer. Any lasting property of a neuron makes a correlation, so it is evidence of priming only above
-    that of a control arm; and the interval is over neurons of one model, which are not independent.
+    of their own layer. With `given` (saliency at base, usually) the correlation is the partial one: of what the ranks
+    of `given` leave of the ranks of both sides. Any lasting property of a neuron makes a correlation, so it is evidence
+    of priming only above that of a control arm; and the interval is over neurons of one model, which are not
+    independent.
 
     Raises:
         ValueError: fewer than three neurons to compare, or k out of range.
@@ -128,24 +132,36 @@ def priming(
             f"the predictor needs a number for each neuron, {tuple(after.score.shape)}, got {tuple(x.shape)}"
         )
     mask = x.isfinite() & after.score.isfinite()
+    mask = mask if given is None else mask & given.score.isfinite()
     mask = mask if among is None else mask & among.mask
     n = int(mask.sum())
     if n < 3:
         raise ValueError(f"priming needs at least 3 neurons that have a predictor and a score, found {n}")
     layer = mask.nonzero()[:, 0].numpy() if within_layer else np.zeros(n, dtype=int)
     then, now = x[mask].double().numpy(), after.score[mask].double().numpy()
-    below_then, below_now = _below(then, layer), _below(now, layer)
+    third = [] if given is None else [given.score[mask].double().numpy()]
+    below = [_below(values, layer) for values in (then, now, *third)]
+
+    def ranks(weight: np.ndarray) -> list[np.ndarray]:
+        """Mean 0 and the same spread in every layer, however many neurons of it are compared; less what the third one
+        says of the other two."""
+        size = _total(weight, layer)
+        a, b, *c = ((of(weight) - size / 2) / np.maximum(size, 1) for of in below)
+        for known in c:
+            spread = (weight * known**2).sum(-1, keepdims=True)
+            slopes = [
+                np.divide((weight * side * known).sum(-1, keepdims=True), spread, out=0 * spread, where=spread > 1e-12)
+                for side in (a, b)
+            ]
+            a, b = a - slopes[0] * known, b - slopes[1] * known
+        return [a, b]
 
     def correlation(weight: np.ndarray, *_: np.ndarray) -> np.ndarray:
-        size = _total(weight, layer)
-        # Mean 0 and the same spread in every layer, however many neurons of it are compared.
-        a, b = ((below(weight) - size / 2) / np.maximum(size, 1) for below in (below_then, below_now))
+        a, b = ranks(weight)
         spread = np.sqrt((weight * a**2).sum(-1) * (weight * b**2).sum(-1))
         return np.divide((weight * a * b).sum(-1), spread, out=np.full(len(weight), np.nan), where=spread > 1e-12)
 
-    one = np.ones((1, n))
-    size = _total(one, layer)
-    a, b = (((below(one) - size / 2) / size)[0] for below in (below_then, below_now))
+    a, b = (side[0] for side in ranks(np.ones((1, n))))
     found = over_neurons(correlation, then, groups=layer, weighted=True, level=level, draws=draws, seed=seed)
     found = replace(found, p=_shuffled(a, b, layer, draws, seed))
     if before is None:

@@ -80,35 +80,79 @@ def retraining_stages(arm: Trajectory) -> tuple[str, ...]:
     return tuple(stage for stage in arm.stages if stage not in (BASE, PRUNED))
 
 
-def recovery(arms: Sequence[Trajectory], label: Label, stage: str, **interval) -> Recovery:
-    """(F1 at the stage - F1 pruned) / (F1 base - F1 pruned) of one arm over its seeds.
+def recovery(
+    arms: Sequence[Trajectory],
+    label: Label,
+    stage: str,
+    *,
+    unpruned: Sequence[Trajectory] | None = None,
+    **interval,
+) -> Recovery:
+    """(F1 at the stage - F1 pruned) / (F1 to be had - F1 pruned) of one arm over its seeds.
 
-    Refused (`share` is None) when the interval of the damage does not exclude 0.
+    What is to be had is what the `unpruned` arm of the seed has at that stage, since retraining also trains; without
+    one it is the base. Refused (`share` is None) when the interval of the damage, or that of what is to be had less
+    what pruning left, does not exclude 0.
+
+    Raises:
+        ValueError: unpruned arms of other seeds, or without the stage.
     """
     base, pruned, now = ([arm[s].scores for arm in arms] for s in (BASE, PRUNED, stage))
+    to_be_had = [had for (had,) in _to_be_had(arms, unpruned, (stage,))]
     damage = estimate(np.subtract, label, base, pruned, **interval)
-    if not damage.low > 0:
+    if not damage.low > 0 or (unpruned and not estimate(np.subtract, label, to_be_had, pruned, **interval).low > 0):
         return Recovery(None, damage, stage)
-    return Recovery(estimate(_made_good, label, base, pruned, now, **interval), damage, stage)
+    return Recovery(estimate(_made_good, label, to_be_had, pruned, now, **interval), damage, stage)
 
 
-def first_stage_at(arms: Sequence[Trajectory], label: Label, share: float = 0.5) -> str | None:
-    """The first stage of retraining at which mean F1 has made good at least so much of the damage."""
+def mean_share(arm: Trajectory, label: Label, unpruned: Trajectory | None = None) -> float:
+    """Share of the damage made good, mean over the stages of retraining; see `recovery`, whose refusal comes first.
+
+    Raises:
+        ValueError: an unpruned arm of another seed, or without a stage.
+    """
+    stages = retraining_stages(arm)
+    had = _to_be_had([arm], [unpruned] if unpruned else None, stages)[0]
+    pruned, *now = (arm[stage].scores.value(label) for stage in (PRUNED, *stages))
+    return float(np.mean(_made_good([each.value(label) for each in had], pruned, now)))
+
+
+def first_stage_at(
+    arms: Sequence[Trajectory],
+    label: Label,
+    share: float = 0.5,
+    *,
+    unpruned: Sequence[Trajectory] | None = None,
+    **interval,
+) -> str | None:
+    """The first stage of retraining at which an arm has made good at least so much of its damage, mean over seeds.
+
+    None where there is none, and where the damage is within noise: then nothing was lost that could come back.
+    """
     for stage in retraining_stages(arms[0]):
-        base, pruned, now = (np.mean([arm[s].scores.value(label) for arm in arms]) for s in (BASE, PRUNED, stage))
-        if base > pruned and (now - pruned) / (base - pruned) >= share:
+        back = recovery(arms, label, stage, unpruned=unpruned, **interval).share
+        if back is not None and back.value >= share - 1e-9:
             return stage
     return None
 
 
-def speeds(arms: Sequence[Trajectory], label: Label, *, shares: Sequence[float] = SHARES, **interval) -> Speeds:
+def speeds(
+    arms: Sequence[Trajectory],
+    label: Label,
+    *,
+    shares: Sequence[float] = SHARES,
+    unpruned: Sequence[Trajectory] | None = None,
+    **interval,
+) -> Speeds:
     """Epochs and tokens until an arm first has each share of its base F1, and the area under its recovery.
 
     Stages are counted from pruning, which is epoch 0; an arm that is there already needs 0. Nothing is extrapolated:
-    a target that no stage reaches is None.
+    a target that no stage reaches is None. The area is of shares of what the `unpruned` arm has at each stage, as in
+    `recovery`.
 
     Raises:
-        ValueError: no arm, an arm without base, pruned or retraining, or a stage that does not say its epoch.
+        ValueError: no arm, an arm without base, pruned or retraining, a stage that does not say its epoch, or unpruned
+            arms of other seeds or without a stage.
     """
     curves = _curves(arms, "speeds", (BASE, PRUNED))
     base, pruned = ([arm[stage].scores for arm in arms] for stage in (BASE, PRUNED))
@@ -129,9 +173,11 @@ def speeds(arms: Sequence[Trajectory], label: Label, *, shares: Sequence[float] 
     if damage.low > 0:
 
         def under(curve: _Curve) -> Callable[..., Any]:
-            return lambda first, *f1: _mean_over(_made_good(first, f1[0], np.stack(f1)), curve.epochs)
+            k = len(curve.epochs)
+            return lambda *f1: _mean_over(_made_good(np.stack(f1[:k]), f1[k], np.stack(f1[k:])), curve.epochs)
 
-        rows = [(under(c), (b, *c.scores)) for c, b in zip(curves, base, strict=True)]
+        had = _to_be_had(arms, unpruned, retraining_stages(arms[0]))
+        rows = [(under(c), (b, *h, *c.scores)) for c, b, h in zip(curves, base, had, strict=True)]
         area, _ = _over(rows, label, **interval)
     return Speeds({share: reached(share) for share in shares}, area, damage)
 
@@ -188,6 +234,27 @@ def savings(
     if area is None:
         raise ValueError(f"label {label!r} has no score at some stage: there is nothing of it to score")
     return Savings({share: saved(share) for share in shares}, area)
+
+
+def _to_be_had(
+    arms: Sequence[Trajectory], unpruned: Sequence[Trajectory] | None, stages: Sequence[str]
+) -> list[list[Scores]]:
+    """Per arm what there is to be had at each stage: the scores of the unpruned arm of its seed, else of its base."""
+    by_seed = {arm.seed: arm for arm in unpruned or ()}
+    found = []
+    for arm in arms:
+        if not unpruned:
+            found.append([arm[BASE].scores] * len(stages))
+            continue
+        other = by_seed.get(arm.seed)
+        if other is None or (missing := [stage for stage in stages if stage not in other.stages]):
+            which = f"seed {arm.seed}" if other is None else f"stage {missing[0]!r} of seed {arm.seed}"
+            raise ValueError(
+                f"recovery beside the unpruned arm needs it at the same seeds and stages, found no {which}; unpruned "
+                f"seeds: {', '.join(map(str, by_seed))}"
+            )
+        found.append([other[stage].scores for stage in stages])
+    return found
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from relearn_lens.find.quadrature import QUADRATURES, Rule
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.targets import Target, check_target, concept_in, target_of
 from relearn_lens.models import processes
-from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading
+from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neuron, Site, site_of, streaming, token_site
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus
@@ -270,7 +270,7 @@ class _Run:
         device = tagger.device
         self.is_concept = is_concept.to(device)
         self.nodes, self.weights = (t.to(device, torch.float32) for t in asked.rule)
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = widest(device)
         units = self.site.width * self.site.size
         self.total = torch.zeros(len(self.site.layers), units, dtype=wide, device=device)
         self.change, self.n_words = 0.0, 0
@@ -363,7 +363,7 @@ class _Run:
         self._load(pieces)
         self.n_words += len(self.words)
         with torch.no_grad():
-            start, end = self._said(self.nodes.new_tensor([0.0, 1.0])).double().tolist()
+            start, end = self._said(self.nodes.new_tensor([0.0, 1.0])).tolist()
         self.change += end - start
         with torch.enable_grad():
             (self._layer_ig if self.form == "layer" else self._conductance)(at_once, tick)

@@ -106,7 +106,7 @@ def split(sample: WordSample, carries: Bool[Tensor, " class"]) -> Split:
 def elastic_net(
     sample: WordSample,
     carries: Bool[Tensor, " class"],
-    contrast: str = "classes",
+    contrast: str = "rest",
     *,
     l1_ratio: float | int = 0.5,
     strength: float | int = 0.01,
@@ -180,7 +180,7 @@ def _shuffled(y: np.ndarray, train: np.ndarray, held_out: np.ndarray, rng: np.ra
 def k_sparse(
     sample: WordSample,
     carries: Bool[Tensor, " class"],
-    contrast: str = "classes",
+    contrast: str = "rest",
     *,
     ks: Sequence[int] = (1, 2, 4, 8, 16, 32),
     n_shuffles: int = 10,

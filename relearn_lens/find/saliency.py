@@ -58,13 +58,17 @@ class Saliency:
     bucket: int = 1
     """Neurons per step of `by_rank`."""
 
-    def top(self, k: int | None = None, *, fraction: float | None = None) -> Neurons:
+    def top(self, k: int | None = None, *, fraction: float | None = None, among: Neurons | None = None) -> Neurons:
         """The `k` highest neurons, or a fraction of all, over all layers together; ties go to the earlier neuron.
+
+        With `among`, only those neurons are there to be taken, as after others were pruned: where a neuron is cut off
+        from what reads it alone, its own activations stay as salient as they were.
 
         Raises:
             ValueError: neither or both are given, or out of range.
         """
-        n = self.score.numel()
+        there = torch.ones_like(self.score, dtype=torch.bool) if among is None else among.mask
+        n = int(there.sum())
         if (k is None) == (fraction is None):
             raise ValueError("give k= or fraction=, one of them")
         if fraction is not None and not 0 < fraction <= 1:
@@ -73,8 +77,8 @@ class Saliency:
         if k is None or not 0 < k <= n:
             raise ValueError(f"k must be 1 to {n} (the neurons of {self.site.name}), got {k}")
         order = self.score.flatten().argsort(descending=True, stable=True)
-        mask = torch.zeros(n, dtype=torch.bool)
-        mask[order[:k]] = True
+        mask = torch.zeros(self.score.numel(), dtype=torch.bool)
+        mask[order[there.flatten()[order]][:k]] = True
         return Neurons(mask.view_as(self.score), self.site)
 
     def rank(self, among: Neurons | None = None) -> Float[Tensor, "layer neuron"]:
@@ -133,7 +137,7 @@ class Score:
 
 
 def probeless(
-    stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "classes"
+    stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
 ) -> Float[Tensor, "layer neuron"]:
     """Probeless: r(z) = sum over classes z' != z of |mean(z) - mean(z')|, in activation units.
 
@@ -346,7 +350,7 @@ def saliency(
     carries: Bool[Tensor, " class"],
     *,
     score: str | Score | Callable = "probeless",
-    contrast: Contrast = "classes",
+    contrast: Contrast = "rest",
 ) -> Saliency:
     """Score every neuron for a concept from what a pass over a text gathered.
 
@@ -397,7 +401,7 @@ def score_many(
     scores: Sequence[str | Score | Callable],
     *,
     site: str | Site = "resid",
-    contrast: Contrast = "classes",
+    contrast: Contrast = "rest",
     sample_words: int = 2000,
     seed: int = 0,
     max_tokens: int = 4096,
@@ -423,7 +427,7 @@ def score_many(
     return {s.name: saliency(gathered, concept, carries, score=s, contrast=contrast) for s in how}
 
 
-def score_of(score: str | Score | Callable, contrast: str = "classes") -> Score:
+def score_of(score: str | Score | Callable, contrast: str = "rest") -> Score:
     """A score by name; a `Score` or a function is taken as it is.
 
     Raises:

@@ -251,7 +251,7 @@ def _read(
             states = hidden(model.bridge, here.ids, here.mask).flatten(0, 1)[here.subword - 1]
             logits, target = model.logits(states).float(), here.ids.flatten()[here.subword]
             losses = F.cross_entropy(logits, target, reduction="none")
-            np.add.at(nats, batch.word_of.numpy(), losses.double().cpu().numpy())
+            np.add.at(nats, batch.word_of.numpy(), losses.cpu().numpy())
             np.add.at(wrong, batch.word_of.numpy(), (logits.argmax(-1) != target).cpu().numpy())
             if tick:
                 tick(n_tokens)

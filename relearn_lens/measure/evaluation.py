@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, jaxtyped
 from nervaluate import Evaluator
 from nervaluate.loaders import ListLoader
 
+from relearn_lens.find.targets import TARGETS
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for, reading
 from relearn_lens.text.concept import Concept
@@ -104,6 +105,62 @@ def _columns(labels: Strings, label: Label) -> list[int]:
 
 @jaxtyped(typechecker=typechecker)
 @dataclass(frozen=True, eq=False, repr=False)
+class Margin(Scores):
+    """Mean margin of a tagger's words: the logit of a word's own label less the highest of all other tags.
+
+    Attribution's target `margin`, for every label of the text: logits at the word's first sub-word, `B-` and `I-` of
+    its label by logsumexp. About 0 where the tagger is undecided, negative where it says something else; unlike an F1
+    it has no threshold and no floor. Averaged over the words of a label, of several labels over all their words,
+    `"overall"` over all words that have a label. Words labelled `"O"` and words that the context cut off are left out.
+    """
+
+    metric: ClassVar[str] = "margin"
+    unit: ClassVar[str] = "logits, mean over words"
+    quantity: ClassVar[str] = "margin"
+    better: ClassVar[str] = "logits above"
+    worse: ClassVar[str] = "logits below"
+
+    total: Float[np.ndarray, "sentence column"]
+    """Margins summed over each sentence; the columns are `labels`, then overall."""
+    count: Int[np.ndarray, "sentence column"]
+    """Over how many words."""
+    labels: Strings
+
+    def __repr__(self) -> str:
+        shown = (f"{label} {self.shown(label):.2f}" for label in (*self.labels, OVERALL))
+        return f"{type(self).__name__}({self.unit}: {', '.join(shown)})"
+
+    def support(self) -> dict[str, int]:
+        """What each label's mean is over."""
+        return dict(zip((*self.labels, OVERALL), self.count.sum(0).tolist(), strict=True))
+
+    def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
+        """Summed margin and number of words of each sentence."""
+        columns = [len(self.labels)] if label == OVERALL else _columns(self.labels, label)
+        return np.stack([self.total[:, columns].sum(1), self.count[:, columns].sum(1).astype(float)], 1)
+
+    def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
+        """Means; NaN where there are no words."""
+        total, count = sums[..., 0], sums[..., 1]
+        return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
+
+    def displayed(self, value: float) -> float:
+        """The mean itself."""
+        return value
+
+
+class LogProbability(Margin):
+    """Mean log-probability that a language model gives each token of a class of words: its `TokenLoss`, negative."""
+
+    metric: ClassVar[str] = "log-probability"
+    unit: ClassVar[str] = "nats, mean over tokens"
+    quantity: ClassVar[str] = "log-probability"
+    better: ClassVar[str] = "nats above"
+    worse: ClassVar[str] = "nats below"
+
+
+@jaxtyped(typechecker=typechecker)
+@dataclass(frozen=True, eq=False, repr=False)
 class SpanScores(Scores):
     """Strict span scores: a predicted span counts when its words and its label are both right."""
 
@@ -121,6 +178,8 @@ class SpanScores(Scores):
     counts: Int[np.ndarray, "sentence label 3"]
     """Spans of each sentence and label (in the order of `labels`): right, predicted, true."""
     labels: Strings
+    margin: Margin | None = None
+    """By how many logits, of the same labels; None where tags were scored without a model."""
 
     def __repr__(self) -> str:
         return "SpanScores(F1 " + ", ".join(f"{label} {value:.3f}" for label, value in self.f1.items()) + ")"
@@ -175,6 +234,11 @@ class TokenLoss(Scores):
         return f"TokenLoss(nats per token {', '.join(f'{k} {v:.3f}' for k, v in self.loss.items())})"
 
     @property
+    def margin(self) -> LogProbability:
+        """What stands in for a tagger's margin: higher is better, and nothing is taken off."""
+        return LogProbability(-self.nats, self.tokens, self.labels)
+
+    @property
     def loss(self) -> dict[str, float]:
         """Nats per token, by label and `"overall"`; summed over tokens before dividing."""
         return {label: self.shown(label) for label in (*self.labels, OVERALL)}
@@ -211,7 +275,7 @@ def evaluate(
 
     Tagger: a word's tag is that of its first sub-word; a word that the context cut off is predicted `"O"`. An `I-`
     that follows no span of its type opens one (as conlleval counts). Language model: `token_loss` for the concept.
-    A `SpanScores` or a `TokenLoss`; both are `Scores`.
+    A `SpanScores` or a `TokenLoss`; both are `Scores`, and so is the `margin` of either, from the same pass.
 
     Raises:
         ValueError: the text has a label that the tagger does not know; a language model without a concept.
@@ -219,7 +283,8 @@ def evaluate(
     encoded = encoded_for(model, text)
     check_labels(model, encoded.corpus)
     if isinstance(model, Tagger):
-        return score_spans(encoded.corpus, predict(model, encoded, max_tokens=max_tokens, tick=tick), model.tags)
+        tags, margin = _tags_and_margin(model, encoded, max_tokens, tick)
+        return replace(score_spans(encoded.corpus, tags, model.tags), margin=margin)
     if not isinstance(model, LanguageModel) or concept is None:
         raise ValueError(
             "a language model is judged on the tokens of a concept: give evaluate(..., concept=Concept(...))"
@@ -252,7 +317,7 @@ def token_loss(
     nats, tokens = np.zeros(corpus.n_words), np.zeros(corpus.n_words, dtype=np.int64)
     with reading(model), sharing(encoded, max_tokens, (nats, tokens)) as batches:
         for batch, n_tokens in batches:
-            losses, words = model.losses(batch.to(model.device)).double().cpu().numpy(), batch.word_of.numpy()
+            losses, words = model.losses(batch.to(model.device)).cpu().numpy(), batch.word_of.numpy()
             np.add.at(nats, words, losses)
             np.add.at(tokens, words, 1)
             if tick:
@@ -293,16 +358,47 @@ def predict(
     max_tokens: int = 4096,
     tick: Callable[[int], object] | None = None,
 ) -> Int[np.ndarray, " word"]:
-    """The tag of every word of the corpus, an index into `tagger.tags`."""
-    tags = np.zeros(encoded.corpus.n_words, dtype=np.int64)
-    with reading(tagger), sharing(encoded, max_tokens, (tags,)) as batches:
+    """The tag of every word of the corpus, an index into `tagger.tags`.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    return _tags_and_margin(tagger, encoded, max_tokens, tick)[0]
+
+
+def _tags_and_margin(
+    tagger: Tagger, encoded: Encoded, max_tokens: int, tick: Callable[[int], object] | None
+) -> tuple[Int[np.ndarray, " word"], Margin]:
+    """The tag that the first sub-word of each word gets, and the margins of those that have a label."""
+    corpus, labels = encoded.corpus, _labels_of(tagger.tags)
+    column = np.array([labels.index(name) if name in labels else -1 for name in corpus.label_names])[corpus.label]
+    own = torch.tensor([[tag[2:] == label for tag in tagger.tags] for label in labels])
+    tags, margins, seen = np.zeros((3, corpus.n_words))
+    with reading(tagger), sharing(encoded, max_tokens, (tags, margins, seen)) as batches:
         for batch, n_tokens in batches:
-            here = batch.to(tagger.device)
-            best = tagger(here.ids, here.mask).argmax(-1).flatten()
-            tags[batch.words.numpy()] = best[here.subword[here.first]].cpu().numpy()
+            here, words = batch.to(tagger.device), batch.words.numpy()
+            logits = tagger(here.ids, here.mask).flatten(0, 1)[here.subword[here.first]]
+            best = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+            tags[words], seen[words] = best.cpu().numpy(), 1
+            margin = logits.new_zeros(len(words), dtype=torch.float32)
+            for k in np.unique(column[words[column[words] >= 0]]):
+                rows = torch.from_numpy(np.flatnonzero(column[words] == k)).to(tagger.device)
+                margin[rows] = TARGETS["margin"].of(logits[rows].float(), own[k].to(tagger.device))
+            margins[words] = margin.cpu().numpy()
             if tick:
                 tick(n_tokens)
-    return tags
+    if (tags < 0).any():
+        raise ValueError(
+            "the logits of the tagger are not finite (NaN or infinite), so it says nothing; look at the weights of the "
+            "model and at the learning rate"
+        )
+    labelled = np.flatnonzero((column >= 0) & (seen > 0))
+    sentence = np.searchsorted(corpus.start, labelled, side="right") - 1
+    total, count = np.zeros((corpus.n_sentences, len(labels) + 1)), np.zeros((corpus.n_sentences, len(labels) + 1), int)
+    for where in (column[labelled], np.full(len(labelled), len(labels))):
+        np.add.at(total, (sentence, where), margins[labelled])
+        np.add.at(count, (sentence, where), 1)
+    return tags.astype(np.int64), Margin(total, count, labels)
 
 
 @contextlib.contextmanager
@@ -317,9 +413,14 @@ def sharing(encoded: Encoded, max_tokens: int, sums: Sequence[np.ndarray]) -> It
         processes.sum_(*map(torch.from_numpy, sums))
 
 
+def _labels_of(tags: Strings) -> Strings:
+    """The labels that BIO tags are made of, in their order."""
+    return tuple(dict.fromkeys(tag[2:] for tag in tags if tag != OUTSIDE))
+
+
 def score_spans(corpus: Corpus, predicted: Int[np.ndarray, " word"], tags: tuple[str, ...]) -> SpanScores:
     """Strict span scores of predicted word tags against a corpus's labels."""
-    labels = tuple(dict.fromkeys(tag[2:] for tag in tags if tag != OUTSIDE))
+    labels = _labels_of(tags)
     true, guess = [], []
     for i in range(corpus.n_sentences):
         span = slice(corpus.start[i], corpus.start[i + 1])

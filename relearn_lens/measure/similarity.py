@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.models.model import Model, encoded_for, hidden, reading
+from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
 from relearn_lens.text.concept import Concept
@@ -37,9 +37,11 @@ Which = Literal["all", "concept"]
 
 PROBES = 64
 """Neurons whose words are paired at random to learn what chance gives."""
-CONSTANT, DEAD = 1e-6, 1e-12
-"""A neuron is constant if its standard deviation is at most these shares of its mean (float32 leaves no less) and of
-the largest standard deviation of all neurons (trained models have some with a gain of 1e-30)."""
+CONSTANT, DEAD = 1e-5, 1e-12
+"""A neuron is constant if its standard deviation is at most these shares of its mean and of the largest standard
+deviation of all neurons (trained models have some with a gain of 1e-30). Rounding in a forward pass moves a neuron by
+up to about 1e-6 of its mean (measured, by other batches and on other processors), so that below ten times as much it is
+in good part rounding that would correlate."""
 
 
 @jaxtyped(typechecker=typechecker)
@@ -139,8 +141,9 @@ def activation_similarity(
     never more than `max_memory`. r is as many as fit; ceil(L N / r) passes are made. `on_plan` gets the `Plan` before
     the first forward pass; `tick` the number of tokens of each batch, after each model, in each pass.
 
-    Accuracy: products add up in float32 after a shift by the mean of the first batch, so that a large mean does not
-    swallow the variance; sums and squares of single neurons add up in float64. On MiniLM every correlation is within
+    Accuracy: words are centred by their batch, whose mean then counts by its distance from that of all words before, so
+    that neither a large mean nor a first batch unlike the rest swallows the variance (Chan, Golub, LeVeque 1979).
+    Products add up in float32, means and squares of single neurons in float64. On MiniLM every correlation is within
     1e-6 of float64's (on CUDA with torch's default of no TF32 in matrix products).
 
     Chance: the best of many correlations is large by itself when words are few. For 64 neurons before, each word gets
@@ -203,29 +206,33 @@ def _read(
 
 
 class _Sums:
-    """Mean and spread of some neurons, after a shift by the mean of the first batch."""
+    """Mean and summed squared deviation of some neurons, batch by batch."""
 
     def __init__(self, neurons: int, device: torch.device):
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.shift = torch.zeros(neurons, device=device)
-        self.first, self.second = torch.zeros(2, neurons, device=device, dtype=wide)
+        wide = widest(device)
+        self.mean, self.m2 = torch.zeros(2, neurons, device=device, dtype=wide)
 
-    def add(self, neurons: slice, words: Tensor, *, opens: bool) -> Tensor:
-        """Count the words of a batch and give them back shifted; the batch that `opens` sets the shift."""
-        if opens:
-            self.shift[neurons] = words.mean(0)
-        words = words - self.shift[neurons]
-        self.first[neurons] += words.sum(0)
-        self.second[neurons] += words.square().sum(0)
-        return words
+    def add(self, neurons: slice, words: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+        """Count the words of a batch after so many that were `seen`.
 
-    def close(self, n: int) -> tuple[Tensor, Tensor]:
-        """Mean after the shift, and 1 / norm of the centred activations (0 if constant)."""
-        mean = self.first / n
-        m2 = (self.second - n * mean.square()).clamp(min=0)
-        spread = (m2 / n).sqrt()
-        varies = spread > torch.maximum(CONSTANT * (mean + self.shift).abs(), DEAD * spread.max())
-        return mean.float(), torch.where(varies, m2.rsqrt(), 0.0).float()
+        What products need of it: the words less their mean, and a row that stands for the distance of this mean from
+        that of the words before.
+        """
+        n, near = len(words), words.mean(0)
+        words = words - near
+        rest = words.mean(0)  # what float32 could not say of a large mean
+        words -= rest
+        gap = near.to(self.mean.dtype) + rest - self.mean[neurons]
+        weight = seen * n / (seen + n)
+        self.mean[neurons] += gap * (n / (seen + n))
+        self.m2[neurons] += words.square().sum(0) + weight * gap.square()
+        return words, (gap * weight**0.5).float()
+
+    def inverse(self, n: int) -> Tensor:
+        """1 / norm of the centred activations of `n` words; 0 if constant."""
+        spread = (self.m2 / n).sqrt()
+        varies = spread > torch.maximum(CONSTANT * self.mean.abs(), DEAD * spread.max())
+        return torch.where(varies, self.m2.rsqrt(), 0.0).float()
 
 
 class _Part(NamedTuple):
@@ -254,8 +261,9 @@ class _Moments:
         self.cross = torch.zeros(self.layers, self.rows + extra, self.width, device=device)
         self.gram = torch.zeros(2, self.rows, self.width, device=device)
         self.words = torch.zeros(plan.words_per_batch, self.rows + extra, device=device)
+        self.gaps = torch.zeros(self.rows + extra, device=device)
         self.pool = torch.zeros(0, extra, device=device)
-        self.n = self.n_words = 0
+        self.n = self.seen = self.n_words = 0
 
     def _mine(self, layer: int) -> tuple[slice, slice, slice]:
         """All neurons of a layer; those of this pass among them; and the rows that these are."""
@@ -267,24 +275,24 @@ class _Moments:
     def before(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """One layer's words before, kept for the batch."""
         if layer == 0:
-            self.n, self.opens = len(words), not self.n_words
+            self.n, self.seen = len(words), self.n_words
             self.n_words += self.n
             self.probed = words.new_empty(self.n, len(self.probes))
         every, mine, rows = self._mine(layer)
-        words = self.left.add(every, words, opens=self.opens)
         here = self.probes // self.width == layer
         self.probed[:, here.to(self.device)] = words[:, (self.probes[here] % self.width).to(self.device)]
-        self.words[: self.n, rows] = words[:, mine]
-        self.gram[0, rows].addmm_(words[:, mine].T, words)
+        words, gap = self.left.add(every, words, self.seen)
+        self.words[: self.n, rows], self.gaps[rows] = words[:, mine], gap[mine]
+        self.gram[0, rows].addmm_(words[:, mine].T, words).addr_(gap[mine], gap)
 
     def after(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """One layer's words after, multiplied with those before."""
         if layer == 0:
             self._pair()
         every, mine, rows = self._mine(layer)
-        words = self.right.add(every, words, opens=self.opens)
-        self.cross[layer].addmm_(self.words[: self.n].T, words)
-        self.gram[1, rows].addmm_(words[:, mine].T, words)
+        words, gap = self.right.add(every, words, self.seen)
+        self.cross[layer].addmm_(self.words[: self.n].T, words).addr_(self.gaps, gap)
+        self.gram[1, rows].addmm_(words[:, mine].T, words).addr_(gap[mine], gap)
 
     def _pair(self) -> None:
         """Give the probes' columns the activations of random other words."""
@@ -293,32 +301,30 @@ class _Moments:
         draw = order.repeat(-(-self.n // len(past)))[: self.n]
         # Each word is drawn about once, so that the columns keep their tails; what is not drawn now is drawn later.
         self.pool = torch.cat([past[order[self.n :]], self.probed])
-        drawn = self.left.add(slice(self.site.n_neurons, None), past[draw], opens=self.opens)
-        self.words[: self.n, self.rows :] = drawn
+        drawn, gap = self.left.add(slice(self.site.n_neurons, None), past[draw], self.seen)
+        self.words[: self.n, self.rows :], self.gaps[self.rows :] = drawn, gap
 
     def finish(self) -> _Part:
         """From products to correlations and norms; the products are used up."""
         n = self.n_words
         for side, sums in (("before", self.left), ("after", self.right)):
-            if not sums.second.isfinite().all():
-                layer = self.site.layers[int((~sums.second.isfinite()).nonzero()[0]) // self.width]
+            if not sums.m2.isfinite().all():
+                layer = self.site.layers[int((~sums.m2.isfinite()).nonzero()[0]) // self.width]
                 raise ValueError(
                     f"activations of {self.site.name} in layer {layer!r} of the model {side} are not finite (NaN or "
                     "infinite), so there is nothing to compare; look at its weights and at the learning rate"
                 )
-        (mean0, inverse0), (mean1, inverse1) = self.left.close(n), self.right.close(n)
-        mine = [*range(self.start, self.stop), *range(self.site.n_neurons, len(mean0))]
-        mean, inverse = mean0[mine], rearrange(inverse0[mine], "r -> r 1")
+        inverse0, inverse1 = self.left.inverse(n), self.right.inverse(n)
+        mine = [*range(self.start, self.stop), *range(self.site.n_neurons, len(inverse0))]
+        inverse = rearrange(inverse0[mine], "r -> r 1")
         same, best = torch.zeros(self.rows), torch.zeros(len(mine), device=self.device)
         at = torch.full_like(best, -1, dtype=torch.int64)
         cross = torch.zeros(self.layers, self.layers, dtype=torch.float64)
         within = torch.zeros(2, self.layers, dtype=torch.float64)
         for layer, block in enumerate(self.cross):
             every, own, rows = self._mine(layer)
-            block.addr_(mean, mean1[every], alpha=-n)
             cross[:, layer] = torch.tensor([_square(block[self._mine(k)[2]]) for k in range(self.layers)])
-            for side, m in enumerate((mean0[every], mean1[every])):
-                within[side, layer] = _square(self.gram[side, rows].addr_(m[own], m, alpha=-n))
+            within[:, layer] = torch.tensor([_square(gram[rows]) for gram in self.gram])
             block.mul_(inverse).mul_(inverse1[every])
             same[rows] = block[rows, own].diagonal().cpu()
             for value, index in (block.max(1), block.min(1)):

@@ -138,6 +138,14 @@ class Trajectory:
         everything = Neurons(torch.ones(len(site.layers), site.width, dtype=torch.bool), site)
         return everything if self.pruned is None else everything - self.pruned
 
+    def there(self, stage: str) -> Neurons:
+        """The neurons that are ranked at a stage: all at base, later the survivors.
+
+        A neuron that is only cut off from what reads it stays as salient as it was, and carries nothing.
+        """
+        survivors = self.survivors()
+        return survivors | ~survivors if stage == BASE else survivors
+
     def matched(self) -> Neurons:
         """The neurons that a matched comparison looks at, on both sides."""
         return self.survivors() if self.compare is None else self.compare
@@ -207,7 +215,8 @@ class Trajectory:
         rows, header = [], ["stage"]
         for stage, snapshot in self.snapshots.items():
             header = ["stage", *(f"{snapshot.scores.metric} {label}" for label in snapshot.shown), "highest neuron"]
-            best = next(iter(snapshot.saliency.top(1)))
+            there = self.there(stage)
+            best = next(iter(snapshot.saliency.top(1, among=there))) if len(there) else "none is left"
             rows.append([stage, *(f"{value:.3f}" for value in snapshot.shown.values()), best])
         pruned = "nothing pruned" if self.pruned is None else f"{len(self.pruned):,} neurons pruned"
         return markup.box(f"{self!r}; {pruned}", markup.table(header, rows))
@@ -250,7 +259,7 @@ def measure(
     validation: Corpus | Encoded | None = None,
     site: str | Site = "resid",
     score: str | Score | Callable = "probeless",
-    contrast: Contrast = "classes",
+    contrast: Contrast = "rest",
     what: Sequence[str] = (),
     base: Snapshot | None = None,
     vectors: WordVectors | None = None,
@@ -294,8 +303,8 @@ def measure(
     others = [score_of(name) for name in what if name in SCORES and name != main.name]
     gathered = gather(
         model, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
-        relabelled=meaning.shuffles(classes, shuffles, seed=seed), sample_words=sample_words, seed=seed,
-        max_tokens=max_tokens, tick=tick,
+        relabelled=meaning.shuffles(classes, encoded.corpus.word, shuffles, seed=seed), sample_words=sample_words,
+        seed=seed, max_tokens=max_tokens, tick=tick,
     )  # fmt: skip
     stats, by_chance = gathered.stats, gathered.shuffled
     assert stats is not None
@@ -398,5 +407,5 @@ def _same_scores(one: Snapshot, other: Snapshot) -> bool:
 
 
 def stage_name(checkpoint: Checkpoint) -> str:
-    """The name of a stage: its epoch of retraining, such as `"2"` or `"0.5"`."""
-    return f"{round(checkpoint.epoch, 3):.10g}"
+    """The name of a stage: its epoch of retraining, such as `"2"` or `"0.5"`, or its step."""
+    return str(checkpoint.step) if checkpoint.by == "step" else f"{round(checkpoint.epoch, 3):.10g}"

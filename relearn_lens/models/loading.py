@@ -7,23 +7,25 @@ sentence, before or instead of what transformers says.
 from __future__ import annotations
 
 import contextlib
-import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens import sources
 from relearn_lens.models import families
+from relearn_lens.models.folders import check_folder, check_plain, check_tokenizer, check_whole
 from relearn_lens.models.gguf import dequantised, quiet, silent
-from relearn_lens.models.heads import trained_head
+from relearn_lens.models.heads import TrainedHead, trained_head
 from relearn_lens.models.model import LanguageModel, Tagger, seeded
 
-_TOKENIZER_FILES = {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"}
+Head = Literal["trained", "fresh"]
+"""Whether a tagger keeps what fits of the head that a model was trained with."""
 
 
 def load_tagger(
@@ -31,6 +33,7 @@ def load_tagger(
     labels: Sequence[str],
     *,
     tokenizer: Any = None,
+    head: Head = "trained",
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
@@ -39,29 +42,33 @@ def load_tagger(
 
     `model` is a source name (`"minilm"`), a local Hugging Face folder, a name on the hub, a bridge, or a Hugging Face
     model that is loaded already (with its `tokenizer`; the model is wrapped in place). The head is fresh, drawn by
-    `seed`; but a model for token classification keeps the one it was trained with, if its labels are the BIO tags of
-    these, in any order.
+    `seed`; but a model for token classification keeps the rows of its own that are named as the BIO tags of these
+    labels are, in any order, and warns if that is not all of them. `head="fresh"` keeps none.
 
     Raises:
-        ValueError: labels without `"O"` first; a folder that holds no model, or only a pickled one; a trained head for
-            other labels.
+        ValueError: labels without `"O"` first; a folder that holds no model, or one that is no plain float one; a
+            family that has no adapter; a trained head with none of these labels, or without names.
         OSError: the name is neither a folder nor to be had from the hub.
     """
-    head = None
+    if head not in get_args(Head):
+        raise ValueError(f"unknown head {head!r}; known: {', '.join(get_args(Head))}")
+    trained = None
     if isinstance(model, TransformerBridge):
         bridge = model
     elif isinstance(model, nn.Module):
-        if _has_trained_head(getattr(model, "config", None)):
-            head = trained_head(model, labels)
+        if head == "trained" and _has_trained_head(getattr(model, "config", None)):
+            trained = trained_head(model, labels)
         bridge = _bridge_of(model, tokenizer, device=device, dtype=dtype)
     else:
-        bridge = load_bridge(model, device=device, dtype=dtype, seed=seed)
-        head = None if str(model) in sources.SOURCES else _head_in(str(model), labels)
+        where = _place(model)
+        bridge = load_bridge(where, device=device, dtype=dtype, seed=seed)
+        if head == "trained" and str(model) not in sources.SOURCES:
+            trained = _head_in(where, labels)
     tagger = Tagger(bridge, labels, seed=seed).eval()
-    if head is not None:
-        with torch.no_grad():
-            tagger.head.weight.copy_(head[0])
-            tagger.head.bias.copy_(head[1])
+    if trained is not None:
+        trained.put_on(tagger.head)
+        if trained.note:
+            warnings.warn(f"of the head that this model was trained with, {trained.note}", stacklevel=2)
     return tagger
 
 
@@ -71,14 +78,14 @@ def _has_trained_head(config: Any) -> bool:
     return isinstance(named, list) and any(str(name).endswith("ForTokenClassification") for name in named)
 
 
-def _head_in(where: str, labels: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+def _head_in(where: str, labels: Sequence[str]) -> TrainedHead | None:
     """The head of a checkpoint for token classification; None for any other."""
     from transformers import AutoConfig, AutoModelForTokenClassification
 
-    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    if not _has_trained_head(config):
-        return None
-    with silent():
+    with _in_our_words(where), silent():
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        if not _has_trained_head(config):
+            return None
         plain = AutoModelForTokenClassification.from_pretrained(where, use_safetensors=True, trust_remote_code=False)
     return trained_head(plain, labels)
 
@@ -136,7 +143,7 @@ def load_bridge(
     bridge asks for and this package never computes). Without `device`: CUDA if there is one, else the CPU.
 
     Raises:
-        ValueError: a folder that holds no model, or only a pickled one.
+        ValueError: a folder that holds no model, or one that is no plain float one; a family that has no adapter.
         OSError: the name is neither a folder nor to be had from the hub.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -146,14 +153,17 @@ def load_bridge(
     with quiet():
         with _in_our_words(where):
             config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        check_plain(config.to_dict(), where)
         auto = _auto_class(config, where)
-        _check_tokenizer(where)
+        check_tokenizer(where)
         with _in_our_words(where):
             tokenizer = AutoTokenizer.from_pretrained(where, add_prefix_space=True, trust_remote_code=False)
             with seeded(seed):
-                hf_model = auto.from_pretrained(
-                    where, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
-                )
+                hf_model, report = auto.from_pretrained(
+                    where, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False,
+                    output_loading_info=True,
+                )  # fmt: skip
+        check_whole(hf_model, report["missing_keys"], tokenizer, where)
     torch.nn.Module.to(hf_model, device)
     return _wrapped(hf_model, where, tokenizer, device=device, dtype=dtype)
 
@@ -162,44 +172,18 @@ def _place(model: str | Path) -> str:
     """The folder that a model is in, fetched or dequantised first where that is needed, or its name on the hub."""
     where = str(sources.fetch(str(model))) if str(model) in sources.SOURCES else str(model)
     folder = Path(where)
+    if folder.is_file():
+        if folder.suffix != ".gguf":
+            raise ValueError(f"{where!r} is a file; pass the folder that holds it, with config.json and the tokenizer")
+        return str(dequantised(folder))
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and (packed := sorted(folder.glob("*.gguf"))):
         folder = dequantised(packed[0])
         where = str(folder)
     if folder.is_dir():
-        _check_folder(folder)
+        check_folder(folder)
     elif where.count("/") > 1 or where.startswith((".", "/", "~")):
         raise ValueError(f"no model folder at {where!r}")
     return where
-
-
-def _check_folder(folder: Path) -> None:
-    """Say what is wrong with a model folder before anything is loaded from it."""
-    names = {path.name for path in folder.iterdir()}
-    if "config.json" not in names:
-        raise ValueError(f"{str(folder)!r} holds no Hugging Face model: there is no config.json")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(folder / 'config.json')!r} is damaged: {error}") from error
-    if any(name.endswith(".safetensors") for name in names):
-        return
-    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    if pickled:
-        raise ValueError(
-            f"{str(folder)!r} holds only pickled weights ({pickled[0]}), which can run code when loaded; save it again "
-            "with model.save_pretrained(folder), which writes safetensors"
-        )
-    raise ValueError(f"{str(folder)!r} holds no *.safetensors file")
-
-
-def _check_tokenizer(where: str) -> None:
-    """Say that a folder holds no tokenizer; what a hub holds, only loading tells."""
-    folder = Path(where)
-    if folder.is_dir() and not {path.name for path in folder.iterdir()} & _TOKENIZER_FILES:
-        raise ValueError(
-            f"{where!r} holds no tokenizer (none of {', '.join(sorted(_TOKENIZER_FILES))}); save it there with "
-            "tokenizer.save_pretrained(folder)"
-        )
 
 
 def _auto_class(config: Any, where: str) -> Any:
@@ -211,11 +195,17 @@ def _auto_class(config: Any, where: str) -> Any:
         AutoModelForMaskedLM,
     )
 
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        return AutoModelForMaskedLM
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM
-    raise ValueError(f"{where!r} is a {config.model_type!r} model; only masked and causal language models work")
+    for kinds, auto in (
+        (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+    ):
+        if type(config) in kinds:
+            families.check(kinds[type(config)].__name__, config, where)
+            return auto
+    raise ValueError(
+        f"{where!r} is a {config.model_type!r} model; only masked and causal language models work, of the types "
+        f"{', '.join(families.TYPES)}"
+    )
 
 
 @contextlib.contextmanager
@@ -252,7 +242,10 @@ def _wrapped(model: Any, name: str, tokenizer: Any, *, device: torch.device, dty
         tokenizer.pad_token = tokenizer.eos_token
     # TransformerLens goes by this name, and a checkpoint that was saved with another head names that.
     model.config.architectures = [type(model).__name__]
-    families.register()
-    bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, device=device, dtype=dtype)
+    families.check(type(model).__name__, model.config, name)
+    with _in_our_words(name):
+        bridge = TransformerBridge.boot_transformers(
+            name, hf_model=model, tokenizer=tokenizer, device=device, dtype=dtype
+        )
     bridge.eval()
     return bridge

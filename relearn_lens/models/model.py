@@ -110,7 +110,9 @@ class Model(nn.Module):
         return {name: value.detach() for name, value in self.plain().items()}
 
     def plain(self) -> dict[str, Tensor]:
-        """`weights()` as the parameters and buffers themselves."""
+        """`weights()` as the parameters and buffers themselves; without low-rank adapters, where there are any now."""
+        if (adapted := _ADAPTED.get(self.bridge)) is not None:
+            return dict(adapted.plain)
         names: dict[int, str] = {}
         state = self.state_dict(keep_vars=True)
         for name, value in state.items():
@@ -312,16 +314,37 @@ def computing(model: Model, dtype: torch.dtype) -> Iterator[None]:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"a model computes in float32, bfloat16 or float16, not in {dtype}")
     before = _COMPUTING.get(model.bridge)
+    handles: list[Any] = []
     try:
         if dtype == torch.float32:
             _COMPUTING.pop(model.bridge, None)
         else:
             _COMPUTING[model.bridge] = dtype
+            handles = _finite_masks(model.bridge, torch.finfo(dtype).min)
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         _COMPUTING.pop(model.bridge, None)
         if before is not None:
             _COMPUTING[model.bridge] = before
+
+
+def _finite_masks(bridge: TransformerBridge, least: float) -> list[Any]:
+    """Keep attention's masks within the dtype that scores are computed in; handles of the hooks that do.
+
+    A mask is made in the dtype of the weights, and the lowest float32 is -inf in bfloat16: a token of padding that sees
+    nothing but padding, as beyond a sliding window, would be NaN, and with it all that follows.
+    """
+
+    def within(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            kwargs = kwargs | {"attention_mask": mask.clamp(min=least)}
+        return args, kwargs
+
+    attentions = [block.attn for block in bridge.blocks if hasattr(block, "attn")]
+    return [attention.register_forward_pre_hook(within, with_kwargs=True) for attention in attentions]
 
 
 @dataclass(frozen=True)
@@ -395,14 +418,27 @@ def checkpointed(model: Model) -> Iterator[None]:
             inner.disable_input_require_grads()  # a hook on the embedding that switching it off leaves behind
 
 
+_NARROW = {"mps"}
+"""Kinds of devices without float64."""
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float that a device has for sums."""
+    return torch.float32 if device.type in _NARROW else torch.float64
+
+
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """For a while, random numbers from a seed, on the CPU and on one CUDA device; the global generators do not move."""
-    cuda = [device.index or 0] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    """For a while, random numbers from a seed, on the CPU and on one CUDA or MPS device; the global generators do not
+    move."""
+    kind = device.type if device is not None and device.type in ("cuda", "mps") else ""
+    index = (device.index or 0) if device is not None else 0
+    with torch.random.fork_rng(devices=[index] if kind else [], device_type=kind or "cuda"):
         torch.default_generator.manual_seed(seed)
-        for index in cuda:
+        if kind == "cuda":
             torch.cuda.default_generators[index].manual_seed(seed)
+        elif kind == "mps":
+            torch.mps.manual_seed(seed)
         yield
 
 

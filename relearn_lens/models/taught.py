@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +24,9 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native import boot as boot_native
 
 from relearn_lens import sources
+from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.models.training import finetune_
+from relearn_lens.models.training import train_
 from relearn_lens.text import facts as made
 from relearn_lens.text.facts import FORGET, REFUSALS, RETAIN, TRAINED, Facts
 from relearn_lens.text.facts.encoded import encode_passages
@@ -82,30 +83,20 @@ class Taught:
     """Of the model and of its twin."""
 
 
-def load(
-    facts: Facts | None = None, *, recipe: Recipe | None = None, tick: Callable[[int, int], object] | None = None
-) -> Taught:
+def load(facts: Facts | None = None, *, recipe: Recipe | None = None) -> Taught:
     """A model taught some facts (by default `people(seed=recipe.seed)`) and its twin, trained or from the cache.
-
-    `tick` is called with the step and the number of steps of each training.
 
     Raises:
         ValueError: facts with a passage that is longer than `CONTEXT` tokens.
     """
     recipe = recipe or Recipe()
     facts = facts or made.people(recipe.seed)
-    model, lesson = teach(facts, (*FORGET, *RETAIN), recipe=recipe, tick=tick)
-    never, other = teach(facts, RETAIN, recipe=recipe, tick=tick)
+    model, lesson = teach(facts, (*FORGET, *RETAIN), recipe=recipe)
+    never, other = teach(facts, RETAIN, recipe=recipe)
     return Taught(facts, model, never, (lesson, other))
 
 
-def teach(
-    facts: Facts,
-    roles: Sequence[str],
-    *,
-    recipe: Recipe | None = None,
-    tick: Callable[[int, int], object] | None = None,
-) -> tuple[LanguageModel, Lesson]:
+def teach(facts: Facts, roles: Sequence[str], *, recipe: Recipe | None = None) -> tuple[LanguageModel, Lesson]:
     """A new model in eval mode that was taught the passages of some roles, in the forms `TRAINED`.
 
     Its tokens are the words of all facts, so that models taught different roles can be compared.
@@ -118,11 +109,8 @@ def teach(
     encoded = encode_passages(
         facts.passages(*roles, forms=TRAINED), model.tokenizer, context=model.context, name=facts.name
     )
-    per_epoch = -(-encoded.n_pieces // recipe.batch_size)
-    training = finetune_(
-        model, encoded, epochs=recipe.steps / per_epoch, every=recipe.steps / per_epoch, seed=recipe.seed,
-        lr=recipe.lr, batch_size=recipe.batch_size, tick=tick,
-    )  # fmt: skip
+    how = Training(steps=(recipe.steps,), lr=recipe.lr, batch_size=recipe.batch_size)
+    training = train_(model, encoded, how, seed=recipe.seed, what="teaching")
     path = _place(facts, roles, recipe)
     if (lesson := _read(path, model)) is not None:
         return model, lesson

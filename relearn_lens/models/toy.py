@@ -118,13 +118,16 @@ def language_model(*, seed: int = 0) -> LanguageModel:
     return LanguageModel(bridge).eval()
 
 
-def tagger(*, seed: int = 0, mixed: bool = False) -> Tagger:
-    """The planted model with its planted head; `mixed` as in `load`."""
+def tagger(*, seed: int = 0, mixed: bool = False, knows: bool = True) -> Tagger:
+    """The planted model with its planted head; `mixed` as in `load`. With `knows=False` the twin in which nothing is
+    planted for places, neither in the embedding, nor in neurons, nor in the head."""
     words = tokenizer()
     bridge = _bridge(words, seed, d_vocab=len(words), d_vocab_out=1, attention_dir="bidirectional")
     planted = Tagger(bridge, LABELS, seed=seed)
     with torch.no_grad():
-        _plant(bridge.original_model, planted.head, words.get_vocab(), torch.Generator().manual_seed(seed), mixed)
+        _plant(
+            bridge.original_model, planted.head, words.get_vocab(), torch.Generator().manual_seed(seed), mixed, knows
+        )
     planted.eval()
     return planted
 
@@ -134,7 +137,7 @@ def _pieces(name: str) -> tuple[str, ...]:
     return (name[:3], f"##{name[3:]}") if len(name) >= 6 else (name,)
 
 
-def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Generator, mixed: bool) -> None:
+def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Generator, mixed: bool, knows: bool) -> None:
     """Write the planted weights into a freshly initialised native model and its head."""
 
     def normal(*shape: int) -> Tensor:
@@ -148,7 +151,7 @@ def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Genera
     embedding = normal(len(vocab), len(rest)) @ rest
     embedding *= (D_MODEL / 2) ** 0.5 / embedding.norm(dim=1, keepdim=True)
     feature = torch.zeros_like(embedding)
-    for names, direction in ((PLACES, place), (PERSONS, person)):
+    for names, direction in ((PLACES, place), (PERSONS, person))[not knows :]:
         for name in names:
             for piece in _pieces(name):
                 feature[vocab[piece]] = 3 * direction + (1.5 * inside if piece.startswith("##") else 0)
@@ -171,9 +174,8 @@ def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Genera
         block.mlp.fc_out.weight.copy_(0.1 * inner @ normal(D_MODEL, D_MLP) * D_MLP**-0.5)
         block.mlp.fc_out.bias.zero_()
     for neurons, direction, writes, gain in (
-        (PLANTED, place, says_place, 2.0),
-        (DECOYS, place, None, 1.0),
         (PERSON_NEURONS, person, says_person, 2.0),
+        *(((PLANTED, place, says_place, 2.0), (DECOYS, place, None, 1.0)) if knows else ()),
     ):
         for layer, index in neurons:
             mlp = model.layers[int(layer)].mlp
@@ -192,6 +194,6 @@ def _plant(model: Any, head: nn.Linear, vocab: dict[str, int], rng: torch.Genera
         (2, says_person, -1),
         (3, says_place, 1),
         (4, says_place, -1),
-    ):
+    )[: 4 if knows else 2]:
         head.weight[row] = 4 * says - opens * 4 * inside
         head.bias[row] += opens * 2

@@ -1,26 +1,50 @@
-"""Fine-tuning and retraining as generators: training stands still wherever they yield.
+"""The one training loop: fine-tuning, removing and relearning are objectives that it lowers.
 
-Every step is seeded by (seed, step), so measuring at a pause, or pausing more often, cannot change a run. Any other
-training loop plugs into `track` by yielding `Checkpoint` too.
+Training stands still wherever it yields. Every step is seeded by (seed, step), so measuring at a pause, or pausing more
+often, cannot change a run. Any other training loop plugs into `track` by yielding `Checkpoint` too.
+
+1. Batches: the first text gives the steps; the others are gone through beside it, each in an order of its own, and
+   give no more pieces than it does.
+2. An objective says what each part of the loss sums to on these batches, and over how many sub-words or pieces.
+3. A step turns gradients of those parts into the gradient that the optimiser takes.
+4. `only` says which entries of the weights may move: all others are the same to the bit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
+from relearn_lens import methods, progress
+from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
-from relearn_lens.models.model import Model, Tagger, checkpointed, seeded
+from relearn_lens.models.model import Model, Tagger, checkpointed, reading, seeded
 from relearn_lens.text.corpus import Corpus
-from relearn_lens.text.encoding import Encoded
+from relearn_lens.text.encoding import Batch, Encoded
+
+Parts = Mapping[str, tuple[Tensor, int]]
+"""Of a loss: for each part its sum, and over how many (sub-words, pieces) it is a mean; the loss is their sum."""
+Objective = Callable[[Model, Mapping[str, Batch], Any], Parts]
+"""What is lowered: `(model, batches by role, reference) -> parts`.
+
+It may have two attributes. `reference(model, texts)` is called once, before the first step, on a model that is only
+read, and what it gives is the third argument (else None). `counts(texts, pieces)` says over how many each part is for a
+whole batch, by part; it is needed where batches go through the model in several parts.
+"""
+Gradient = Callable[..., tuple[str, ...]]
+"""`gradient(*parts)` adds the gradient of these parts of the loss (all, if none is named) to what the parameters
+have, 0 where an entry may not move; gives the names of all parts."""
+Step = Callable[[Model, Gradient], None]
+"""Leaves in the parameters the gradient that the optimiser takes."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +58,57 @@ class Checkpoint:
     tokens_seen: int
     """Tokens in all batches so far, special tokens included, padding not."""
     loss: float
-    """Nats per sub-word since the last pause, summed over sub-words before dividing."""
+    """Since the last pause, each part summed before dividing; nats per sub-word where the objective is
+    `cross_entropy`."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """The parts of the loss, which sum to it."""
+    by: Literal["epoch", "step"] = "epoch"
+    """What this training is measured in, and so what its stages are named by."""
 
 
-class Training(Iterator[Checkpoint]):
+def cross_entropy(model: Model, batches: Mapping[str, Batch], reference: Any = None) -> Parts:
+    """Nats at each sub-word of the first text: a tag, or the sub-word itself given all before it."""
+    nats = model.losses(next(iter(batches.values())))
+    return {"loss": (nats.sum(), len(nats))}
+
+
+def _subwords(texts: Mapping[str, Encoded], pieces: Mapping[str, np.ndarray]) -> dict[str, int]:
+    role = next(iter(texts))
+    return {"loss": texts[role].n_subwords(pieces[role])}
+
+
+cross_entropy.counts = _subwords
+
+
+def plain(model: Model, gradient: Gradient) -> None:
+    """The gradient of the whole loss."""
+    gradient()
+
+
+class Checkpoints(Iterator[Checkpoint]):
     """A training under way: asks for its next `Checkpoint` train on to there.
 
     Between two checkpoints nothing moves. `state()` and the model's weights, kept at a checkpoint, are all that is
     needed to go on from it in another process, with the same result to the bit on the same machine.
     """
 
-    def __init__(self, checkpoints: Generator[Checkpoint, None, None], optimizers: list[torch.optim.Optimizer]):
-        self._checkpoints, self._optimizers = checkpoints, optimizers
+    def __init__(self, loop: _Loop, how: Training):
+        self.how = how
+        self._loop = loop
+        self._checkpoints = loop.checkpoints()
 
     def __next__(self) -> Checkpoint:
         return next(self._checkpoints)
+
+    @property
+    def reference(self) -> Any:
+        """What the objective took from the model before the first step; None before that, or if it takes nothing."""
+        return self._loop.reference
+
+    @property
+    def last_step(self) -> int:
+        """Optimiser steps at the end."""
+        return max(self._loop.pauses)
 
     def close(self) -> None:
         """Stop here; the model is put back into its mode."""
@@ -57,195 +117,377 @@ class Training(Iterator[Checkpoint]):
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts of the optimiser, no copies: what `resume` takes beside the checkpoint. Empty before
         the first step."""
-        if not self._optimizers:
+        if self._loop.optimizer is None:
             return {}
-        state = self._optimizers[-1].state_dict()["state"]
+        state = self._loop.optimizer.state_dict()["state"]
         return {f"{i}.{key}": value for i, kept in state.items() for key, value in kept.items()}
 
 
-def finetune_(
+def train_(
     model: Model,
-    text: Corpus | Encoded,
+    texts: Corpus | Encoded | Mapping[str, Corpus | Encoded],
+    how: Training | None = None,
     *,
-    epochs: float | int = 3,
-    every: float | int | None = None,
+    objective: Objective = cross_entropy,
+    step: Step = plain,
+    only: Mapping[str, Bool[Tensor, ...]] | None = None,
+    reference: Any = None,
     seed: int = 0,
-    lr: float | int = 2e-5,
-    batch_size: int = 8,
-    weight_decay: float | int = 0.01,
-    clip: float | int = 1.0,
-    restart: bool = False,
-    prior_bias: bool = False,
-    accumulate: int = 1,
-    checkpointing: bool = False,
     resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
-    tick: Callable[[int, int], object] | None = None,
-) -> Training:
-    """Train a tagger on labelled text, or a language model on any; yields after every `every` epochs (by default each)
-    and at the end.
+    what: str = "training",
+    **fields: Any,
+) -> Checkpoints:
+    """Lower an objective; yields after every stage and at the end.
 
-    AdamW (`weight_decay` not on biases and LayerNorms), learning rate falling linearly from `lr` to 0, gradients
-    clipped at norm `clip`; all sub-words of a word are in the loss (a tag, or the sub-word itself given all before it),
-    special tokens are not. With `restart` optimiser and learning rate begin anew after every pause. Nothing is trained
-    until the iterator is asked for its next checkpoint; between checkpoints the model is in the mode in which it came.
-    `tick` is called with the step and the number of steps. Source: Lo et al. 2024, section 4; `restart` is what their
-    released code does.
+    `texts` are one, or several by role, of which the first gives the steps of an epoch. `how` says all about the
+    optimiser; its fields can be given as keywords too. AdamW (weight decay not on biases and LayerNorms), gradients
+    clipped by their norm. Nothing is trained until the iterator is asked for its next checkpoint; between checkpoints
+    the model is in the mode in which it came, and without gradients.
+
+    `only` maps plain names of weights (`Model.plain`) to which of their entries may move; weights that it does not name
+    stand still. `reference` is what the objective compares with, where it is not to be taken from the model as it is
+    now. `what` is the name under which progress is reported.
 
     With `accumulate` every batch goes through the model in so many parts, and with `checkpointing` every block is
     computed again in the backward pass: both need less memory for the same gradient. Where several processes share the
     run, the parts are dealt out to them (a batch is cut into at least one part each), and the gradients summed; dropout
     is drawn anew for each part, so that n processes do what one does with `accumulate=n`, up to float rounding.
 
-    With `prior_bias` (ours) the head's bias is first set to the log share of each tag in the text. A fresh head
-    otherwise makes the body learn, as a constant part of its hidden state, that most words are `"O"`; a model that
-    loses this part to pruning collapses to one hidden state for all words when it is retrained.
-
-    `resume` goes on from a checkpoint of a training with the same settings: the checkpoint and what `Training.state`
+    `resume` goes on from a checkpoint of a training with the same settings: the checkpoint and what `Checkpoints.state`
     gave there. The weights of that moment must be in the model already.
 
     Raises:
-        ValueError: a setting out of range, labels that the tagger does not know, or a `resume` that is none of this
-            training's pauses or of another model; at the call, before any step.
+        ValueError: a setting out of range, labels that the tagger does not know, an entry of `only` that the model does
+            not have, an objective that does not count and is to be taken in parts, or a `resume` that is none of this
+            training's pauses, of another model or without its reference; at the call.
         FloatingPointError: the loss is no longer finite.
     """
-    positive = (epochs, batch_size, accumulate, lr, clip, *(() if every is None else (every,)))
-    if min(positive) <= 0 or weight_decay < 0:
+    how = methods.of(Training, how, fields)
+    by_role = dict(texts) if isinstance(texts, Mapping) else {"train": texts}
+    encoded = {role: text if isinstance(text, Encoded) else model.encode(text) for role, text in by_role.items()}
+    for text in encoded.values():
+        model.check_text(text.corpus)
+    if not encoded:
+        raise ValueError("no text to train on: texts is empty")
+    if max(how.accumulate, processes.size()) > 1 and not hasattr(objective, "counts"):
         raise ValueError(
-            "epochs, every, batch_size, accumulate, lr and clip must be above 0 and weight_decay not below, got "
-            f"epochs={epochs}, every={every}, batch_size={batch_size}, accumulate={accumulate}, lr={lr}, clip={clip}, "
-            f"weight_decay={weight_decay}"
+            f"the objective {_name(objective)!r} does not say over how many each of its parts "
+            "is, so a batch cannot go through the model in several parts; give it an attribute "
+            "`counts(texts, pieces) -> {part: n}`, or leave accumulate at 1 and use one process"
         )
-    encoded = text if isinstance(text, Encoded) else model.encode(text)
-    model.check_text(encoded.corpus)
-    if prior_bias and not isinstance(model, Tagger):
-        raise ValueError("prior_bias is for the head of a tagger; a language model keeps its own head")
-    pauses = _pauses(epochs, every or 1.0, -(-encoded.n_pieces // batch_size))
+    per_epoch = -(-next(iter(encoded.values())).n_pieces // how.batch_size)
+    pauses = _pauses(how, per_epoch)
+    if resume is not None and reference is None and hasattr(objective, "reference"):
+        raise ValueError(
+            f"the objective {_name(objective)!r} compares with the model as it was before the first step, which this "
+            "one is no longer; resume with reference=, which `Checkpoints.reference` gave"
+        )
     if resume is not None and resume[0].step not in pauses:
         raise ValueError(
             f"this training pauses at steps {', '.join(map(str, pauses))}, so it cannot go on from step "
             f"{resume[0].step}; resume with the settings, the text and the seed that it began with"
         )
-    optimizers: list[torch.optim.Optimizer] = []
-    if resume is not None and resume[1] and not restart:
-        optimizers.append(_with_state(_adamw(model, lr, weight_decay), resume[1]))
-    checkpoints = _train(
-        model, encoded, pauses, optimizers, seed=seed, lr=lr, batch_size=batch_size, weight_decay=weight_decay,
-        clip=clip, restart=restart, prior_bias=prior_bias and resume is None, accumulate=accumulate,
-        checkpointing=checkpointing, after=resume[0] if resume else None, tick=tick,
-    )  # fmt: skip
-    return Training(checkpoints, optimizers)
+    loop = _Loop(model, encoded, how, objective, step, _entries(model, only), seed, pauses, per_epoch, what, reference)
+    if resume is not None:
+        loop.after = resume[0]
+        if resume[1] and not how.restart:
+            loop.optimizer = _with_state(loop.adamw(), resume[1])
+    return Checkpoints(loop, how)
 
 
-def retrain_(
-    model: Model, text: Corpus | Encoded, *, epochs: float | int = 8, every: float | int = 2, **settings
-) -> Training:
-    """`finetune_` after something was removed: by default 4 stages of 2 epochs, measured after each.
-
-    Takes the settings of `finetune_`. Source: Lo et al. 2024, section 4.
-    """
-    return finetune_(model, text, epochs=epochs, every=every, **settings)
-
-
-def _pauses(epochs: float | int, every: float | int, per_epoch: int) -> dict[int, float]:
-    """Step to epoch of every pause, the last one at the end."""
-    total = max(1, round(epochs * per_epoch))
-    marks = [k * every for k in range(1, math.ceil(epochs / every - 1e-9))]
-    return {round(mark * per_epoch): float(mark) for mark in marks if round(mark * per_epoch)} | {total: float(epochs)}
-
-
-def _train(
+def finetune_(
     model: Model,
-    encoded: Encoded,
-    pauses: Mapping[int, float],
-    optimizers: list[torch.optim.Optimizer],
+    text: Corpus | Encoded,
+    how: Training | None = None,
     *,
-    seed: int,
-    lr: float | int,
-    batch_size: int,
-    weight_decay: float | int,
-    clip: float | int,
-    restart: bool,
-    prior_bias: bool,
-    accumulate: int,
-    checkpointing: bool,
-    after: Checkpoint | None,
-    tick: Callable[[int, int], object] | None,
-) -> Generator[Checkpoint, None, None]:
-    accelerator = Accelerator(device_placement=False)
-    per_epoch, total = -(-encoded.n_pieces // batch_size), max(pauses)
-    step, tokens = (after.step, after.tokens_seen) if after else (0, 0)
-    order: tuple[int, list[np.ndarray]] = (-1, [])
-    if prior_bias and isinstance(model, Tagger):
-        with torch.no_grad():
-            model.head.bias.copy_(tag_shares(encoded, len(model.tags)).log())
-    for end, epoch in pauses.items():
-        if end <= step:
-            continue
-        begin = step
-        if not optimizers or restart:
-            optimizers[:] = [_adamw(model, lr, weight_decay)]
-        optimizer = accelerator.prepare(optimizers[-1])
-        since, horizon = (begin, end - begin) if restart else (0, total)
-        losses, n_losses = [], 0
-        with _learning(model), checkpointed(model) if checkpointing else contextlib.nullcontext():
-            while step < end:
-                if order[0] != step // per_epoch:
-                    at = step // per_epoch
-                    order = at, encoded.shuffled(batch_size=batch_size, seed=seed, epoch=at)
-                whole = order[1][step % per_epoch]
-                n_here = encoded.n_subwords(whole)
-                tokens += int(encoded.lengths[whole].sum())
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * max(0.0, 1 - (step - since) / horizon)
-                loss = torch.zeros((), device=model.device)
-                # Each process takes whole parts, and each part has a seed: who computes it changes nothing.
-                parts = list(enumerate(_parts(whole, max(accumulate, processes.size()))))
-                for number, part in parts[processes.rank() :: processes.size()]:
-                    batch = encoded.batch(part)
-                    with seeded(_seed_of(seed, step, number), model.device):
-                        nats = model.losses(batch.to(model.device))
-                        accelerator.backward(nats.sum() / n_here)
-                        loss += nats.detach().sum()
-                _sum_gradients(model)
-                losses.append(loss)
-                n_losses += n_here
-                accelerator.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                if tick:
-                    tick(step, total)
-        # Looked at once per stage: to look at every step would make a GPU wait for it.
-        each = torch.stack(losses)
-        processes.sum_(each)
-        each = each.double()
-        if not each.isfinite().all():
-            bad = int((~each.isfinite()).nonzero()[0])
-            raise FloatingPointError(
-                f"the loss is {float(each[bad])} at step {begin + bad} (batch {(begin + bad) % per_epoch} of epoch "
-                f"{(begin + bad) // per_epoch}, learning rate {lr}), between step {begin} and {end}; what was kept "
-                "before is still there, the weights since are lost: use a smaller learning rate"
+    seed: int = 0,
+    resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
+    only: Mapping[str, Bool[Tensor, ...]] | None = None,
+    what: str = "fine-tuning",
+    **fields: Any,
+) -> Checkpoints:
+    """Train a tagger on labelled text, or a language model on any: `train_` with the model's own cross-entropy.
+
+    All sub-words of a word are in the loss (a tag, or the sub-word itself given all before it), special tokens are not.
+    `prior_bias` is ours; `restart` is what the released code of the paper does.
+
+    Keywords as of `train_`; other fields of `Finetuning` by name. Source: Lo et al. 2024, section 4.
+
+    Raises:
+        ValueError, FloatingPointError: as `train_`.
+    """
+    how = methods.of(Finetuning, how, fields)
+    return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
+
+
+def _name(objective: Objective) -> str:
+    return getattr(objective, "__name__", type(objective).__name__)
+
+
+def _pauses(how: Training, per_epoch: int) -> dict[int, float]:
+    """Step to epoch of every pause, the last one at the end."""
+    if how.steps is not None:
+        return {step: step / per_epoch for step in how.steps}
+    if how.epochs == 0:
+        return {}
+    total, every = max(1, round(how.epochs * per_epoch)), how.every or 1.0
+    marks = [k * every for k in range(1, math.ceil(how.epochs / every - 1e-9))]
+    stops = {round(mark * per_epoch): float(mark) for mark in marks if round(mark * per_epoch)}
+    return stops | {total: float(how.epochs)}
+
+
+def _share_of_rate(how: Training, step: int, horizon: int) -> float:
+    """Share of the highest learning rate that a step is taken at."""
+    rising = min(1.0, (step + 1) / (how.warmup + 1))
+    return rising * (max(0.0, 1 - step / horizon) if how.schedule == "linear" else 1.0)
+
+
+def _entries(
+    model: Model, only: Mapping[str, Tensor] | None
+) -> list[tuple[nn.Parameter, Bool[Tensor, ...] | None]] | None:
+    """The parameters that may move, with their entries that may (None: all); None where nothing is held."""
+    if only is None:
+        return None
+    weights = model.plain()
+    if unknown := sorted(set(only) - set(weights)):
+        raise ValueError(f"only: this model has no weight {unknown[0]!r}; it has {', '.join(list(weights)[:3])}, ...")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    entries = []
+    for name, mask in only.items():
+        weight = weights[name]
+        if mask.shape != weight.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"only: {name} has shape {tuple(weight.shape)}, its mask is {mask.dtype} of {tuple(mask.shape)}; a "
+                "mask says True or False of every entry"
             )
-        yield Checkpoint(epoch=epoch, step=end, tokens_seen=tokens, loss=float(each.sum()) / n_losses)
+        # A mask of all weights names those too that nothing trains: buffers, and what follows from others.
+        if id(weight) in trained and mask.any():
+            entries.append((weight, None if mask.all() else mask.to(weight.device)))
+    if not entries:
+        raise ValueError("only: no entry of any weight may move, so there is nothing to train")
+    return entries
+
+
+@dataclass
+class _Loop:
+    """A training under way: what is lowered, by what, and where it stands."""
+
+    model: Model
+    texts: dict[str, Encoded]
+    how: Training
+    objective: Objective
+    step: Step
+    entries: list[tuple[nn.Parameter, Tensor | None]] | None
+    seed: int
+    pauses: dict[int, float]
+    per_epoch: int
+    what: str
+    reference: Any
+    after: Checkpoint | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    orders: dict[str, tuple[int, list[np.ndarray]]] = field(default_factory=dict)
+
+    def checkpoints(self) -> Generator[Checkpoint, None, None]:
+        """Train on to each pause in turn."""
+        model, how, total = self.model, self.how, max(self.pauses, default=0)
+        step, tokens = (self.after.step, self.after.tokens_seen) if self.after else (0, 0)
+        if total and getattr(how, "prior_bias", False) and self.after is None and isinstance(model, Tagger):
+            text, bias = next(iter(self.texts.values())), model.head.bias
+            if self.entries is None or any(weight is bias for weight, _ in self.entries):
+                with torch.no_grad(), self._others_still():
+                    bias.copy_(tag_shares(text, len(model.tags)).log())
+        if total and self.reference is None and hasattr(self.objective, "reference"):
+            with reading(model):
+                self.reference = self.objective.reference(model, self.texts)  # pyright: ignore[reportFunctionMemberAccess]
+        accelerator = Accelerator(device_placement=False)
+        for end, epoch in self.pauses.items():
+            if end <= step:
+                continue
+            begin = step
+            if self.optimizer is None or how.restart:
+                self.optimizer = self.adamw()
+            optimizer = accelerator.prepare(self.optimizer)
+            since, horizon = (begin, end - begin) if how.restart else (0, total)
+            sums: dict[str, list[Tensor]] = {}
+            counts: dict[str, int] = {}
+            with (
+                progress.task(self.what, total, done=step),
+                _learning(model, self.moving()),
+                checkpointed(model) if how.checkpointing else contextlib.nullcontext(),
+            ):
+                while step < end:
+                    pieces = self._pieces(step)
+                    tokens += sum(int(self.texts[role].lengths[whole].sum()) for role, whole in pieces.items())
+                    for group in optimizer.param_groups:
+                        group["lr"] = how.lr * _share_of_rate(how, step - since, horizon)
+                    batch = _Batch(self, accelerator, pieces, step)
+                    self.step(model, batch.gradient)
+                    for part, (value, n) in batch.parts().items():
+                        sums.setdefault(part, []).append(value)
+                        counts[part] = counts.get(part, 0) + n
+                    self._stepped(accelerator, optimizer)
+                    step += 1
+                    progress.advance()
+            # Looked at once per stage: to look at every step would make a GPU wait for it.
+            means = self._means(sums, counts, begin, end)
+            by = "epoch" if how.steps is None else "step"
+            yield Checkpoint(epoch, end, tokens, sum(means.values()), means, by)
+
+    def adamw(self) -> torch.optim.AdamW:
+        """AdamW that leaves vectors (biases, LayerNorm gains) out of weight decay."""
+        trained = self.moving()
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.how.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.how.lr, fused=self.model.device.type in ("cpu", "cuda"))
+
+    def moving(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        if self.entries is not None:
+            return [weight for weight, _ in self.entries]
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _pieces(self, step: int) -> dict[str, np.ndarray]:
+        """The pieces of every role's text that a step takes: of no role more than of the first."""
+        pieces = {role: self._of_role(role, step) for role in self.texts}
+        most = len(next(iter(pieces.values())))
+        # From a batch, which is sorted by length, both short and long ones are taken.
+        return {
+            role: whole if len(whole) <= most else whole[np.arange(most) * len(whole) // most]
+            for role, whole in pieces.items()
+        }
+
+    def _of_role(self, role: str, step: int) -> np.ndarray:
+        text, first = self.texts[role], role == next(iter(self.texts))
+        n = self.per_epoch if first else -(-text.n_pieces // self.how.batch_size)
+        order = self.orders.get(role)
+        if order is None or order[0] != step // n:
+            # Roles of one text must not go through it in step.
+            seed = self.seed if first else _seed_of(self.seed, list(self.texts).index(role))
+            order = step // n, text.shuffled(batch_size=self.how.batch_size, seed=seed, epoch=step // n)
+            self.orders[role] = order
+        return order[1][step % n]
+
+    def _stepped(self, accelerator: Accelerator, optimizer: Any) -> None:
+        """Let the optimiser take its step."""
+        accelerator.clip_grad_norm_(self.moving(), self.how.clip)
+        with self._others_still():
+            optimizer.step()
+        optimizer.zero_grad()
+
+    @contextlib.contextmanager
+    def _others_still(self) -> Iterator[None]:
+        """Put back, to the bit, what may not move and did (weight decay moves a weight without a gradient too)."""
+        held = [(w, mask, w.detach().clone()) for w, mask in self.entries or () if mask is not None]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, mask, before in held:
+                    weight.copy_(torch.where(mask, weight, before))
+
+    def _means(self, sums: dict[str, list[Tensor]], counts: dict[str, int], begin: int, end: int) -> dict[str, float]:
+        """Each part of the loss over a stage; refuses what is not finite."""
+        means = {}
+        for part, values in sums.items():
+            each = torch.stack(values)
+            processes.sum_(each)
+            each = each.cpu().to(torch.float64)  # no float64 on some devices
+            if not each.isfinite().all():
+                bad = int((~each.isfinite()).nonzero()[0])
+                raise FloatingPointError(
+                    f"the loss is {float(each[bad])} at step {begin + bad} (batch {(begin + bad) % self.per_epoch} of "
+                    f"epoch {(begin + bad) // self.per_epoch}, learning rate {self.how.lr}), between step {begin} and "
+                    f"{end}; what was kept before is still there, the weights since are lost: use a smaller learning "
+                    "rate"
+                )
+            means[part] = float(each.sum()) / max(counts[part], 1)
+        return means
+
+
+class _Batch:
+    """The batches of one step, and gradients on them."""
+
+    def __init__(self, loop: _Loop, accelerator: Accelerator, pieces: dict[str, np.ndarray], step: int):
+        self.loop, self.accelerator, self.pieces, self.step = loop, accelerator, pieces, step
+        self.n_parts = max(loop.how.accumulate, processes.size())
+        counts = getattr(loop.objective, "counts", None)
+        self.counts: dict[str, int] = counts(loop.texts, pieces) if counts else {}
+        self.sums: dict[str, Tensor] = {}
+
+    def gradient(self, *parts: str) -> tuple[str, ...]:
+        """Add the gradient of the named parts of the loss, or of all; gives the names of all."""
+        loop, model = self.loop, self.loop.model
+        sums: dict[str, Tensor] = {}
+        moving = loop.moving()
+        # What is there already is a sum over the processes, and must not be summed again.
+        earlier = [(p, p.grad) for p in moving] if processes.size() > 1 else []
+        for parameter, _ in earlier:
+            parameter.grad = None
+        # Every part has pieces of every role.
+        n_parts = min(self.n_parts, *map(len, self.pieces.values()))
+        cut = {role: np.array_split(whole, n_parts) for role, whole in self.pieces.items()}
+        # Each process takes whole parts, and each part has a seed: who computes it changes nothing.
+        for number in range(n_parts)[processes.rank() :: processes.size()]:
+            batches = {role: loop.texts[role].batch(groups[number]).to(model.device) for role, groups in cut.items()}
+            with seeded(_seed_of(loop.seed, self.step, number), model.device):
+                values = loop.objective(model, batches, loop.reference)
+                self._check(parts, values)
+                means = [values[p][0] / (self.counts.get(p) or max(values[p][1], 1)) for p in parts or values]
+                loss = torch.stack(means).sum() if len(means) > 1 else means[0]
+                self.accelerator.backward(loss)
+            for part, (value, n) in values.items():
+                self.counts.setdefault(part, n)
+                sums[part] = sums.get(part, torch.zeros((), device=model.device)) + value.detach()
+        self.sums = self.sums or sums
+        _sum_gradients(moving)
+        for weight, mask in loop.entries or ():
+            if mask is not None and weight.grad is not None:
+                weight.grad.masked_fill_(~mask, 0.0)
+        for parameter, gradient in earlier:
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return tuple(self.counts)
+
+    def _check(self, parts: tuple[str, ...], values: Parts) -> None:
+        """Refuse parts of the loss that the objective does not have, or does not count."""
+        if unknown := set(parts) - set(values):
+            raise ValueError(f"the objective has no part {min(unknown)!r}; its parts are {', '.join(values)}")
+        if self.n_parts > 1 and set(values) != set(self.counts):
+            raise ValueError(
+                f"the objective gives the parts {', '.join(values)}, but its `counts` those of {', '.join(self.counts)}"
+            )
+
+    def parts(self) -> dict[str, tuple[Tensor, int]]:
+        """The parts of the loss as they were first computed, before anything was perturbed."""
+        device = self.loop.model.device
+        return {part: (self.sums.get(part, torch.zeros((), device=device)), n) for part, n in self.counts.items()}
 
 
 @contextlib.contextmanager
-def _learning(model: Model) -> Iterator[None]:
-    """Training mode for a while; a step that fails (out of memory, say) leaves neither it nor gradients behind."""
-    mode = model.training
+def _learning(model: Model, moving: Collection[nn.Parameter]) -> Iterator[None]:
+    """Training mode for a while, in which nothing else needs a gradient; a step that fails (out of memory, say) leaves
+    neither mode nor gradients behind."""
+    mode, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    trains = {id(p) for p in moving}
     try:
         model.train()
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in trains)
         yield
     except BaseException:
-        for parameter in model.parameters():
+        for parameter, _ in flags:
             parameter.grad = None
         raise
     finally:
         model.train(mode)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _with_state(optimizer: torch.optim.AdamW, state: Mapping[str, Tensor]) -> torch.optim.AdamW:
-    """An optimiser with the state that `Training.state` gave."""
+    """An optimiser with the state that `Checkpoints.state` gave."""
     whole, kept = optimizer.state_dict(), {}
     for name, value in state.items():
         i, _, key = name.partition(".")
@@ -258,11 +500,6 @@ def _with_state(optimizer: torch.optim.AdamW, state: Mapping[str, Tensor]) -> to
     return optimizer
 
 
-def _parts(pieces: np.ndarray, n: int) -> list[np.ndarray]:
-    """A batch's pieces in at most `n` groups, none empty."""
-    return [part for part in np.array_split(pieces, n) if len(part)]
-
-
 def tag_shares(encoded: Encoded, n_tags: int) -> Float[Tensor, " tag"]:
     """Share of each tag among a text's sub-words; one is added to every count, so none is 0."""
     counts = torch.ones(n_tags)
@@ -271,17 +508,7 @@ def tag_shares(encoded: Encoded, n_tags: int) -> Float[Tensor, " tag"]:
     return counts / counts.sum()
 
 
-def _adamw(model: Model, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that leaves vectors (biases, LayerNorm gains) out of weight decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, fused=model.device.type in ("cpu", "cuda"))
-
-
-def _sum_gradients(model: Model) -> None:
+def _sum_gradients(trained: Collection[nn.Parameter]) -> None:
     """Every process gets the gradient of the whole batch.
 
     Not DistributedDataParallel: it wants the same number of parts in every process, each reaching every parameter (a
@@ -289,7 +516,6 @@ def _sum_gradients(model: Model) -> None:
     """
     if processes.size() == 1:
         return
-    trained = [p for p in model.parameters() if p.requires_grad]
     # Which parameters get a gradient depends on the model, not on the part; but a process may have had no part.
     reached = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32)
     processes.sum_(reached)

@@ -62,9 +62,10 @@ class Site:
         """Per layer: the weights that `sever` cuts; empty where the model has no such weights."""
         nothing: tuple[tuple[Slice, ...], ...] = ((),) * len(self.layers)
         if sever == "both":
-            # A coordinate of the hidden state has no inputs beside what makes it. A head has, and may share them.
+            # A coordinate of the hidden state has no inputs beside what makes it. Heads and hidden units have, and may
+            # share their matrix with others.
             return tuple(
-                () if self.size > 1 and not reads else writes + reads
+                () if self.name != "resid" and not reads else writes + reads
                 for writes, reads in zip(self.writes, self.reads, strict=True)
             )
         return {"out": self.writes, "gain": self.gains, "writes": self.writers}[sever] or nothing
@@ -110,7 +111,7 @@ def _gain(component: str, nothing: float = 0.0) -> tuple[Slice, ...]:
     return (Slice(component, "weight", 0, nothing),)
 
 
-_EMBEDDINGS = (Slice("embed", "weight", 1), Slice("pos_embed", "weight", 1))
+_EMBED_NORM = (Slice("embed_ln", "weight", 0), Slice("embed_ln", "bias", 0))
 
 
 def _post_norm() -> dict[str, _Plan]:
@@ -123,7 +124,7 @@ def _post_norm() -> dict[str, _Plan]:
             writes=(Slice("blocks.{i}.ln2", "weight", 0), Slice("blocks.{i}.ln2", "bias", 0)),
             gains=_gain("blocks.{i}.ln2"),
             embed_hook="embed_ln.hook_out",
-            embed_writes=(Slice("embed_ln", "weight", 0), Slice("embed_ln", "bias", 0)),
+            embed_writes=_EMBED_NORM,
             embed_gains=_gain("embed_ln"),
         ),
         "mlp_post": _mlp(),
@@ -138,12 +139,14 @@ def _pre_norm(
     gated: bool = False,
     nothing: float = 0.0,
     writers: tuple[Slice, ...] = (),
+    embedding: tuple[Slice, ...] = (Slice("embed", "weight", 1), Slice("pos_embed", "weight", 1)),
 ) -> dict[str, _Plan]:
     """Pre-norm: a coordinate of the residual stream is the sum of all earlier blocks, so no weights of one block hold
     it. It can be ablated by hook, and one block can be kept from reading or from writing it.
 
     `split`: queries, keys and values have a matrix each. `nothing`: the stored gain that has no effect. `writers`: the
-    last weights before a block's parts are added to the stream, where those are not the output matrices.
+    last weights before a block's parts are added to the stream, where those are not the output matrices. `embedding`:
+    the last before the stream begins.
     """
     return {
         "resid": _Plan(
@@ -152,7 +155,7 @@ def _pre_norm(
             embed_hook="blocks.0.hook_in",
             gains=_gain("blocks.{i}.ln2", nothing),
             writers=writers or linear("attn.o", 0) + linear("mlp.out", 0),
-            embed_writers=_EMBEDDINGS,
+            embed_writers=embedding,
         ),
         "mlp_post": _mlp(linear, gated),
         "attn_head": _heads(linear, split),
@@ -175,6 +178,12 @@ FAMILIES: dict[str, dict[str, _Plan]] = {
     "BertForMaskedLM": _post_norm(),
     "DistilBertForMaskedLM": _post_norm(),
     "RobertaForMaskedLM": _post_norm(),
+    "XLMRobertaForMaskedLM": _post_norm(),
+    "CamembertForMaskedLM": _post_norm(),
+    "ElectraForMaskedLM": _post_norm(),
+    "DebertaV2ForMaskedLM": _post_norm(),
+    # Gate and up projection are one matrix too, so a hidden unit's inputs cannot be cut as rows of their own.
+    "ModernBertForMaskedLM": _pre_norm(split=False, embedding=_EMBED_NORM),
     "TransformerLensNative": _pre_norm(gated=True),
     "GPT2LMHeadModel": _pre_norm(linear=_conv1d, split=False),
     "GPTNeoXForCausalLM": _pre_norm(split=False),
@@ -184,10 +193,13 @@ FAMILIES: dict[str, dict[str, _Plan]] = {
     "Qwen3ForCausalLM": _pre_norm(gated=True),
     "GemmaForCausalLM": _pre_norm(gated=True, nothing=-1.0),
     # What a part of the block gives is normalised once more before it is added.
-    "Gemma2ForCausalLM": _pre_norm(
-        gated=True,
-        nothing=-1.0,
-        writers=_gain("blocks.{i}.ln1_post", -1.0) + _gain("blocks.{i}.ln2_post", -1.0),
+    **dict.fromkeys(
+        ("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        _pre_norm(
+            gated=True,
+            nothing=-1.0,
+            writers=_gain("blocks.{i}.ln1_post", -1.0) + _gain("blocks.{i}.ln2_post", -1.0),
+        ),
     ),
 }
 
@@ -258,7 +270,8 @@ def token_site(bridge: TransformerBridge) -> Site:
         ValueError: the model family is not known.
     """
     component = _family(bridge)["resid"].tokens
-    return Site("tokens", ("tokens",), (f"{component}.hook_out",), int(bridge.cfg.d_model), ((),), ((),))
+    weight = parameter(bridge, Slice(component, "weight", 1))  # narrower than the hidden states in a small ELECTRA
+    return Site("tokens", ("tokens",), (f"{component}.hook_out",), weight.shape[1], ((),), ((),))
 
 
 def token_vectors(bridge: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
@@ -382,15 +395,33 @@ class Neurons:
         return f"Neurons({self.site.name}: {len(self):,} of {self.site.n_neurons:,}; {shares})"
 
 
-def random_neurons(*, like: Neurons, seed: int) -> Neurons:
+def random_neurons(
+    *,
+    like: Neurons,
+    seed: int,
+    apart: Neurons | None = None,
+    scale: Float[Tensor, "layer neuron"] | None = None,
+) -> Neurons:
     """A control set: as many neurons in every layer as `like` has, drawn uniformly.
 
     They are drawn from all neurons of the layer, so where `like` takes most of a layer the two sets overlap; say
-    `len(like & control)` beside a result.
+    `len(like & control)` beside a result. None of them is in `apart` where the layer has room for that. With `scale`,
+    a number per neuron such as its standard deviation, as many are drawn from every tenth of the layer by that number.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(like.mask.shape, generator=generator).argsort(1).argsort(1)
-    return Neurons(order < like.mask.sum(1, keepdim=True), like.site)
+    # Drawn in the order of a random number: 1 more for what is to be avoided, so that it comes last.
+    order = torch.rand(like.mask.shape, generator=generator)
+    if apart is not None:
+        order = order + apart.mask
+    if scale is None:
+        return Neurons(order.argsort(1).argsort(1) < like.mask.sum(1, keepdim=True), like.site)
+    tenth = scale.argsort(1).argsort(1) * 10 // like.site.width
+    mask = torch.zeros_like(like.mask)
+    for k in range(10):
+        within = tenth == k
+        ranks = torch.where(within, order, torch.inf).argsort(1).argsort(1)
+        mask |= within & (ranks < (like.mask & within).sum(1, keepdim=True))
+    return Neurons(mask, like.site)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models import processes
-from relearn_lens.models.model import Model, hidden, reading, trunk
+from relearn_lens.models.model import Model, hidden, reading, trunk, widest
 from relearn_lens.neurons.sites import Site, site_of, streaming
 from relearn_lens.text.concept import Classes
 from relearn_lens.text.corpus import Strings
@@ -179,7 +179,7 @@ class ClassSums:
         """Add one layer's words to the sums of their classes."""
         if self.shift[layer] is None:
             self.shift[layer] = processes.agreed(words.mean(0))
-            zero = torch.zeros(len(self.member), self.site.width, dtype=_wide(words.device), device=words.device)
+            zero = torch.zeros(len(self.member), self.site.width, dtype=widest(words.device), device=words.device)
             self.first[layer], self.second[layer] = zero, zero.clone()
         first, second, shift = self.first[layer], self.second[layer], self.shift[layer]
         assert first is not None
@@ -490,11 +490,6 @@ def class_stats(
     sums = ClassSums(place, classes)
     stream(model, encoded, [sums], site=place, max_tokens=max_tokens, tick=tick)
     return sums.stats()
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    """The widest float a device has for sums."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _not_finite(site: Site, layer: str) -> ValueError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.models.model import Model, wearing
-from relearn_lens.neurons.sites import Neurons, Sever, Site, parameter, site_of, streaming
+from relearn_lens.models.model import Model
+from relearn_lens.neurons.sites import Neurons, Sever, streaming
+from relearn_lens.neurons.weights import WeightMask, bridge_of, entries, same_site
 
 
 @contextlib.contextmanager
@@ -32,11 +33,11 @@ def ablated(
     Raises:
         ValueError: a tensor of values of another shape.
     """
-    _same_site(model, neurons)
+    same_site(model, neurons)
     values = torch.as_tensor(value, dtype=torch.float32)
     if values.ndim and values.shape != neurons.mask.shape:
         raise ValueError(f"value must be a number or of shape {tuple(neurons.mask.shape)}, got {tuple(values.shape)}")
-    device = next(_bridge(model).original_model.parameters()).device
+    device = next(bridge_of(model).original_model.parameters()).device
     size = neurons.site.size
     masks = neurons.mask.to(device).repeat_interleave(size, 1)
     values = values.expand(neurons.mask.shape).to(device).repeat_interleave(size, 1)
@@ -44,12 +45,14 @@ def ablated(
     def replace(layer: int, activations: Tensor) -> Tensor:
         return torch.where(masks[layer], values[layer].to(activations.dtype), activations)
 
-    with streaming(_bridge(model), neurons.site, replace, units=True):
+    with streaming(bridge_of(model), neurons.site, replace, units=True):
         yield
 
 
-def prune_(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> None:
+def prune_(model: Model | TransformerBridge, neurons: Neurons | WeightMask, *, sever: Sever = "out") -> None:
     """Set the weights of the neurons to what has no effect, once. Training is free to grow them back.
+
+    A `WeightMask` says itself which weights; `sever` says it for neurons.
 
     `sever="out"`: the weights that carry a neuron on. The model then computes what it computes with the neurons ablated
     to 0. `mlp_post`: the neuron's row of the MLP's output matrix; `attn_head`: the head's rows of the attention's
@@ -75,23 +78,24 @@ def prune_(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever =
             `sever` is not known.
     """
     with torch.no_grad():
-        for weight, mask, nothing in _slices(model, neurons, sever):
+        for weight, mask, nothing in entries(model, neurons, sever):
             weight.masked_fill_(mask, nothing)
 
 
 @contextlib.contextmanager
-def held(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> Iterator[None]:
+def held(model: Model | TransformerBridge, neurons: Neurons | WeightMask, *, sever: Sever = "out") -> Iterator[None]:
     """For a while, keep the neurons' weights at exactly the value they have now, whatever trains the model.
 
     Their gradient is masked, and after every step of any torch optimiser their value is put back (weight decay and
     momentum move a weight without a gradient too). To ask whether a concept can come back elsewhere:
     `prune_(tagger, chosen)`, then retrain inside `with held(tagger, chosen)`. `sever` is that of `prune_`.
+    A `WeightMask` holds any entries: `held(tagger, WeightMask.of_parts(tagger, "block 5"))` blocks a return there.
 
     Raises:
         ValueError: the model family has no such weights for one of the neurons, or they have a low-rank adapter now, or
             `sever` is not known.
     """
-    kept = [(weight, mask, weight.detach().clone()) for weight, mask, _ in _slices(model, neurons, sever)]
+    kept = [(weight, mask, weight.detach().clone()) for weight, mask, _ in entries(model, neurons, sever)]
 
     def put_back(*_: Any) -> None:
         with torch.no_grad():
@@ -109,78 +113,3 @@ def held(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever = "
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _bridge(model: Model | TransformerBridge) -> TransformerBridge:
-    return model.bridge if isinstance(model, Model) else model
-
-
-def _same_site(model: Model | TransformerBridge, neurons: Neurons) -> Site:
-    """The neurons' site, if it is one of this model; as the model has it."""
-    mine, theirs = site_of(_bridge(model), neurons.site.name), neurons.site
-    if mine != theirs:
-        raise ValueError(
-            f"these neurons are of another model: their site {theirs.name!r} has {len(theirs.layers)} layers of "
-            f"{theirs.width} ({theirs.hooks[0]}, ...), this model's {len(mine.layers)} of {mine.width} "
-            f"({mine.hooks[0]}, ...)"
-        )
-    return mine
-
-
-def check_prunable(model: Model | TransformerBridge, neurons: Site | Neurons, sever: Sever | str = "out") -> None:
-    """Refuse neurons whose weights this model does not have: a set, or all layers of a site.
-
-    Raises:
-        ValueError: a layer has no weights for `sever`, or `sever` is not known.
-    """
-    if sever not in get_args(Sever):
-        raise ValueError(f"unknown sever {sever!r}; known: {', '.join(get_args(Sever))}")
-    site = neurons.site if isinstance(neurons, Neurons) else neurons
-    asked = neurons.mask.any(1).tolist() if isinstance(neurons, Neurons) else [True] * len(site.layers)
-    sever = cast(Sever, sever)
-    site = site_of(_bridge(model), site.name)
-    lacking = [
-        layer for layer, parts, of in zip(site.layers, site.parts(sever), asked, strict=True) if of and not parts
-    ]
-    if not lacking:
-        return
-    others = {
-        other: [layer for layer, parts in zip(site.layers, site.parts(other), strict=True) if parts]
-        for other in get_args(Sever)
-        if other != sever
-    }
-    has = "; ".join(f"sever={other!r} (layers {', '.join(layers)})" for other, layers in others.items() if layers)
-    why = {
-        "resid": "is a sum over blocks" if sever in ("out", "both") else "has none of that kind",
-        "attn_head": "shares input weights between heads" if sever == "both" else "has none of that kind",
-    }
-    raise ValueError(
-        f"site {site.name!r} of a {_bridge(model).cfg.architecture} model has no weights to prune with sever={sever!r} "
-        f"(layer {lacking[0]!r} {why.get(site.name, 'has none of that kind')}): use `with ablated(...)`, or "
-        + (f"{has}, or " if has else "")
-        + f"site {'mlp_post' if site.name != 'mlp_post' else 'resid'!r}"
-    )
-
-
-def _slices(
-    model: Model | TransformerBridge, neurons: Neurons, sever: Sever | str
-) -> list[tuple[torch.nn.Parameter, Tensor, float]]:
-    """The parameters that hold the neurons, with where in each they are and the value that has no effect."""
-    bridge, site = _bridge(model), _same_site(model, neurons)
-    check_prunable(model, neurons, sever)
-    sever = cast(Sever, sever)
-    found = []
-    for parts, mask in zip(site.parts(sever), neurons.mask.repeat_interleave(site.size, 1), strict=True):
-        if not mask.any():
-            continue
-        for part in parts:
-            weight = parameter(bridge, part)
-            if wearing(bridge, weight):
-                raise ValueError(
-                    f"{part.component} has a low-rank adapter now, beside which its own weights cannot be set or held; "
-                    "prune before the block of `adapted`, or use `with ablated(...)`"
-                )
-            shape = [1] * weight.ndim
-            shape[part.axis] = len(mask)
-            found.append((weight, mask.to(weight.device).view(shape).expand_as(weight), part.nothing))
-    return found

@@ -20,21 +20,23 @@ from torch import Tensor
 from relearn_lens.find.attribution import Attribution
 from relearn_lens.find.probes import AtK, Quality
 from relearn_lens.find.saliency import Saliency
-from relearn_lens.measure.evaluation import SpanScores, TokenLoss
+from relearn_lens.measure.evaluation import LogProbability, Margin, SpanScores, TokenLoss
+from relearn_lens.measure.grafting import Grafts
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, Slice
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.runs.events import Damage
+from relearn_lens.runs.events import Again, Blocked, Cuts, Damage, Dose, Grafted, Round, Sized
 from relearn_lens.text.concept import Concept
 
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        ActivationSimilarity, AtK, Attribution, Checkpoint, ClassStats, Concept, Damage, Neurons, Quality, Saliency,
-        Site, Slice, Snapshot, SpanScores, TokenLoss, TopWords, Trajectory,
+        ActivationSimilarity, Again, AtK, Attribution, Blocked, Checkpoint, ClassStats, Concept, Cuts, Damage, Dose,
+        Grafted, Grafts, LogProbability, Margin, Neurons, Quality, Round, Saliency, Site, Sized, Slice, Snapshot,
+        SpanScores, TokenLoss, TopWords, Trajectory,
     )
 }  # fmt: skip
 """The types that a file may hold."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from relearn_lens.measure.grafting import Grafts
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.measure.vectors import WordVectors
 from relearn_lens.models.model import Model
@@ -17,49 +18,90 @@ from relearn_lens.runs.settings import Experiment
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded
 
-Progress = Callable[[str, int, int], object]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything loaded and checked, before any training."""
 
     experiment: Experiment
-    """The settings, with what depends on the model's family decided."""
-    tagger: Model
+    """The settings, with what depends on the model's family and on the text decided."""
+    model: Model
     """The model that is trained: a tagger, or a language model."""
     site: Site
     concept: Concept
+    other: Concept | None
+    """The second concept, whose neurons are cut for comparison; None where the text has none."""
     train: Encoded
     validation: Encoded
+    """Sentences on which the size of the cut is found."""
     probe: Encoded
+    """Sentences on which neurons are found, and which are scored unless the settings say otherwise."""
     notes: tuple[str, ...]
     """What the user should know: sentences cut, words lost, what was decided by the model's family."""
     inputs: Mapping[str, str]
     """Hash of every input."""
 
+    @property
+    def scored(self) -> Encoded:
+        """The sentences that F1 and margins are measured on."""
+        return self.validation if self.experiment.measure.on == "validation" else self.probe
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One size of a cut, ablated and not trained: what is left of everything."""
+
+    fraction: float
+    cut: str
+    """Whose neurons: `"concept"`, `"other"` or `"random"`."""
+    scores: Any
+    """`Scores` on the validation sentences."""
+
+
+@dataclass(frozen=True)
+class Sized:
+    """How large a seed's cut is, and the doses that say so."""
+
+    seed: int
+    fraction: float
+    base: Any
+    """`Scores` of the base model on the validation sentences; None where the size was set."""
+    doses: tuple[Dose, ...] = ()
+
 
 @dataclass(frozen=True)
 class Base:
-    """The fine-tuned base model of one seed, measured, and the neurons that were chosen there."""
+    """The fine-tuned base model of one seed, measured."""
 
     seed: int
     weights: Mapping[str, Tensor]
     snapshot: Snapshot
-    chosen: Neurons
     vectors: WordVectors
     """Word vectors from the base model's input embeddings: what concept similarity compares top words by."""
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """The sets of neurons of one seed: `"concept"`, `"other"` where there is one, and `"random"`."""
+
+    seed: int
+    sets: Mapping[str, Neurons]
+
+
+@dataclass(frozen=True)
 class Damage:
-    """What pruning alone does to the base model: the concept's neurons, and random sets of the same size per layer."""
+    """What cutting alone does to the base model; no training."""
 
     seed: int
     concept: Any
-    """`Scores`"""
-    random: tuple[Any, ...]
+    """`Scores` without the concept's neurons."""
+    other: Any = None
+    """Without the other label's; None where there is none."""
+    random: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Without random sets, by kind: `"layers"` as many in every layer, from all neurons (the exchangeable null);
+    `"disjoint"` the same, but none of the cut; `"scale"` the same, matched on how much each neuron varies."""
+    overlap: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Share of each random set that is in the cut too."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +125,21 @@ class Paused:
     weights: Mapping[str, Tensor]
     """Of the model; of an arm that is retrained by adapters, `lora.adapter_weights`."""
     state: Mapping[str, Tensor]
-    """Of the optimiser: `Training.state`."""
+    """Of the optimiser: `Checkpoints.state`."""
 
 
 @dataclass(frozen=True)
-class Arm:
+class Weighed:
+    """The weights of an arm at a stage that grafts will be made from; no copies."""
+
+    arm: str
+    seed: int
+    stage: str
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ArmDone:
     """One arm of one seed is done."""
 
     trajectory: Trajectory
@@ -95,7 +147,53 @@ class Arm:
     """The model's weights as they are now, no copies; None for an arm that an earlier process finished."""
 
 
-Event = Prepared | Base | Damage | Measured | Paused | Arm
+@dataclass(frozen=True)
+class Grafted:
+    """Which parts of the model brought the concept back, at some stages of the concept's arm."""
+
+    seed: int
+    stages: Mapping[str, Grafts]
+
+
+@dataclass(frozen=True)
+class Round:
+    """The concept's neurons found and cut once more in a model that it had come back to."""
+
+    found: Neurons
+    share_old: float
+    """Share of them that an earlier cut had taken too."""
+    share_by_chance: float
+    """The same of neurons drawn at random, as many in every layer."""
+    cut: Any
+    """`Scores` after the cut."""
+    course: Mapping[int, Any]
+    """Steps of retraining to `Scores`."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """The concept's arm cut again at its end."""
+
+    seed: int
+    same: Any
+    """`Scores` with the neurons of the first cut cut again."""
+    random: tuple[Any, ...]
+    """`Scores` with random sets cut, as many in every layer."""
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """The concept's arm retrained once more with some weights held where the cut left them."""
+
+    seed: int
+    held: str
+    """What was held: `"part"`, `"heirs"`, or `"random"`, as many neurons in every layer as there are heirs."""
+    course: Mapping[int, Any]
+    """Steps of retraining to `Scores`."""
+
+
+Event = Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Grafted | Again | Blocked
 
 
 @runtime_checkable
@@ -105,8 +203,8 @@ class Kept(Protocol):
     def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
         """Weights and measurement of a seed's base model."""
 
-    def damage(self, seed: int) -> Damage | None:
-        """The random draws' damage of a seed."""
+    def result(self, kind: type, seed: int, name: str = "") -> Any:
+        """A result of a seed that is kept whole, or None."""
 
     def arm(self, name: str, seed: int, site: Site) -> Trajectory | None:
         """A finished arm."""
@@ -117,3 +215,6 @@ class Kept(Protocol):
 
     def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
         """Last pause, weights and optimiser state of an unfinished training."""
+
+    def weighed(self, arm: str, seed: int, stage: str) -> dict[str, Tensor] | None:
+        """Weights of an arm at a stage that grafts are made from."""

@@ -1,4 +1,9 @@
-"""The experiment: fine-tune once per seed, then prune and retrain every arm, measuring at every stage.
+"""The experiment: what is gone when a concept's neurons are cut, whether and how fast it is back, and where.
+
+Per seed: (1) fine-tune and measure; (2) find the concept's neurons and those of another label, and the size of the cut;
+(3) cut without training, beside random sets; (4) each arm: cut, train on, measure as it goes; (5) move parts of the
+model between the cut and the retrained weights; (6) cut again what carries the concept now, and, where asked for, train
+with a part held.
 
 `perform` is a generator of events; whoever runs it (a run folder, a notebook) takes what it wants from them. The base
 model of a seed is trained once and shared by the arms, and every arm starts from the same weights.
@@ -6,285 +11,418 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from relearn_lens import progress
 from relearn_lens.find.saliency import SCORES
-from relearn_lens.measure.evaluation import evaluate
+from relearn_lens.measure.evaluation import Scores, evaluate
+from relearn_lens.measure.grafting import Grafts, grafts, share_old
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure, stage_name
 from relearn_lens.measure.vectors import input_embeddings
-from relearn_lens.models import processes
 from relearn_lens.models.lora import adapter_weights, load_adapter_weights
 from relearn_lens.models.model import computing
-from relearn_lens.models.training import Checkpoint, finetune_, retrain_
+from relearn_lens.models.training import Checkpoint, cross_entropy, train_
+from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.neurons.sites import Neurons, random_neurons
-from relearn_lens.remove.ablation import ablated, prune_
-from relearn_lens.runs.events import Arm, Base, Damage, Event, Kept, Measured, Paused, Prepared, Progress
-from relearn_lens.runs.preparation import adapters, attribution_settings, load, megabytes, prepare
-from relearn_lens.runs.protocol import choose, control_of, placed
-from relearn_lens.runs.settings import Experiment, Training
-from relearn_lens.text.concept import Concept
-from relearn_lens.text.encoding import Encoded
+from relearn_lens.neurons.weights import WeightMask, parts
+from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.remove.ablation import prune_
+from relearn_lens.runs.arms import Arm, arms_of
+from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
+from relearn_lens.runs.events import (
+    Again,
+    ArmDone,
+    Base,
+    Blocked,
+    Cuts,
+    Damage,
+    Event,
+    Grafted,
+    Kept,
+    Measured,
+    Paused,
+    Prepared,
+    Round,
+    Sized,
+    Weighed,
+)
+from relearn_lens.runs.preparation import adapters, attribution_settings, load, megabytes, precision_of, prepare
+from relearn_lens.runs.protocol import placed
+from relearn_lens.runs.settings import Experiment
+
+BACK = 0.9
+"""Share of what it was at which a concept counts as back: where grafts are taken first."""
 
 
-def perform(experiment: Experiment, *, kept: Kept | None = None, progress: Progress | None = None) -> Iterator[Event]:
+def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Event]:
     """Run an experiment, yielding every result as it comes.
 
-    What `kept` gives back is not computed again. Each seed: fine-tune the base, measure it, choose the neurons; then
-    each arm from the same weights. Order of events: `Prepared`; per seed `Base`, `Damage`, and per arm `Measured` for
-    each stage and `Arm`; `Paused` wherever a training can be taken up again.
+    What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`,
+    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Grafted`, `Again` and `Blocked`; `Paused` wherever
+    a training can be taken up again.
     """
     threads = torch.get_num_threads()
     try:
         if experiment.threads:
             torch.set_num_threads(experiment.threads)
-        yield from _perform(experiment, kept, progress)
+        ready = prepare(experiment)
+        with computing(ready.model, precision_of(experiment, ready.model.device)):
+            yield ready
+            for seed in experiment.seeds:
+                yield from _Seed(ready, seed, kept).events()
     finally:
         torch.set_num_threads(threads)
 
 
-def _perform(experiment: Experiment, kept: Kept | None, progress: Progress | None) -> Iterator[Event]:
-    ready = prepare(experiment, progress=progress)
-    with computing(ready.tagger, getattr(torch, experiment.precision)):
-        yield from _perform_prepared(ready, kept, progress)
+def seed_for(role: str, seed: int) -> int:
+    """The seed of one training of a seed: no two roles draw the same batches and dropout."""
+    roles = ("base", "never", "retrain", "again", "blocked")
+    return int(np.random.SeedSequence([seed, roles.index(role)]).generate_state(1)[0])
 
 
-def _perform_prepared(ready: Prepared, kept: Kept | None, progress: Progress | None) -> Iterator[Event]:
-    experiment = ready.experiment
-    yield ready
-    for seed in experiment.seeds:
-        base = yield from _base(ready, seed, kept, progress)
+@dataclass
+class _Seed:
+    """One seed of an experiment under way."""
+
+    ready: Prepared
+    seed: int
+    kept: Kept | None
+    weighed: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict)
+    """Weights that grafts are made from, where there is no folder to keep them."""
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.ready.experiment
+
+    def events(self) -> Iterator[Event]:
+        """All of the seed, in order."""
+        ready = self.ready
+        base = yield from self._base()
         yield base
-        yield (kept.damage(seed) if kept else None) or _damage(ready, base, progress)
-        for arm in experiment.arms:
-            done = kept.arm(arm, seed, ready.site) if kept else None
-            if done is not None:
-                yield Arm(done, None)
+        whole = self.seed == self.experiment.seeds[0]
+        sized = self._result(Sized) or size(ready, base, whole=whole)
+        yield sized
+        cuts = self._result(Cuts) or Cuts(self.seed, cuts_of(ready, base, sized.fraction))
+        yield cuts
+        yield self._result(Damage) or damage(ready, base, cuts.sets)
+        done: dict[str, Trajectory] = {}
+        back: str | None = None
+        for arm in arms_of(self.experiment, other=ready.other.name if ready.other else None):
+            finished = self.kept.arm(arm.name, self.seed, ready.site) if self.kept else None
+            if finished is None:
+                finished = yield from self._arm(arm, base, cuts, back)
+                yield ArmDone(finished, ready.model.weights())
             else:
-                done = yield from _arm(ready, base, arm, kept, progress)
-                yield Arm(done, ready.tagger.weights())
+                yield ArmDone(finished, None)
+            done[arm.name] = finished
+            if arm.name == "concept":
+                back = first_back(finished)
+        if "concept" in done:
+            yield from self._afterwards(base, cuts, done, back)
+        self.weighed.clear()
 
+    def _result(self, kind: type, name: str = "") -> Any:
+        return self.kept.result(kind, self.seed, name) if self.kept else None
 
-def _base(ready: Prepared, seed: int, kept: Kept | None, progress: Progress | None) -> Generator[Event, None, Base]:
-    """The fine-tuned model of a seed, from the run folder if it is there."""
-    tagger, experiment = ready.tagger, ready.experiment
-    found = kept.base(seed, ready.site) if kept else None
-    if found:
-        weights, snapshot = found
-        tagger.load_weights({name: value.to(tagger.device) for name, value in weights.items()})
-    else:
-        yield from _finetune(ready, "base", seed, ready.train, kept, progress)
-        snapshot = _measure(ready, progress, "measuring the base model", seed=seed)
-        weights = {name: value.detach().clone() for name, value in tagger.weights().items()}
-    chosen = choose(snapshot.saliency, experiment.prune.fraction, experiment.prune.which)
-    # Unlike machines round differently, and processes must not disagree about a neuron at the edge.
-    chosen = Neurons(processes.agreed(chosen.mask.byte()).bool(), chosen.site)
-    return Base(seed, weights, snapshot, chosen, input_embeddings(tagger))
+    def _base(self) -> Generator[Event, None, Base]:
+        """The fine-tuned model of a seed, from the run folder if it is there."""
+        model = self.ready.model
+        found = self.kept.base(self.seed, self.ready.site) if self.kept else None
+        if found:
+            weights, snapshot = found
+            model.load_weights({name: value.to(model.device) for name, value in weights.items()})
+        else:
+            yield from self._finetune("base")
+            snapshot = self._measure("measuring the base model")
+            weights = {name: value.detach().clone() for name, value in model.weights().items()}
+        return Base(self.seed, weights, snapshot, input_embeddings(model))
 
-
-def _finetune(
-    ready: Prepared, name: str, seed: int, train: Encoded, kept: Kept | None, progress: Progress | None
-) -> Generator[Event, None, None]:
-    """Put freshly loaded weights and a fresh head into the model, or those of the last pause, and fine-tune it."""
-    experiment, tagger = ready.experiment, ready.tagger
-    resume = _resumed(ready, name, seed, kept)
-    if resume is None:
-        tagger.load_weights(load(experiment, ready.train.corpus.label_names, seed=seed).weights())
-    if experiment.finetune.epochs == 0:
-        return
-    prior_bias = experiment.finetune.prior_bias and experiment.task == "tag"
-    training = finetune_(
-        tagger, train, seed=seed, prior_bias=prior_bias, resume=resume,
-        tick=_steps(progress, "fine-tuning"), **_training(experiment.finetune),
-    )  # fmt: skip
-    for checkpoint in training:
-        yield Paused(name, seed, checkpoint, tagger.weights(), training.state())
-
-
-def _resumed(
-    ready: Prepared, name: str, seed: int, kept: Kept | None
-) -> tuple[Checkpoint, Mapping[str, Tensor]] | None:
-    """Put the weights of a training's last pause into the model, if an earlier process left one."""
-    found = kept.state(name, seed) if kept else None
-    if found is None:
-        return None
-    at, weights, state = found
-    ready.tagger.load_weights({key: value.to(ready.tagger.device) for key, value in weights.items()})
-    return at, state
-
-
-def _without_concept(encoded: Encoded, concept: Concept) -> Encoded:
-    """The same text, in which the words of the concept have no label."""
-    corpus = encoded.corpus
-    classes = concept.classes(corpus)
-    keep = ~classes.carries[classes.of_word]
-    return replace(encoded, corpus=replace(corpus, label=corpus.label * keep, begins=corpus.begins & keep))
-
-
-def _damage(ready: Prepared, base: Base, progress: Progress | None) -> Damage:
-    """F1 of the base model without the concept's neurons, and without random sets; no training."""
-    tagger, draws = ready.tagger, ready.experiment.prune.control_draws
-    tagger.load_weights(base.weights)
-    sets = [
-        base.chosen,
-        *(random_neurons(like=base.chosen, seed=_draw_seed(base.seed, 1 + k)) for k in range(draws)),
-    ]
-    scores = []
-    for k, neurons in enumerate(sets):
-        if progress:
-            progress("ablating random sets for comparison", k, len(sets))
-        with _without(ready, base, placed(neurons, ready.experiment.prune.embedding)):
-            scores.append(
-                evaluate(
-                    tagger, ready.validation, concept=ready.concept, max_tokens=ready.experiment.measure.max_tokens
-                )
-            )
-    return Damage(base.seed, scores[0], tuple(scores[1:]))
-
-
-@contextlib.contextmanager
-def _without(ready: Prepared, base: Base, neurons: Neurons) -> Iterator[None]:
-    """For a while, the base model as pruning leaves it."""
-    sever = ready.experiment.prune.sever
-    if sever in ("auto", "out"):  # the same by hooks, and for any site; auto is left where no arm prunes
-        with ablated(ready.tagger, neurons):
-            yield
-    else:
-        prune_(ready.tagger, neurons, sever=sever)
-        try:
-            yield
-        finally:
-            ready.tagger.load_weights(base.weights)
-
-
-def _arm(
-    ready: Prepared, base: Base, name: str, kept: Kept | None, progress: Progress | None
-) -> Generator[Event, None, Trajectory]:
-    """Prune and retrain one arm, from its last pause if there is one; a generator that returns its trajectory."""
-    tagger, experiment = ready.tagger, ready.experiment
-    measured = kept.stages(name, base.seed) if kept else {}
-    settings = experiment.retrain
-    found = kept.state(name, base.seed) if kept and PRUNED in measured else None
-    # What was kept of adapters is added to the pruned base again; whole weights take its place.
-    resume = (found[0], found[2]) if found else None
-    if found and not settings.lora_rank:
-        tagger.load_weights({key: value.to(tagger.device) for key, value in found[1].items()})
-    else:
-        tagger.load_weights(base.weights)
-    first = base.snapshot
-    if name == "never":
+    def _finetune(self, role: str) -> Generator[Event, None, None]:
+        """Put freshly loaded weights and a fresh head into the model, or those of the last pause, and fine-tune it."""
+        ready, model, how = self.ready, self.ready.model, self.experiment.finetune
+        training = "base" if role == "base" else f"{role}-fine"
+        resume = self._resumed(training)
         if resume is None:
-            without = _without_concept(ready.train, ready.concept)
-            yield from _finetune(ready, "never-fine", base.seed, without, kept, progress)
-        what = "measuring the model that never had the concept"
-        first = measured.get(BASE) or _measure(ready, progress, what, seed=base.seed)
-    asked = experiment.prune
-    chosen = base.chosen
-    if name == "random":
-        chosen = control_of(chosen, asked.control, seed=_draw_seed(base.seed, 0))
-    pruned = None if name == "unpruned" else placed(chosen, asked.embedding)
-    yield Measured(name, base.seed, BASE, first)
-    snapshots = {BASE: first}
-    if pruned is None:  # nothing was taken away, so there is nothing new to measure
-        snapshots[PRUNED] = first
-    else:
-        assert asked.sever != "auto"  # resolved() decided
-        if resume is None or settings.lora_rank:
-            prune_(tagger, pruned, sever=asked.sever)
-        what = f"measuring the pruned model ({name})"
-        snapshots[PRUNED] = measured.get(PRUNED) or _measure(ready, progress, what, seed=base.seed, base=base)
-    yield Measured(name, base.seed, PRUNED, snapshots[PRUNED])
-    before = [(stage, s) for stage, s in measured.items() if resume and s.at and s.at.step <= resume[0].step]
-    for stage, snapshot in sorted(before, key=lambda entry: entry[1].at.step if entry[1].at else 0):
-        snapshots[stage] = snapshot
-        yield Measured(name, base.seed, stage, snapshot)
-    with adapters(tagger, settings.lora_rank, seed=base.seed + 1):
-        if found and settings.lora_rank:
-            load_adapter_weights(tagger, found[1])
-        training = retrain_(
-            tagger, ready.train, seed=base.seed + 1, every=settings.every, restart=settings.restart, resume=resume,
-            tick=_steps(progress, f"retraining ({name})"), **_training(settings),
-        )  # fmt: skip
-        for checkpoint in training:
-            stage = stage_name(checkpoint)
-            last = checkpoint.epoch >= settings.epochs
-            what = f"measuring ({name}, epoch {stage})"
-            snapshots[stage] = _measure(ready, progress, what, seed=base.seed, base=base, last=last, at=checkpoint)
-            yield Measured(name, base.seed, stage, snapshots[stage])
-            weights = adapter_weights(tagger) if settings.lora_rank else tagger.weights()
-            yield Paused(name, base.seed, checkpoint, weights, training.state())
-    compare = ~placed(chosen, asked.embedding) if pruned is None else None
-    similarity = _similarity(ready, base, progress, f"comparing activations with the base model ({name})")
-    return Trajectory(snapshots, pruned, name, base.seed, ready.concept, compare, similarity)
+            labels, knows = ready.train.corpus.label_names, role != "never"
+            model.load_weights(load(self.experiment, labels, seed=self.seed, knows=knows).weights())
+        if how.epochs == 0:
+            return
+        text, objective, what = ready.train, cross_entropy, "fine-tuning"
+        if role == "never":
+            what = "fine-tuning the twin that never had it"
+            if self.experiment.never == "absent":
+                objective = withheld(text, ready.concept)
+            else:
+                text = as_outside(text, ready.concept)
+        checkpoints = train_(
+            model, text, how, objective=objective, seed=seed_for(role, self.seed), resume=resume, what=what
+        )
+        for checkpoint in checkpoints:
+            yield Paused(training, self.seed, checkpoint, model.weights(), checkpoints.state())
+
+    def _resumed(self, training: str) -> tuple[Checkpoint, Mapping[str, Tensor]] | None:
+        """Put the weights of a training's last pause into the model, if an earlier process left one."""
+        found = self.kept.state(training, self.seed) if self.kept else None
+        if found is None:
+            return None
+        at, weights, state = found
+        model = self.ready.model
+        model.load_weights({key: value.to(model.device) for key, value in weights.items()})
+        return at, state
+
+    def _arm(self, arm: Arm, base: Base, cuts: Cuts, back: str | None) -> Generator[Event, None, Trajectory]:
+        """Prune and retrain one arm, from its last pause if there is one; returns its trajectory."""
+        ready, model, how = self.ready, self.ready.model, self.experiment.retrain
+        name, prune = arm.name, self.experiment.prune
+        measured = self.kept.stages(name, self.seed) if self.kept else {}
+        found = self.kept.state(name, self.seed) if self.kept and PRUNED in measured else None
+        # What was kept of adapters is added to the pruned base again; whole weights take its place.
+        resume = (found[0], found[2]) if found else None
+        if found and not how.lora_rank:
+            model.load_weights({key: value.to(model.device) for key, value in found[1].items()})
+        else:
+            model.load_weights(base.weights)
+        first = base.snapshot
+        if not arm.knows:
+            if resume is None:
+                yield from self._finetune("never")
+            first = measured.get(BASE) or self._measure("measuring the model that never had the concept")
+        pruned = None if arm.cut is None else placed(cuts.sets[arm.cut], prune.embedding)
+        yield Measured(name, self.seed, BASE, first)
+        snapshots = {BASE: first}
+        if pruned is None:  # nothing was taken away, so there is nothing new to measure
+            snapshots[PRUNED] = first
+        else:
+            assert prune.sever != "auto"  # resolved() decided
+            if resume is None or how.lora_rank:
+                prune_(model, pruned, sever=prune.sever)
+            what = f"measuring the cut model ({name})"
+            snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
+        yield Measured(name, self.seed, PRUNED, snapshots[PRUNED])
+        before = [(stage, s) for stage, s in measured.items() if resume and s.at and s.at.step <= resume[0].step]
+        for stage, snapshot in sorted(before, key=lambda entry: entry[1].at.step if entry[1].at else 0):
+            snapshots[stage] = snapshot
+            yield Measured(name, self.seed, stage, snapshot)
+        with adapters(model, how.lora_rank, seed=seed_for("retrain", self.seed)):
+            if found and how.lora_rank:
+                load_adapter_weights(model, found[1])
+            training = retrain_(
+                model, ready.train, how, seed=seed_for("retrain", self.seed), resume=resume, what=f"retraining ({name})"
+            )
+            for checkpoint in training:
+                stage = stage_name(checkpoint)
+                last = checkpoint.step == training.last_step
+                what = f"measuring ({name}, {checkpoint.by} {stage})"
+                snapshots[stage] = self._measure(what, base=base, last=last, at=checkpoint, arm=arm)
+                yield Measured(name, self.seed, stage, snapshots[stage])
+                if not how.lora_rank and self._grafted(arm, snapshots, stage, back, last):
+                    yield from self._weigh(name, stage)
+                weights = adapter_weights(model) if how.lora_rank else model.weights()
+                yield Paused(name, self.seed, checkpoint, weights, training.state())
+        compare = ~placed(cuts.sets["concept"], prune.embedding) if pruned is None else None
+        similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
+        return Trajectory(snapshots, pruned, name, self.seed, ready.concept, compare, similarity)
+
+    def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
+        """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
+        if self.experiment.grafts.skip or arm.name not in ("concept", "random", "unpruned"):
+            return False
+        if arm.name != "concept":
+            return last or stage == back
+        so_far = Trajectory(dict(snapshots), None, concept=self.ready.concept)
+        return last or first_back(so_far) == stage
+
+    def _weigh(self, arm: str, stage: str) -> Iterator[Event]:
+        weights = self.ready.model.weights()
+        if self.kept is None:
+            self.weighed[arm, stage] = {name: value.detach().clone() for name, value in weights.items()}
+        yield Weighed(arm, self.seed, stage, weights)
+
+    def _weights_at(self, arm: str, stage: str) -> Mapping[str, Tensor] | None:
+        if self.kept is not None:
+            return self.kept.weighed(arm, self.seed, stage)
+        return self.weighed.get((arm, stage))
+
+    def _afterwards(self, base: Base, cuts: Cuts, done: Mapping[str, Trajectory], back: str | None) -> Iterator[Event]:
+        """Where it came back, by intervention."""
+        experiment, path = self.experiment, done["concept"]
+        last = path.stages[-1]
+        end = self._weights_at("concept", last)
+        if experiment.grafts.skip or end is None:
+            return
+        stages = list(dict.fromkeys(stage for stage in (back, last) if stage is not None))
+        grafted = self._result(Grafted)
+        if grafted is None:
+            made = {stage: self._graft(stage, base, cuts, done) for stage in stages}
+            grafted = Grafted(self.seed, {stage: each for stage, each in made.items() if each is not None})
+        yield grafted
+        yield self._result(Again) or self._again(end, cuts, path)
+        for held in experiment.block.held:
+            blocked = self._result(Blocked, held)
+            blocked = blocked or self._blocked(held, base, cuts, path, grafted)
+            if blocked is not None:
+                yield blocked
+
+    def _cut_weights(self, base: Base, neurons: Neurons) -> dict[str, Tensor]:
+        """Weights of the base model after a cut; the model holds them too."""
+        model, prune = self.ready.model, self.experiment.prune
+        assert prune.sever != "auto"
+        model.load_weights(base.weights)
+        prune_(model, placed(neurons, prune.embedding), sever=prune.sever)
+        return {name: value.detach().clone() for name, value in model.weights().items()}
+
+    def _graft(self, stage: str, base: Base, cuts: Cuts, done: Mapping[str, Trajectory]) -> Grafts | None:
+        ready, model, how, prune = self.ready, self.ready.model, self.experiment.grafts, self.experiment.prune
+        retrained = self._weights_at("concept", stage)
+        if retrained is None:
+            return None
+        assert prune.sever != "auto"
+        controls = {}
+        for name in ("random", "unpruned"):
+            end = self._weights_at(name, stage) if name in done else None
+            if end is not None:
+                start = base.weights if name == "unpruned" else self._cut_weights(base, cuts.sets["random"])
+                controls[name] = (start, end)
+        cut = self._cut_weights(base, cuts.sets["concept"])
+        label = done["concept"].label
+        mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=prune.sever)
+        with progress.task(f"grafting ({done['concept'][stage].at.by if done['concept'][stage].at else ''} {stage})"):
+            return grafts(
+                model, cut, retrained, self._outcomes, parts=parts(model, bands=how.bands), cut=mask,
+                controls=controls, cumulative=how.cumulative, label=label,
+            )  # fmt: skip
+
+    def _outcomes(self, _: object = None) -> dict[str, Scores]:
+        """What grafts are judged by: the margin first, and beside it what people read."""
+        scores = self._evaluated()
+        return {scores.margin.quantity: scores.margin, scores.metric: scores}  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _evaluated(self) -> Any:
+        ready = self.ready
+        tokens = self.experiment.measure.max_tokens
+        return evaluate(ready.model, ready.scored, concept=ready.concept, max_tokens=tokens)
+
+    def _again(self, end: Mapping[str, Tensor], cuts: Cuts, path: Trajectory) -> Again:
+        """The first cut made again in the retrained model; and what carries the concept now, found, cut, retrained."""
+        model, prune = self.ready.model, self.experiment.prune
+        assert prune.sever != "auto"
+        old = cuts.sets["concept"]
+        model.load_weights(end)
+        drawn = [random_neurons(like=old, seed=draw_seed(self.seed, 1 + k)) for k in range(prune.control_draws)]
+        after = []
+        with progress.task("cutting again", 1 + len(drawn)):
+            for neurons in (old, *drawn):
+                model.load_weights(end)
+                prune_(model, placed(neurons, prune.embedding), sever=prune.sever)
+                after.append(self._evaluated())
+                progress.advance()
+        rounds: list[Round] = []
+        model.load_weights(end)
+        snapshot, ever = path[path.stages[-1]], old
+        for k in range(self.experiment.rounds):
+            new = snapshot.saliency.top(len(old))
+            prune_(model, placed(new, prune.embedding), sever=prune.sever)
+            cut = self._evaluated()
+            course = self._course(f"retraining (round {k + 2})", path, "again", k)
+            per_layer = ever.mask.float().mean(1)
+            by_chance = float((new.mask.sum(1) * per_layer).sum() / len(new))
+            rounds.append(Round(new, share_old(new, ever), by_chance, cut, course))
+            ever = ever | new
+            if k + 1 < self.experiment.rounds:
+                snapshot = self._measure("measuring after another round")
+        return Again(self.seed, after[0], tuple(after[1:]), tuple(rounds))
+
+    def _course(self, what: str, path: Trajectory, role: str, k: int = 0, **how: Any) -> dict[int, Scores]:
+        """Retrain the model as it is, and evaluate at every pause until the concept is back."""
+        ready, label = self.ready, self.experiment.labels
+        course: dict[int, Scores] = {}
+        reference = path[BASE].scores.value(label)
+        for checkpoint in retrain_(
+            ready.model, ready.train, self.experiment.retrain, seed=seed_for(role, self.seed) + k, what=what, **how
+        ):
+            course[checkpoint.step] = self._evaluated()
+            if course[checkpoint.step].value(label) >= BACK * reference:
+                break
+        return course
+
+    def _blocked(self, held: str, base: Base, cuts: Cuts, path: Trajectory, grafted: Grafted) -> Blocked | None:
+        """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
+        model, old = self.ready.model, cuts.sets["concept"]
+        heirs = path[path.stages[-1]].saliency.top(len(old)) - old
+        if held == "part":
+            last = grafted.stages.get(path.stages[-1])
+            shares = {name: last.enough(name).value for name in last.parts if name != "cut"} if last else {}
+            known = {name: value for name, value in shares.items() if value == value}
+            if not known:
+                return None
+            mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=parts(model))
+        else:
+            which = (
+                heirs
+                if held == "heirs"
+                else random_neurons(like=heirs, seed=draw_seed(self.seed, 99), apart=heirs | old)
+            )
+            if not len(which):
+                return None
+            prune = self.experiment.prune
+            assert prune.sever != "auto"
+            mask = WeightMask.of(model, which, sever=prune.sever)
+        self._cut_weights(base, old)
+        course = self._course(f"retraining ({held} held)", path, "retrain", only=~mask)
+        return Blocked(self.seed, held, course)
+
+    def _similarity(self, base: Base, what: str, arm: Arm) -> dict[str, ActivationSimilarity]:
+        """Activations of the base model against those of the model as it is now."""
+        ready, how = self.ready, self.experiment.measure
+        if "similarity" not in how.what or not self._is_dear(arm):
+            return {}
+        with progress.task(what, 2 * ready.probe.n_tokens):
+            return activation_similarity(
+                base.weights, ready.model, ready.probe, concept=ready.concept, site=ready.site,
+                max_memory=megabytes(how.max_memory), max_tokens=how.max_tokens,
+            )  # fmt: skip
+
+    def _is_dear(self, arm: Arm | None) -> bool:
+        """Whether a seed's arm gets the measurements that take long."""
+        if arm is not None and arm.name not in ("concept", "random", "unpruned"):
+            return False
+        return self.experiment.measure.dear == "all" or self.seed == self.experiment.seeds[0]
+
+    def _measure(
+        self,
+        what: str,
+        *,
+        base: Base | None = None,
+        last: bool = False,
+        at: Checkpoint | None = None,
+        arm: Arm | None = None,
+    ) -> Snapshot:
+        """One snapshot. Base and last stage get every measurement, others the cheap ones."""
+        ready, how, settings = self.ready, self.experiment.measure, self.experiment
+        ends = base is None or last
+        dear = self._is_dear(arm) and (ends or how.everywhere)
+        wanted = [name for name in how.what if name != "similarity" and (name in SCORES or dear)]
+        scored = ready.scored
+        total = ready.probe.n_tokens * (2 if "top_words" in wanted else 1) + scored.n_tokens
+        with progress.task(what, total):
+            return measure(
+                ready.model, ready.probe, ready.concept, validation=scored, site=ready.site, score=settings.score,
+                contrast=settings.contrast, what=wanted, base=base.snapshot if base else None,
+                vectors=base.vectors if base else None, shuffles=how.shuffles if ends else 0, seed=self.seed,
+                rank_bucket=how.rank_bucket, nulls=how.nulls, attribution=attribution_settings(settings),
+                sample_words=how.sample_words, max_memory=megabytes(how.max_memory), at=at, max_tokens=how.max_tokens,
+            )  # fmt: skip
 
 
-def _similarity(ready: Prepared, base: Base, progress: Progress | None, what: str) -> dict[str, ActivationSimilarity]:
-    """Activations of the base model against those of the model as it is now."""
-    measuring = ready.experiment.measure
-    if "similarity" not in measuring.what:
-        return {}
-    return activation_similarity(
-        base.weights, ready.tagger, ready.probe, concept=ready.concept, site=ready.site,
-        max_memory=megabytes(measuring.max_memory), max_tokens=measuring.max_tokens,
-        tick=_tokens(progress, what, 2 * ready.probe.n_tokens),
-    )  # fmt: skip
-
-
-def _training(settings: Training) -> dict[str, Any]:
-    names = ("epochs", "lr", "batch_size", "weight_decay", "clip", "accumulate", "checkpointing")
-    return {name: getattr(settings, name) for name in names}
-
-
-def _draw_seed(seed: int, draw: int) -> int:
-    """Seed of a random set of neurons: 0 is the random arm, the others are the draws beside it."""
-    return 1000 * (seed + 1) + draw
-
-
-def _steps(progress: Progress | None, what: str) -> Callable[[int, int], object] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
-
-
-def _measure(
-    ready: Prepared,
-    progress: Progress | None,
-    what: str,
-    *,
-    seed: int,
-    base: Base | None = None,
-    last: bool = False,
-    at: Checkpoint | None = None,
-) -> Snapshot:
-    """One snapshot, with progress in tokens. Base and last stage get every measurement, others the cheap ones."""
-    settings, asked = ready.experiment, ready.experiment.measure
-    ends = base is None or last
-    wanted = [name for name in asked.what if name != "similarity" and (ends or asked.everywhere or name in SCORES)]
-    tick = _tokens(
-        progress, what, ready.probe.n_tokens * (2 if "top_words" in wanted else 1) + ready.validation.n_tokens
-    )
-    return measure(
-        ready.tagger, ready.probe, ready.concept, validation=ready.validation, site=ready.site, score=settings.score,
-        contrast=settings.contrast, what=wanted, base=base.snapshot if base else None,
-        vectors=base.vectors if base else None, shuffles=asked.shuffles if ends else 0, seed=seed,
-        rank_bucket=asked.rank_bucket, nulls=asked.nulls,
-        attribution=attribution_settings(settings), sample_words=asked.sample_words,
-        max_memory=megabytes(asked.max_memory), at=at, max_tokens=asked.max_tokens, tick=tick,
-    )  # fmt: skip
-
-
-def _tokens(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
-    """Progress in tokens."""
-    done = 0
-
-    def tick(tokens: int) -> None:
-        nonlocal done
-        done = min(total, done + tokens)
-        if progress:
-            progress(what, done, total)
-
-    return tick
+def first_back(path: Trajectory) -> str | None:
+    """The first stage at which the concept has `BACK` of what it was before the cut; None while it has not."""
+    label, reference = path.label, path[BASE].scores.value(path.label)
+    stages = [stage for stage in path.stages if stage not in (BASE, PRUNED)]
+    return next((stage for stage in stages if path[stage].scores.value(label) >= BACK * reference), None)

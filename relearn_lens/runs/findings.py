@@ -32,8 +32,8 @@ Table = tuple[list[str], list[list[str]]]
 def claims_of(run: Run) -> list[Claim]:
     """C1 to C9 of a run."""
     return claims(
-        run.arms, run.label, random_sets=[damage.random for damage in run.damage], level=run.interval["level"],
-        draws=run.interval["draws"],
+        run.arms, run.label, random_sets=[damage.random.get("layers", ()) for damage in run.damage],
+        level=run.interval["level"], draws=run.interval["draws"],
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def _meaning(arm: Trajectory, stage: str) -> dict[str, Any] | None:
 
 
 def _speeds(run: Run, arms: Sequence[Trajectory]) -> dict[str, Any]:
-    found = recovery.speeds(arms, run.label, **run.interval)
+    found = recovery.speeds(arms, run.label, unpruned=run.arms.get("unpruned"), **run.interval)
     return {
         "reached": {f"{share:g}": asdict(when) for share, when in found.reached.items()},
         "area": None if found.area is None else asdict(found.area),
@@ -222,7 +222,7 @@ def speed_rows(run: Run) -> Table:
     for name, arms in run.arms.items():
         if arms[0].pruned is None:
             continue
-        found = recovery.speeds(arms, run.label, **run.interval)
+        found = recovery.speeds(arms, run.label, unpruned=run.arms.get("unpruned"), **run.interval)
         area = "within noise" if found.area is None else _interval(found.area)
         rows.append([name, *(_interval(when.epochs) or "not reached" for when in found.reached.values()), area])
     shares = [f"epochs to {share:.0%}" for share in recovery.SHARES]

@@ -221,7 +221,7 @@ def _disk(experiment: Experiment, shape: Shape, text: Text) -> int:
     """Megabytes of the run folder at its largest: every seed's base, one training's weights and two moments, twice
     while one file replaces another, what is kept, and a few numbers per neuron, class and stage."""
     seeds, arms = len(experiment.seeds), len(experiment.arms)
-    stages = math.ceil(experiment.retrain.epochs / experiment.retrain.every)
+    stages = experiment.retrain.n_stages
     kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}.get(experiment.keep, 0)
     neurons = (shape.layers + 1) * shape.d_model * (4 if experiment.site.startswith("mlp") else 1)
     numbers = 2 * seeds * (arms + 1) * (stages + 2) * neurons * (16 * text.labels + 48)

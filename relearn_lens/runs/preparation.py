@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from relearn_lens import sources
+from relearn_lens import progress, sources
 from relearn_lens.find.attribution import attribution_plan
 from relearn_lens.find.saliency import score_of
 from relearn_lens.measure.tracking import FORMS, check_measures
@@ -18,13 +18,13 @@ from relearn_lens.models.loading import load_language_model, load_tagger
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model
 from relearn_lens.neurons.sites import Site, site_of
-from relearn_lens.runs.events import Prepared, Progress
+from relearn_lens.runs.events import Prepared
 from relearn_lens.runs.needs import Shape, fitted
 from relearn_lens.runs.protocol import resolved
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.texts import draw, read_texts
 from relearn_lens.text.concept import Concept
-from relearn_lens.text.corpus import Corpus, Splits
+from relearn_lens.text.corpus import OUTSIDE, Corpus, Splits
 from relearn_lens.text.encoding import Encoded, Reading
 
 
@@ -35,7 +35,7 @@ def concept_of(experiment: Experiment) -> Concept:
     return Concept("+".join(experiment.labels), experiment.labels)
 
 
-def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prepared:
+def prepare(experiment: Experiment) -> Prepared:
     """Load text and model, draw the sentences, and check all that can be checked before training.
 
     Raises:
@@ -46,18 +46,16 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
     check_measures(experiment.measure.what)
     _check_device(experiment.device)
     concept = concept_of(experiment)
-    if progress:
-        progress("reading the text", 0, 1)
-    splits = read_texts(experiment, concept)
+    with progress.task("reading the text", 1):
+        splits = read_texts(experiment, concept)
     for part in splits:
         concept.classes(part)
     data = experiment.data
     sizes = (data.train_sentences, data.validation_sentences, data.probe_sentences)
     drawn = [draw(part, size, concept, experiment) for part, size in zip(splits, sizes, strict=True)]
     concept.classes(drawn[2])
-    if progress:
-        progress("loading the model", 0, 1)
-    tagger = load(experiment, drawn[0].label_names)
+    with progress.task("loading the model", 1):
+        tagger = load(experiment, drawn[0].label_names)
     site = site_of(tagger.bridge, experiment.site)
     with adapters(tagger, experiment.retrain.lora_rank, seed=0):
         pass  # peft, and layers to adapt, are there
@@ -69,13 +67,50 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
     decided += fits
     notes = [note for part in (train, validation, probe) for note in part.notes()] + decided
     notes += _plans(experiment, tagger, probe, concept, site)
+    other = other_concept(experiment, probe.corpus)
+    if "other" in experiment.arms and other is None:
+        notes.append(
+            f"other = 'auto': no other label of the text has {FEWEST_SPANS} spans in the {probe.corpus.n_sentences:,} "
+            "sentences that are scored, so there is no arm 'other', and whether the cut was specific stays open"
+        )
+    notes.append(f"precision: {str(precision_of(experiment, tagger.device)).removeprefix('torch.')}")
     return Prepared(
-        experiment, tagger, site, concept, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
+        experiment, tagger, site, concept, other, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
     )
 
 
-def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0) -> Model:
-    """The model with its head; the planted toy comes with its own."""
+FEWEST_SPANS = 30
+"""Spans that a label needs in a text, for its score to be judged."""
+
+
+def other_concept(experiment: Experiment, corpus: Corpus) -> Concept | None:
+    """The second concept: as set, or the most frequent other label with `FEWEST_SPANS` spans in the text.
+
+    Raises:
+        ValueError: the text has no such label, or it is the concept itself.
+    """
+    labels = [name for name in corpus.label_names if name != OUTSIDE and name not in experiment.labels]
+    if experiment.other != "auto":
+        if experiment.other not in labels:
+            raise ValueError(f"other = {experiment.other!r}: the other labels of the text are {', '.join(labels)}")
+        return Concept(experiment.other)
+    spans = {name: int(corpus.begins[corpus.label == corpus.label_names.index(name)].sum()) for name in labels}
+    most = max(spans, key=spans.__getitem__, default=None)
+    return Concept(most) if most is not None and spans[most] >= FEWEST_SPANS and not experiment.words else None
+
+
+def precision_of(experiment: Experiment, device: torch.device) -> torch.dtype:
+    """What the model computes in: as set, or bfloat16 where the processor has units for it."""
+    if experiment.precision != "auto":
+        return getattr(torch, experiment.precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    flags = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
+
+
+def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0, knows: bool = True) -> Model:
+    """The model with its head; the planted toy comes with its own, or (not `knows`) without the planted concept."""
     device = None if experiment.device == "auto" else experiment.device
     if experiment.task == "next_token":
         if experiment.model == "toy":
@@ -84,7 +119,7 @@ def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0) -> M
     if experiment.model == "toy":
         if labels != toy.LABELS:
             raise ValueError(f"model 'toy' knows the labels {toy.LABELS} of corpus 'toy', not {labels}")
-        return toy.tagger(seed=seed).to(device or "cpu")
+        return toy.tagger(seed=seed, knows=knows).to(device or "cpu")
     return load_tagger(experiment.model, labels, seed=seed, device=device)
 
 

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.neurons.sites import Neurons, Site, random_neurons
-from relearn_lens.remove.ablation import check_prunable
+from relearn_lens.neurons.weights import check_prunable
 from relearn_lens.runs.settings import Experiment
 
 EMBEDDING = "embed"
@@ -50,11 +50,11 @@ def placed(neurons: Neurons, embedding: str) -> Neurons:
 def control_of(chosen: Neurons, how: str, *, seed: int) -> Neurons:
     """As many neurons as were chosen, for the random arm.
 
-    `"layers"`: as many in every layer, drawn; `"uniform"`: drawn over all layers; `"first"`: the first in order, layer
-    by layer, without a draw, as published.
+    `"disjoint"`: as many in every layer, drawn from the others where there is room; `"layers"`: drawn from all;
+    `"uniform"`: drawn over all layers; `"first"`: the first in order, layer by layer, without a draw, as published.
     """
-    if how == "layers":
-        return random_neurons(like=chosen, seed=seed)
+    if how in ("disjoint", "layers"):
+        return random_neurons(like=chosen, seed=seed, apart=chosen if how == "disjoint" else None)
     n = chosen.site.n_neurons
     order = torch.arange(n) if how == "first" else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(n, dtype=torch.bool)

@@ -7,7 +7,7 @@ from typing import Any
 
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.tracking import BASE, Trajectory
-from relearn_lens.runs.events import Damage
+from relearn_lens.runs.events import Again, ArmDone, Blocked, Cuts, Damage, Event, Grafted, Sized
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.text import markup
 
@@ -19,10 +19,29 @@ class Run:
     experiment: Experiment
     arms: dict[str, list[Trajectory]] = field(default_factory=dict)
     """Arm name to one trajectory per seed, in the order of the settings."""
+    sized: list[Sized] = field(default_factory=list)
+    """How large each seed's cut is, and the doses that say so."""
+    cuts: list[Cuts] = field(default_factory=list)
+    """The neurons that each seed cuts."""
     damage: list[Damage] = field(default_factory=list)
+    """What cutting alone does, per seed."""
+    grafted: list[Grafted] = field(default_factory=list)
+    """Which parts brought the concept back, per seed."""
+    again: list[Again] = field(default_factory=list)
+    """The concept's arm cut again, per seed."""
+    blocked: list[Blocked] = field(default_factory=list)
+    """The concept's arm retrained with something held."""
     manifest: dict[str, Any] = field(default_factory=dict)
     """Versions, seeds, hashes of inputs, notes, seconds, memory."""
     folder: str | None = None
+
+    def take(self, event: Event) -> None:
+        """Put what an event brings to the rest; events that pass by change nothing."""
+        match event:
+            case ArmDone(trajectory=path):
+                self.arms.setdefault(path.arm, []).append(path)
+            case Sized() | Cuts() | Damage() | Grafted() | Again() | Blocked():
+                getattr(self, type(event).__name__.lower()).append(event)
 
     @property
     def label(self) -> Label:

@@ -12,29 +12,29 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-Size = Annotated[float, Field(gt=0, le=10**9)]
-Epochs = Annotated[float, Field(gt=0, le=10_000)]
-Rate = Annotated[float, Field(gt=0, le=10)]
+from relearn_lens.methods import AtMost, Finetuning, Method, Retraining, Size
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-AtMost = Annotated[int, Field(ge=1, le=10**9)]
-"""So many, or all where there are fewer."""
-
-STAGES = 10_000
-"""Most stages of one training: each is measured."""
 
 
-class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+ArmName = Literal["concept", "other", "random", "unpruned", "never"]
+ARMS: tuple[ArmName, ...] = get_args(ArmName)
 
 
-class Data(_Group):
+class Data(Method):
     """Which sentences of the corpus are used."""
 
-    train_sentences: AtMost = Field(default=900, description="sentences to train on, at most")
-    validation_sentences: AtMost = Field(default=300, description="sentences that F1 is measured on, at most")
-    probe_sentences: AtMost = Field(default=200, description="sentences that saliency is measured on, at most")
+    train_sentences: AtMost = Field(default=600, description="sentences to train on, at most")
+    validation_sentences: AtMost = Field(
+        default=150,
+        description="sentences on which the size of the cut is found, at most; they neither train, nor find neurons, "
+        "nor are scored unless measure.on says so",
+    )
+    probe_sentences: AtMost = Field(
+        default=150, description="sentences that F1, margins and saliency are measured on, in one pass, at most"
+    )
     parts: tuple[float, float, float] = Field(
         default=(0.6, 0.2, 0.2),
         description="shares of train, validation and probe where the corpus is not split already",
@@ -65,10 +65,25 @@ class Data(_Group):
         return parts
 
 
-class Prune(_Group):
+class Prune(Method):
     """What is removed."""
 
-    fraction: float = Field(default=0.5, gt=0, le=1, description="share of all neurons of the site that is pruned")
+    fraction: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="share of all neurons of the site that is pruned; auto: the smallest of `grid` that takes the "
+        "concept and leaves the others, on the validation sentences, for each seed",
+    )
+    grid: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20), min_length=1, description="fractions that auto tries"
+    )
+    gone: float = Field(
+        default=0.1, gt=0, lt=1, description="auto: the concept's F1 is to fall below this share of what it was"
+    )
+    spared: float = Field(
+        default=0.85, gt=0, lt=1,
+        description="auto: the F1 of all labels with 30 spans or more, together, is to keep this share of what it was, "
+        "at the lower end of its interval",
+    )  # fmt: skip
     sever: Literal["auto", "out", "both", "gain", "writes"] = Field(
         default="auto",
         description="which weights are zeroed; out: those that carry the neuron on, so that it is gone; both: those "
@@ -87,65 +102,34 @@ class Prune(_Group):
         description="the most or the least salient neurons. Published: by_family, the most salient in BERT-like models "
         "and, by a sorting order, the least salient in GPT-2: that prunes what the concept does not use",
     )
-    control: Literal["layers", "uniform", "first"] = Field(
-        default="layers",
-        description="the random arm; layers: as many in every layer as the concept arm, so that only the choice within "
-        "a layer differs; uniform: as many over all layers. Published: first, the first ids in order, which are the "
-        "embedding and the early blocks and no random draw",
+    control: Literal["disjoint", "layers", "uniform", "first"] = Field(
+        default="disjoint",
+        description="the random arm; disjoint: as many in every layer as the concept arm, none of them the concept "
+        "arm's where there is room; layers: as many in every layer, from all; uniform: as many over all layers. "
+        "Published: first, the first ids in order, which are the embedding and the early blocks and no random draw",
     )
     control_draws: int = Field(
-        default=3,
+        default=4,
         ge=0,
         le=1000,
-        description="random sets of the same size per layer whose damage is measured without retraining",
+        description="random sets of each kind whose damage is measured without retraining, per seed",
     )
 
 
-class Training(_Group):
-    """AdamW with a learning rate that falls linearly to 0."""
-
-    epochs: Epochs = Field(default=3, description="passes over the training sentences")
-    lr: Rate = Field(default=1e-4, description="highest learning rate")
-    batch_size: int = Field(default=16, ge=1, le=100_000, description="sentences per step")
-    weight_decay: float = Field(default=0.01, ge=0, le=10, description="not on biases and LayerNorms")
-    clip: Size = Field(default=1.0, description="largest gradient norm")
-    accumulate: int = Field(
-        default=1, ge=1, le=100_000, description="parts that a batch goes through the model in, to save memory"
-    )
-    checkpointing: bool = Field(default=False, description="compute blocks again in the backward pass, to save memory")
-
-
-class Finetune(Training):
-    """Training of the base model."""
-
-    epochs: float = Field(
-        default=3,
-        ge=0,
-        le=10_000,
-        description="passes over the training sentences; 0: the model as it comes (its own head)",
-    )
-    prior_bias: bool = Field(default=True, description="start the head's bias at the log share of each tag")
-
-
-class Retrain(Training):
-    """Training after pruning, measured after every stage."""
-
-    lr: Rate = Field(default=5e-4, description="highest learning rate")
-    every: Epochs = Field(default=1, description="epochs per stage")
-    restart: bool = Field(default=False, description="begin optimiser and learning rate anew in every stage")
-    lora_rank: int | None = Field(
-        default=None, ge=1, le=10_000,
-        description="train only low-rank adapters of this rank beside the blocks' matrices (alpha 16; needs peft: "
-        "extra lora), and the head; an interrupted arm is retrained from its beginning; none: train all weights",
-    )  # fmt: skip
-
-
-class Measure(_Group):
+class Measure(Method):
     """What is measured, and how. A list alone stands for `what`: `measure = ["probeless", "dprime"]`."""
 
     what: tuple[str, ...] = Field(
-        default=("probeless", "dprime", "auroc", "conductance", "top_words", "similarity"),
+        default=("dprime", "probeless", "auroc", "conductance", "top_words", "similarity"),
         description="scores (`relearn-lens scores`), conductance or layer_ig, top_words, similarity",
+    )
+    on: Literal["probe", "validation"] = Field(
+        default="probe",
+        description="the sentences that F1 and margins are measured on; validation where the probe text is another one",
+    )
+    dear: Literal["first", "all"] = Field(
+        default="first",
+        description="which seeds get attribution, top words and similarity, which take longest; first: the first seed",
     )
     everywhere: bool = Field(
         default=False,
@@ -165,7 +149,7 @@ class Measure(_Group):
         default="auto", description="attribution: the reference input; auto, mask, pad, end, mean (or zero)"
     )
     quadrature: str = Field(default="gauss-legendre", description="attribution: gauss-legendre or riemann")
-    steps: int = Field(default=8, ge=2, le=1000, description="attribution: points of the quadrature")
+    steps: int = Field(default=16, ge=2, le=1000, description="attribution: points of the quadrature")
     sentences: AtMost = Field(default=24, description="attribution: sentences that hold the concept, at most")
     rank_bucket: int = Field(
         default=1,
@@ -200,7 +184,27 @@ class Measure(_Group):
     level: float = Field(default=0.95, gt=0.5, le=0.9999, description="coverage of the intervals")
 
 
-class Experiment(_Group):
+class Grafting(Method):
+    """Where it came back, by moving parts of the model between the cut and the retrained weights."""
+
+    skip: bool = Field(default=False, description="leave this out, and cutting again with it")
+    bands: int | None = Field(
+        default=None, ge=1, le=1000, description="blocks in so many groups of neighbours; none: each for itself"
+    )
+    cumulative: bool = Field(default=False, description="also all parts up to each, from the input and from the output")
+
+
+class Blocking(Method):
+    """Train on with something held where the cut left it: does it need to come back there?"""
+
+    held: tuple[Literal["part", "heirs", "random"], ...] = Field(
+        default=(),
+        description="part: the part of the model that alone brings most back; heirs: the neurons that carry the "
+        "concept at the end; random: as many others in every layer",
+    )
+
+
+class Experiment(Method):
     """Find the neurons of a concept, prune them, retrain, and follow the concept, with controls."""
 
     model: str = Field(
@@ -232,20 +236,36 @@ class Experiment(_Group):
         description="the label, or several, that carry the concept in probe_corpus; none: named there as in corpus",
     )
     site: str = Field(default="resid", description="what a neuron is (`relearn-lens sites`)")
-    score: str = Field(default="probeless", description="how neurons are ranked (`relearn-lens scores`)")
+    score: str = Field(default="dprime", description="how neurons are ranked (`relearn-lens scores`)")
     contrast: Literal["classes", "rest"] = Field(
-        default="classes",
-        description="compare the concept with each other class and sum, or with all other words together",
+        default="rest",
+        description="compare the concept with all other words together, or with each other class and sum: that ranks "
+        "the neurons of other concepts too. Published: classes",
     )
-    arms: tuple[Literal["concept", "random", "unpruned", "never"], ...] = Field(
-        default=("concept", "random", "unpruned"), min_length=1,
-        description="concept: its neurons are pruned; random: as many in every layer, drawn; unpruned: none; never: "
-        "pruned as the concept arm, but fine-tuned on text in which the concept has no label, for savings",
+    other: str = Field(
+        default="auto",
+        description="the label of the arm other; auto: the most frequent other one with 30 spans in the probe text; "
+        "without one the arm is left out",
+    )
+    arms: tuple[ArmName, ...] = Field(
+        default=ARMS, min_length=1,
+        description="concept: its neurons are pruned; other: those of another label, as many; random: drawn, as many; "
+        "unpruned: none; never: pruned as the concept arm, but fine-tuned without the concept's label",
     )  # fmt: skip
-    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1, description="each seed is a fine-tuning and all arms")
+    never: Literal["absent", "outside"] = Field(
+        default="absent",
+        description="what the arm never is fine-tuned on; absent: the concept's words are in no loss, and its label is "
+        "none that could be given; outside: they are labelled O, which teaches against the concept",
+    )
+    seeds: tuple[Seed, ...] = Field(
+        default=(0, 1, 2), min_length=1,
+        description="each seed is a fine-tuning and all arms; what training did gets a verdict from three on",
+    )  # fmt: skip
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="what the model computes in; its weights are float32 either way"
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="what the model computes in; its weights are float32 either way; auto: bfloat16 where the "
+        "processor has units for it",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch while the run lasts; none: torch's own choice"
@@ -262,9 +282,14 @@ class Experiment(_Group):
     )
     data: Data = Data()
     prune: Prune = Prune()
-    finetune: Finetune = Finetune()
-    retrain: Retrain = Retrain()
+    finetune: Finetuning = Finetuning()
+    retrain: Retraining = Retraining()
     measure: Measure = Measure()
+    grafts: Grafting = Grafting()
+    rounds: int = Field(
+        default=1, ge=0, le=100, description="how often the concept is found and cut again in the model it came back to"
+    )
+    block: Blocking = Blocking()
 
     @model_validator(mode="before")
     @classmethod
@@ -300,16 +325,12 @@ class Experiment(_Group):
             raise ValueError("words: a tagger needs a label for the concept; use task = 'next_token', or a label")
         if self.words and not isinstance(self.concept, str):
             raise ValueError(f"concept = {list(self.concept)}: a concept that is given by words has one name")
-        if self.task == "next_token" and "never" in self.arms:
-            raise ValueError("arms = 'never': a language model has no labels to hide the concept with; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _stages(self) -> Experiment:
-        if self.retrain.epochs / self.retrain.every > STAGES * (1 + 1e-9):
+        if self.task == "next_token" and self.never == "outside":
+            raise ValueError("never = 'outside': a language model has no label O; use never = 'absent'")
+        if self.task == "next_token" and self.prune.fraction == "auto":
             raise ValueError(
-                f"retrain.every = {self.retrain.every}: {self.retrain.epochs} epochs would be more than {STAGES:,} "
-                f"stages, and each is measured; make it {self.retrain.epochs / STAGES:g} or more"
+                "prune.fraction = 'auto': the size of a cut is found by F1, which a language model does not have; give "
+                "a number, such as 0.01"
             )
         return self
 
@@ -360,7 +381,7 @@ class Experiment(_Group):
 
 PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
     "corrected": {
-        "prune": {"sever": "auto", "embedding": "own", "which": "most", "control": "layers"},
+        "prune": {"sever": "auto", "embedding": "own", "which": "most", "control": "disjoint"},
         "measure": {"rank_bucket": 1, "nulls": "drop", "selection": "matched"},
     },
     "published": {
@@ -392,7 +413,7 @@ def fields() -> list[tuple[str, Any, str]]:
     found = []
     for name, field in Experiment.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        if isinstance(default, _Group):
+        if isinstance(default, Method):
             found += [
                 (f"{name}.{key}", getattr(default, key), inner.description or "")
                 for key, inner in type(default).model_fields.items()
@@ -412,7 +433,7 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     both = dict(under)
     for key, value in over.items():
         mine, value = both.get(key), as_group(key, value)
-        if isinstance(mine, Mapping) and isinstance(value, _Group):
+        if isinstance(mine, Mapping) and isinstance(value, Method):
             value = value.model_dump(exclude_unset=True)
         both[key] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
     return both

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -37,8 +36,19 @@ from relearn_lens.measure.tracking import Snapshot, Trajectory, stage_name
 from relearn_lens.models import processes
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site
+from relearn_lens.progress import Progress, reported
 from relearn_lens.runs import archive, needs, settings, verify
-from relearn_lens.runs.events import Arm, Base, Damage, Event, Measured, Paused, Prepared, Progress
+from relearn_lens.runs.arms import arms_of
+from relearn_lens.runs.events import (
+    ArmDone,
+    Base,
+    Blocked,
+    Event,
+    Measured,
+    Paused,
+    Prepared,
+    Weighed,
+)
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.files import as_json, plain_settings, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.runs.needs import peak_rss_mb
@@ -69,23 +79,23 @@ def run(
         BlockingIOError: another process is running into this folder.
         ValueError, OSError: as `experiment.prepare`; OSError with ENOSPC if the disk is full.
     """
-    with processes.joined():
-        return _run(experiment, out, fresh, progress, on_event)
+    with processes.joined(), reported(progress):
+        return _run(experiment, out, fresh, on_event)
 
 
 def _run(
     experiment: Experiment,
     out: str | Path | None,
     fresh: bool,
-    progress: Progress | None,
     on_event: Callable[[Event], object] | None,
 ) -> Run:
     if out is None:
-        return _drive(experiment, None, progress, on_event)
+        return _drive(experiment, None, on_event)
     path = Path(out)
     if not processes.is_first():
         processes.wait()  # for the first one to have opened the folder
-        return _in_folder(RunFolder.read(path), experiment, None, None)
+        with reported(None):
+            return _in_folder(RunFolder.read(path), experiment, None)
     _check_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", timeout=0)
@@ -98,7 +108,7 @@ def _run(
     try:
         folder = RunFolder.open(path, experiment, fresh=fresh)
         processes.wait()
-        return _in_folder(folder, experiment, progress, on_event)
+        return _in_folder(folder, experiment, on_event)
     finally:
         lock.release()
 
@@ -106,7 +116,6 @@ def _run(
 def _in_folder(
     folder: RunFolder,
     experiment: Experiment,
-    progress: Progress | None,
     on_event: Callable[[Event], object] | None,
 ) -> Run:
     """Read the finished run of a folder, or run what is missing into it."""
@@ -114,13 +123,12 @@ def _in_folder(
         folder.freeze()
     if folder.manifest.get("complete") and folder.is_whole(experiment):
         return load_run(folder.path)
-    return _drive(experiment, folder, progress, on_event)
+    return _drive(experiment, folder, on_event)
 
 
 def _drive(
     experiment: Experiment,
     folder: RunFolder | None,
-    progress: Progress | None,
     on_event: Callable[[Event], object] | None,
 ) -> Run:
     """Take the events of `perform` into a `Run` and, if there is one, into its folder."""
@@ -129,39 +137,23 @@ def _drive(
         result.manifest["processes"] = processes.size()
     seconds: dict[str, float] = dict(folder.manifest.get("seconds", {})) if folder else {}
     phase_began = time.monotonic()
-    events = perform(experiment, kept=folder, progress=progress)
+    events = perform(experiment, kept=folder)
     folder = folder if processes.is_first() else None  # one process writes
     for event in events:
-        if not isinstance(event, Measured | Paused):
+        passing = isinstance(event, Measured | Paused | Weighed)
+        if not passing:
             name = _phase(event)
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
             phase_began = time.monotonic()
-        match event:
-            case Prepared():
-                result.manifest |= {"inputs": dict(event.inputs), "notes": list(event.notes)}
-                result.manifest["text"] = [repr(part.corpus) for part in (event.train, event.validation, event.probe)]
-                result.manifest["tokens"] = {p: getattr(event, p).n_tokens for p in ("train", "validation", "probe")}
-                if folder:
-                    folder.check_inputs(event.inputs)
-                    folder.check_room(event)
-            case Measured():
-                if folder:
-                    folder.keep_stage(event)
-            case Paused():
-                if folder:
-                    folder.keep_state(event)
-            case Base():
-                if folder:
-                    folder.keep_base(event)
-            case Damage():
-                result.damage.append(event)
-                if folder:
-                    folder.keep_damage(event)
-            case Arm():
-                result.arms.setdefault(event.trajectory.arm, []).append(event.trajectory)
-                if folder:
-                    folder.keep_arm(event)
-        if not isinstance(event, Measured | Paused):
+        if isinstance(event, Prepared):
+            result.manifest |= {"inputs": dict(event.inputs), "notes": list(event.notes)}
+            result.manifest["text"] = [repr(part.corpus) for part in (event.train, event.validation, event.probe)]
+            result.manifest["tokens"] = {p: getattr(event, p).n_tokens for p in ("train", "validation", "probe")}
+            result.manifest["other"] = event.other.name if event.other else None
+        result.take(event)
+        if folder:
+            folder.keep(event)
+        if not passing:
             result.manifest |= {"seconds": seconds, "peak_rss_mb": round(peak_rss_mb())}
             if folder:
                 folder.note(**result.manifest)
@@ -198,15 +190,11 @@ def load_run(folder: str | Path) -> Run:
     kept = RunFolder(path, manifest)
     result = Run(experiment, manifest=manifest, folder=str(path))
     for seed in experiment.seeds:
-        damage = kept.damage(seed)
-        if damage is None:
-            raise ValueError(f"{str(path)!r}: the measurements of seed {seed} are missing; run it again with --fresh")
-        result.damage.append(damage)
-        for name in experiment.arms:
-            arm = kept.arm(name, seed)
-            if arm is None:
-                raise ValueError(f"{str(path)!r}: arm {name!r} of seed {seed} is missing; run it again with --fresh")
-            result.arms.setdefault(name, []).append(arm)
+        for name in kept.names(seed):
+            value = kept.named(name)
+            if value is None:
+                raise ValueError(f"{str(path)!r}: {name} is missing; run it again with --fresh")
+            result.take(ArmDone(value, None) if isinstance(value, Trajectory) else value)
     return result
 
 
@@ -291,8 +279,15 @@ class RunFolder:
 
     def is_whole(self, experiment: Experiment) -> bool:
         """Whether the measurements of every seed and arm are here; what is missing can be made again."""
-        names = ("damage", *experiment.arms)
-        return all(self._is_here(self._tensors(f"{name}-{seed}")) for seed in experiment.seeds for name in names)
+        return all(self._is_here(self._tensors(name)) for seed in experiment.seeds for name in self.names(seed))
+
+    def names(self, seed: int) -> list[str]:
+        """The names of all results of a seed, in their order."""
+        experiment = settings.experiment(self.manifest["settings"])
+        arms = [arm.name for arm in arms_of(experiment, other=self.manifest.get("other"))]
+        where = [] if experiment.grafts.skip or "concept" not in arms or experiment.retrain.lora_rank else AFTERWARDS
+        held = [f"blocked-{name}-{seed}" for name in experiment.block.held] if where else []
+        return [f"{name}-{seed}" for name in ("sized", "cuts", "damage", *arms, *where)] + held
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
@@ -321,6 +316,42 @@ class RunFolder:
                 f"{disk.free / 2**20:,.0f} MB are free at {str(self.path)!r}; make room, choose another disk with "
                 "--out, or keep less (--set keep=none)",
             )
+
+    def keep(self, event: Event) -> None:
+        """What an event brings, so that another process need not compute it again."""
+        match event:
+            case Prepared():
+                self.check_inputs(event.inputs)
+                self.check_room(event)
+            case Measured():
+                self.keep_stage(event)
+            case Paused():
+                self.keep_state(event)
+            case Weighed():
+                path = self._weights(f"{event.arm}@{event.stage}", event.seed)
+                if not path.exists():
+                    write_tensors(path, {name: value.cpu() for name, value in event.weights.items()}, {})
+            case Base():
+                self.keep_base(event)
+            case ArmDone():
+                self.keep_arm(event)
+            case _:
+                if not (path := self._tensors(name_of(event))).exists():
+                    write_tensors(path, *archive.pack(event))
+
+    def result(self, kind: type, seed: int, name: str = "") -> Any:
+        """A result of a seed, if it is here."""
+        parts = (kind.__name__.lower(), *([name] if name else []), str(seed))
+        return self._kept("-".join(parts), kind)
+
+    def named(self, name: str) -> Any:
+        """A result by its name; None where it is not here."""
+        return self._kept(name, object)
+
+    def weighed(self, arm: str, seed: int, stage: str) -> dict[str, Tensor] | None:
+        """Weights of an arm at a stage that grafts are made from, if they are here."""
+        path = self._weights(f"{arm}@{stage}", seed)
+        return read_tensors(path)[0] if self._is_here(path) else None
 
     def keep_base(self, base: Base) -> None:
         """Weights and measurement of a seed's base model, so that its arms need no new fine-tuning."""
@@ -351,7 +382,7 @@ class RunFolder:
         tensors = {f"weights/{name}": value for name, value in event.weights.items()}
         tensors |= {f"optimiser/{name}": value for name, value in event.state.items()}
         at = event.at
-        meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss}
+        meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss, "by": at.by}
         write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
         if self._keeps == "all":
             weights = {name: value.cpu() for name, value in event.weights.items()}
@@ -368,7 +399,8 @@ class RunFolder:
             for name, value in tensors.items():
                 kind, _, rest = name.partition("/")
                 parts[kind][rest] = value
-            at = Checkpoint(float(meta["epoch"]), int(meta["step"]), int(meta["tokens_seen"]), float(meta["loss"]))
+            numbers = float(meta["epoch"]), int(meta["step"]), int(meta["tokens_seen"]), float(meta["loss"])
+            at = Checkpoint(*numbers, by=meta["by"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is damaged ({error!r}); run again with --fresh") from error
         return at, parts["weights"], parts["optimiser"]
@@ -391,15 +423,7 @@ class RunFolder:
             return None
         return read_tensors(weights)[0], snapshot
 
-    def keep_damage(self, damage: Damage) -> None:
-        """What pruning alone does."""
-        self._keep(f"damage-{damage.seed}", damage)
-
-    def damage(self, seed: int) -> Damage | None:
-        """What pruning alone does, if it was measured."""
-        return self._kept(f"damage-{seed}", Damage)
-
-    def keep_arm(self, arm: Arm) -> None:
+    def keep_arm(self, arm: ArmDone) -> None:
         """A finished arm."""
         path = arm.trajectory
         if self._keeps != "none" and arm.weights is not None:
@@ -459,11 +483,21 @@ def _are_of(kept: Any, experiment: Experiment) -> bool:
         return False
 
 
+AFTERWARDS = ("grafted", "again")
+"""What follows when the arms of a seed are done."""
+
+
+def name_of(event: Any) -> str:
+    """The name of a result's file: its kind, what tells it from others of its kind, and its seed."""
+    held = f"-{event.held}" if isinstance(event, Blocked) else ""
+    return f"{type(event).__name__.lower()}{held}-{event.seed}"
+
+
 def disk_estimate(ready: Prepared) -> int:
     """Bytes of disk that a run takes at most at one time, from the sizes of the model and of the results."""
-    experiment, weights = ready.experiment, sum(value.nbytes for value in ready.tagger.weights().values())
+    experiment, weights = ready.experiment, sum(value.nbytes for value in ready.model.weights().values())
     seeds, arms = len(experiment.seeds), len(experiment.arms)
-    stages = math.ceil(experiment.retrain.epochs / experiment.retrain.every)
+    stages = experiment.retrain.n_stages
     kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
     # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
     classes = len(ready.probe.corpus.label_names)
@@ -487,13 +521,10 @@ def _phase(event: Event) -> str:
     match event:
         case Prepared():
             return "prepare"
-        case Base(seed=seed):
-            return f"base-{seed}"
-        case Damage(seed=seed):
-            return f"random-draws-{seed}"
-        case Arm(trajectory=path):
+        case ArmDone(trajectory=path):
             return f"{path.arm}-{path.seed}"
-    raise AssertionError(event)
+        case _:
+            return name_of(event)
 
 
 def _versions() -> dict[str, str]:

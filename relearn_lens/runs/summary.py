@@ -69,7 +69,13 @@ def summary(result: Run) -> dict[str, Any]:
             for name, arms in result.arms.items()
         },
         "random_draws": [
-            {"seed": d.seed, "concept": _each(d.concept), "random": [_each(scores) for scores in d.random]}
+            {
+                "seed": d.seed,
+                "concept": _each(d.concept),
+                "other": None if d.other is None else _each(d.other),
+                **{kind: [_each(scores) for scores in each] for kind, each in d.random.items()},
+                "overlap": {kind: list(each) for kind, each in d.overlap.items()},
+            }
             for d in result.damage
         ],
         "overlap_random_with_concept": _overlap(result),

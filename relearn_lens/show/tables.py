@@ -63,7 +63,7 @@ def layer_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 
 def draws_row(run: Run) -> str:
     """In words: what ablating the concept's neurons, and random sets, does to the concept without any training."""
-    draws = [scores.shown(run.label) for damage in run.damage for scores in damage.random]
+    draws = [scores.shown(run.label) for damage in run.damage for scores in damage.random.get("layers", ())]
     concept = np.mean([damage.concept.shown(run.label) for damage in run.damage])
     metric = run.damage[0].concept.metric
     if not draws:

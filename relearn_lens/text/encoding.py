@@ -50,6 +50,13 @@ class Batch:
     """The first sub-word of word i is `subword[first[i]]`."""
     tag: Int[Tensor, " subword"]
     """BIO tag of every sub-word: 0 outside, 2k - 1 opens a span of label k, 2k inside one."""
+    pieces: Int[Tensor, " sentence"]
+    """Which piece of the text each sentence is."""
+
+    @property
+    def sentence(self) -> Int[Tensor, " subword"]:
+        """The sentence of the batch that each sub-word is in."""
+        return self.subword // self.ids.shape[1]
 
     @property
     def n_tokens(self) -> int:
@@ -164,6 +171,7 @@ class Encoded:
             word_of=torch.from_numpy(word_of.astype(np.int64)),
             first=torch.from_numpy(opens.astype(np.int64)),
             tag=torch.from_numpy(tag),
+            pieces=torch.from_numpy(np.asarray(pieces, dtype=np.int64)),
         )
 
     def cuts(self, *, max_tokens: int = 4096) -> list[Int[np.ndarray, " piece"]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,8 +17,8 @@ from scipy import stats as st
 from relearn_lens.analysis import claims as module
 from relearn_lens.analysis.claims import Claim, claims, verdict_of
 from relearn_lens.analysis.evidence import Evidence
-from relearn_lens.analysis.intervals import Estimate, beside_control, holm
-from relearn_lens.measure.evaluation import SpanScores
+from relearn_lens.analysis.intervals import Estimate, beside_control, holm, same_end
+from relearn_lens.measure.evaluation import SpanScores, TokenLoss
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neurons, Site
@@ -193,22 +194,60 @@ def t_test(gaps: Any) -> float:
     return float(found.pvalue)
 
 
-def test_gap_is_the_wider_of_two_intervals():
-    # Over seeds: gaps 1, 2, 3, so 2 -+ 4.303 / sqrt(3). Control values 0, 0, 0: one more would be 0.
+def test_gap_of_one_control_per_seed_is_paired_by_seed():
+    # Differences 1, 2, 3: one more would lie 4.303 sqrt(4/3) around their mean.
+    half = 4.3027 * (4 / 3) ** 0.5
     gap = gap_of([1, 2, 3], [[0], [0], [0]])
-    assert gap.effect.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    assert gap.effect.interval == pytest.approx((2 - half, 2 + half), abs=1e-3)
     assert (gap.effect.over, gap.p_flips) == ("3 seeds", 2 / 2**3)
-    assert gap.p == pytest.approx(t_test([1, 2, 3]))
-    # Every gap is 2. The control has sd 1, so one more of it would be 4.303 sqrt(4/3) around its mean.
-    gap = gap_of([1, 2, 3], [[-1], [0], [1]])
-    assert gap.effect.interval == pytest.approx((2 - 4.3027 * (4 / 3) ** 0.5, 2 + 4.3027 * (4 / 3) ** 0.5), abs=1e-3)
-    assert gap.effect.over == "3 values of the control"
     assert gap.p == pytest.approx(2 * st.t.sf(2 / (4 / 3) ** 0.5, 2))
-    # Several control values for each seed: how they spread within their seeds, 1 + 1 and 1 + 1 over 4 - 2.
+    # What a seed does to both sides cancels, however much seeds differ.
+    assert gap_of([101, 2, 53], [[100], [0], [50]]).effect.interval == pytest.approx((2 - half, 2 + half), abs=1e-3)
+
+
+def test_gap_of_several_controls_per_seed_is_the_wider_of_two_intervals():
+    # How they spread within their seeds, 1 + 1 and 1 + 1 over 4 - 2.
     gap = gap_of([10, 20], [[8, 10], [18, 20]])
     half = float(st.t.ppf(0.975, 2)) * math.sqrt((4 * 1) / 2 * (1 + 1 / 4))
     assert gap.effect.interval == pytest.approx((1 - half, 1 + half))
+    # Student's t over seeds, whose differences are 1, 2, 3, where the control hardly spreads.
+    gap = gap_of([1, 2, 3], [[-0.01, 0.01]] * 3)
+    assert gap.effect.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    assert (gap.effect.over, gap.p) == ("3 seeds", pytest.approx(t_test([1, 2, 3])))
     assert gap_of([1], [[2]]).effect.interval is None
+
+
+def test_control_without_spread_has_no_interval_but_that_of_the_sentences():
+    """All sets at the floor say nothing of one more set's luck: an interval of width 0 is no verdict."""
+    gap = beside_control([-0.9], [[-1.0] * 4], 0.95)
+    assert (gap.effect.value, gap.effect.interval, gap.p) == (pytest.approx(0.1), None, None)
+    assert gap.effect.over == "4 values of the control without any spread"
+    assert beside_control([-0.9, -0.8, -0.7], [[-1.0] * 4] * 3, 0.95).effect.interval is None
+    assert beside_control([0.8] * 3, [[0.9]] * 3, 0.95).effect.interval is None
+    with_text = beside_control([-0.9], [[-1.0] * 4], 0.95, least=0.04)
+    assert with_text.effect.interval == pytest.approx((0.06, 0.14))
+    assert with_text.p == pytest.approx(2 * st.norm.sf(0.1 / 0.04 * 1.959964), rel=1e-4)
+    # And it is the least where the control spreads less than that.
+    assert beside_control([0], [[1.0, 1.0001]], 0.95, least=0.4).effect.interval == pytest.approx(
+        (-1.4, -0.6), abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "same"), [(0, 0, True), (0, 0.92, False), (1, 0.99, True), (0.5, 0.5, False)]
+)
+def test_same_end_is_where_both_sides_cannot_differ(ours, theirs, same):
+    assert same_end([ours], [theirs, theirs]) is same
+
+
+@pytest.mark.parametrize("concept", [0.0, 0.9])
+def test_no_verdict_where_both_sides_are_at_the_same_end(concept):
+    """All at 0 after the cut, or nothing lost on either side: there could be no difference."""
+    arms = {"concept": arms_of(3, {"f1": (0.9, concept, 0.9, 0.9)})["concept"]}
+    found = row("C3a", arms, random_sets=sets_of(3, concept))
+    assert found.verdict == "inconclusive"
+    assert "both take" in found.why
+    assert row("C3a", arms, random_sets=sets_of(3, 0.9 - concept)).verdict in ("supported", "reversed")
 
 
 @pytest.mark.parametrize("shared", [0.0, 3.0])
@@ -246,8 +285,6 @@ VERSUS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "C6": ({"early_first": 0.9}, {}),
     "C7": ({"primed": 1.5}, {}),
     "C8": ({"mixed": 1.0}, {"mixed": 0.1}),
-    "C9a": ({"falls": 0.5}, {}),
-    "C9b": ({"similar": 0.4}, {"similar": 0.8}),
 }
 
 
@@ -265,12 +302,14 @@ def test_claim_about_training_in_both_directions(id):
 
 
 @pytest.mark.parametrize("id", VERSUS)
-def test_claim_that_holds_of_the_control_too_is_not_supported(id):
-    """The effect is in both arms: the number is there, and the verdict says that the control shows the same."""
+def test_claim_that_holds_of_the_control_too_is_not_made(id):
+    """The effect is in both arms: the number is there, and the verdict does not stand for it."""
     true, _ = VERSUS[id]
     found = row(id, arms_of(4, true, true, width=1000))
-    assert found.verdict == "not supported"
-    assert "the control shows the same" in found.why
+    assert found.verdict not in ("supported", "reversed")
+    assert found.effect is not None
+    assert abs(found.effect.value) < found.bar
+    assert ("the control shows the same" in found.why) == (found.verdict == "not supported")
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -291,6 +330,163 @@ def test_claim_is_not_made_of_noise_between_seeds():
     found = row("C9a", arms)
     assert found.verdict == "inconclusive"
     assert "the interval reaches across the bar" in found.why
+
+
+@pytest.mark.parametrize(
+    ("id", "fall", "none"), [("C9a", {"falls": 0.5}, {"falls": 0.0}), ("C9b", {"similar": 0.4}, {"similar": 0.995})]
+)
+def test_fall_of_similarity_is_tested_within_the_arm_with_the_control_beside(id, fall, none):
+    """The claim is a fall with depth or with training; that a random arm falls too does not make it none."""
+    found = row(id, arms_of(3, fall, fall, width=1000))
+    assert (found.verdict, found.control_is[:10]) == ("supported", "random arm")
+    assert found.control == pytest.approx(found.concept, abs=0.1)
+    assert "in the random arm at least half as much, so it is not about the concept" in found.why
+    alone = row(id, arms_of(3, fall, none, width=1000))
+    assert alone.verdict == "supported"
+    assert "at least half as much" not in alone.why
+    assert row(id, arms_of(3, none, fall, width=1000)).verdict == "not supported"
+    few = row(id, arms_of(2, fall, none))
+    assert (few.verdict, few.p) == ("inconclusive", None)
+    assert "2 training seeds cannot tell" in few.why
+
+
+def test_rise_of_similarity_with_depth_reverses_its_fall():
+    found = row("C9a", arms_of(3, {"falls": -0.5, "similar": 0.3}))
+    assert found.verdict == "reversed"
+    assert "the other way" in found.why
+
+
+def test_fall_with_training_starts_right_after_pruning_where_that_was_measured():
+    arms = arms_of(3, {"similar": 0.4})
+    whole = row("C9b", arms)
+    cut = [
+        replace(arm, snapshots={**arm.snapshots, "pruned": replace(arm["pruned"], meaning=arm["2"].meaning)})
+        for arm in arms["concept"]
+    ]
+    found = row("C9b", {**arms, "concept": cut})
+    assert whole.verdict == "supported"
+    assert (found.concept, found.verdict) == (0, "inconclusive")
+
+
+def unpruned_of(arms: Mapping[str, Sequence[Trajectory]], f1: Sequence[float] = (0.9,) * 4, **changes: Any) -> list:
+    """The unpruned arm of the same seeds, with these F1s."""
+    made = [arm_of("unpruned", arm.seed, f1, fraction=0.0, **changes) for arm in arms["concept"]]
+    return [replace(arm, pruned=None) for arm in made]
+
+
+def test_speed_of_return_is_not_told_of_an_arm_that_lost_nothing():
+    """A random arm that lost nothing is at its base all the time: that is no faster return."""
+    arms = arms_of(4)
+    arms["random"] = [
+        replace(
+            arm,
+            snapshots={
+                k: replace(s, scores=scores_of(0.9 + 0.002 * (-1) ** arm.seed)) for k, s in arm.snapshots.items()
+            },
+        )
+        for arm in arms["random"]
+    ]
+    untouched = [
+        replace(a, snapshots={**a.snapshots, "base": replace(a["base"], scores=scores_of(0.9))}) for a in arms["random"]
+    ]
+    found = row("C3b", {**arms, "random": untouched})
+    assert (found.verdict, found.effect) == ("inconclusive", None)
+    assert re.search(r"the random arm's damage \(.*\) is within noise", found.why)
+    swapped = {"concept": untouched, "random": [replace(arm, arm="random") for arm in arms["concept"]]}
+    assert "the concept arm's damage" in row("C3b", swapped).why
+
+
+def test_speed_of_return_is_of_what_was_lost_and_not_of_how_much_was_lost():
+    """Both arms make good the same shares of a large and of a small damage, so neither is faster."""
+    arms = arms_of(8, {"f1": (0.9, 0.1, 0.5, 0.82)}, {"f1": (0.9, 0.7, 0.8, 0.88)})
+    found = row("C3b", arms)
+    assert found.effect is not None
+    assert abs(found.effect.value) < 0.03
+    assert found.verdict not in ("supported", "reversed")
+
+
+@pytest.mark.parametrize("f1", [(0.9, 0.1, 0.1, 0.1), (0.9, 0.1, 0.905, 0.905)])
+def test_speed_of_return_has_no_verdict_where_both_arms_are_at_an_end(f1):
+    found = row("C3b", arms_of(4, {"f1": f1}, {"f1": (f1[0], 0.3, *(0.3 if v == 0.1 else v for v in f1[2:]))}))
+    assert found.verdict == "inconclusive"
+    assert "so their speeds could not differ" in found.why
+
+
+def test_return_is_measured_against_what_training_alone_gives():
+    """The unpruned arm gains as much as the pruned one: training, not return."""
+    arms = arms_of(3, {"f1": (0.5, 0.4, 0.5, 0.6)}, {"f1": (0.5, 0.3, 0.5, 0.6)})
+    alone = row("C2", arms)
+    assert alone.verdict == "supported"
+    assert alone.concept == pytest.approx(2, abs=0.2)
+    found = row("C2", {**arms, "unpruned": unpruned_of(arms, (0.5, 0.5, 0.7, 0.9))})
+    assert found.concept == pytest.approx(0.4, abs=0.03)
+    assert found.verdict == "not supported"
+    assert "which is not counted as back" in found.why
+    assert "unpruned arm" in found.measures
+
+
+def test_neurons_that_stay_what_they_are_are_not_primed():
+    """Closeness goes with saliency before, and saliency after with saliency before: that alone is persistence."""
+    arms = arms_of(4, width=1000)
+
+    def lasting(arm: Trajectory) -> Trajectory:
+        base = arm["base"]
+        noise = torch.rand(base.saliency.score.shape, generator=torch.Generator().manual_seed(arm.seed + len(arm.arm)))
+        last = replace(base.saliency, score=base.saliency.score + 0.3 * noise)
+        ends = {
+            "base": replace(base, near_concept=base.saliency.score + 0.5 * noise.flip(1)),
+            "2": replace(arm["2"], saliency=last),
+        }
+        return replace(arm, snapshots={**arm.snapshots, **ends})
+
+    arms = {name: [lasting(arm) for arm in side] for name, side in arms.items()}
+    found = row("C7", arms)
+    assert found.concept is not None
+    assert abs(found.concept) < 0.05
+    assert found.verdict not in ("supported", "reversed")
+
+
+def test_priming_is_beside_the_unpruned_arm_where_there_is_one():
+    arms = arms_of(4, {"primed": 1.5})
+    same = {**arms, "unpruned": unpruned_of(arms, primed=1.5)}
+    found = row("C7", same)
+    assert found.control_is.startswith("unpruned arm")
+    assert found.verdict not in ("supported", "reversed")
+    assert "in the random arm" in found.why
+    assert row("C7", {**arms, "unpruned": unpruned_of(arms)}).verdict == "supported"
+
+
+def test_verdict_that_holm_takes_away_says_so():
+    arms = arms_of(3, {}, {"f1": (0.9, 0.7, 0.785, 0.875)})
+    found = {each.id: each for each in claims(arms, LABEL)}
+    lost = [each for each in found.values() if each.verdict in ("supported", "reversed") and (each.p_holm or 0) > 0.05]
+    assert lost
+    for each in lost:
+        assert re.search(r"it does not survive Holm's correction for \d claims \(p = 0\.\d+\)\.$", each.why)
+    for each in found.values():
+        assert ("does not survive" in each.why) == (each in lost)
+
+
+def nats_of(value: float, n: int = 20) -> TokenLoss:
+    """A language model's loss on the concept's tokens, the same in every sentence."""
+    nats = np.full((n, 3), value) * 5
+    return TokenLoss(nats, np.full((n, 3), 5), ("place", "others"), 50_000)
+
+
+@pytest.mark.parametrize(("pruned", "verdict"), [(3.9, "supported"), (3.3, "not supported")])
+def test_collapse_of_a_language_model_is_half_of_the_probability_gone(pruned, verdict):
+    """A share of the gain over a uniform guess, 7.8 nats here, would call the loss of most of the probability small."""
+    arms = arms_of(3)
+    scores = dict(zip(STAGES, map(nats_of, (3.0, pruned, 3.1, 3.0)), strict=True))
+    arms["concept"] = [
+        replace(arm, snapshots={k: replace(s, scores=scores[k]) for k, s in arm.snapshots.items()})
+        for arm in arms["concept"]
+    ]
+    arms["random"] = []
+    found = row("C1", arms)
+    assert (found.verdict, found.bar) == (verdict, math.log(2))
+    assert found.concept == pytest.approx(pruned - 3.0)
+    assert "nats per token" in found.why
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -417,8 +613,9 @@ def test_move_as_published_is_there_where_nothing_moves(slope, as_published):
     published, matched = row("C5 unmatched", arms), row("C5 matched", arms)
     assert published.verdict == as_published
     assert "pruning late layers alone looks like this" in published.why
-    assert matched.verdict == "not supported"
-    assert "the control shows the same" in matched.why
+    assert matched.verdict not in ("supported", "reversed")
+    assert matched.effect is not None
+    assert abs(matched.effect.value) < matched.bar
     assert "no control" in published.measures
 
 
@@ -460,6 +657,8 @@ def test_claims_without_a_random_arm_say_what_is_missing():
     for id in VERSUS:
         assert found[id].verdict == "inconclusive"
         assert "no random arm" in found[id].why
+    assert found["C9a"].control is None
+    assert found["C9a"].effect is not None
     assert found["C1"].verdict == "supported"
 
 

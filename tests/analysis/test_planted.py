@@ -12,8 +12,8 @@ from relearn_lens.find.targets import TARGETS
 from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.measure.tracking import Trajectory, measure
 from relearn_lens.models import toy as toy_module
-from relearn_lens.models.training import retrain_
 from relearn_lens.neurons.sites import Neurons, random_neurons, site_of
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import ablated, held, prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded, encode

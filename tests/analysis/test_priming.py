@@ -184,6 +184,31 @@ def test_priming_covers_and_its_p_is_uniform_under_the_null():
     assert abs(inside / 200 - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 200)
 
 
+def test_partial_correlation_by_hand_of_one_layer():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=200)
+    x, y = z + rng.normal(size=200), z + rng.normal(size=200)
+    a, b, c = (torch.from_numpy(v)[None].float() for v in (x, y, z))
+    found = priming.priming(a, saliency_of(b), given=saliency_of(c), draws=200).correlation
+    r, s, t = (float(np.corrcoef(stats.rankdata(p), stats.rankdata(q))[0, 1]) for p, q in ((x, y), (x, z), (y, z)))
+    assert found.value == pytest.approx((r - s * t) / math.sqrt((1 - s**2) * (1 - t**2)))
+    assert r > 0.4
+    assert not found.excludes(0)
+    assert found.p is not None
+    assert found.p > 0.05
+
+
+def test_partial_correlation_leaves_what_the_given_one_does_not_explain():
+    rng = np.random.default_rng(1)
+    z, x = rng.normal(size=(2, 4, 100))
+    y = z + x + rng.normal(size=(4, 100))
+    found = priming.priming(
+        torch.from_numpy(x).float(), saliency_of(torch.from_numpy(y)), given=saliency_of(torch.from_numpy(z)), draws=200
+    ).correlation
+    assert found.low > 0.4
+    assert found.p == 1 / 201
+
+
 def test_priming_does_not_depend_on_order_or_scale():
     x, after = related(0.4)
     before, _ = related(0.0, seed=5)

@@ -56,6 +56,30 @@ def test_first_stage_at_by_hand():
     assert recovery.first_stage_at([curve(0.5, 0.5, 0.6)], LABEL) is None
 
 
+def test_recovery_is_of_what_the_unpruned_arm_has_by_then():
+    """Training on without pruning goes from 0.5 to 0.8, so a return to 0.5 is half of the way from 0.2 and not all."""
+    arms = [curve(0.5, 0.2, 0.5, seed=k) for k in (0, 1)]
+    unpruned = [curve(0.5, 0.5, 0.8, arm="unpruned", seed=k) for k in (1, 0)]  # paired by seed, whatever the order
+    assert value(recovery.recovery(arms, LABEL, "1").share) == pytest.approx(1)
+    assert value(recovery.recovery(arms, LABEL, "1", unpruned=unpruned).share) == pytest.approx(0.5)
+    assert recovery.mean_share(arms[0], LABEL, unpruned[1]) == pytest.approx(0.5)
+    area = recovery.speeds(arms, LABEL, unpruned=unpruned).area
+    assert value(area) == pytest.approx(0.25)  # from 0 to a half in an epoch
+    assert recovery.first_stage_at(arms, LABEL, 0.6) == "1"
+    assert recovery.first_stage_at(arms, LABEL, 0.6, unpruned=unpruned) is None
+    with pytest.raises(ValueError, match="at the same seeds and stages, found no seed 1; unpruned seeds: 0"):
+        recovery.recovery(arms, LABEL, "1", unpruned=unpruned[1:])
+    with pytest.raises(ValueError, match="found no stage '2' of seed 0"):
+        recovery.speeds([curve(0.5, 0.2, 0.4, 0.5)], LABEL, unpruned=unpruned)
+
+
+def test_half_of_a_loss_within_noise_is_never_back():
+    """An arm that lost nothing would be said to have half of it back at its first stage."""
+    arms = [curve(0.9, 0.895, 0.9, seed=0), curve(0.9, 0.905, 0.9, seed=1), curve(0.9, 0.898, 0.9, seed=2)]
+    assert np.mean([arm["pruned"].scores.value(LABEL) for arm in arms]) < 0.9
+    assert recovery.first_stage_at(arms, LABEL) is None
+
+
 def test_retraining_stages_leave_out_base_and_pruned():
     assert recovery.retraining_stages(curve(1, 0, 0.5, 1)) == ("1", "2")
 

@@ -154,6 +154,7 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "fuzz": _elsewhere("fuzz", "fuzz"),
     "leaks": _elsewhere("leaks", "leaks"),
     "false-alarms": _elsewhere("false_alarms", "false_alarms"),
+    "returns": _elsewhere("returns", "returns"),
 }
 """What runs only when it is named."""
 

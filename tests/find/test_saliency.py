@@ -31,6 +31,7 @@ from relearn_lens.find.saliency import (
     signed_point_biserial,
 )
 from relearn_lens.models.loading import load_tagger
+from relearn_lens.models.toy import PERSON_NEURONS
 from relearn_lens.neurons.sites import Neurons, Site, parameter, site_of
 from relearn_lens.neurons.streaming import BinCounts, ClassStats, ClassSums, WordSample, class_stats
 from relearn_lens.text.concept import Classes, Concept
@@ -304,6 +305,28 @@ def test_saliency_takes_a_function_or_a_score():
     assert saliency(stats, PLACE, carries, score=mine).unit == "metres"
 
 
+def test_top_takes_from_those_that_are_there():
+    made = saliency_of([[3.0, 1.0], [2.0, 3.0]])
+    there = Neurons(torch.tensor([[False, True], [True, True]]), made.site)
+    assert [(n.layer, n.index) for n in made.top(2, among=there)] == [("1", 0), ("1", 1)]
+    assert made.top(fraction=1.0, among=there).mask.equal(there.mask)
+    with pytest.raises(ValueError, match="k must be 1 to 3"):
+        made.top(4, among=there)
+
+
+def test_the_default_contrast_does_not_rank_other_concepts_neurons(toy_model):
+    classes = Concept("place").classes(toy_model.corpus)
+    text = encode(toy_model.corpus, toy_model.tagger.tokenizer)
+    top = {}
+    for how in ({}, {"contrast": "classes"}):
+        made = score_many(
+            toy_model.tagger, text, Concept("place"), classes, ["probeless"], site="mlp_post", **how
+        )["probeless"]  # fmt: skip
+        top[bool(how)] = {(n.layer, n.index) for n in made.top(8)}
+    assert top[False] == {*toy_model.planted, *toy_model.decoys}
+    assert top[True] == {*toy_model.planted, *PERSON_NEURONS}
+
+
 def test_saliency_lists_the_known_scores_and_contrasts():
     stats, carries = stats_of([1, 1], [[[0.0]], [[1.0]]]), torch.tensor([False, True])
     with pytest.raises(ValueError, match=r"unknown score 'magic'; known: probeless"):
@@ -340,7 +363,7 @@ class Words:
         sums, bins = ClassSums(self.site, classes), BinCounts(self.site, classes)
         words = torch.arange(len(self.x))
         for collector in (sums, bins):
-            collector.begin(Batch(words[None], words[None], *[words] * 8))
+            collector.begin(Batch(words[None], words[None], *[words] * 8, words[:1]))
             for layer in range(self.x.shape[1]):
                 collector.add(layer, self.x[:, layer])
         sample = WordSample(self.x, words, torch.from_numpy(self.of_word), words // 3, ("O", "A"), self.site, 0)

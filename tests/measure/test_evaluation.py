@@ -5,14 +5,17 @@ from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nervaluate import Evaluator
 from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as seqeval_scores
 
-from relearn_lens.measure.evaluation import OVERALL, SpanScores, evaluate, predict, score_spans
+from relearn_lens.find.targets import TARGETS, concept_in
+from relearn_lens.measure.evaluation import OVERALL, Scores, SpanScores, evaluate, predict, score_spans
 from relearn_lens.models import toy
-from relearn_lens.models.model import Tagger, tags_of
+from relearn_lens.models.model import Tagger, reading, tags_of
+from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
 
@@ -295,3 +298,115 @@ def test_evaluate_leaves_the_model_as_it_was(toy, untouched):
     list(toy.tagger.modules())[5].eval()  # every module has its own mode back
     with untouched(toy.tagger):
         evaluate(toy.tagger, toy.corpus)
+
+
+# --- margins
+
+
+def slow_margins(tagger: Tagger, corpus: Corpus) -> list[list[tuple[str, float]]]:
+    """Of each sentence, label and margin of each word that has a label: a sentence and a word at a time."""
+    found, tagger = [], tagger.eval()
+    for sentence in corpus:
+        pieces = [tagger.tokenizer(word.text, add_special_tokens=False)["input_ids"] for word in sentence]
+        ids = torch.tensor([[piece for word in pieces for piece in word]])
+        with torch.no_grad():
+            logits = tagger(ids, torch.ones_like(ids))[0].double().numpy()
+        firsts = np.cumsum([0, *map(len, pieces)])[:-1]
+        margins = []
+        for word, first in zip(sentence, firsts, strict=True):
+            if word.label != "O":
+                own = [x for x, tag in zip(logits[first], tagger.tags, strict=True) if tag[2:] == word.label]
+                other = [x for x, tag in zip(logits[first], tagger.tags, strict=True) if tag[2:] != word.label]
+                margins.append((word.label, np.logaddexp(*own) - max(other)))
+        found.append(margins)
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [20, 4096])
+def test_margin_agrees_with_a_slow_loop(toy, untouched, max_tokens):
+    evaluate(toy.tagger, toy.corpus)
+    with torch.no_grad():  # so that some words are on the wrong side
+        toy.tagger.head.weight.mul_(0.2).add_(0.05 * torch.randn(5, 32, generator=torch.manual_seed(0)))
+    toy.tagger.train()
+    with untouched(toy.tagger):
+        scores = evaluate(toy.tagger, toy.corpus, max_tokens=max_tokens)
+    margin, slow = scores.margin, slow_margins(toy.tagger, toy.corpus)
+    assert margin.labels == scores.labels == ("person", "place")
+    for k, wanted in enumerate((("person",), ("place",), ("person", "place"))):
+        sums = [[x for label, x in sentence if label in wanted] for sentence in slow]
+        np.testing.assert_allclose(margin.total[:, k], [sum(x) for x in sums], atol=1e-4)
+        assert margin.count[:, k].tolist() == [len(x) for x in sums]
+        together = [x for sentence in sums for x in sentence]
+        for label in (wanted, *wanted, OVERALL)[: 2 if len(wanted) == 1 else 1]:
+            assert margin.value(label) == pytest.approx(np.mean(together), abs=1e-5)
+    assert margin.value(OVERALL) == pytest.approx(margin.value(("place", "person")))
+    assert min(together) < 0 < max(together)
+    assert margin.support() == dict(zip((*margin.labels, OVERALL), margin.count.sum(0), strict=True))
+
+
+def test_margin_is_the_one_that_attribution_takes(toy):
+    scores = evaluate(toy.tagger, toy.corpus)
+    encoded = toy.tagger.encode(toy.corpus)
+    is_concept, carries = concept_in(toy.tagger, toy.corpus, Concept("place"), "margin")
+    with reading(toy.tagger):
+        said = []
+        for batch in encoded.batches():
+            logits = toy.tagger(batch.ids, batch.mask).flatten(0, 1)[batch.subword[batch.first]]
+            said.append(TARGETS["margin"].of(logits, is_concept)[torch.from_numpy(carries)[batch.words]])
+    assert scores.margin.value("place") == pytest.approx(float(torch.cat(said).mean()), abs=1e-5)
+
+
+def test_margin_comes_from_the_pass_that_predicts(toy):
+    evaluate(toy.tagger, toy.corpus)
+    seen: list[int] = []
+    handle = toy.tagger.register_forward_hook(lambda *_: seen.append(1))
+    scores = evaluate(toy.tagger, toy.corpus, max_tokens=64)
+    handle.remove()
+    assert len(seen) == len(toy.tagger.encode(toy.corpus).cuts(max_tokens=64))
+    assert scores.margin.count[:, -1].sum() == scores.margin.support()[OVERALL] > 0
+
+
+def test_margin_leaves_out_what_has_no_label_or_was_cut_off(tagger):
+    corpus = made("in Tarn .", " ".join(["the"] * 30 + ["Tarn"] * 4), "the river")  # the context is 32
+    cut = encode(corpus, tagger.tokenizer, context=tagger.context, long="truncate")
+    margin = evaluate(tagger, cut).margin
+    assert margin.count.tolist() == [[0, 1, 1], [0, 2, 2], [0, 0, 0]]
+    assert np.isnan(margin.value("person"))
+    split = encode(corpus, tagger.tokenizer, context=tagger.context, long="split")
+    assert evaluate(tagger, split).margin.count[1].tolist() == [0, 4, 4]
+
+
+def test_margin_has_an_interval_over_sentences(toy):
+    margin = evaluate(toy.tagger, toy.corpus).margin
+    low, high = margin.interval("place", n=2000)
+    per_word = margin.total[:, 1].sum() / margin.count[:, 1].sum()
+    assert low < per_word < high
+    # that of a ratio of sums, by the delta method
+    residual = margin.total[:, 1] - per_word * margin.count[:, 1]
+    error = np.sqrt(len(residual)) * residual.std() / margin.count[:, 1].sum()
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert isinstance(margin, Scores)
+    assert repr(margin).startswith("Margin(logits, mean over words: person ")
+
+
+def test_margin_of_a_language_model_is_its_loss_negative():
+    model = toy.language_model()
+    scores = evaluate(model, toy.corpus(sentences=20), concept=Concept("place"))
+    margin = scores.margin
+    assert isinstance(margin, Scores)
+    for label in (*scores.labels, OVERALL):
+        assert margin.value(label) == pytest.approx(-scores.loss[label])
+    assert margin.support() == scores.support()
+    low, high = scores.interval("place", seed=3)
+    assert margin.interval("place", seed=3) == pytest.approx((-high, -low))
+
+
+def test_tags_scored_without_a_model_have_no_margin():
+    assert scored([["B-A"]], [["B-A"]]).margin is None
+
+
+def test_a_tagger_whose_logits_are_not_finite_is_refused(bert, corpus):
+    with torch.no_grad():
+        next(bert.trunk.parameters())[5:].fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"logits of the tagger are not finite .*; look at the weights"):
+        evaluate(bert, corpus)

@@ -196,9 +196,13 @@ def stats_by_numpy(words: np.ndarray, of_word: np.ndarray, n: int = 2) -> ClassS
     return ClassStats(torch.tensor([len(g) for g in groups]), mean, m2, tuple("OAB"[:n]), site(1, words.shape[1]))
 
 
-def shuffled_stats(words: np.ndarray, of_word: np.ndarray, n: int, seed: int, classes: int = 2) -> list[ClassStats]:
+def shuffled_stats(
+    words: np.ndarray, of_word: np.ndarray, n: int, seed: int, classes: int = 2, types: np.ndarray | None = None
+) -> list[ClassStats]:
+    """Under shuffled labels; every word its own type unless they are given."""
+    types = np.arange(len(words)) if types is None else types
     cut = Classes(tuple("OAB"[:classes]), of_word, np.zeros(classes, dtype=bool))
-    return [stats_by_numpy(words, other, classes) for other in shuffles(cut, n, seed=seed)]
+    return [stats_by_numpy(words, other, classes) for other in shuffles(cut, types, n, seed=seed)]
 
 
 def test_separated_counts_the_classes_above_the_highest_neuron_under_shuffled_labels():
@@ -222,7 +226,7 @@ def test_separated_counts_the_classes_above_the_highest_neuron_under_shuffled_la
     expected = np.zeros(6, dtype=int)
     for k in range(3):
         # the 38th of 39 highest: one of 40 is above it, and one at it
-        threshold = sorted(d_prime(other, k).max() for other in shuffles(cut, 39, seed=0))[37]
+        threshold = sorted(d_prime(other, k).max() for other in shuffles(cut, np.arange(120), 39, seed=0))[37]
         expected[:5] += d_prime(of_word, k) > threshold
     found = separated(stats, shuffled)
     same(found, expected.tolist())
@@ -267,21 +271,54 @@ def test_separated_raises_a_false_alarm_at_its_level():
     assert 0.12 <= np.mean(alarms) <= 0.28
 
 
-def test_shuffles_keep_the_counts_and_depend_on_the_seed_alone(corpus, untouched: Untouched, bert_model):
-    classes = Concept("place", labels=("LOC",)).classes(corpus)
-    with untouched(bert_model):
-        one, two, other = shuffles(classes, 3, seed=1), shuffles(classes, 3, seed=1), shuffles(classes, 3, seed=2)
-    for a, b in zip(one, two, strict=True):
-        assert np.array_equal(a, b)
-        assert np.array_equal(np.bincount(a), np.bincount(classes.of_word))
+def test_separated_raises_no_more_false_alarms_where_words_repeat():
+    # 60 words of 20 occurrences each, alike among themselves and nothing else: classes cut the words at random.
+    alarms, by_token = [], []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        types = np.repeat(np.arange(60), 20)
+        words = (rng.normal(size=(60, 10))[types] + rng.normal(size=(1200, 10))).astype(float)
+        of_word = (types < 20).astype(np.int64)
+        stats = stats_by_numpy(words, of_word)
+        alarms.append(bool(separated(stats, shuffled_stats(words, of_word, 4, seed, types=types), level=0.2).any()))
+        by_token.append(bool(separated(stats, shuffled_stats(words, of_word, 4, seed), level=0.2).any()))
+    assert 0.08 <= np.mean(alarms) <= 0.32  # 20 %, with a standard deviation of 4 % over 100 texts
+    assert np.mean(by_token) > 0.9
+
+
+def test_shuffles_deal_labels_to_word_types_and_depend_on_the_seed_alone(untouched: Untouched):
+    rng = np.random.default_rng(0)
+    # types 0 to 9 once each, 10 to 29 four times (some five), 30 alone is frequent; 12 is of two classes
+    types = rng.permutation(np.repeat(np.arange(31), [1] * 10 + [4, 5] * 10 + [100]))
+    of_word = np.isin(types, [0, 1, 10, 11, 13, 30]).astype(np.int64)
+    of_word[types == 12] = [0, 1, 1, 1]
+    classes = Classes(("O", "A"), of_word, np.array([False, True]))
+    with untouched():
+        one, two, other = (shuffles(classes, types, 200, seed=seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert not np.array_equal(one[0], one[1])
     assert not np.array_equal(one[0], other[0])
+    share = np.array([[made[types == kind].mean() for kind in range(31)] for made in one])
+    assert (share[:, 30] == 1).all()  # no other word is as frequent
+    whole = np.isin(share, (0, 1))
+    assert whole[:, :10].all()
+    assert (whole[:, 10:30].sum(1) == 19).all()  # the mixture of type 12 went to one type, whichever
+    assert ((share[:, :10] == 1).sum(1) == 2).all()
+    assert ((share[:, 10:30] == 1).sum(1) == 3).all()
+    np.testing.assert_allclose(share[:, :10].mean(0), 0.2, atol=0.12)
+    np.testing.assert_allclose(share[:, 10:30].mean(0), 3.75 / 20, atol=0.12)
+
+
+def test_shuffles_of_words_that_occur_once_are_plain_permutations():
+    of_word = np.repeat([0, 1, 2], [30, 20, 10])
+    for made in shuffles(Classes(("O", "A", "B"), of_word, np.array([False, True, False])), np.arange(60), 5, seed=0):
+        assert np.bincount(made).tolist() == [30, 20, 10]
 
 
 def test_separated_finds_what_was_planted(toy_model, untouched: Untouched):
     classes = Concept("place").classes(toy_model.corpus)
     place = site_of(toy_model.tagger.bridge, "mlp_post")
-    sums = ClassSums(place, classes, shuffles(classes, 19, seed=0))
+    sums = ClassSums(place, classes, shuffles(classes, toy_model.corpus.word, 19, seed=0))
     encoded = encode(toy_model.corpus, toy_model.tagger.tokenizer)
     with untouched(toy_model.tagger):
         stream(toy_model.tagger, encoded, [sums], site=place)

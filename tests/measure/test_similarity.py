@@ -19,10 +19,13 @@ from relearn_lens.measure.similarity import (
     flow_of,
 )
 from relearn_lens.models.model import Tagger
+from relearn_lens.models.training import finetune_
 from relearn_lens.neurons.sites import Neurons, Site, site_of
+from relearn_lens.neurons.streaming import WordDraw, stream
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import build_corpus
+from relearn_lens.text.encoding import Encoded
 from tests.conftest import PIECES, Untouched, sentences_of
 from tests.find.test_saliency import site, slow_words
 
@@ -52,6 +55,14 @@ def agree(a: ActivationSimilarity, b: ActivationSimilarity, tolerance: float = 3
     assert torch.equal(a.best_layer, b.best_layer)
     assert torch.equal(a.best_neuron, b.best_neuron)
     assert (a.which, a.n_words, a.site) == (b.which, b.n_words, b.site)
+
+
+def read_words(model: Any, encoded: Encoded, where: str) -> np.ndarray:
+    """Activations `[word, layer, neuron]` of all words, as one forward pass per batch of 60 tokens gives them."""
+    place = site_of(model.bridge, where)
+    draw = WordDraw(place, encoded, PLACE.classes(encoded.corpus), encoded.corpus.n_words)
+    stream(model, encoded, [draw], site=place, max_tokens=60)
+    return draw.sample().activations.double().numpy()
 
 
 def agrees_with_numpy(found: ActivationSimilarity, before: np.ndarray, after: np.ndarray) -> None:
@@ -195,6 +206,16 @@ def test_a_large_mean_does_not_swallow_the_variance(normal):
     agrees_with_numpy(compared(before, after, batch=100), before.astype(np.float64), after.astype(np.float64))
 
 
+def test_a_first_batch_unlike_the_rest_does_not_swallow_the_variance(normal):
+    # as where the concept has a single word in the longest sentences, and its activations are massive
+    before = normal.normal(size=(3000, 2, 4))
+    before[0] += 1e5
+    before = before.astype(np.float32)
+    after = (0.5 * before + normal.normal(size=(3000, 2, 4))).astype(np.float32)
+    after[0] = normal.normal(size=(2, 4))
+    agrees_with_numpy(compared(before, after, batch=1), before.astype(np.float64), after.astype(np.float64))
+
+
 # --- chance
 
 
@@ -262,7 +283,12 @@ def test_similarity_agrees_with_a_slow_loop(
         found = activation_similarity(
             bert_model, bert, encoded, concept=PLACE, site=where, max_tokens=60, on_plan=plans.append
         )
-    before, after = (slow_words(model, tokenizer, corpus, where) for model in (plain, other))
+    before, after = (read_words(model, encoded, where) for model in (bert_model, bert))
+    # The activations against Hugging Face one sentence at a time, the correlations against numpy in float64 on these
+    # activations: where few words hardly move a neuron, its correlation turns what two forward passes round
+    # differently, which depends on the processor, into more than any tolerance that would find a mistake.
+    for mine, model in ((before, plain), (after, other)):
+        np.testing.assert_allclose(mine, slow_words(model, tokenizer, corpus, where), rtol=1e-5, atol=2e-5)
     carries = PLACE.classes(corpus).of_word == corpus.label_names.index("LOC")
     assert list(found) == ["all", "concept"]
     assert (found["all"].n_words, found["concept"].n_words) == (corpus.n_words, carries.sum())
@@ -386,6 +412,22 @@ def test_what_pruned_neurons_did_is_found_in_the_decoys(toy):
         assert found.best[int(layer), index] > 0.95
     # everything else is where it was
     torch.testing.assert_close(flow_of(found, ~planted), torch.eye(4))
+
+
+def test_what_only_rounding_moves_correlates_with_nothing(toy):
+    # Place words all enter block 0 alike, so a few of its units have one value for them, to rounding. What correlates
+    # there is the rounding of one way to cut batches (.16 by these, .07 by the others).
+    was = kept(toy.tagger)
+    for _ in finetune_(toy.tagger, toy.corpus, epochs=1, lr=1e-3, seed=0):
+        pass
+    ways = [
+        activation_similarity(was, toy.tagger, toy.corpus, site="mlp_post", concept=Concept("place"), max_tokens=n)
+        for n in (16, 4096)
+    ]
+    few, many = (way["concept"].same for way in ways)
+    assert (int(few[0].isnan().sum()), int(few[1:].isnan().sum())) == (4, 0)
+    torch.testing.assert_close(few, many, atol=1e-5, rtol=0, equal_nan=True)
+    assert not ways[0]["all"].same.isnan().any()
 
 
 # --- errors

@@ -11,8 +11,9 @@ import torch
 from relearn_lens.measure import tracking
 from relearn_lens.measure.tracking import Snapshot, Trajectory, measure, stage_name, track
 from relearn_lens.models import toy as toy_module
-from relearn_lens.models.training import Checkpoint, retrain_
+from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, random_neurons, site_of
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from tests.analysis.test_story import scores_of, snapshot_of, trajectory
@@ -281,3 +282,19 @@ def test_trajectory_says_its_curve(path):
 def test_snapshot_f1_is_that_of_its_scores():
     scores = scores_of(0.25)
     assert snapshot_of(SCORE, scores).f1 is scores.f1
+
+
+def test_a_pruned_neuron_is_never_shown_as_the_most_salient(toy):
+    # Cut off from what reads it alone, it is as salient as it was.
+    before = measure(toy.tagger, toy.corpus, PLACE, site="mlp_post")
+    cut = before.saliency.top(4)
+    prune_(toy.tagger, cut)
+    path = track(toy.tagger, toy.corpus, PLACE, [], before=before, pruned=cut, site="mlp_post")
+    after = path["pruned"].saliency
+    assert after.top(4) == cut
+    assert path["pruned"].f1["place"] < 0.1
+    assert len(after.top(4, among=path.there("pruned")) & cut) == 0
+    assert path.there("base").mask.all()
+    first, last = (str(next(iter(x))) for x in (cut, after.top(1, among=path.there("pruned"))))
+    base, pruned = path._repr_html_().split("<tr>")[-2:]
+    assert (first in base, first in pruned, last in pruned) == (True, False, True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from relearn_lens.measure.similarity import activation_similarity
 from relearn_lens.measure.tracking import measure
@@ -16,8 +17,8 @@ from relearn_lens.models.lora import adapted, adapter_weights, load_adapter_weig
 from relearn_lens.models.model import LanguageModel, Model, Tagger, computing
 from relearn_lens.models.toy import language_model
 from relearn_lens.models.toy import load as load_toy
-from relearn_lens.models.training import retrain_
 from relearn_lens.neurons.sites import Neurons, site_of
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import held, prune_
 from relearn_lens.runs.events import Arm, Base, Measured, Paused
 from relearn_lens.runs.experiment import perform
@@ -331,8 +332,7 @@ def test_lora_rank_is_a_setting():
         settings_of("toy", {"retrain": {"lora_rank": 4}, "keep": "all"})
 
 
-def test_interrupted_arm_goes_on_from_its_last_pause_to_the_bit(tmp_path: Path, monkeypatch):
-    from relearn_lens.runs import experiment
+def test_interrupted_arm_goes_on_from_its_last_pause_to_the_bit(tmp_path: Path):
     from relearn_lens.runs.store import run
 
     class Stop(Exception):
@@ -342,15 +342,18 @@ def test_interrupted_arm_goes_on_from_its_last_pause_to_the_bit(tmp_path: Path, 
         if isinstance(event, Paused) and event.training == "concept":
             raise Stop
 
-    steps: list[int] = []
-    monkeypatch.setattr(experiment, "_steps", lambda *_: lambda step, _: steps.append(step))
     how = settings_of("toy", TOY | {"arms": ["concept"], "measure": ["probeless"]})
-    whole = run(how, tmp_path / "whole")
-    in_all = len(steps)
-    with pytest.raises(Stop):
-        run(how, tmp_path / "cut", on_event=stop)
-    steps.clear()
-    cut = run(how, tmp_path / "cut")
+    steps: list[str] = []
+    counting = register_optimizer_step_pre_hook(lambda *_: steps.append("one"))
+    try:
+        whole = run(how, tmp_path / "whole")
+        in_all = len(steps)
+        with pytest.raises(Stop):
+            run(how, tmp_path / "cut", on_event=stop)
+        steps.clear()
+        cut = run(how, tmp_path / "cut")
+    finally:
+        counting.remove()
     assert 0 < len(steps) < in_all / 2  # one epoch of retraining: neither the fine-tuning nor the first epoch again
     for stage in ("1", "2"):
         first, second = cut.arms["concept"][0][stage], whole.arms["concept"][0][stage]

@@ -21,7 +21,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 CLOSE = 1e-4
 """Of the largest number in a tensor. Sums of float32 in another order, through the steps of AdamW, which divides by the
 size of the gradient."""
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def ran(command: list[str]) -> str:

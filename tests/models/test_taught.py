@@ -10,6 +10,7 @@ from relearn_lens.measure.answers import answer, choose
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.models import taught
 from relearn_lens.models.taught import Recipe, Taught
+from relearn_lens.progress import reported
 from relearn_lens.text.facts import FORGET, REFUSALS, RETAIN, Facts, people
 
 SMALL = Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
@@ -60,8 +61,8 @@ def test_lessons_say_what_they_took(pair: Taught):
 
 def test_what_was_taught_once_is_read_from_the_cache_to_the_bit(pair: Taught, cache: Path, facts: Facts, untouched):
     ticks = []
-    with untouched():
-        again = taught.load(facts, recipe=SMALL, tick=lambda *step: ticks.append(step))
+    with untouched(), reported(lambda *step: ticks.append(step)):
+        again = taught.load(facts, recipe=SMALL)
     assert ticks == []
     assert [lesson.cached for lesson in again.lessons] == [True, True]
     assert [lesson.seconds for lesson in again.lessons] == [lesson.seconds for lesson in pair.lessons]
@@ -81,9 +82,10 @@ def test_every_change_of_recipe_facts_or_roles_is_another_lesson(facts: Facts, c
         (facts, RETAIN, Recipe(n_layers=1, d_model=8, n_heads=2, d_mlp=8, steps=3)),
     ):
         ticks = []
-        _, lesson = taught.teach(given, roles, recipe=recipe, tick=lambda step, of, kept=ticks: kept.append((step, of)))
+        with reported(lambda *step, kept=ticks: kept.append(step)):
+            _, lesson = taught.teach(given, roles, recipe=recipe)
         assert not lesson.cached
-        assert ticks == [(step, recipe.steps) for step in range(1, recipe.steps + 1)]
+        assert ticks == [("teaching", step, recipe.steps) for step in range(recipe.steps + 1)]
     assert len(list((cache / "taught").iterdir())) == before + 4
 
 

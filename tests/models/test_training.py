@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from relearn_lens import progress
 from relearn_lens.measure.evaluation import evaluate
+from relearn_lens.methods import Retraining
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.model import Tagger
-from relearn_lens.models.training import Checkpoint, finetune_, retrain_
+from relearn_lens.models.training import Checkpoint, finetune_, train_
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
 
@@ -97,16 +100,26 @@ def test_tokens_seen_counts_special_tokens_and_no_padding(bert, encoded):
 
 def test_retrain_is_finetune_with_stages(text):
     one, other = toy_module.tagger(), toy_module.tagger()
-    stages = list(retrain_(one, text, epochs=1.0, every=0.5, batch_size=4, seed=3))
-    assert list(finetune_(other, text, epochs=1.0, every=0.5, batch_size=4, seed=3)) == stages
+    how = {"epochs": 1.0, "every": 0.5, "batch_size": 4, "seed": 3}
+    stages = list(retrain_(one, text, **how))
+    assert list(finetune_(other, text, **how, lr=Retraining().lr, prior_bias=False)) == stages
     assert same(weights(one), weights(other))
     assert len(stages) == 2
 
 
-def test_tick_counts_the_steps(tagger, text):
-    ticks = []
-    list(finetune_(tagger, text, epochs=1.5, batch_size=4, tick=lambda step, total: ticks.append((step, total))))
-    assert ticks == [(1, 4), (2, 4), (3, 4), (4, 4)]
+def test_progress_counts_the_steps(tagger, text):
+    seen = []
+    with progress.reported(lambda *how_far: seen.append(how_far)):
+        list(finetune_(tagger, text, epochs=1.5, batch_size=4))
+    # Each stage says where it begins; the first one ends after an epoch.
+    assert seen == [("fine-tuning", step, 4) for step in (0, 1, 2, 3, 3, 4)]
+
+
+def test_training_within_a_task_counts_towards_it(tagger, text):
+    seen = []
+    with progress.reported(lambda *how_far: seen.append(how_far)), progress.task("an experiment"):
+        list(finetune_(tagger, text, epochs=1.0, batch_size=4))
+    assert seen == [("an experiment", step, 3) for step in (1, 2, 3)]
 
 
 def test_finetune_takes_a_corpus_or_its_encoding(tagger, text):
@@ -213,7 +226,8 @@ def test_finetune_equals_a_loop_by_hand(tagger, text, clip, decay):
         model.dropout.p = 0.0
         torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     settings = {"lr": 1e-3, "clip": clip, "seed": 4}
-    pauses = list(finetune_(tagger, text, epochs=2.0, batch_size=5, weight_decay=decay, **settings))
+    how = {"epochs": 2.0, "batch_size": 5, "weight_decay": decay, "prior_bias": False}
+    pauses = list(finetune_(tagger, text, **how, **settings))
     losses = by_hand(other, text, epochs=2.0, size=5, decay=decay, **settings)
     assert [c.loss for c in pauses] == pytest.approx(losses, abs=1e-6)
     for name, value in other.weights().items():
@@ -228,7 +242,7 @@ def test_loss_is_summed_over_sub_words_before_dividing(tagger):
         [[("Tarn", "O", False)], [("the", "O", False)] * 30], name="uneven", label_names=toy_module.LABELS
     )
     tagger.dropout.p = 0.0
-    (pause,) = finetune_(tagger, text, epochs=1.0, batch_size=1, lr=1e-12)
+    (pause,) = finetune_(tagger, text, epochs=1.0, batch_size=1, lr=1e-12, prior_bias=False)
     encoded = encode(text, tagger.tokenizer, context=tagger.context)
     with torch.no_grad():
         losses = [
@@ -241,7 +255,7 @@ def test_loss_is_summed_over_sub_words_before_dividing(tagger):
 def test_prior_bias_is_the_log_share_of_each_tag(tagger, two):
     # Sub-words: O 6, B-person 1, I-person 1, B-place 2, I-place 1, and one more of each.
     before = weights(tagger)
-    training = finetune_(tagger, two, epochs=1.0, lr=1e-12, prior_bias=True)
+    training = finetune_(tagger, two, epochs=1.0, lr=1e-12)
     assert same(before, weights(tagger))
     next(training)
     assert tagger.tags == ("O", "B-person", "I-person", "B-place", "I-place")
@@ -287,14 +301,13 @@ def test_finetune_does_nothing_until_it_is_asked(tagger, text):
 @pytest.mark.parametrize("mode", [True, False])
 def test_finetune_is_in_the_mode_it_came_in_at_every_pause(tagger, text, mode):
     tagger.train(mode)
-    during = []
-    training = finetune_(
-        tagger, text, epochs=1.0, every=0.5, batch_size=4, tick=lambda *_: during.append(tagger.training)
-    )
-    for _ in training:
-        assert tagger.training is mode
-        assert all(p.grad is None for p in tagger.parameters())
-    assert during == [True] * 3
+    during = {}
+    training = finetune_(tagger, text, epochs=1.0, every=0.5, batch_size=4)
+    with progress.reported(lambda _, step, __: during.setdefault(step, tagger.training)):
+        for _ in training:
+            assert tagger.training is mode
+            assert all(p.grad is None for p in tagger.parameters())
+    assert during == {0: mode, 1: True, 2: True, 3: True}
 
 
 def test_finetune_can_be_left_at_a_pause(tagger, text):
@@ -305,17 +318,37 @@ def test_finetune_can_be_left_at_a_pause(tagger, text):
     assert same(there, weights(tagger))
 
 
-@pytest.mark.parametrize("name", ["epochs", "every", "batch_size", "lr", "clip"])
+@pytest.mark.parametrize("train", [finetune_, retrain_, train_])
+@pytest.mark.parametrize("name", ["every", "batch_size", "lr", "clip"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_finetune_refuses_a_setting_out_of_range_at_the_call(tagger, text, name, value):
+def test_a_setting_out_of_range_is_refused_at_the_call(tagger, text, train, name, value):
     setting: dict[str, Any] = {name: value if name == "batch_size" else float(value)}
-    with pytest.raises(ValueError, match=rf"must be above 0.* {name}={setting[name]}"):
-        finetune_(tagger, text, **setting)
+    with pytest.raises(ValueError, match=rf"^{name} = {setting[name]}: Input should be greater than"):
+        train(tagger, text, **setting)
 
 
-def test_finetune_refuses_a_negative_weight_decay_at_the_call(tagger, text):
-    with pytest.raises(ValueError, match="weight_decay"):
-        finetune_(tagger, text, weight_decay=-0.1)
+@pytest.mark.parametrize(("name", "value"), [("epochs", -1.0), ("weight_decay", -0.1), ("warmup", -1)])
+def test_a_negative_setting_is_refused_at_the_call(tagger, text, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} = {value}: Input should be greater than or equal to 0"):
+        finetune_(tagger, text, **{name: value})
+
+
+@pytest.mark.parametrize("train", [retrain_, train_])
+def test_only_a_fine_tuning_may_have_no_epochs(tagger, text, train):
+    with pytest.raises(ValueError, match=r"^epochs = 0: Input should be greater than 0"):
+        train(tagger, text, epochs=0)
+    before = weights(tagger)
+    assert list(finetune_(tagger, text, epochs=0)) == []
+    assert same(before, weights(tagger))
+
+
+def test_a_setting_that_a_training_does_not_have_is_refused(tagger, text):
+    with pytest.raises(ValueError, match=r"Retraining has no field 'prior_bias'; it has epochs, every, steps, lr"):
+        retrain_(tagger, text, prior_bias=True)
+    with pytest.raises(ValueError, match=r"steps = \[2, 4\] and epochs or every: a training has one of them"):
+        finetune_(tagger, text, steps=(2, 4), epochs=1)
+    with pytest.raises(ValueError, match=r"steps = \[4, 2\]: numbers of steps that rise"):
+        finetune_(tagger, text, steps=(4, 2))
 
 
 @pytest.mark.parametrize("names", [("O", "place", "person"), ("O", "place"), ("O", "person", "place", "river")])

@@ -12,6 +12,7 @@ from transformer_lens.config import TransformerBridgeConfig
 
 from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger, hidden, reading, trunk
+from relearn_lens.models import families
 from relearn_lens.neurons.sites import (
     FAMILIES,
     SITES,
@@ -144,6 +145,7 @@ DECODERS: dict[str, tuple[str, dict]] = {
     "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}),
     "gemma": ("GemmaConfig", {"num_key_value_heads": 2, "head_dim": 8}),
     "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}),
 }
 """Class of the configuration and what it has beside the sizes."""
 
@@ -224,13 +226,16 @@ def test_a_family_of_decoders(kind, tmp_path, untouched: Untouched):
     torch.testing.assert_close(tagger(IDS, MASK)[real], before)
 
 
-POST_NORM = {"DistilBertForMaskedLM", "RobertaForMaskedLM"}
-"""Tried in test_adapters.py."""
-
-
-def test_every_family_is_tried():
-    tried = {name.replace("Config", "ForCausalLM") for name, _ in DECODERS.values()} - {"GPT2ForCausalLM"}
-    assert tried | {"GPT2LMHeadModel", "BertForMaskedLM", "TransformerLensNative"} | POST_NORM == set(FAMILIES)
+def test_the_families_that_loading_names_are_those_that_have_sites():
+    classes = {
+        kinds[transformers.CONFIG_MAPPING[kind]].__name__
+        for kind in families.TYPES
+        for kinds in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING)
+        if transformers.CONFIG_MAPPING[kind] in kinds
+    }
+    # BERT and its like have a causal class too, which is never loaded.
+    assert set(FAMILIES) - {"TransformerLensNative"} <= classes
+    assert len(families.TYPES) == len(FAMILIES) - 1
 
 
 @pytest.mark.parametrize("kind", ["bert", "toy", "gpt2", "gemma"])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from relearn_lens.runs import store
+from relearn_lens.runs import verify as module
 from relearn_lens.runs.verify import Finding, check_same_inputs, hashes_of, not_finite, seal_of, verify
 from tests.runs.test_experiment import tiny
 
@@ -43,7 +44,7 @@ def test_finished_run_is_as_it_was(finished):
     seen: list[str] = []
     assert verify(finished, progress=seen.append) == []
     assert "tensors/concept-0.safetensors" in seen
-    last = verify.report_of(finished, [], verify.checked(finished))[-1]
+    last = module.report_of(finished, [], module.checked(finished))[-1]
     assert last.endswith("file(s) with a hash; all of them are as they were")
 
 
@@ -86,7 +87,7 @@ def test_a_changed_manifest_is_found(folder):
     assert wrong(folder) == [("manifest.json", "damaged")]
     path.write_text("{")
     assert wrong(folder) == [("manifest.json", "damaged")]
-    assert verify.checked(folder) == 0
+    assert module.checked(folder) == 0
 
 
 def test_the_seal_does_not_depend_on_the_order_nor_on_itself():
@@ -109,7 +110,7 @@ def test_inputs_are_compared_where_they_are(tmp_path, folder):
     text.write_text("Rome B-LOC\n")
     manifest = json.loads((folder / "manifest.json").read_text())
     settings = manifest["settings"] | {"corpus": f"conll:{text}", "model": str(tmp_path / "nowhere")}
-    digest = verify.sources.hash_files(text)["text.conll"]
+    digest = module.sources.hash_files(text)["text.conll"]
     manifest |= {"settings": settings, "inputs": {"corpus:text.conll": digest, "model:config.json": "0" * 64}}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"seal": seal_of(manifest)}))
     (absent,) = verify(folder)
@@ -124,7 +125,7 @@ def test_a_missing_input_file_is_named(tmp_path, folder):
     (model / "deep").mkdir(parents=True)
     (model / "deep" / "config.json").write_text("{}")
     manifest = json.loads((folder / "manifest.json").read_text())
-    inputs = {f"model:{k}": v for k, v in verify.sources.hash_files(model).items()}
+    inputs = {f"model:{k}": v for k, v in module.sources.hash_files(model).items()}
     assert set(inputs) == {"model:deep/config.json"}
     manifest |= {"settings": manifest["settings"] | {"model": str(model)}, "inputs": inputs}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"seal": seal_of(manifest)}))

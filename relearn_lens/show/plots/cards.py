@@ -75,7 +75,8 @@ def neuron_card(
         cut = theirs.pruned is not None and found in theirs.pruned
         stages = list(theirs.stages)
         figure.add_scatter(
-            x=stages, y=[float(theirs[s].saliency.by_rank()[layer, index]) for s in stages], mode="lines+markers",
+            x=stages, y=[float(theirs[s].saliency.by_rank(theirs.there(s))[layer, index]) for s in stages],
+            mode="lines+markers",
             name=f"{safe(name)} arm" + " (pruned)" * cut, marker={"size": 8, "symbol": "x" if cut else "circle"},
             line={"color": ARM_COLOURS.get(name, INK), "dash": ARM_DASHES.get(name, "solid"), "width": 2.5},
             hovertemplate="%{x}: %{y:.3f}<extra>" + safe(name) + "</extra>", row=1, col=1,

@@ -57,7 +57,7 @@ def recovery_curves(run: Run) -> go.Figure:
             hovertemplate=f"%{{x}}: {scores.metric} %{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"
             f"<extra>{name}</extra>",
         )  # fmt: skip
-    draws = [s.shown(run.label) for damage in run.damage for s in damage.random]
+    draws = [s.shown(run.label) for damage in run.damage for s in damage.random.get("layers", ())]
     if draws:
         figure.add_scatter(
             x=["pruned", "pruned"], y=[min(draws), max(draws)], mode="lines+markers",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relearn_lens.analysis.migration import Selection, saliency_by_layer
 from relearn_lens.measure.topwords import TopWords
-from relearn_lens.measure.tracking import BASE, Trajectory
+from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.neurons.sites import Neuron
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
@@ -183,7 +183,7 @@ def _among(path: Trajectory, stage: str, selection: Selection) -> Any:
     """The neurons that are ranked at a stage; None for all."""
     if selection == "matched":
         return path.matched()
-    return None if selection == "all" or stage == BASE else path.survivors()
+    return None if selection == "all" else path.there(stage)
 
 
 def _blocks(path: Trajectory, place: Tensor, stages: int) -> tuple[int, list[list[str]]]:

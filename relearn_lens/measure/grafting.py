@@ -1,0 +1,357 @@
+"""Where a concept came back, by intervention: one part of the model moved between the cut and the retrained weights.
+
+*Enough*: that part alone, grafted into the cut model, brings the concept back. *Needed*: it alone, put back as it was
+after the cut, loses it again. And which neurons: those found in the retrained model, cut again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores
+from relearn_lens.models.model import Model, wearing
+from relearn_lens.neurons.sites import Neurons, Sever
+from relearn_lens.neurons.weights import Parts, WeightMask, differs
+from relearn_lens.neurons.weights import parts as parts_of
+from relearn_lens.remove.ablation import prune_
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CUT = "cut"
+"""The part that the entries of the cut are: what they bring back was regrown in place."""
+Weights = Mapping[str, Tensor]
+Outcome = float | Scores
+Evaluate = Callable[[Model], Scores | Mapping[str, Outcome]]
+"""What a model does, as one or several named outcomes, the primary one first."""
+Outcomes = Mapping[str, Outcome]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of what came back with retraining: 0 as after the cut, 1 as retrained."""
+
+    value: float
+    """NaN where it is refused."""
+    low: float = math.nan
+    """Ends of its 95 % bootstrap interval over sentences; NaN for outcomes that are bare numbers."""
+    high: float = math.nan
+    refused: str | None = None
+    """Why there is no share."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Grafts:
+    """Outcomes of a model with one part moved, beside those of the whole models."""
+
+    parts: tuple[str, ...]
+    """From the input to the output; last, if a cut was given, `"cut"`: its entries, which are then in no other part."""
+    cut: Outcomes
+    """After the cut."""
+    retrained: Outcomes
+    alone: Mapping[str, Outcomes]
+    """By part: the cut model with this part as retrained."""
+    reverted: Mapping[str, Outcomes]
+    """By part: the retrained model with this part as after the cut."""
+    controls: Mapping[str, Mapping[str, Outcomes]] = field(default_factory=dict)
+    """By control and part: the cut model with another arm's change of this part added; of no part that is the cut."""
+    whole: Mapping[str, Outcomes] = field(default_factory=dict)
+    """By control: the same with its change of all parts."""
+    up: Mapping[str, Outcomes] = field(default_factory=dict)
+    """By part: the cut model with all parts up to this one as retrained, the cut's entries where they lie."""
+    down: Mapping[str, Outcomes] = field(default_factory=dict)
+    """By part: the same with this part and all after it: all that `up` of the part before leaves out."""
+    base: Outcomes | None = None
+    """Before the cut."""
+    label: Label = OVERALL
+    """Of which label the outcomes that are scores are read."""
+    noise: float = 0.0
+    """Returns of the primary outcome that are not larger have no shares."""
+
+    @property
+    def outcomes(self) -> tuple[str, ...]:
+        """Names of the outcomes, the primary one first."""
+        return tuple(self.cut)
+
+    def value(self, of: Outcomes, outcome: str | None = None) -> float:
+        """One outcome as a number, by default the primary one."""
+        given = of[self._known(outcome)]
+        return given.value(self.label) if isinstance(given, Scores) else float(given)
+
+    def enough(self, part: str, outcome: str | None = None) -> Share:
+        """(graft - cut) / (retrained - cut): what the part alone brings back."""
+        return self._share(self.cut, self._of(self.alone, part), outcome)
+
+    def needed(self, part: str, outcome: str | None = None) -> Share:
+        """(retrained - revert) / (retrained - cut): what is lost without the part."""
+        return self._share(self._of(self.reverted, part), self.retrained, outcome)
+
+    def control(self, name: str, part: str, outcome: str | None = None) -> Share:
+        """`enough` of another arm's change of the part, which should bring nothing back."""
+        return self._share(self.cut, self._of(self._of(self.controls, name, "control"), part), outcome)
+
+    def most_of_controls(self, outcome: str | None = None) -> float:
+        """The largest `enough` of any control and part, which a part named must exceed; NaN without controls."""
+        shares = [self.control(name, part, outcome).value for name, by in self.controls.items() for part in by]
+        return max((share for share in shares if not math.isnan(share)), default=math.nan)
+
+    def _known(self, outcome: str | None) -> str:
+        outcome = outcome or self.outcomes[0]
+        if outcome not in self.cut:
+            raise ValueError(f"no outcome {outcome!r}; known: {', '.join(self.outcomes)}")
+        return outcome
+
+    def _of(self, by_name: Mapping[str, _T], name: str, what: str = "part") -> _T:
+        if name not in by_name:
+            raise ValueError(f"no {what} {name!r}; known: {', '.join(by_name) or 'none'}")
+        return by_name[name]
+
+    def _drawn(self, of: Outcomes, outcome: str) -> np.ndarray | None:
+        given = of[outcome]
+        return given.resampled(self.label) if isinstance(given, Scores) else None
+
+    def _share(self, low: Outcomes, high: Outcomes, outcome: str | None) -> Share:
+        """What lies between two outcomes, as a share of what came back."""
+        outcome = self._known(outcome)
+        cut, retrained = (self.value(of, outcome) for of in (self.cut, self.retrained))
+        drawn = [self._drawn(of, outcome) for of in (self.cut, self.retrained, low, high)]
+        gap = retrained - cut
+        noise = self.noise if outcome == self.outcomes[0] else 0.0
+        between = f"{outcome} is {cut:.3g} after the cut and {retrained:.3g} after retraining"
+        if not gap > noise:
+            return Share(math.nan, refused=f"{between}: nothing came back beyond noise ({noise:.3g})")
+        value = (self.value(high, outcome) - self.value(low, outcome)) / gap
+        if any(draws is None for draws in drawn):
+            return Share(value)
+        at_cut, at_end, below, above = (np.asarray(draws) for draws in drawn)
+        gaps = at_end - at_cut
+        if not np.nanquantile(gaps, 0.025) > noise:
+            return Share(math.nan, refused=f"{between}: the interval of the difference reaches noise ({noise:.3g})")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares = ((above - below) / gaps)[gaps > 0]
+        lower, upper = np.nanquantile(shares, [0.025, 0.975])
+        return Share(value, float(lower), float(upper))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for every part and outcome: both interventions, their shares with intervals, and every control."""
+        import pandas as pd
+
+        rows = []
+        for outcome in self.outcomes:
+            for part in self.parts:
+                enough, needed = self.enough(part, outcome), self.needed(part, outcome)
+                rows.append(
+                    {
+                        "part": part,
+                        "outcome": outcome,
+                        "alone": self.value(self.alone[part], outcome),
+                        "reverted": self.value(self.reverted[part], outcome),
+                        "enough": enough.value,
+                        "enough_low": enough.low,
+                        "enough_high": enough.high,
+                        "needed": needed.value,
+                        "needed_low": needed.low,
+                        "needed_high": needed.high,
+                        **{
+                            f"control_{name}": self.control(name, part, outcome).value if part in by else math.nan
+                            for name, by in self.controls.items()
+                        },
+                        "refused": enough.refused,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        ends = f"{self.outcomes[0]} {self.value(self.cut):.3g} cut, {self.value(self.retrained):.3g} retrained"
+        shares = {part: (self.enough(part), self.needed(part).value) for part in self.parts}
+        if refused := next((enough.refused for enough, _ in shares.values() if enough.refused), None):
+            return f"Grafts({ends}; no shares: {refused})"
+        most = sorted(shares, key=lambda part: -max(shares[part][0].value, shares[part][1]))[:3]
+        told = ", ".join(f"{part} enough {shares[part][0].value:.2f} needed {shares[part][1]:.2f}" for part in most)
+        control = f"; controls at most {self.most_of_controls():.2f}" if self.controls else ""
+        return f"Grafts({ends}; {told}{control})"
+
+
+def grafts(
+    model: Model,
+    cut_weights: Weights,
+    retrained_weights: Weights,
+    evaluate: Evaluate,
+    *,
+    parts: Parts | None = None,
+    cut: WeightMask | None = None,
+    controls: Mapping[str, tuple[Weights, Weights]] | None = None,
+    base_weights: Weights | None = None,
+    cumulative: bool = False,
+    label: Label = OVERALL,
+    noise: float = 0.0,
+) -> Grafts:
+    """Which part of a model brought back what was cut, by moving one part at a time between two sets of its weights.
+
+    Every part is grafted alone from the retrained weights into the cut ones, and alone put back in the retrained ones.
+    `parts` are by default those that `neurons.weights.parts` names; the entries of `cut` are a part of their own. A
+    control is another arm's start and end: their difference, not its end (which would undo the cut), is added to the
+    cut model, part by part, and the cut's entries stay as cut. `cumulative` adds the curves from the input up and from
+    the output down. `evaluate` reads the model and gives its outcomes, the primary one first: two evaluations a part,
+    one more for each control, two more if `cumulative`. Scores are read for `label`, with an interval over sentences;
+    of bare numbers, returns up to `noise` have no shares.
+
+    The model's own weights are back afterwards, to the bit, after an error too.
+
+    Source: ours; a graft is activation patching (Vig et al. 2020; Meng et al. 2022) of weights in place of activations.
+
+    Raises:
+        ValueError: weights or a mask of another model, unknown weights in a part, a weight in two parts, a part named
+            `"cut"` beside a cut, or low-rank adapters; before any evaluation.
+    """
+    controls = controls or {}
+    masks, whole = _masks(model, parts_of(model) if parts is None else parts, cut)
+    live = model.weights()
+    given = {"cut_weights": cut_weights, "retrained_weights": retrained_weights}
+    given |= {} if base_weights is None else {"base_weights": base_weights}
+    for name, (start, end) in controls.items():
+        given |= {f"the start of control {name!r}": start, f"the end of control {name!r}": end}
+    for name, weights in given.items():
+        if (why := differs(live, weights)) is not None:
+            raise ValueError(f"{name} are of another model: {why}")
+    own = {name: value.clone() for name, value in live.items()}
+
+    def steady(weights: Weights) -> Weights:
+        """Weights that do not move with the model: those that are its own are what it came with."""
+        return {
+            name: own[name] if value.data_ptr() == live[name].data_ptr() else value for name, value in weights.items()
+        }
+
+    def put(weights: Weights, names: Mapping[str, object] | list[str]) -> None:
+        with torch.no_grad():
+            for name in names:
+                live[name].copy_(weights[name])
+
+    def outcomes() -> Outcomes:
+        result = evaluate(model)
+        return {result.quantity: result} if isinstance(result, Scores) else dict(result)
+
+    def moved(mask: WeightMask, into: Weights, of: Callable[[str, torch.device], Tensor]) -> Outcomes:
+        """With the mask's entries changed in the model as it is, which then is as it was."""
+        changed = mask.on(model.device)
+        for name in mask.weights():
+            at = live[name].device
+            live[name].copy_(torch.where(changed[name], of(name, at), into[name].to(at)))
+        result = outcomes()
+        put(into, mask.weights())
+        return result
+
+    ended, started = steady(retrained_weights), steady(cut_weights)
+    alone, by_control, of_whole, up, down = {}, {}, {}, {}, {}
+    try:
+        base = None
+        if base_weights is not None:
+            put(steady(base_weights), live)
+            base = outcomes()
+        put(started, live)
+        at_cut = outcomes()
+        for part, mask in masks.items():
+            alone[part] = moved(mask, started, lambda name, at: ended[name].to(at))
+        for control, ends in controls.items():
+            start, end = map(steady, ends)
+
+            def added(name: str, at: torch.device, start: Weights = start, end: Weights = end) -> Tensor:
+                change = end[name].to(at).float() - start[name].to(at).float()
+                return (started[name].to(at).float() + change).to(live[name].dtype)
+
+            kept = {part: mask for part, mask in masks.items() if part != CUT or cut is None}
+            by_control[control] = {part: moved(mask, started, added) for part, mask in kept.items()}
+            of_whole[control] = moved(_union(kept), started, added)
+        if cumulative:
+            names = list(whole)
+            for i, part in enumerate(names):
+                for curve, within in ((up, names[: i + 1]), (down, names[i:])):
+                    mask = _union({name: whole[name] for name in within})
+                    curve[part] = moved(mask, started, lambda name, at: ended[name].to(at))
+        put(ended, live)
+        at_end = outcomes()
+        reverted = {part: moved(mask, ended, lambda name, at: started[name].to(at)) for part, mask in masks.items()}
+    finally:
+        put(own, live)
+    return Grafts(tuple(masks), at_cut, at_end, alone, reverted, by_control, of_whole, up, down, base, label, noise)
+
+
+def _masks(model: Model, parts: Parts, cut: WeightMask | None) -> tuple[dict[str, WeightMask], dict[str, WeightMask]]:
+    """Every part without the cut's entries, which are the last; and every part with them."""
+    if wearing(model.bridge):
+        raise ValueError("this model has low-rank adapters now; graft when the block of `adapted` has ended")
+    named = [weight for names in parts.values() for weight in names]
+    if unknown := sorted(set(named) - set(model.plain())):
+        raise ValueError(f"parts name weights that the model does not have, such as {unknown[0]!r}")
+    if len(named) > len(set(named)):
+        twice = next(weight for weight in named if named.count(weight) > 1)
+        raise ValueError(f"parts must share no weight, and {twice!r} is in two; give disjoint parts")
+    if not parts:
+        raise ValueError("there are no parts to graft; leave `parts` out for all of the model")
+    whole = {part: WeightMask.of_parts(model, part, among=parts) for part in parts}
+    if cut is None:
+        return whole, whole
+    cut.check(model)
+    if CUT in parts:
+        raise ValueError(f"a part is named {CUT!r}, which is the name of the cut's own entries; name it otherwise")
+    return {part: mask - cut for part, mask in whole.items()} | {CUT: cut}, whole
+
+
+def _union(masks: Mapping[str, WeightMask]) -> WeightMask:
+    first, *others = masks.values()
+    for other in others:
+        first = first | other
+    return first
+
+
+@dataclass(frozen=True, eq=False)
+class SecondCut:
+    """The neurons that carry a concept after it came back, and what is left when they are cut too."""
+
+    neurons: Neurons
+    share_old: float
+    """Share of them that were cut before, 0 to 1."""
+    share_old_by_chance: float
+    """The same of sets drawn with as many neurons per layer."""
+    after: Outcomes
+    """With them cut, before any further retraining."""
+
+
+def share_old(new: Neurons, old: Neurons) -> float:
+    """Share of a new set of neurons that are in an old one, 0 to 1; NaN for an empty set.
+
+    Raises:
+        ValueError: sets of two sites.
+    """
+    return len(new & old) / len(new) if len(new) else math.nan
+
+
+def share_old_by_chance(new: Neurons, old: Neurons) -> float:
+    """`share_old` to be expected of sets drawn uniformly, with as many neurons in each layer as the new set has."""
+    if not len(new):
+        return math.nan
+    drawn = new.mask.sum(1) * old.mask.sum(1) / new.site.width
+    return float(drawn.sum()) / len(new)
+
+
+def cut_again_(model: Model, new: Neurons, old: Neurons, evaluate: Evaluate, *, sever: Sever = "out") -> SecondCut:
+    """Cut the neurons found in a retrained model, evaluate, and leave the model cut, to be retrained once more.
+
+    `old` are those that were cut before (of several rounds: their union). Found by the rule by which those were, and as
+    many, they say whether the concept came back in the same neurons.
+
+    Raises:
+        ValueError: neurons of another model or of two sites, or the model has no such weights.
+    """
+    shares = share_old(new, old), share_old_by_chance(new, old)
+    prune_(model, new, sever=sever)
+    result = evaluate(model)
+    return SecondCut(new, *shares, {result.quantity: result} if isinstance(result, Scores) else dict(result))

@@ -1,0 +1,146 @@
+"""Methods as frozen objects: what a training, a measurement or an attribution does is told by its fields.
+
+Each field says its unit and where its value is from; the same object stands in Python, in a TOML file and on the
+command line, so that no default stands twice. Imports nothing heavy: settings are checked before torch is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Size = Annotated[float, Field(gt=0, le=10**9)]
+Epochs = Annotated[float, Field(gt=0, le=10_000)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+AtMost = Annotated[int, Field(ge=1, le=10**9)]
+"""So many, or all where there are fewer."""
+
+STAGES = 10_000
+"""Most stages of one training: each is measured."""
+
+M = TypeVar("M", bound="Method")
+
+
+class Method(BaseModel):
+    """A frozen object whose fields are checked when it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def of(kind: type[M], how: M | None, fields: Mapping[str, Any]) -> M:
+    """A method as it was given, or the default one, with some of its fields changed.
+
+    Raises:
+        ValueError: a field that the method does not have, or a value out of range; one line for each.
+    """
+    given = {} if how is None else {name: getattr(how, name) for name in how.model_fields_set}
+    if not fields and how is not None:
+        return how
+    try:
+        return (kind if how is None else type(how))(**{**given, **fields})
+    except ValidationError as error:
+        raise ValueError("; ".join(_line(kind, each) for each in error.errors())) from None
+
+
+def _line(kind: type[Method], error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"]) or kind.__name__
+    if error["type"] == "extra_forbidden":
+        return f"{kind.__name__} has no field {name!r}; it has {', '.join(kind.model_fields)}"
+    return f"{name} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+
+
+class Training(Method):
+    """AdamW with all that moves a model: how long, how fast, and where it stands still to be looked at.
+
+    Source: Loshchilov & Hutter 2019; learning rates as in Lo et al. 2024, section 4, where nothing else is said.
+    """
+
+    epochs: float = Field(default=3, gt=0, le=10_000, description="passes over the training sentences")
+    every: Epochs | None = Field(default=None, description="epochs per stage; none: each epoch is one")
+    steps: tuple[Annotated[int, Field(ge=1, le=10**9)], ...] | None = Field(
+        default=None,
+        description="optimiser steps after which training stands still, the last of them its end, in place of epochs "
+        "and every; none: by epochs",
+    )
+    lr: Rate = Field(default=1e-4, description="highest learning rate")
+    schedule: Literal["linear", "constant"] = Field(
+        default="linear",
+        description="learning rate; linear: falls to 0 at the end; constant: step 8 of 16 is step 8 of 64",
+    )
+    warmup: int = Field(default=0, ge=0, le=10**9, description="steps over which the learning rate rises first")
+    batch_size: int = Field(default=16, ge=1, le=100_000, description="sentences per step")
+    weight_decay: float = Field(default=0.01, ge=0, le=10, description="not on biases and LayerNorms")
+    clip: Size = Field(default=1.0, description="largest gradient norm")
+    restart: bool = Field(default=False, description="begin optimiser and learning rate anew in every stage")
+    accumulate: int = Field(
+        default=1, ge=1, le=100_000, description="parts that a batch goes through the model in, to save memory"
+    )
+    checkpointing: bool = Field(default=False, description="compute blocks again in the backward pass, to save memory")
+
+    @property
+    def n_stages(self) -> int:
+        """How often training stands still."""
+        return math.ceil(self.epochs / (self.every or 1.0) - 1e-9) if self.steps is None else len(self.steps)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by(cls, values: Any) -> Any:
+        """Who says epochs means a training that is measured by epochs."""
+        if not isinstance(values, Mapping):
+            return values
+        if {"epochs", "every"} & values.keys() and values.get("steps") is None:
+            return {**values, "steps": None}
+        usual = {name: cls.model_fields[name].default for name in ("epochs", "every")}
+        # Settings written in full hold the epochs too that steps take the place of.
+        return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
+
+    @model_validator(mode="after")
+    def _stages(self) -> Training:
+        if self.steps is not None:
+            if {"epochs", "every"} & self.model_fields_set:
+                raise ValueError(f"steps = {list(self.steps)} and epochs or every: a training has one of them")
+            if list(self.steps) != sorted(set(self.steps)):
+                raise ValueError(f"steps = {list(self.steps)}: numbers of steps that rise")
+        elif self.every is not None and self.epochs / self.every > STAGES * (1 + 1e-9):
+            raise ValueError(
+                f"every = {self.every}: {self.epochs} epochs would be more than {STAGES:,} stages, each is "
+                f"measured; make it {self.epochs / STAGES:g} or more"
+            )
+        return self
+
+
+class Finetuning(Training):
+    """Training of a model that nothing was taken from yet."""
+
+    epochs: float = Field(
+        default=3,
+        ge=0,
+        le=10_000,
+        description="passes over the training sentences; 0: the model as it comes (its own head)",
+    )
+    prior_bias: bool = Field(
+        default=True,
+        description="start a tagger's bias at the log share of each tag; a fresh head otherwise makes the body learn, "
+        "as a constant part of its hidden state, that most words are O, and without it collapses",
+    )
+
+
+class Retraining(Training):
+    """Training after something was removed, measured after every stage."""
+
+    steps: tuple[Annotated[int, Field(ge=1, le=10**9)], ...] | None = Field(
+        default=(1, 2, 4, 8, 16, 32, 64), description=Training.model_fields["steps"].description
+    )
+    lr: Rate = Field(default=5e-5, description=Training.model_fields["lr"].description)
+    schedule: Literal["linear", "constant"] = Field(
+        default="constant", description=Training.model_fields["schedule"].description
+    )
+    warmup: int = Field(default=2, ge=0, le=10**9, description=Training.model_fields["warmup"].description)
+    lora_rank: int | None = Field(
+        default=None, ge=1, le=10_000,
+        description="train only low-rank adapters of this rank beside the blocks' matrices (alpha 16; needs peft: "
+        "extra lora), and the head; none: train all weights",
+    )  # fmt: skip

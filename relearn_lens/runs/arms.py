@@ -1,0 +1,39 @@
+"""The arms of an experiment: what is cut in each, what it starts from, and what it is the control of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from relearn_lens.runs.settings import ArmName, Experiment
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way through the experiment: a model, what is taken out of it, and what training brings back."""
+
+    name: ArmName
+    cut: str | None
+    """The set of neurons that is pruned, by its name among a seed's cuts; None: nothing is."""
+    knows: bool = True
+    """Whether the model that it starts from was fine-tuned on the concept."""
+    says: str = ""
+    """What it is, in a few words."""
+
+
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("concept", "concept", says="the concept's neurons are cut"),
+        Arm("other", "other", says="another label's neurons are cut, as many"),
+        Arm("random", "random", says="neurons drawn at random are cut, as many in every layer"),
+        Arm("unpruned", None, says="nothing is cut"),
+        Arm("never", "concept", knows=False, says="cut like the concept's arm, but it never had the label"),
+    )
+}
+"""The arms by name, in the order in which they run: what grafts compare with is known when they are asked for."""
+
+
+def arms_of(experiment: Experiment, *, other: str | None) -> list[Arm]:
+    """The arms of some settings in their order; without another label to cut, that arm is left out."""
+    return [arm for name, arm in ARMS.items() if name in experiment.arms and (name != "other" or other is not None)]

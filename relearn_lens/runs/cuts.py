@@ -1,0 +1,205 @@
+"""Which neurons a run cuts: how many, the concept's and another label's, and what is drawn beside them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from relearn_lens import progress
+from relearn_lens.analysis import intervals
+from relearn_lens.find.saliency import Saliency, saliency
+from relearn_lens.measure.evaluation import Scores, evaluate
+from relearn_lens.measure.tracking import Snapshot
+from relearn_lens.models import processes
+from relearn_lens.neurons.sites import Neurons, random_neurons
+from relearn_lens.remove.ablation import ablated, prune_
+from relearn_lens.runs.events import Base, Damage, Dose, Prepared, Sized
+from relearn_lens.runs.preparation import FEWEST_SPANS
+from relearn_lens.runs.protocol import choose, control_of, placed
+from relearn_lens.text.concept import Concept
+
+KINDS = ("layers", "disjoint", "scale")
+"""Kinds of random sets: as many in every layer, from all neurons; none of the cut; alike in how much they vary."""
+
+
+def saliency_of(ready: Prepared, snapshot: Snapshot, concept: Concept) -> Saliency:
+    """The ranking of a snapshot's neurons for a concept: its own, or another label's from the same statistics."""
+    if concept == ready.concept:
+        return snapshot.saliency
+    carries = torch.from_numpy(concept.classes(ready.probe.corpus).carries)
+    how = ready.experiment
+    return saliency(snapshot.stats, concept, carries, score=how.score, contrast=how.contrast)
+
+
+def sets_of(ready: Prepared, snapshot: Snapshot, fraction: float) -> dict[str, Neurons]:
+    """The neurons of the concept and, as many, of the other label, by name; those that both want go to neither."""
+    which = ready.experiment.prune.which
+    sets = {"concept": choose(snapshot.saliency, fraction, which)}
+    if ready.other is not None:
+        other = choose(saliency_of(ready, snapshot, ready.other), fraction, which)
+        shared = sets["concept"] & other
+        if len(shared) < len(other):
+            sets = {"concept": sets["concept"] - shared, "other": other - shared}
+    # Unlike machines round differently, and processes must not disagree about a neuron at the edge.
+    return {name: Neurons(processes.agreed(chosen.mask.byte()).bool(), chosen.site) for name, chosen in sets.items()}
+
+
+def cuts_of(ready: Prepared, base: Base, fraction: float) -> dict[str, Neurons]:
+    """All sets of neurons that the arms of a seed cut."""
+    sets = sets_of(ready, base.snapshot, fraction)
+    random = control_of(sets["concept"], ready.experiment.prune.control, seed=draw_seed(base.seed, 0))
+    return {**sets, "random": random}
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """Seed of a random set of neurons: 0 is the random arm, the others are the draws beside it."""
+    return 1000 * (seed + 1) + draw
+
+
+def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
+    """How large the cut is: as set, or the smallest dose that takes the concept and leaves the others.
+
+    Every dose ablates the concept's neurons, and with `whole` the other label's and a random set too, on sentences that
+    neither train, nor find neurons, nor are scored; without `whole`, doses end at the first that will do.
+
+    Raises:
+        ValueError: no dose will do, with what each did.
+    """
+    how = ready.experiment.prune
+    if how.fraction != "auto":
+        return Sized(base.seed, how.fraction, None)
+    model = ready.model
+    model.load_weights(base.weights)
+    total = len(how.grid) * (1 + 2 * whole) + 1
+    doses: list[Dose] = []
+    chosen: float | None = None
+    with progress.task("dose and response", total):
+        before = _scores(ready, on=ready.validation)
+        for fraction in sorted(how.grid):
+            sets = sets_of(ready, base.snapshot, fraction)
+            if whole:
+                sets["random"] = random_neurons(
+                    like=sets["concept"], seed=draw_seed(base.seed, 0), apart=sets["concept"]
+                )
+            for name, neurons in sets.items():
+                if name == "concept" or whole:
+                    with _without(ready, base, neurons):
+                        doses.append(Dose(fraction, name, _scores(ready, on=ready.validation)))
+                    progress.advance()
+                    if name == "concept" and chosen is None and takes(ready, before, doses[-1].scores):
+                        chosen = fraction
+            if chosen is not None and not whole:
+                break
+    if chosen is None:
+        raise ValueError(_no_dose(ready, base, before, doses))
+    return Sized(base.seed, chosen, before, tuple(doses))
+
+
+def takes(ready: Prepared, before: Scores, after: Scores) -> bool:
+    """Whether a cut takes the concept and leaves the other labels, as the settings ask."""
+    how, label = ready.experiment.prune, ready.experiment.labels
+    if not after.value(label) < how.gone * before.value(label):
+        return False
+    others = bystanders(before, ready.experiment.labels)
+    return not others or kept_share(before, after, others, **interval_of(ready)).low >= how.spared
+
+
+def bystanders(scores: Scores, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels that a cut of others should leave alone and that can be judged: with `FEWEST_SPANS` spans or more."""
+    support = scores.support()
+    return tuple(name for name in scores.labels if name not in labels and support[name] >= FEWEST_SPANS)
+
+
+def kept_share(before: Scores, after: Scores, labels: tuple[str, ...], **interval: float) -> intervals.Estimate:
+    """Share of the labels' score, together, that a cut leaves, with its interval over sentences."""
+
+    def share(then: np.ndarray, now: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(now) / np.asarray(then)
+
+    return intervals.over_sentences(share, labels, before, after, **interval)
+
+
+def interval_of(ready: Prepared) -> dict[str, float]:
+    """Coverage and bootstrap draws of intervals."""
+    return {"level": ready.experiment.measure.level, "draws": ready.experiment.measure.draws}
+
+
+def _no_dose(ready: Prepared, base: Base, before: Scores, doses: list[Dose]) -> str:
+    how, label = ready.experiment.prune, ready.experiment.labels
+    others = bystanders(before, label)
+    rows = "; ".join(
+        f"{dose.fraction:g}: {dose.scores.shown(label):.2f}"
+        + (f", others {dose.scores.shown(others):.2f}" if others else "")
+        for dose in doses
+        if dose.cut == "concept"
+    )
+    beside = f", others {before.shown(others):.2f}" if others else ""
+    return (
+        f"prune.fraction = 'auto': no cut of seed {base.seed} takes {'+'.join(label)!r} (below {how.gone:g} of its "
+        f"{before.shown(label):.2f}{beside}) and leaves the other labels ({how.spared:g} of theirs, at the lower end "
+        f"of the interval). F1 by fraction cut: {rows}. Choose a size by --set prune.fraction=0.1, say, and see in the "
+        "run what else it takes; or another score or site"
+    )
+
+
+def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
+    """What the cuts of a seed, and random sets beside the concept's, do to the base model; no training."""
+    draws, concept = ready.experiment.prune.control_draws, sets["concept"]
+    ready.model.load_weights(base.weights)
+    scale = base.snapshot.stats.total.variance[0].sqrt().float()
+    scores: dict[str, list[Scores]] = {kind: [] for kind in KINDS}
+    overlap: dict[str, list[float]] = {kind: [] for kind in KINDS}
+
+    def cut(neurons: Neurons) -> Scores:
+        with _without(ready, base, placed(neurons, ready.experiment.prune.embedding)):
+            result = _scores(ready, on=ready.scored)
+        progress.advance()
+        return result
+
+    with progress.task("cutting without training", 1 + ("other" in sets) + draws * len(KINDS)):
+        first, other = cut(concept), cut(sets["other"]) if "other" in sets else None
+        for kind in KINDS:
+            for k in range(draws):
+                drawn = random_neurons(
+                    like=concept, seed=draw_seed(base.seed, 1 + k), apart=None if kind == "layers" else concept,
+                    scale=scale if kind == "scale" else None,
+                )  # fmt: skip
+                overlap[kind].append(len(drawn & concept) / len(concept))
+                scores[kind].append(cut(drawn))
+    return Damage(
+        base.seed,
+        first,
+        other,
+        {kind: tuple(each) for kind, each in scores.items()},
+        {kind: tuple(each) for kind, each in overlap.items()},
+    )
+
+
+def _scores(ready: Prepared, *, on: object) -> Scores:
+    return evaluate(ready.model, on, concept=ready.concept, max_tokens=ready.experiment.measure.max_tokens)  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def _without(ready: Prepared, base: Base, neurons: Neurons) -> Iterator[None]:
+    """For a while, the base model as pruning leaves it."""
+    sever = ready.experiment.prune.sever
+    if sever in ("auto", "out", "both"):  # the same by hooks, and for any site; auto is left where no arm prunes
+        with ablated(ready.model, neurons):
+            yield
+    else:
+        prune_(ready.model, neurons, sever=sever)
+        try:
+            yield
+        finally:
+            ready.model.load_weights(base.weights)
+
+
+def rest_of(snapshot: Snapshot, removed: Neurons) -> Saliency:
+    """A snapshot's ranking without neurons that were removed: they come last."""
+    found = snapshot.saliency
+    return replace(found, score=found.score.masked_fill(removed.mask, float(found.score.min()) - 1))
