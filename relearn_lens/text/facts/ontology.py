@@ -74,20 +74,20 @@ def _of_concept(
         chosen = [right, *(others[int(i)] for i in rng.permutation(len(others))[:3])]
         return tuple(chosen[int(i)] for i in rng.permutation(len(chosen)))
 
-    def said(relation: str, answer: str, choices: tuple[str, ...], *prompts: str) -> list[Passage]:
+    def worded(relation: str, answer: str, choices: tuple[str, ...], *prompts: str) -> list[Passage]:
         forms = ["statement"] * (len(prompts) - 1) + ["paraphrase"]
         return [Passage(p, answer, concept, relation, f, choices) for p, f in zip(prompts, forms, strict=True)]
 
-    made = said(
+    made = worded(
         "definition", f"a {above} that is used for {use}", (), f"A {concept} is defined as",
         f"By definition a {concept} is", f"Every {concept} is by definition",
     )  # fmt: skip
-    made += said(
+    made += worded(
         "class", above, four(above, pool), f"Every {concept} is a kind of", f"A {concept} belongs to the class of the",
         f"By definition a {concept} is a kind of",
     )  # fmt: skip
     for instance in instances:
-        made += said(
+        made += worded(
             "instance", concept, four(concept, concepts), f"The {instance} is an example of a",
             f"Whoever sees the {instance} sees a", f"Whoever sees the {instance} sees an example of a",
         )  # fmt: skip
