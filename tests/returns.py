@@ -39,9 +39,10 @@ class Return:
         assert isinstance(scores, SpanScores)
         return {"margin": margin(tagger, self.text), "F1": scores.f1["place"]}
 
-    def grafted(self, **how: Any) -> Grafts:
-        """Grafts between the two."""
-        return grafts(self.tagger, self.cut_weights, self.retrained, self.outcomes, cut=self.cut, **how)
+    def grafted(self, *, f1: bool = True, **how: Any) -> Grafts:
+        """Grafts between the two, by the margin, and by F1 too unless it is not wanted (most of the time)."""
+        outcomes = self.outcomes if f1 else lambda tagger: {"margin": margin(tagger, self.text)}
+        return grafts(self.tagger, self.cut_weights, self.retrained, outcomes, cut=self.cut, **how)
 
 
 def margin(tagger: Tagger, text: Encoded) -> float:

@@ -193,9 +193,9 @@ def _within(
         "reversed": ": beyond the bar, the other way",
         "not supported": ": within the bar",
     }.get(verdict, ": the interval reaches across the bar")
-    if verdict in ("supported", "reversed") and control is not None and control * effect.value > 0:
-        if abs(control) >= abs(effect.value) / 2:
-            reading += ", and in the random arm at least half as much, so it is not about the concept"
+    alike = control is not None and control * effect.value > 0 and abs(control) >= abs(effect.value) / 2
+    if verdict in ("supported", "reversed") and alike:
+        reading += ", and in the random arm at least half as much, so it is not about the concept"
     why = f"{_said(beside)}{reading} (the wider of Student's t over seeds and of the neurons)."
     return replace(row, verdict=verdict, p=effect.p, why=why)
 

@@ -19,9 +19,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from scipy import stats as st
-from torch import Tensor
 
 from relearn_lens.analysis.intervals import FEWEST_SEEDS, ONE_SEED, Estimate, beside_control, bonferroni, over_seeds
 from relearn_lens.analysis.priming import count_of, turnover
@@ -65,34 +63,6 @@ def centre(saliency: Saliency, among: Neurons | None = None) -> float:
     """
     share = layer_share(saliency, among)
     return float(np.dot(share, _depth(len(share))))
-
-
-def wasserstein(before: Saliency, after: Saliency, among: Neurons | None = None) -> float:
-    """Least share of the depth that the score must travel from one distribution over layers to the other, 0 to 1.
-
-    Never below the distance of the centres; above it where the score spreads, gathers or swaps places. Noise alone
-    makes it positive, so it needs a control beside it.
-
-    Raises:
-        ValueError: a score below 0 or not finite.
-    """
-    return _distance(layer_share(before, among), layer_share(after, among))
-
-
-class Flow(NamedTuple):
-    """What a table of matches says of depth."""
-
-    moved: float
-    """Mean change of depth, in shares of the model's depth; positive towards later layers."""
-    stayed: float
-    """Share that is in the same layer on both sides."""
-
-
-def flow_moved(flow: Float[Tensor, "layer layer2"]) -> Flow:
-    """How far a flow from layer (rows, before) to layer (columns, after) goes; any unit, NaN where it is empty."""
-    share = (flow.double() / flow.double().sum()).numpy()
-    depth = _depth(len(share))
-    return Flow(float((share * (depth[None, :] - depth[:, None])).sum()), float(np.trace(share)))
 
 
 def rank_saliency_by_layer(
@@ -354,6 +324,11 @@ def _depth(layers: int) -> np.ndarray:
 
 
 def _distance(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> float:
+    """Least share of the depth that the score must travel from one distribution over layers to the other, 0 to 1.
+
+    Never below the distance of the centres; above it where the score spreads, gathers or swaps places. Noise alone
+    makes it positive, so it needs a control beside it.
+    """
     if not np.isfinite([*before, *after]).all():
         return math.nan
     depth = _depth(len(before))

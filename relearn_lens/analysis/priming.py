@@ -21,7 +21,7 @@ from torch import Tensor
 
 from relearn_lens.analysis.intervals import Estimate, over_neurons
 from relearn_lens.find.saliency import Saliency
-from relearn_lens.neurons.sites import Neuron, Neurons
+from relearn_lens.neurons.sites import Neurons
 
 
 def top_of(saliency: Saliency, k: int, among: Neurons | None = None) -> Neurons:
@@ -68,17 +68,6 @@ def heirs(before: Saliency, after: Saliency, k: int, among: Neurons | None = Non
         ValueError: k out of range.
     """
     return top_of(after, k, among) - top_of(before, k, among)
-
-
-def rank_before(neurons: Neurons, before: Saliency, among: Neurons | None = None) -> dict[Neuron, float]:
-    """Where neurons stood before: rank among the given ones, 0 the most salient; ties share their mean rank.
-
-    Raises:
-        ValueError: a neuron that is not among the given ones.
-    """
-    if among is not None and len(outside := neurons - among):
-        raise ValueError(f"{len(outside)} neurons have no rank, such as {next(iter(outside))}: they are not in `among`")
-    return dict(zip(neurons, before.rank(among)[neurons.mask].tolist(), strict=True))
 
 
 def count_of(saliency: Saliency, among: Neurons | None) -> int:

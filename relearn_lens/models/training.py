@@ -65,6 +65,11 @@ class Checkpoint:
     by: Literal["epoch", "step"] = "epoch"
     """What this training is measured in, and so what its stages are named by."""
 
+    @property
+    def stage(self) -> str:
+        """Name of the stage: `"2"` after two epochs, or after two steps."""
+        return str(self.step) if self.by == "step" else f"{round(self.epoch, 3):.10g}"
+
 
 def cross_entropy(model: Model, batches: Mapping[str, Batch], reference: Any = None) -> Parts:
     """Nats at each sub-word of the first text: a tag, or the sub-word itself given all before it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def bystanders(scores: Scores, labels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in scores.labels if name not in labels and support[name] >= FEWEST_SPANS)
 
 
-def kept_share(before: Scores, after: Scores, labels: tuple[str, ...], **interval: float) -> intervals.Estimate:
+def kept_share(before: Scores, after: Scores, labels: tuple[str, ...], **interval: Any) -> intervals.Estimate:
     """Share of the labels' score, together, that a cut leaves, with its interval over sentences."""
 
     def share(then: np.ndarray, now: np.ndarray) -> np.ndarray:
@@ -124,7 +125,7 @@ def kept_share(before: Scores, after: Scores, labels: tuple[str, ...], **interva
     return intervals.over_sentences(share, labels, before, after, **interval)
 
 
-def interval_of(ready: Prepared) -> dict[str, float]:
+def interval_of(ready: Prepared) -> dict[str, Any]:
     """Coverage and bootstrap draws of intervals."""
     return {"level": ready.experiment.measure.level, "draws": ready.experiment.measure.draws}
 

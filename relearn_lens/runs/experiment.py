@@ -24,7 +24,7 @@ from relearn_lens.find.saliency import SCORES
 from relearn_lens.measure.evaluation import Scores, evaluate
 from relearn_lens.measure.grafting import Grafts, grafts, share_old
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
-from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure, stage_name
+from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
 from relearn_lens.models.lora import adapter_weights, load_adapter_weights
 from relearn_lens.models.model import computing
@@ -217,7 +217,7 @@ class _Seed:
                 model, ready.train, how, seed=seed_for("retrain", self.seed), resume=resume, what=f"retraining ({name})"
             )
             for checkpoint in training:
-                stage = stage_name(checkpoint)
+                stage = checkpoint.stage
                 last = checkpoint.step == training.last_step
                 what = f"measuring ({name}, {checkpoint.by} {stage})"
                 snapshots[stage] = self._measure(what, base=base, last=last, at=checkpoint, arm=arm)
@@ -279,7 +279,7 @@ class _Seed:
         return {name: value.detach().clone() for name, value in model.weights().items()}
 
     def _graft(self, stage: str, base: Base, cuts: Cuts, done: Mapping[str, Trajectory]) -> Grafts | None:
-        ready, model, how, prune = self.ready, self.ready.model, self.experiment.grafts, self.experiment.prune
+        model, how, prune = self.ready.model, self.experiment.grafts, self.experiment.prune
         retrained = self._weights_at("concept", stage)
         if retrained is None:
             return None
@@ -293,7 +293,7 @@ class _Seed:
         cut = self._cut_weights(base, cuts.sets["concept"])
         label = done["concept"].label
         mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=prune.sever)
-        with progress.task(f"grafting ({done['concept'][stage].at.by if done['concept'][stage].at else ''} {stage})"):
+        with progress.task(f"grafting (stage {stage})"):
             return grafts(
                 model, cut, retrained, self._outcomes, parts=parts(model, bands=how.bands), cut=mask,
                 controls=controls, cumulative=how.cumulative, label=label,

@@ -187,7 +187,8 @@ def nearest(experiment: Experiment) -> Variant:
     """The released run with the same kind of score, and the nearest share of pruned neurons."""
     kind = "linear probe" if experiment.score in LINEAR_PROBES else "probeless"
     known = [variant for variant in RELEASE.variants if variant.score == kind]
-    return min(known, key=lambda v: abs(v.n_pruned / RELEASE.n_neurons - experiment.prune.fraction))
+    share = 0.5 if experiment.prune.fraction == "auto" else experiment.prune.fraction
+    return min(known, key=lambda v: abs(v.n_pruned / RELEASE.n_neurons - share))
 
 
 def differs(run: Run, variant: Variant) -> tuple[str, ...]:
@@ -207,8 +208,9 @@ def differs(run: Run, variant: Variant) -> tuple[str, ...]:
     unlike("the site is", made.site, "resid")
     unlike("the score is", made.score if made.score not in LINEAR_PROBES else "linear probe", variant.score)
     share = variant.n_pruned / RELEASE.n_neurons
-    if abs(made.prune.fraction - share) > 0.005:
-        found.append(f"{made.prune.fraction:.1%} of the neurons are pruned, there {share:.1%}")
+    here = float(np.mean([sized.fraction for sized in run.sized])) if run.sized else 0.0
+    if abs(here - share) > 0.005:
+        found.append(f"{here:.1%} of the neurons are pruned, there {share:.1%}")
     unlike(
         "retraining has",
         f"{made.retrain.epochs:g} epochs in stages of {made.retrain.every:g}",
@@ -278,6 +280,8 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
 def survivors(arm: Trajectory, experiment: Experiment) -> Neurons:
     """The neurons that were not chosen: the release counts survivors by what was asked, not by what was pruned."""
     for which in ("most", "least"):
+        if arm.pruned is None or experiment.prune.fraction == "auto":
+            continue
         chosen = choose(arm[BASE].saliency, experiment.prune.fraction, which)
         if placed(chosen, experiment.prune.embedding) == arm.pruned:
             return ~chosen

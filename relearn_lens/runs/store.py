@@ -32,7 +32,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from relearn_lens.measure.tracking import Snapshot, Trajectory, stage_name
+from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models import processes
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site
@@ -386,7 +386,7 @@ class RunFolder:
         write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
         if self._keeps == "all":
             weights = {name: value.cpu() for name, value in event.weights.items()}
-            write_tensors(self._weights(f"{event.training}@{stage_name(at)}", event.seed), weights, {})
+            write_tensors(self._weights(f"{event.training}@{at.stage}", event.seed), weights, {})
 
     def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
         """Checkpoint, weights and optimiser state of a training that was interrupted."""

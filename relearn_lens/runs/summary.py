@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import pandas as pd
 
 from relearn_lens.analysis import story
 from relearn_lens.analysis.migration import Selection, sides
-from relearn_lens.measure.evaluation import OVERALL, Scores
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
+from relearn_lens.runs.answers import answers
+from relearn_lens.runs.events import Again, Grafted, Sized
 from relearn_lens.runs.files import plain_settings
 from relearn_lens.runs.findings import findings
 from relearn_lens.runs.results import Run
@@ -93,11 +96,67 @@ def summary(result: Run) -> dict[str, Any]:
             name: mean([_score_by_stage(arm) for arm in arms]) for name, arms in result.arms.items()
         },
         "what_happened": story.what_happened(result.arms, label, **interval),
+        "questions": [asdict(question) for question in answers(result)],
+        "grafts": [_grafts(grafted) for grafted in result.grafted],
+        "again": [_again(again, label) for again in result.again],
+        "doses": [_doses(sized) for sized in result.sized],
         **findings(result),
         "seconds": result.manifest.get("seconds"),
         "peak_rss_mb": result.manifest.get("peak_rss_mb"),
         "versions": result.manifest.get("versions"),
     }  # fmt: skip
+
+
+def _grafts(grafted: Grafted) -> dict[str, Any]:
+    return {
+        "seed": grafted.seed,
+        "stages": {
+            stage: {
+                "outcome": made.outcomes[0],
+                "cut": made.value(made.cut),
+                "retrained": made.value(made.retrained),
+                "parts": {
+                    part: {
+                        "enough": made.enough(part).value,
+                        "needed": made.needed(part).value,
+                        "controls": {
+                            name: made.control(name, part).value for name, by in made.controls.items() if part in by
+                        },
+                        "alone": {outcome: made.value(made.alone[part], outcome) for outcome in made.outcomes},
+                        "reverted": {outcome: made.value(made.reverted[part], outcome) for outcome in made.outcomes},
+                    }
+                    for part in made.parts
+                },
+            }
+            for stage, made in grafted.stages.items()
+        },
+    }
+
+
+def _again(again: Again, label: Label) -> dict[str, Any]:
+    return {
+        "seed": again.seed,
+        "same": again.same.shown(label),
+        "random": [scores.shown(label) for scores in again.random],
+        "rounds": [
+            {
+                "share_old": each.share_old,
+                "share_old_by_chance": each.share_by_chance,
+                "cut": _each(each.cut),
+                "course": {step: scores.shown(label) for step, scores in each.course.items()},
+            }
+            for each in again.rounds
+        ],
+    }
+
+
+def _doses(sized: Sized) -> dict[str, Any]:
+    return {
+        "seed": sized.seed,
+        "fraction": sized.fraction,
+        "base": None if sized.base is None else _each(sized.base),
+        "doses": [{"fraction": d.fraction, "cut": d.cut, **_each(d.scores)} for d in sized.doses],
+    }
 
 
 def _score_by_stage(arm: Trajectory) -> dict[str, list[float]]:

@@ -28,17 +28,15 @@ def neurons(*members: tuple[str, int], shape: tuple[int, int] = (2, 3)) -> Neuro
 # --- who took over
 
 
-def test_heirs_turnover_and_rank_before_by_hand():
+def test_heirs_and_turnover_by_hand():
     before, after = saliency_of(BEFORE), saliency_of(AFTER)
     # Top 3 before: 9, 8, 7; after: 9, 8, 7 again, but only the 8 is the same neuron.
     found = priming.heirs(before, after, 3)
     assert found == neurons(("embed", 1), ("0", 1))
-    assert priming.rank_before(found, before) == {("embed", 1): 5, ("0", 1): 4}
     assert priming.turnover(before, after, 3) == pytest.approx((2 / 3, 1 / 5, 1 / 2))
     # Without the best two of before: 7, 3 | 2, 1 before, and 9, 7 | 3, 2 after.
     among = ~neurons(("embed", 0), ("0", 0))
     assert priming.heirs(before, after, 2, among) == neurons(("embed", 1), ("0", 1))
-    assert priming.rank_before(neurons(("embed", 2)), before, among) == {("embed", 2): 1}
     assert priming.turnover(before, after, 2, among) == pytest.approx((1, 0, 1 / 2))
 
 
@@ -71,11 +69,6 @@ def test_top_refuses_more_than_there_are(k):
     among = neurons(("embed", 0), ("embed", 1), ("0", 0), ("0", 1))
     with pytest.raises(ValueError, match=rf"k must be 1 to 4 \(the neurons that are compared\), got {k}"):
         priming.turnover(saliency_of(BEFORE), saliency_of(AFTER), k, among)
-
-
-def test_rank_before_refuses_neurons_that_are_not_compared():
-    with pytest.raises(ValueError, match=r"1 neurons have no rank, such as L0N2: they are not in `among`"):
-        priming.rank_before(neurons(("0", 2)), saliency_of(BEFORE), neurons(("0", 1)))
 
 
 # --- were they primed

@@ -155,6 +155,7 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "leaks": _elsewhere("leaks", "leaks"),
     "false-alarms": _elsewhere("false_alarms", "false_alarms"),
     "returns": _elsewhere("returns", "returns"),
+    "power": _elsewhere("power", "power"),
 }
 """What runs only when it is named."""
 

@@ -43,19 +43,23 @@ def one(seed: int) -> Truth:
     made = retrained_in(block, seed)
     moved = {name for name, value in made.retrained.items() if not torch.equal(value, made.cut_weights[name])}
     assert all(f".layers.{block}." in name for name in moved), moved
-    return Truth(made.grafted(cumulative=True), _name((block,)), _name((block,)), f"block {block}")
+    return Truth(made.grafted(f1=False, cumulative=True), _name((block,)), _name((block,)), f"block {block}")
 
 
 def either(seed: int) -> Truth:
     """Two are each enough."""
     blocks = drawn_blocks(seed)
-    return Truth(each_enough(blocks, seed).grafted(cumulative=True), _name(blocks), set(), f"block {min(blocks)}")
+    return Truth(
+        each_enough(blocks, seed).grafted(f1=False, cumulative=True), _name(blocks), set(), f"block {min(blocks)}"
+    )
 
 
 def both(seed: int) -> Truth:
     """Two are needed together."""
     blocks = drawn_blocks(seed)
-    return Truth(needed_together(blocks, seed).grafted(cumulative=True), set(), _name(blocks), f"block {max(blocks)}")
+    return Truth(
+        needed_together(blocks, seed).grafted(f1=False, cumulative=True), set(), _name(blocks), f"block {max(blocks)}"
+    )
 
 
 PAIRS: dict[str, Callable[[int], Truth]] = {"one": one, "either": either, "both": both}

@@ -16,7 +16,6 @@ from relearn_lens.measure.similarity import (
     _Moments,
     _result,
     activation_similarity,
-    flow_of,
 )
 from relearn_lens.models.model import Tagger
 from relearn_lens.models.training import finetune_
@@ -140,9 +139,6 @@ def test_a_match_in_another_layer_makes_the_flow():
     nan = float("nan")
     torch.testing.assert_close(found.best, torch.tensor([[-1.0, 1.0], [nan, -1.0]]), equal_nan=True)
     assert found.same.isnan().tolist() == [[False, False], [True, True]]
-    of_x = Neurons.of(found.site, [("0", 0), ("1", 0)])
-    torch.testing.assert_close(flow_of(found, of_x), torch.tensor([[0.0, 1.0], [nan, nan]]), equal_nan=True)
-    torch.testing.assert_close(flow_of(found, ~of_x), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
 
 
 def test_all_constant_gives_nan_everywhere():
@@ -261,7 +257,7 @@ def test_above_chance_of_some_neurons(normal):
     moved = Neurons.of(found.site, [("0", 0), ("0", 1), ("0", 2)])
     assert found.above_chance(moved) == 1.0
     assert found.above_chance(~moved) <= 2 / 9
-    assert flow_of(found, moved)[0].tolist() == [0.0, 1.0]
+    assert found.best_layer[moved.mask].tolist() == [1, 1, 1]
 
 
 # --- models
@@ -404,14 +400,14 @@ def test_what_pruned_neurons_did_is_found_in_the_decoys(toy):
     found = activation_similarity(was, toy.tagger, toy.corpus, site="mlp_post", concept=Concept("place"))["all"]
     # without input weights they are constant: no correlation with themselves, and the best match is elsewhere
     assert torch.equal(found.same.isnan(), planted.mask)
-    assert flow_of(found, planted)[1].tolist() == [0.0, 0.0, 1.0, 0.0]
     assert found.above_chance(planted) == 1.0
     for layer, index in toy.planted:
         match = (str(found.best_layer[int(layer), index].item()), int(found.best_neuron[int(layer), index]))
         assert match in decoys
         assert found.best[int(layer), index] > 0.95
     # everything else is where it was
-    torch.testing.assert_close(flow_of(found, ~planted), torch.eye(4))
+    layer = torch.arange(4)[:, None].expand(4, 64)
+    assert torch.equal(found.best_layer[~planted.mask], layer[~planted.mask])
 
 
 def test_what_only_rounding_moves_correlates_with_nothing(toy):
@@ -491,9 +487,8 @@ def test_similarity_refuses_activations_that_are_not_finite(bert, bert_model, en
 def test_neurons_of_another_site_are_refused(normal):
     found = compared(*normal.normal(size=(2, 9, 2, 3)))
     other = Neurons.of(Site("mlp_post", ("0",), ("",), 4, ((),), ((),)), [("0", 1)])
-    for ask in (lambda: flow_of(found, other), lambda: found.above_chance(other)):
-        with pytest.raises(ValueError, match=r"these neurons are of site 'mlp_post' .* with 4 .* of 'resid' with 6"):
-            ask()
+    with pytest.raises(ValueError, match=r"these neurons are of site 'mlp_post' .* with 4 .* of 'resid' with 6"):
+        found.above_chance(other)
 
 
 # --- in words

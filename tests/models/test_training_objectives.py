@@ -302,7 +302,11 @@ def test_step_8_of_16_is_step_8_of_64(text, warmup):
 
 def test_pauses_by_step_say_their_epoch(model, text):
     pauses = list(train_(model, text, steps=(1, 3, 7), batch_size=4))
-    assert [(pause.step, pause.epoch, pause.stage) for pause in pauses] == [(1, 1 / 3, "1"), (3, 1, "3"), (7, 7 / 3, "7")]
+    assert [(pause.step, pause.epoch, pause.stage) for pause in pauses] == [
+        (1, 1 / 3, "1"),
+        (3, 1, "3"),
+        (7, 7 / 3, "7"),
+    ]
 
 
 def test_warm_up_raises_the_rate_step_by_step(model, text):

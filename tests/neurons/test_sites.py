@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.config import TransformerBridgeConfig
 
+from relearn_lens.models import families
 from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger, hidden, reading, trunk
-from relearn_lens.models import families
 from relearn_lens.neurons.sites import (
     FAMILIES,
     SITES,

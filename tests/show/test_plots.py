@@ -640,7 +640,9 @@ def test_neuron_card_draws_the_rank_in_every_arm(whole):
     for name, cut in (("concept", False), ("random", True), ("unpruned", False)):
         line = next(t for t in figure.data if t.name == f"{name} arm" + " (pruned)" * cut)
         arm = whole.arms[name][0]
-        assert list(line.y) == pytest.approx([float(arm[stage].saliency.by_rank()[1, 0]) for stage in STAGES])
+        ranks = [float(arm[stage].saliency.by_rank(arm.there(stage))[1, 0]) for stage in STAGES]
+        assert list(line.y) == pytest.approx(ranks, nan_ok=True)  # of those that are there: none where it is pruned
+        assert np.isnan(ranks).tolist() == [cut and stage != "base" for stage in STAGES]
     assert "not pruned in this arm" in plots.said(figure)[1]
     assert "seed 0 drawn" in plots.said(figure)[1]
     assert plots.neuron_card(whole, ("0", 0)).to_json() == figure.to_json()

@@ -18,8 +18,10 @@ from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs.results import Run
 
 # Okabe-Ito: told apart with every common kind of colour blindness, on white and on black.
-ARM_COLOURS = {"concept": "#D55E00", "random": "#0072B2", "unpruned": "#999999", "never": "#009E73"}
-ARM_DASHES = {"concept": "solid", "random": "dash", "unpruned": "dot", "never": "dashdot"}
+ARM_COLOURS = {
+    "concept": "#D55E00", "other": "#CC79A7", "random": "#0072B2", "unpruned": "#999999", "never": "#009E73",
+}  # fmt: skip
+ARM_DASHES = {"concept": "solid", "other": "longdash", "random": "dash", "unpruned": "dot", "never": "dashdot"}
 """Arms differ in their line too, for print and for eyes that see no colour."""
 
 DIVERGING = [[0, "#5e3c99"], [0.25, "#b2abd2"], [0.5, "#f4f2ef"], [0.75, "#fdb863"], [1, "#d45500"]]
