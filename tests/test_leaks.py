@@ -198,7 +198,7 @@ def test_every_context_of_the_package_is_tried_here():
     elsewhere = {
         "_progress",
         "_in_our_words",
-        "sharing",
+        "_sharing",
         "_locked",
         "_stoppable",
         "_cluster",

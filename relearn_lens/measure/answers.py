@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from beartype import beartype as typechecker
 from jaxtyping import Float, Int, jaxtyped
+from torch import Tensor
 from torch.nn import functional as F
 
-from relearn_lens.measure.evaluation import OVERALL, Label, Scores, sharing
-from relearn_lens.models.model import LanguageModel, hidden, reading
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores
+from relearn_lens.models import processes
+from relearn_lens.models.model import LanguageModel
+from relearn_lens.neurons.streaming import stream
 from relearn_lens.text.corpus import Strings
+from relearn_lens.text.encoding import Batch
 from relearn_lens.text.facts import Passage
 from relearn_lens.text.facts.encoded import EncodedPassages, encode_passages
 
@@ -146,7 +151,6 @@ def answer(
     *,
     closed: Mapping[str, Sequence[str]] | None = None,
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> Answered:
     """How many passages a model answers greedily, word for word, and its loss on the tokens of the answers.
 
@@ -160,7 +164,7 @@ def answer(
         ValueError: no passage; or as `encode_passages`.
     """
     encoded = _encoded(model, passages)
-    nats, wrong = _read(model, encoded, max_tokens, tick)
+    nats, wrong = _read(model, encoded, max_tokens)
     relations = [p.relation for p in encoded.passages]
     tokens = np.bincount(encoded.word_of[encoded.scored], minlength=len(relations))
     sizes = np.array([len((closed or {}).get(relation, ())) for relation in relations])
@@ -185,7 +189,6 @@ def choose(
     *,
     per_token: bool = False,
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> AnswerAccuracy:
     """How often the right one of a passage's choices is the likeliest answer.
 
@@ -202,7 +205,7 @@ def choose(
         )
     every = [replace(p, answer=choice) for p in passages for choice in p.choices]
     encoded = _encoded(model, every)
-    nats, _ = _read(model, encoded, max_tokens, tick)
+    nats, _ = _read(model, encoded, max_tokens)
     if per_token:
         nats = nats / np.bincount(encoded.word_of[encoded.scored], minlength=len(every))
     sizes = np.array([len(p.choices) for p in passages])
@@ -223,7 +226,7 @@ def known(model: LanguageModel, passages: Sequence[Passage], *, max_tokens: int 
     """
     statements = [p for p in passages if p.form == "statement"]
     encoded = _encoded(model, statements)
-    _, wrong = _read(model, encoded, max_tokens, None)
+    _, wrong = _read(model, encoded, max_tokens)
     facts = {(p.key, p.relation) for p, n in zip(statements, wrong, strict=True) if n == 0}
     asked = [p for p in passages if p.form == "paraphrase" and p.choices and (p.key, p.relation) in facts]
     if asked:
@@ -239,28 +242,37 @@ def _encoded(model: LanguageModel, passages: Sequence[Passage] | EncodedPassages
     return encode_passages(passages, model.tokenizer, context=model.context)
 
 
+class _Reader:
+    """Reads, by passage, nats summed over the tokens of the answer, and how many of them are not the likeliest."""
+
+    def __init__(self, model: LanguageModel, n: int):
+        self.model = model
+        self.nats, self.wrong = np.zeros(n), np.zeros(n, dtype=np.int64)
+
+    def read(self, batch: Batch, states: Float[Tensor, "sentence token d_model"]) -> None:
+        """The answers of a batch."""
+        logits = self.model.logits(states.flatten(0, 1)[batch.subword - 1]).float()
+        target, passages = batch.ids.flatten()[batch.subword], batch.word_of.cpu().numpy()
+        np.add.at(self.nats, passages, F.cross_entropy(logits, target, reduction="none").cpu().numpy())
+        np.add.at(self.wrong, passages, (logits.argmax(-1) != target).cpu().numpy())
+
+    def together(self) -> None:
+        """Take what other processes read; here it is still 0."""
+        processes.sum_(torch.from_numpy(self.nats), torch.from_numpy(self.wrong))
+
+
 def _read(
-    model: LanguageModel, encoded: EncodedPassages, max_tokens: int, tick: Callable[[int], object] | None
+    model: LanguageModel, encoded: EncodedPassages, max_tokens: int
 ) -> tuple[Float[np.ndarray, " passage"], Int[np.ndarray, " passage"]]:
-    """By passage: nats summed over the tokens of the answer, and how many of them are not the likeliest."""
-    nats = np.zeros(len(encoded.passages))
-    wrong = np.zeros(len(encoded.passages), dtype=np.int64)
-    with reading(model), sharing(encoded, max_tokens, (nats, wrong)) as batches:
-        for batch, n_tokens in batches:
-            here = batch.to(model.device)
-            states = hidden(model.bridge, here.ids, here.mask).flatten(0, 1)[here.subword - 1]
-            logits, target = model.logits(states).float(), here.ids.flatten()[here.subword]
-            losses = F.cross_entropy(logits, target, reduction="none")
-            np.add.at(nats, batch.word_of.numpy(), losses.cpu().numpy())
-            np.add.at(wrong, batch.word_of.numpy(), (logits.argmax(-1) != target).cpu().numpy())
-            if tick:
-                tick(n_tokens)
-    if not np.isfinite(nats).all():
+    """What `_Reader` reads in one pass over the passages."""
+    answers = _Reader(model, len(encoded.passages))
+    stream(model, encoded, (), readers=[answers], max_tokens=max_tokens)
+    if not np.isfinite(answers.nats).all():
         raise ValueError(
-            f"the loss on {int((~np.isfinite(nats)).sum())} of {len(nats)} answers is not finite (NaN or infinite); "
-            "look at the model's weights and at the learning rate"
+            f"the loss on {int((~np.isfinite(answers.nats)).sum())} of {len(answers.nats)} answers is not finite (NaN "
+            "or infinite); look at the model's weights and at the learning rate"
         )
-    return nats, wrong
+    return answers.nats, answers.wrong
 
 
 def _tables(
