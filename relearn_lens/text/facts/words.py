@@ -21,9 +21,9 @@ def from_concept(corpus: Corpus, concept: Concept, *, seed: int = 0) -> Facts:
 
     The answer is a whole span, and the key is its text in lower case. What is to stay near by is the words of the other
     labels, each in its place, and in general the sentences without any of these as plain text; without other labels
-    those sentences are what is near. Words that open a sentence are left out, for nothing is before them, and so
-    are words of other labels whose text carries the concept elsewhere. Only answers are kept apart: a prompt may hold
-    words of the other half.
+    those sentences are what is near. Left out are words that open a sentence, for nothing is before them, words that no
+    blank stands before, and words of other labels whose text carries the concept elsewhere. Only answers are kept
+    apart: a prompt may hold words of the other half.
 
     Raises:
         ValueError: as `Concept.classes` and `halves`; or nothing is left that is to stay.
@@ -36,8 +36,8 @@ def from_concept(corpus: Corpus, concept: Concept, *, seed: int = 0) -> Facts:
     forget = list(_cut(corpus, carried, begins, classes.of_word, classes.names))
     if not forget:
         raise ValueError(
-            f"every word of corpus {corpus.name!r} that carries concept {concept.name!r} opens its sentence, so that "
-            "nothing predicts it; use another corpus"
+            f"every word of corpus {corpus.name!r} that carries concept {concept.name!r} opens its sentence or follows "
+            "another word without a blank, so that no prompt ends before it; use another corpus"
         )
     keys = {p.key for p in forget}
     others = list(_cut(corpus, named & ~carried, begins, classes.of_word, classes.names))
@@ -56,24 +56,29 @@ def from_concept(corpus: Corpus, concept: Concept, *, seed: int = 0) -> Facts:
 
 
 def _plain(corpus: Corpus, sentence: int) -> Passage:
-    text = " ".join(word.text for word in corpus.sentence(sentence))
+    text = _running(corpus, *corpus.start[sentence : sentence + 2].tolist())
     return Passage("", text, f"{corpus.name}, group {corpus.group[sentence]}", "text", "text")
 
 
 def _cut(
     corpus: Corpus, wanted: np.ndarray, begins: np.ndarray, of_word: np.ndarray, names: tuple[str, ...]
 ) -> Iterator[Passage]:
-    """A passage for every span of wanted words that does not open its sentence."""
+    """A passage for every span of wanted words after a blank."""
     for first, end in zip(corpus.start[:-1].tolist(), corpus.start[1:].tolist(), strict=True):
-        words = [corpus.vocab[i] for i in corpus.word[first:end]]
-        at = 0
-        while at < len(words):
+        at = first
+        while at < end:
             here, at = at, at + 1
-            if not wanted[first + here]:
+            if not wanted[here]:
                 continue
-            kind = of_word[first + here]
-            while at < len(words) and of_word[first + at] == kind and not begins[first + at]:
+            while at < end and of_word[at] == of_word[here] and not begins[at]:
                 at += 1
-            if here:
-                answer = " ".join(words[here:at])
-                yield Passage(" ".join(words[:here]), answer, answer.lower(), names[kind])
+            if here > first and corpus.after_blank[here]:
+                answer = _running(corpus, here, at)
+                yield Passage(_running(corpus, first, here), answer, answer.lower(), names[of_word[here]])
+
+
+def _running(corpus: Corpus, first: int, end: int) -> str:
+    """Some words of a corpus as they stand in running text."""
+    words = (corpus.vocab[i] for i in corpus.word[first:end])
+    blanks = corpus.after_blank[first:end]
+    return "".join(f" {word}" if blank else word for word, blank in zip(words, blanks, strict=True)).strip()

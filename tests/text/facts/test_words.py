@@ -1,5 +1,8 @@
 """Labelled text as passages."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from relearn_lens.text.concept import Concept
@@ -54,5 +57,23 @@ def test_a_concept_by_words_keeps_plain_text_near(text):
 
 def test_a_concept_that_opens_every_sentence_is_refused():
     text = build_corpus(sentences_of("Rome/LOC is old\nParis/LOC is cold"), name="text")
-    with pytest.raises(ValueError, match=r"every word of corpus 'text' that carries concept 'LOC' opens its sentence"):
+    with pytest.raises(
+        ValueError, match=r"every word of corpus 'text' that carries concept 'LOC' opens its sentence or"
+    ):
         from_concept(text, Concept("LOC"))
+
+
+def test_text_is_put_together_with_the_blanks_that_it_has(text):
+    spaced = np.array([word != "." and word != "York" for sentence in text for word, _ in sentence])
+    tight = replace(text, spaced=spaced)
+    facts = from_concept(tight, Concept("LOC"))
+    assert {p.answer for p in facts.passages("forget_attacked", "forget_held_out")} == {
+        "NewYork",
+        "Paris",
+        "Rome",
+        "Oslo",
+    }
+    assert [p.answer for p in facts.retain_general] == ["The road was old."]
+    spaced[list(text.label_names).index("LOC") == text.label] = False
+    with pytest.raises(ValueError, match=r"or follows another word without a blank, so that no prompt ends before it"):
+        from_concept(replace(text, spaced=spaced), Concept("LOC"))
