@@ -7,7 +7,7 @@ import torch
 
 from relearn_lens import progress
 from relearn_lens.models import toy
-from relearn_lens.models.model import LanguageModel
+from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.remove.calibration import Calibration, calibrate, mixed_
 
 NAME = "trunk.layers.1.mlp.fc_out.weight"
@@ -23,7 +23,7 @@ def pair():
     return base, model
 
 
-def share(base, model: LanguageModel) -> float:
+def share(base, model: Model) -> float:
     return float((model.weights()[NAME] - base[NAME]).mean())
 
 

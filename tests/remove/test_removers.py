@@ -193,9 +193,9 @@ def test_prune_says_what_it_lacks(texts):
     model = toy.language_model()
     with pytest.raises(ValueError, match="prune: no neurons to prune; give a set of them as where="):
         Prune()(model)
+    hidden = Neurons.of(site_of(model.bridge, "resid"), [("1", 3)])
     with pytest.raises(ValueError, match="no weights to prune with sever='out'"):
-        site = site_of(model.bridge, "resid")
-        Prune()(model, where=Neurons.of(site, [("1", 3)]))
+        Prune()(model, where=hidden)
     with pytest.raises(ValueError, match="prune trains nothing, so it takes no 'lr'"):
         remove_(model, None, "prune", neurons(model), lr=1e-3)
     with pytest.raises(ValueError, match="where: neurons are pruned, and a training is given weights"):
