@@ -436,6 +436,11 @@ class _Batch:
                 self._check(parts, values)
                 means = [values[p][0] / (self.counts.get(p) or max(values[p][1], 1)) for p in parts or values]
                 loss = torch.stack(means).sum() if len(means) > 1 else means[0]
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "nothing that may move has a part in the loss; name weights in only= that the model computes "
+                        "with (of joint queries, keys and values: their three parts), and do not train under no_grad"
+                    )
                 self.accelerator.backward(loss)
             for part, (value, n) in values.items():
                 self.counts.setdefault(part, n)
