@@ -214,8 +214,10 @@ def finetune_(
     Keywords as of `train_`; other fields of `Finetuning` by name. Source: Lo et al. 2024, section 4.
 
     Raises:
-        ValueError, FloatingPointError: as `train_`.
+        ValueError, FloatingPointError: as `train_`; or a `prior_bias` that is asked for by name, for no tagger.
     """
+    if fields.get("prior_bias") and not isinstance(model, Tagger):
+        raise ValueError("prior_bias is for the head of a tagger; a language model keeps its own head")
     how = methods.of(Finetuning, how, fields)
     return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
 

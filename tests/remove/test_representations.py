@@ -88,7 +88,7 @@ def test_states_go_to_the_direction_and_the_retained_stay(texts):
             return {role: states(model, each, 1) for role, each in batch.items()}
 
     before = now()
-    list(RMU(alpha=30)(model, texts, steps=(60,), lr=1e-2, seed=5))
+    list(RMU(alpha=30)(model, texts, steps=(30,), lr=1e-2, seed=5))
     after = now()
     towards = goal(5, 32, 6.5)
 
