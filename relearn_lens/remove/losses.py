@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -57,6 +57,14 @@ class GradDiff(Remover):
         default="ce", description="ce: nats per sub-word of the retained text; kl: KL(pi0, pi) there, nats per sub-word"
     )
     faithful: bool = Field(default=False, description="KL over prompt and padding too, as open-unlearning released it")
+
+    @model_validator(mode="after")
+    def _differs(self) -> GradDiff:
+        if self.faithful and self.retain != "kl":
+            raise ValueError(
+                f"faithful = True and retain = {self.retain!r}: only the KL was released otherwise than written"
+            )
+        return self
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""

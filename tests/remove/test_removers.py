@@ -121,6 +121,11 @@ def test_fields_out_of_range_are_refused(kind, field, value):
         kind(**{field: value})
 
 
+def test_there_is_no_released_form_of_a_cross_entropy():
+    with pytest.raises(ValueError, match="faithful = True and retain = 'ce': only the KL was released otherwise"):
+        GradDiff(faithful=True)
+
+
 # --- names
 
 
