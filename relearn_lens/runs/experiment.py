@@ -24,7 +24,7 @@ from relearn_lens.find.saliency import SCORES
 from relearn_lens.measure.evaluation import Scores, evaluate
 from relearn_lens.measure.grafting import Grafts, grafts, share_old
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
-from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure
+from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
 from relearn_lens.models.lora import adapter_weights, load_adapter_weights
 from relearn_lens.models.model import computing
@@ -57,6 +57,8 @@ from relearn_lens.runs.preparation import adapters, attribution_settings, load, 
 from relearn_lens.runs.protocol import placed
 from relearn_lens.runs.settings import Experiment
 
+COMPARED = ("concept", "random", "unpruned")
+"""The arms whose neurons and weights are compared with each other."""
 BACK = 0.9
 """Share of what it was at which a concept counts as back: where grafts are taken first."""
 
@@ -232,7 +234,7 @@ class _Seed:
 
     def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
-        if self.experiment.grafts.skip or arm.name not in ("concept", "random", "unpruned"):
+        if self.experiment.grafts.skip or arm.name not in COMPARED:
             return False
         if arm.name != "concept":
             return last or stage == back
@@ -391,7 +393,7 @@ class _Seed:
 
     def _is_dear(self, arm: Arm | None) -> bool:
         """Whether a seed's arm gets the measurements that take long."""
-        if arm is not None and arm.name not in ("concept", "random", "unpruned"):
+        if arm is not None and arm.name not in COMPARED:
             return False
         return self.experiment.measure.dear == "all" or self.seed == self.experiment.seeds[0]
 
@@ -407,8 +409,14 @@ class _Seed:
         """One snapshot. Base and last stage get every measurement, others the cheap ones."""
         ready, how, settings = self.ready, self.experiment.measure, self.experiment
         ends = base is None or last
-        dear = self._is_dear(arm) and (ends or how.everywhere)
-        wanted = [name for name in how.what if name != "similarity" and (name in SCORES or dear)]
+        ends_or_all = (ends or how.everywhere) and (arm is None or arm.name in COMPARED)
+        wanted = [
+            name
+            for name in how.what
+            if name in SCORES
+            or (name in FORMS and ends_or_all and self._is_dear(arm))
+            or (name == "top_words" and ends_or_all)
+        ]
         scored = ready.scored
         total = ready.probe.n_tokens * (2 if "top_words" in wanted else 1) + scored.n_tokens
         with progress.task(what, total):
