@@ -50,6 +50,7 @@ from relearn_lens.runs.events import (
     Paused,
     Prepared,
     Round,
+    SeedDone,
     Sized,
     Weighed,
 )
@@ -65,8 +66,8 @@ def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Eve
     """Run an experiment, yielding every result as it comes.
 
     What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`,
-    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Grafted`, `Again` and `Blocked`; `Paused` wherever
-    a training can be taken up again.
+    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Grafted`, `Again` and `Blocked`, and `SeedDone`;
+    `Paused` wherever a training can be taken up again.
     """
     threads = torch.get_num_threads()
     try:
@@ -127,6 +128,7 @@ class _Seed:
         if "concept" in done:
             yield from self._afterwards(base, cuts, done, back)
         self.weighed.clear()
+        yield SeedDone(self.seed)
 
     def _result(self, kind: type, name: str = "") -> Any:
         return self.kept.result(kind, self.seed, name) if self.kept else None

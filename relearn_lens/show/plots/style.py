@@ -24,6 +24,11 @@ ARM_COLOURS = {
 ARM_DASHES = {"concept": "solid", "other": "longdash", "random": "dash", "unpruned": "dot", "never": "dashdot"}
 """Arms differ in their line too, for print and for eyes that see no colour."""
 
+VERDICT_COLOURS = {
+    "supported": "#009E73", "reversed": "#D55E00", "not supported": "#56B4E9", "inconclusive": "#7d7d7d",
+    "undecided": "#7d7d7d",
+}  # fmt: skip
+
 DIVERGING = [[0, "#5e3c99"], [0.25, "#b2abd2"], [0.5, "#f4f2ef"], [0.75, "#fdb863"], [1, "#d45500"]]
 """ColorBrewer's PuOr, dark orange high: its ends differ in lightness from its middle and in hue from each other."""
 SEQUENTIAL = "cividis"
