@@ -581,9 +581,14 @@ def _print_claims(result: Run) -> None:
     found = findings.claims_of(result)
     if found:
         print()
-        _table("claims of the paper, against the controls", *findings.claims_rows(found))
+        header, rows = findings.claims_rows(found)
+        shown = [k for k, name in enumerate(header) if name not in ("claim", "concept", "control")]
+        _table(
+            "claims of the paper, against the controls", [header[k] for k in shown],
+            [[row[k] for k in shown] for row in rows],
+        )  # fmt: skip
         for claim in found:
-            _prose(f"{claim.id}: {claim.verdict}. {claim.why}")
+            _prose(f"{claim.id}. {claim.says}: {claim.verdict}. {claim.why}")
         _prose(findings.CORRECTED)
 
 
@@ -617,7 +622,7 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
         print()
 
 
-_PROSE = 24
+_PROSE = 26
 """Cells that are wider are prose, which may be wrapped."""
 
 
