@@ -25,7 +25,7 @@ from relearn_lens.runs import findings
 from relearn_lens.runs.answers import answers, curve, heirs, outcome
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.show.plots.style import ARM_COLOURS, VERDICT_COLOURS
+from relearn_lens.show.plots.style import ARM_COLOURS, VERDICT_COLOURS, measured_by
 
 WIDTH = 80
 """Columns of a line."""
@@ -74,14 +74,14 @@ def _rest(run: Run, report: str | None) -> list[Text]:
         lines += _entry("lost", lost)
     if now := took_over(run):
         lines.append(now)
-    if (n := len(_told(run))) < FEWEST_SEEDS:
+    if (n := len(told_of(run))) < FEWEST_SEEDS:
         lines += _entry("seeds", f"{n}, so these are numbers and no verdicts: those need {FEWEST_SEEDS}")
     return lines + (_reading_on(run, report) if report else [])
 
 
 def headline(run: Run) -> Text:
     """What was cut out of which model, on which text."""
-    paths = _told(run)
+    paths = told_of(run)
     how, site = run.experiment, paths[0].site
     cut = sorted({0 if path.pruned is None else len(path.pruned) for path in paths})
     many = f"{cut[0]:,}" if len(cut) == 1 else f"{cut[0]:,} to {cut[-1]:,}"
@@ -105,7 +105,7 @@ def sentence(run: Run) -> str:
     by = _by(paths)
     text += f"; training brings it to {end}"
     half = _steps(paths, paths, run)
-    text += f", half of its margin within {half} {by}" if not half.startswith(">") else ""
+    text += f", half of its margin within {half} {by}" if not half.startswith((">", "0")) else ""
     if "never" in run.arms:
         text += f" ({_steps(run.arms['never'], paths, run)} in a model that never had {_had(run)})"
     place = _where(run, -1)
@@ -117,7 +117,7 @@ def sentence(run: Run) -> str:
 
 def header(run: Run) -> Text:
     """The head of the table of scores."""
-    paths = _told(run)
+    paths = told_of(run)
     return head(f"{_unit(paths)} of {name_of(paths[0])}", _shown_stages(paths[0].stages), _by(paths))
 
 
@@ -129,12 +129,14 @@ def head(what: str, stages: Sequence[str], by: str) -> Text:
 
 def rows(run: Run) -> list[Text]:
     """The concept's score in every arm, means over seeds."""
-    stages = _shown_stages(_told(run)[0].stages)
+    stages = _shown_stages(told_of(run)[0].stages)
     table = {
         name: {s: _value([path[s].scores for path in paths], run.label) for s in stages if s in paths[0].stages}
         for name, paths in run.arms.items()
     }
-    scale = _scale([value for row in table.values() for value in row.values()], _told(run)[0][BASE].scores.metric)
+    # A loss of the twin that never had the concept is so far off that the others' bars would be flat.
+    near = [value for name, row in table.items() for value in row.values() if name != "never" or len(table) == 1]
+    scale = _scale(near, told_of(run)[0][BASE].scores.metric)
     return [row(_arm(name, run.manifest.get("other")), name, values, stages, scale) for name, values in table.items()]
 
 
@@ -241,10 +243,10 @@ def took_over(run: Run) -> Text | None:
 
 def _gone(run: Run, decides: str) -> str | None:
     paths = run.arms["concept"]
-    text = f"{name_of(paths[0])} {_mean(paths, PRUNED, run)}"
+    text = f"{name_of(paths[0])} {_mean(paths, BASE, run)} > {_mean(paths, PRUNED, run)}"
     other = run.manifest.get("other")
     if other and other in paths[0][BASE].scores.labels:
-        text += f", {other} {_mean(paths, PRUNED, run, other)}"
+        text += f", {other} {_mean(paths, BASE, run, other)} > {_mean(paths, PRUNED, run, other)}"
     draws = [scores for damage in run.damage for scores in damage.random.get("layers", ())]
     if draws:
         text += f"; {len(draws)} random cuts leave {number(_value(draws, run.label))}"
@@ -263,7 +265,9 @@ def _back(run: Run, decides: str) -> str | None:
     if not np.isfinite(shares).all():
         return f"{_mean(paths, PRUNED, run)} > {_mean(paths, last, run)} at {by[:-1]} {last}; there was nothing to lose"
     share = decides or _percent(np.mean(shares))
-    return f"{share} of the margin at {by[:-1]} {last}; half in {_steps(paths, paths, run)} {by}"
+    half = _steps(paths, paths, run)
+    when = "it never fell to half" if half == "0" else f"half in {half} {by}"
+    return f"{share} of the margin at {by[:-1]} {last}; {when}"
 
 
 def _sooner(run: Run, _: str) -> str | None:
@@ -415,7 +419,8 @@ def _percent(share: float | np.floating) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _told(run: Run) -> list[Trajectory]:
+def told_of(run: Run) -> list[Trajectory]:
+    """The arm that is told of, by seed: the concept's where there is one."""
     return run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
 
 
@@ -433,8 +438,7 @@ def _unit(paths: Sequence[Trajectory]) -> str:
 
 def _by(paths: Sequence[Trajectory]) -> str:
     """What the stages are named by."""
-    last = paths[0][paths[0].stages[-1]].at
-    return "epochs" if last is not None and last.by == "epoch" else "steps"
+    return measured_by(paths)
 
 
 def _had(run: Run) -> str:

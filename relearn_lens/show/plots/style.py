@@ -35,7 +35,17 @@ SEQUENTIAL = "cividis"
 INK, GRID, BLANK = "#7d7d7d", "rgba(128,128,128,0.25)", "rgba(128,128,128,0.3)"
 """Greys that are read on white and on black; `BLANK` is behind maps, so a cell without a value is grey in both."""
 
-STAGE = "stage (epochs of retraining)"
+
+def measured_by(arms: Sequence[Trajectory]) -> str:
+    """What the stages are named by: optimiser steps, or epochs."""
+    last = arms[0][arms[0].stages[-1]].at
+    return "steps" if last is not None and last.by == "step" else "epochs"
+
+
+def stage_title(arms: Sequence[Trajectory]) -> str:
+    """Title of an axis of stages."""
+    return f"stage ({measured_by(arms)} of retraining)"
+
 
 Paths = Run | Trajectory | Sequence[Trajectory]
 """A run, one arm's seeds, or one trajectory."""
