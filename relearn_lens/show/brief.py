@@ -98,20 +98,22 @@ def sentence(run: Run) -> str:
     name, unit = name_of(paths[0]), _unit(paths)
     base, cut, end = (_mean(paths, stage, run) for stage in (BASE, PRUNED, paths[0].stages[-1]))
     many = round(float(np.mean([0 if path.pruned is None else len(path.pruned) for path in paths])))
-    text = f"Without {many:,} of {paths[0].site.n_neurons:,} neurons the {unit} of {name} goes from {base} to {cut}"
+    text = f"Without {many:,} of {paths[0].site.n_neurons:,} neurons, {name} falls from {unit} {base} to {cut}"
+    if unit != "F1":
+        text = text.replace("falls", "goes")
     other = run.manifest.get("other")
     if other and other in paths[0][BASE].scores.labels:
-        text += f", that of {other} from {_mean(paths, BASE, run, other)} to {_mean(paths, PRUNED, run, other)}"
-    by = _by(paths)
-    text += f"; training brings it to {end}"
+        text += f" ({other}: {_mean(paths, BASE, run, other)} to {_mean(paths, PRUNED, run, other)})"
     half = _steps(paths, paths, run)
-    text += f", half of its margin within {half} {by}" if not half.startswith((">", "0")) else ""
-    if "never" in run.arms:
-        text += f" ({_steps(run.arms['never'], paths, run)} in a model that never had {_had(run)})"
+    text += f"; training brings it to {end}"
+    if not half.startswith((">", "0")):
+        text += f", half of its margin within {half} {_by(paths)}"
+        if "never" in run.arms:
+            text += f" ({_steps(run.arms['never'], paths, run)} in a model that never had {_had(run)})"
     place = _where(run, -1)
     if place is not None:
         part, enough, needed = place
-        text += f", and {part} alone is {_verdict_on(enough, needed)}"
+        text += f"; at the end, {part} is {_verdict_on(enough, needed)}"
     return text + "."
 
 

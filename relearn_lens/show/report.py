@@ -21,7 +21,7 @@ from relearn_lens.runs import files, findings, presets, verify
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.summary import summary
 from relearn_lens.show import brief, captions, plots
-from relearn_lens.show.plots.style import VERDICT_COLOURS
+from relearn_lens.show.plots.style import VERDICT_COLOURS, measured_by
 from relearn_lens.show.tables import draws_row, layer_rows, score_rows
 from relearn_lens.text.corpus import OUTSIDE
 
@@ -69,7 +69,8 @@ def render(run: Run) -> str:
     draw = _Drawing()
     tables: dict[str, Table | None] = {
         "f1": score_rows(run),
-        "speeds": findings.speed_rows(run),
+        # Of stages that are steps, the questions say it in steps.
+        "speeds": findings.speed_rows(run) if measured_by(brief.told_of(run)) == "epochs" else None,
         "layers": layer_rows(run),
         "agreement": findings.agreement_rows(run),
         "attribution": findings.attribution_rows(run),
@@ -112,7 +113,7 @@ def render(run: Run) -> str:
 def _first(run: Run, draw: _Drawing) -> dict[str, Picture | None]:
     """The pictures that the page begins with."""
     return {
-        "curve": draw(plots.recovery_curves, run, says=lambda: captions.recovery(run)),
+        "curve": draw(plots.recovery_curves, run),
         "cut": draw(plots.pruned_share, run, says=lambda: captions.pruned_share(run)),
         "grafts": draw(plots.grafts, run),
         "dose": draw(plots.dose, run),
@@ -131,7 +132,8 @@ def _interval_picture(answer: brief.Answer) -> Markup:
 
     return Markup(
         '<svg viewBox="0 0 120 20" width="120" height="20" role="img" aria-label="{says}">'
-        '<rect x="{low}" width="{wide:.1f}" y="1" height="18" class="bar"/><line x1="60" x2="60" y1="0" y2="20" class="zero"/>'
+        '<rect x="{low}" width="{wide:.1f}" y="1" height="18" class="bar"/>'
+        '<line x1="60" x2="60" y1="0" y2="20" class="zero"/>'
         '<line x1="{a}" x2="{b}" y1="10" y2="10" class="reach" stroke="{colour}"/>'
         '<circle cx="{value}" cy="10" r="4.5" fill="{colour}"/></svg>'
     ).format(
@@ -226,7 +228,7 @@ def _sections(
     sections = [
         ("scores", "Every score, and how fast it came back", []),
         ("layers", "Where the concept sits, stage by stage",
-            each(plots.layer_map, lambda: captions.layer_map(run), [n for n in run.arms if n != twin], **maps)),
+            each(plots.layer_map, lambda: captions.layer_map(run, twin), [n for n in run.arms if n != twin], **maps)),
         ("neurons", "Which neurons carry it", [draw(plots.neuron_map, run, says=lambda: captions.neuron_map(run))]),
         ("moved", "Did its saliency move between layers?", [
             draw(plots.migration, run, says=lambda: captions.migrated(run)) if "concept" in run.arms else None]),

@@ -72,11 +72,12 @@ def recovery_curves(run: Run) -> go.Figure:
     }
     tops = [y for trace in figure.data for y in trace.y if y is not None and np.isfinite(y)]
     reach = 1.04 if scores.metric == "F1" else (max(tops) - min(tops) if tops else 1.0)
-    for name, y in _apart(ends, 0.06 * reach).items():
-        last = run.arms[name][0].stages[-1]
-        figure.add_annotation(
-            x=last, y=y, text=f"<b>{safe(name)}</b>", xanchor="left", xshift=8, showarrow=False,
-            font={"color": ARM_COLOURS[name], "size": 13},
+    highest = 1.0 if scores.metric == "F1" else np.inf
+    for name, y in _apart(ends, 0.06 * reach, highest).items():
+        figure.add_scatter(
+            x=[run.arms[name][0].stages[-1]], y=[y], text=[f"  <b>{safe(name)}</b>"], mode="text",
+            textposition="middle right", textfont={"color": ARM_COLOURS[name], "size": 13}, cliponaxis=False,
+            hoverinfo="skip", showlegend=False, legendgroup=name,
         )  # fmt: skip
     dressed(
         figure,
@@ -89,14 +90,16 @@ def recovery_curves(run: Run) -> go.Figure:
     return figure.update_yaxes(range=[-0.04, 1.04]) if scores.metric == "F1" else figure
 
 
-def _apart(ends: Mapping[str, float], least: float) -> dict[str, float]:
-    """Heights of labels at the ends of lines: in the order of the lines, and none on another."""
+def _apart(ends: Mapping[str, float], least: float, highest: float) -> dict[str, float]:
+    """Heights of labels at the ends of lines: in the order of the lines, none on another, none above `highest`."""
     order = sorted((name for name in ends if np.isfinite(ends[name])), key=lambda name: ends[name])
     at = [ends[name] for name in order]
     for _ in range(100):
         for k in range(len(at) - 1):
             lacking = max(0.0, least - (at[k + 1] - at[k]))
             at[k], at[k + 1] = at[k] - lacking / 2, at[k + 1] + lacking / 2
+    for k in reversed(range(len(at))):
+        at[k] = min(at[k], highest if k == len(at) - 1 else at[k + 1] - least)
     return dict(zip(order, at, strict=True))
 
 

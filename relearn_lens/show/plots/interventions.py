@@ -93,8 +93,8 @@ def grafts(run: Run) -> go.Figure:
     """Which part of the model brings the concept back: is it enough alone, and is it needed?
 
     Every row is a part of the model. The filled dot says how much of what came back is there when this part alone is
-    taken from the retrained model and put into the cut one (*enough*), the open diamond how much is lost when this part
-    alone is put back as it was after the cut (*needed*); 1 is all of it. Crosses are control grafts: the change of the
+    taken from the retrained model and put into the cut one (`enough`), the open diamond how much is lost when this part
+    alone is put back as it was after the cut (`needed`); 1 is all of it. Crosses are control grafts: the change of the
     same part in another arm, which should bring back nothing. Left: the first stage with nine tenths back; right: the
     last. Means over seeds, with intervals from three seeds on. `cut` are the weights that were cut, where they grew
     back. A row without a dot was refused: what came back is within noise.

@@ -111,7 +111,7 @@ def _differences(data: Paths, arms: dict[str, list[Trajectory]], against: str) -
     for k, (name, table) in enumerate(tables.items(), 1):
         figure.add_heatmap(
             z=table, x=list(arms[name][0].stages), y=list(first[0].site.layers), colorscale=DIVERGING, zmid=0,
-            zmin=-reach, zmax=reach, text=np.vectorize(lambda v: "" if np.isnan(v) else f"{v:+.2f}")(table),
+            zmin=-reach, zmax=reach, text=np.vectorize(lambda v: "" if np.isnan(v) else f"{round(v, 2) + 0.0:+.2f}")(table),
             texttemplate="%{text}", colorbar=_scale("difference"), showscale=k == len(tables), xgap=2, ygap=2,
             hoverongaps=False, hovertemplate="layer %{y}, stage %{x}: %{z:+.3f}<extra></extra>", row=1, col=k,
         )  # fmt: skip
