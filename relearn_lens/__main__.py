@@ -403,7 +403,8 @@ class _Following:
         self.what = ""
         self.phases: set[str] = set()
         self.run: Run | None = None
-        self.arm: dict[str, Any] = {}
+        self.arms: dict[str, dict[str, Any]] = {}
+        """Scores by arm and stage, of the seed under way."""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """How far the work has come."""
@@ -443,19 +444,18 @@ class _Following:
         other, stages = self.run.manifest["other"], brief.stages_of(experiment)
         match event:
             case events.Base(seed=seed, snapshot=snapshot):
-                scores = snapshot.scores
+                scores, self.arms = snapshot.scores, {}
                 by = "steps" if experiment.retrain.steps else "epochs"
                 self.say(f"seed {seed}: {scores.metric} of the base model {_scores(snapshot.shown)}")
                 self.say(brief.head(f"{scores.metric} of {'+'.join(experiment.labels)}", stages, by))
             case events.Measured(arm=arm, stage=stage, snapshot=snapshot):
-                self.arm[stage] = snapshot.scores
-                line = brief.row_of(arm, other, self.arm, experiment.labels, stages)
+                self.arms.setdefault(arm, {})[stage] = snapshot.scores
+                line = brief.rows_of(self.arms, other, experiment.labels, stages)[arm]
                 self.live.update(Group(line, self.bar))
             case events.ArmDone(trajectory=path):
-                scores = {stage: path[stage].scores for stage in path.stages}
-                self.arm = {}
+                self.arms[path.arm] = {stage: path[stage].scores for stage in path.stages}
                 self.live.update(self.bar)
-                self.say(brief.row_of(path.arm, other, scores, experiment.labels, stages))
+                self.say(brief.rows_of(self.arms, other, experiment.labels, stages)[path.arm])
             case events.SeedDone(seed=seed) if len(experiment.seeds) > 1 and seed == experiment.seeds[0]:
                 for line in ["", *brief.brief(self.run), ""]:
                     self.say(line)

@@ -377,7 +377,7 @@ def guesses(model: Model, text: Corpus, concept: Concept, *, k: int = 3) -> Gues
 
 def to_read(text: Corpus, concept: Concept, n: int = 6, *, longest: int = 24) -> Corpus:
     """The first `n` sentences of a text that hold the concept and are not longer than so many words, those with another
-    label beside it first: chosen by the text alone."""
+    label beside it first, none twice: chosen by the text alone."""
     classes = concept.classes(text)
     carries, other = classes.carries[classes.of_word], (text.label > 0) & ~classes.carries[classes.of_word]
 
@@ -385,6 +385,11 @@ def to_read(text: Corpus, concept: Concept, n: int = 6, *, longest: int = 24) ->
         return np.add.reduceat(which.astype(int), text.start[:-1]) if text.n_sentences else np.zeros(0, int)
 
     fits = (per_sentence(carries) > 0) & (np.diff(text.start) <= longest)
+    seen: set[bytes] = set()
+    for i in np.flatnonzero(fits):  # the same words again say nothing new
+        words = text.word[text.start[i] : text.start[i + 1]].tobytes()
+        fits[i] = words not in seen
+        seen.add(words)
     order = np.lexsort((np.arange(text.n_sentences), per_sentence(other) == 0, ~fits))
     return text.take(np.sort(order[: min(n, int(fits.sum()))]))
 

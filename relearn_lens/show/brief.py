@@ -18,7 +18,7 @@ from relearn_lens.analysis import questions
 from relearn_lens.analysis.intervals import FEWEST_SEEDS
 from relearn_lens.analysis.questions import Question
 from relearn_lens.analysis.recovery import name_of
-from relearn_lens.measure.evaluation import Scores
+from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.grafting import CUT, Grafts
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 from relearn_lens.runs import findings
@@ -98,9 +98,8 @@ def sentence(run: Run) -> str:
     name, unit = name_of(paths[0]), _unit(paths)
     base, cut, end = (_mean(paths, stage, run) for stage in (BASE, PRUNED, paths[0].stages[-1]))
     many = round(float(np.mean([0 if path.pruned is None else len(path.pruned) for path in paths])))
-    text = f"Without {many:,} of {paths[0].site.n_neurons:,} neurons, {name} falls from {unit} {base} to {cut}"
-    if unit != "F1":
-        text = text.replace("falls", "goes")
+    what = f"{name} falls from F1" if unit == "F1" else f"the {unit} on {name} goes from"
+    text = f"Without {many:,} of {paths[0].site.n_neurons:,} neurons, {what} {base} to {cut}"
     other = run.manifest.get("other")
     if other and other in paths[0][BASE].scores.labels:
         text += f" ({other}: {_mean(paths, BASE, run, other)} to {_mean(paths, PRUNED, run, other)})"
@@ -136,9 +135,7 @@ def rows(run: Run) -> list[Text]:
         name: {s: _value([path[s].scores for path in paths], run.label) for s in stages if s in paths[0].stages}
         for name, paths in run.arms.items()
     }
-    # A loss of the twin that never had the concept is so far off that the others' bars would be flat.
-    near = [value for name, row in table.items() for value in row.values() if name != "never" or len(table) == 1]
-    scale = _scale(near, told_of(run)[0][BASE].scores.metric)
+    scale = _scale(table, told_of(run)[0][BASE].scores.metric)
     return [row(_arm(name, run.manifest.get("other")), name, values, stages, scale) for name, values in table.items()]
 
 
@@ -155,11 +152,14 @@ def row(
     return text
 
 
-def row_of(arm: str, other: str | None, snapshots: Mapping[str, Scores], label: object, stages: Sequence[str]) -> Text:
-    """`row` of an arm under way, from what is measured so far."""
-    values = {stage: scores.shown(label) for stage, scores in snapshots.items()}  # pyright: ignore[reportArgumentType]
-    metric = next((scores.metric for scores in snapshots.values()), "F1")
-    return row(_arm(arm, other), arm, values, _shown_stages(stages), _scale(list(values.values()), metric))
+def rows_of(
+    arms: Mapping[str, Mapping[str, Scores]], other: str | None, label: Label, stages: Sequence[str]
+) -> dict[str, Text]:
+    """`row` of every arm of a seed under way, from the scores by stage so far."""
+    values = {name: {stage: each.shown(label) for stage, each in scores.items()} for name, scores in arms.items()}
+    metric = next((each.metric for scores in arms.values() for each in scores.values()), "F1")
+    scale = _scale(values, metric)
+    return {name: row(_arm(name, other), name, each, _shown_stages(stages), scale) for name, each in values.items()}
 
 
 def stages_of(how: Experiment) -> list[str]:
@@ -426,8 +426,8 @@ def told_of(run: Run) -> list[Trajectory]:
     return run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
 
 
-def _value(scores: Iterable[Scores], label: object) -> float:
-    return float(np.mean([each.shown(label) for each in scores]))  # pyright: ignore[reportArgumentType]
+def _value(scores: Iterable[Scores], label: Label) -> float:
+    return float(np.mean([each.shown(label) for each in scores]))
 
 
 def _mean(paths: Sequence[Trajectory], stage: str, run: Run, label: str | None = None) -> str:
@@ -452,8 +452,11 @@ def _arm(name: str, other: str | None) -> str:
     return f"other ({other})" if name == "other" and other else name
 
 
-def _scale(values: Sequence[float], metric: str) -> tuple[float, float]:
-    known = [value for value in values if np.isfinite(value)]
+def _scale(table: Mapping[str, Mapping[str, float]], metric: str) -> tuple[float, float]:
+    """What the bars of all arms reach from and to."""
+    # A loss of the twin that never had the concept is so far off that the others' bars would be flat.
+    near = [value for name, row in table.items() for value in row.values() if name != "never" or len(table) == 1]
+    known = [value for value in near if np.isfinite(value)]
     return (0.0, 1.0) if metric == "F1" or not known else (min(known), max(known))
 
 

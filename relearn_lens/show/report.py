@@ -159,8 +159,9 @@ class Read(NamedTuple):
 
     stages: list[str]
     sentences: list[list[Word]]
-    tops: list[tuple[str, list[tuple[str, str]]]]
-    """Of a language model: the words before the concept's first one and that word; by stage the likeliest tokens."""
+    tops: list[tuple[str, list[tuple[str, list[tuple[str, bool]]]]]]
+    """Of a language model: the words before the concept's first one and that word; by stage the likeliest tokens, and
+    whether the word begins with them."""
 
 
 def _reading(run: Run) -> Read | None:
@@ -188,7 +189,10 @@ def _reading(run: Run) -> Read | None:
         sentences.append(line)
         at = next((k for k, true in enumerate(by_stage[0].true[i]) if true in names and by_stage[0].said[i][k]), None)
         if run.experiment.task != "tag" and at is not None:
-            guesses = [(s, ", ".join(each.said[i][at])) for s, each in zip(named, by_stage, strict=True)]
+            guesses = [
+                (s, [(token, bool(token) and words[at].startswith(token)) for token in each.said[i][at]])
+                for s, each in zip(named, by_stage, strict=True)
+            ]
             tops.append((" ".join(words[:at]) + f" [{words[at]}]", guesses))
     return Read(named, sentences, tops)
 
@@ -255,7 +259,9 @@ def render_comparison(runs: Sequence[Run]) -> str:
     names = _names(runs)
     verify.check_same_inputs({name: run.manifest for name, run in zip(names, runs, strict=True)})
     draw = _Drawing()
-    curves = [draw(plots.recovery_curves, run, says=lambda run=run: captions.recovery(run)) for run in runs]
+    curves = [
+        draw(plots.recovery_curves, run, beside=runs, says=lambda run=run: captions.recovery(run)) for run in runs
+    ]
     maps = [draw(plots.layer_map, run, arm=captions.told(run), small=True) for run in runs]
     return _page(
         "comparison.html.j2",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -28,14 +28,14 @@ from relearn_lens.show.plots.style import (
 )
 
 
-def recovery_curves(run: Run) -> go.Figure:
+def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
     """Does the concept come back, and faster or slower than after a random cut?
 
     Read it from left to right: the concept's score (F1, or loss, for which lower is better) before pruning, right
     after, and after each stage of retraining; one line per arm, named at its end, mean over seeds. Bands are the
     interval that the settings ask for: over seeds where there are several, else bootstrap over sentences. The dotted
     bar at `pruned` spans the random sets that were ablated without retraining. A line that is missing at a stage has no
-    score there.
+    score there. Runs that it is drawn `beside` share its axis where they have the same score.
     """
     figure = go.Figure()
     interval, over = run.interval, ""
@@ -87,7 +87,17 @@ def recovery_curves(run: Run) -> go.Figure:
         y=f"{scores.metric} of {concept(first)} ({safe(scores.unit)})",
     ).update_xaxes(type="category")
     figure.update_layout(margin={"r": 84})
-    return figure.update_yaxes(range=[-0.04, 1.04]) if scores.metric == "F1" else figure
+    if scores.metric == "F1":
+        return figure.update_yaxes(range=[-0.04, 1.04])
+    if beside:
+        known = [
+            arm[stage].scores.shown(each.label)
+            for each in (run, *beside) for arms in each.arms.values() for arm in arms for stage in arm.stages
+            if arm[stage].scores.metric == scores.metric
+        ]  # fmt: skip
+        low, high = float(np.nanmin(known)), float(np.nanmax(known))
+        figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
+    return figure
 
 
 def _apart(ends: Mapping[str, float], least: float, highest: float) -> dict[str, float]:

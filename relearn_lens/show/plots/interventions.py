@@ -151,7 +151,7 @@ def grafts(run: Run) -> go.Figure:
         figure,
         f"Which part brings {concept(arms)} back",
         f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back, mean over {seeds(n)}; {about(run, arms)}",
-        x="share of what came back",
+        x="share back",
         height=150 + 34 * len(stages[0][2][0].parts),
     )
     figure.update_xaxes(range=[max(low, -0.6) - 0.06, min(high, 1.6) + 0.06], zeroline=False)

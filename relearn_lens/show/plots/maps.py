@@ -56,11 +56,11 @@ def layer_map(
     neurons, and 0 is what training does by itself.
 
     Raises:
-        ValueError: no arm of that name.
+        ValueError: no arm of that name, or an arm against itself.
     """
     arms = arms_of(data, arm)
     if against is not None:
-        return _differences(data, {name: each for name, each in arms.items() if name != against}, against)
+        return _differences(data, [name for name in arms if name != against], against)
     first = next(iter(arms.values()))
     figure = _panels(list(arms))
     for k, each in enumerate(arms.values(), 1):
@@ -92,10 +92,13 @@ def layer_map(
     return _tiles(figure).update_xaxes(type="category")
 
 
-def _differences(data: Paths, arms: dict[str, list[Trajectory]], against: str) -> go.Figure:
-    """The layer map of what arms have more than another arm at the same stage."""
+def _differences(data: Paths, names: Sequence[str], against: str) -> go.Figure:
+    """The layer map of what arms have more than another arm at the same stage; one scale for all arms of the run."""
     twins = arm_of(data, against)
-    first = next(iter(arms.values()), twins)
+    arms = {name: each for name, each in arms_of(data).items() if name != against}
+    if not names:
+        raise ValueError(f"arm {against!r} cannot be set against itself; the run has {', '.join(arms) or 'no other'}")
+    first = arms[names[0]]
     tables = {}
     for name, each in arms.items():
         found = [
@@ -107,20 +110,22 @@ def _differences(data: Paths, arms: dict[str, list[Trajectory]], against: str) -
         ]
         tables[name] = np.mean(found, axis=0).T
     reach = max([0.05, *(float(np.nanmax(np.abs(t))) for t in tables.values() if np.isfinite(t).any())])
-    figure = _panels(list(arms))
-    for k, (name, table) in enumerate(tables.items(), 1):
+    figure = _panels(names)
+    for k, name in enumerate(names, 1):
+        table = tables[name]
         figure.add_heatmap(
             z=table, x=list(arms[name][0].stages), y=list(first[0].site.layers), colorscale=DIVERGING, zmid=0,
-            zmin=-reach, zmax=reach, text=np.vectorize(lambda v: "" if np.isnan(v) else f"{round(v, 2) + 0.0:+.2f}")(table),
-            texttemplate="%{text}", colorbar=_scale("difference"), showscale=k == len(tables), xgap=2, ygap=2,
+            zmin=-reach, zmax=reach, texttemplate="%{text}",
+            text=np.vectorize(lambda v: "" if np.isnan(v) else f"{round(v, 2) + 0.0:+.2f}")(table),
+            colorbar=_scale("difference"), showscale=k == len(names), xgap=2, ygap=2,
             hoverongaps=False, hovertemplate="layer %{y}, stage %{x}: %{z:+.3f}<extra></extra>", row=1, col=k,
         )  # fmt: skip
-    name = "" if len(arms) > 1 else f": {safe(next(iter(arms), ''))} arm"
+    name = "" if len(names) > 1 else f": {safe(names[0])} arm"
     dressed(
         figure,
         f"Saliency of {concept(first)} more than in the {safe(against)} arm{name}",
         f"difference of mean rank saliency, the same neurons on both sides; {about(data, first)}",
-        x=stage_title(first) if len(arms) == 1 else "stage",
+        x=stage_title(first) if len(names) == 1 else "stage",
     )
     figure.update_yaxes(title_text=f"layer ({safe(first[0].site.name)})", col=1)
     return _tiles(figure).update_xaxes(type="category")
