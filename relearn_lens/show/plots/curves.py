@@ -70,7 +70,8 @@ def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
     ends = {
         name: shown(run.label, [arm[arm.stages[-1]].scores for arm in arms]).value for name, arms in run.arms.items()
     }
-    tops = [y for trace in figure.data for y in trace.y if y is not None and np.isfinite(y)]
+    drawn: Any = figure.data
+    tops = [y for trace in drawn for y in trace.y if y is not None and np.isfinite(y)]
     reach = 1.04 if scores.metric == "F1" else (max(tops) - min(tops) if tops else 1.0)
     highest = 1.0 if scores.metric == "F1" else np.inf
     for name, y in _apart(ends, 0.06 * reach, highest).items():
