@@ -12,7 +12,7 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.saliency import SCORES
-from relearn_lens.measure.evaluation import Scores, evaluate
+from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
 from relearn_lens.measure.grafting import Grafts, grafts, share_old
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure
@@ -50,6 +50,7 @@ from relearn_lens.runs.events import (
     Paused,
     Prepared,
     Round,
+    SeedDone,
     Sized,
     Weighed,
 )
@@ -67,8 +68,8 @@ def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Eve
     """Run an experiment, yielding every result as it comes.
 
     What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`,
-    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Grafted`, `Again` and `Blocked`; `Paused` wherever
-    a training can be taken up again.
+    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Grafted`, `Again` and `Blocked`, and `SeedDone`;
+    `Paused` wherever a training can be taken up again.
     """
     threads = torch.get_num_threads()
     try:
@@ -129,6 +130,7 @@ class _Seed:
         if "concept" in done:
             yield from self._afterwards(base, cuts, done, back)
         self.weighed.clear()
+        yield SeedDone(self.seed)
 
     def _result(self, kind: type, name: str = "") -> Any:
         return self.kept.result(kind, self.seed, name) if self.kept else None
@@ -420,13 +422,18 @@ class _Seed:
         scored = ready.scored
         total = ready.probe.n_tokens * (2 if "top_words" in wanted else 1) + scored.n_tokens
         with progress.task(what, total):
-            return measure(
+            snapshot = measure(
                 ready.model, ready.probe, ready.concept, validation=scored, site=ready.site, score=settings.score,
                 contrast=settings.contrast, what=wanted, base=base.snapshot if base else None,
                 vectors=base.vectors if base else None, shuffles=how.shuffles if ends else 0, seed=self.seed,
                 rank_bucket=how.rank_bucket, nulls=how.nulls, attribution=attribution_settings(settings),
                 sample_words=how.sample_words, max_memory=megabytes(how.max_memory), at=at, max_tokens=how.max_tokens,
             )  # fmt: skip
+        if self.seed != settings.seeds[0] or (arm is not None and arm.name != "concept"):
+            return snapshot
+        sentences = to_read(scored.corpus, ready.concept)
+        said = guesses(ready.model, sentences, ready.concept) if sentences.n_sentences else None
+        return replace(snapshot, guesses=said)
 
 
 def first_back(path: Trajectory) -> str | None:
