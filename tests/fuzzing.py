@@ -307,7 +307,7 @@ KINDS = ("remove", "truncate", "flip", "swap", "folder", "empty", "json", "key",
 @functools.cache
 def finished_run() -> Path:
     """One small finished run of the toy, shared by all cases."""
-    from tests.runs.test_experiment import tiny
+    from tests.made import tiny
 
     path = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
     import atexit

@@ -44,7 +44,9 @@ class Prepared:
     @property
     def scored(self) -> Encoded:
         """The sentences that F1 and margins are measured on."""
-        return self.validation if self.experiment.measure.on == "validation" else self.probe
+        how = self.experiment
+        # A probe text of its own may have labels that the model does not know.
+        return self.validation if how.measure.on == "validation" or how.probe_corpus is not None else self.probe
 
 
 @dataclass(frozen=True)

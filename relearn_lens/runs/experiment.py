@@ -232,7 +232,8 @@ class _Seed:
 
     def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
-        if self.experiment.grafts.skip or arm.name not in ("concept", "random", "unpruned"):
+        wanted = "concept" in self.experiment.arms and not self.experiment.grafts.skip
+        if not wanted or arm.name not in ("concept", "random", "unpruned"):
             return False
         if arm.name != "concept":
             return last or stage == back

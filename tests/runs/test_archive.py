@@ -25,7 +25,7 @@ from relearn_lens.runs.events import Arm, Base, Damage
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.text.concept import Concept
-from tests.runs.test_experiment import TINY
+from tests.made import TINY
 
 EVERYTHING = {
     "measure.what": ["dprime", "elastic_net", "layer_ig", "top_words", "similarity"],

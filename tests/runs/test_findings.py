@@ -16,7 +16,7 @@ from relearn_lens.runs.files import plain
 from relearn_lens.runs.findings import claims_of, findings
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
-from tests.runs.test_experiment import TINY
+from tests.made import TINY
 
 SMALL = TINY | {
     "data.train_sentences": 32, "data.validation_sentences": 24, "data.probe_sentences": 24, "finetune.epochs": 0.25,

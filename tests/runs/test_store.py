@@ -27,7 +27,7 @@ from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.store import load_run
-from tests.runs.test_experiment import tiny
+from tests.made import tiny
 
 
 class Stop(Exception):
