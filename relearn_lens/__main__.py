@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -235,13 +236,28 @@ def fetch(
 
 
 @app.command()
-def presets() -> None:
-    """List the presets, and every setting with its default."""
+def presets(
+    group: Annotated[
+        str | None, typer.Argument(metavar="[GROUP]", help="Settings with their defaults: run, prune, measure, ...")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every setting with its default too.")] = False,
+) -> None:
+    """List the presets, or one group of settings with its defaults."""
     from relearn_lens.runs.presets import PRESETS
     from relearn_lens.runs.settings import fields
 
-    _table("presets", ["name", "what it is"], [[name, says] for name, (says, _) in PRESETS.items()])
-    _table("settings", ["key", "default", "what it is"], [[k, _short(v), says] for k, v, says in fields()])
+    groups: dict[str, list[list[str]]] = {}
+    for key, default, says in fields():
+        name = key.rpartition(".")[0] or "run"  # what the whole run has, such as its model
+        groups.setdefault(name, []).append([key, _short(default), says])
+    if group is not None and group not in groups:
+        raise ValueError(f"unknown group of settings {group!r}; known: {', '.join(groups)}")
+    if group is None:
+        _table("presets", ["name", "what it is"], [[name, says] for name, (says, _) in PRESETS.items()])
+    for name in groups if all_ else [group] if group else []:
+        _table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
+    if group is None and not all_:
+        print(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
 
 
 @app.command(name="sources")
@@ -334,11 +350,13 @@ def doctor() -> None:
             ]
         )
     _table("doctor", ["what", "found", "note"], rows)
-    _table("presets on this machine", needs.HEADER, needs.doctor_rows())
+    rows = needs.doctor_rows(has_gpu=torch.cuda.is_available() or torch.backends.mps.is_available())
+    _table("presets on this machine", needs.HEADER, rows)
 
 
 def main() -> None:
     """The entry point: our own errors become one message and exit code 1, without a traceback."""
+    _print_anywhere()
     try:
         app()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -352,6 +370,22 @@ def main() -> None:
             from relearn_lens.models import processes
 
             processes.leave()
+
+
+def _print_anywhere() -> None:
+    """Where output is not UTF-8 (a pipe on Windows, LANG=C), print what its encoding lacks as JSON would: \\u5730."""
+    import codecs
+    from json import dumps
+
+    def escaped(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return dumps(error.object[error.start : error.end])[1:-1], error.end
+
+    codecs.register_error("as_json", escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="as_json")
 
 
 def _folder(settings: str, experiment: Experiment) -> Path:

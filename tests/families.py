@@ -26,6 +26,9 @@ from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, war
 from tests.neurons.test_sites import DECODERS, IDS, MASK, decoder
 
 REAL = MASK.bool()
+# These two take more than they declare.
+_DebertaV2Config: Any = transformers.DebertaV2Config
+_ModernBertConfig: Any = transformers.ModernBertConfig
 ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: transformers.BertConfig(
         vocab_size=len(VOCAB), hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
@@ -54,15 +57,15 @@ ENCODERS: dict[str, Callable[[], Any]] = {
         for kind, width in {"electra": D_MODEL, "electra-small": D_MODEL // 2}.items()
     },
     **{
-        kind: lambda more=more: transformers.DebertaV2Config(
+        kind: lambda more=more: _DebertaV2Config(
             vocab_size=len(VOCAB), hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
-            num_attention_heads=4, max_position_embeddings=CONTEXT, relative_attention=True, position_buckets=8,
-            pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0,
-            **({"share_att_key": True} | more),
+            num_attention_heads=4, max_position_embeddings=CONTEXT, relative_attention=True, type_vocab_size=0,
+            pos_att_type=["p2c", "c2p"], position_biased_input=False,
+            **({"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"} | more),
         )
         for kind, more in {"deberta-v3": {}, "deberta-v2": {"legacy": False, "share_att_key": False}}.items()
     },
-    "modernbert": lambda: transformers.ModernBertConfig(
+    "modernbert": lambda: _ModernBertConfig(
         vocab_size=len(VOCAB), hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
         num_attention_heads=4, max_position_embeddings=CONTEXT, local_attention=4, global_attn_every_n_layers=2,
         pad_token_id=0, bos_token_id=2, cls_token_id=2, eos_token_id=3, sep_token_id=3,

@@ -104,13 +104,59 @@ def test_module_runs_as_a_program():
     assert re.fullmatch(r"error: unknown preset 'nothing'; known: names, .*\n", done.stderr)
 
 
-def test_presets_lists_presets_and_settings():
+def test_presets_lists_presets_and_where_settings_are():
     text = printed("presets")
     for name, (says, _) in PRESETS.items():
         assert f"{name} {says}" in text
+    assert "presets GROUP, one of run, data, prune, finetune, retrain, measure; --all" in text
+    assert "prune.fraction" not in text
+
+
+def test_presets_lists_every_setting_when_asked():
+    text = printed("presets", "--all")
+    assert all(name in text for name in PRESETS)
     for key, _, says in fields():
         assert key in text
         assert says.split(";")[0] in text, key
+
+
+@pytest.mark.parametrize("group", ["prune", "measure", "run"])
+def test_presets_lists_one_group_of_settings(group):
+    lines = CliRunner().invoke(app, ["presets", group]).stdout.splitlines()
+    keys = [line.split()[0] for line in lines[2:] if line and not line.startswith(" ")]
+    assert keys == [key for key, _, _ in fields() if (key.partition(".")[0] if "." in key else "run") == group]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_presets_fit_a_terminal_of_80_columns():
+    import pty
+
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "COLUMNS": "80", "TERM": "dumb"}
+    with subprocess.Popen([sys.executable, "-m", "relearn_lens", "presets"], stdout=theirs, env=env) as process:
+        os.close(theirs)
+        text = b""
+        while part := _read(ours):
+            text += part
+    os.close(ours)
+    assert process.returncode == 0
+    lines = text.decode().splitlines()
+    table = lines[: next(i for i, line in enumerate(lines) if line.startswith("settings:"))]
+    assert len(lines) < 30
+    assert all(len(line) <= 80 for line in table)
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # how Linux says that the other end has closed
+        return b""
+
+
+def test_presets_refuses_an_unknown_group(error):
+    assert error("presets", "pruning") == (
+        "unknown group of settings 'pruning'; known: run, data, prune, finetune, retrain, measure"
+    )
 
 
 def test_sources_lists_what_can_be_fetched(tmp_path, monkeypatch):
@@ -147,6 +193,29 @@ def test_doctor_says_what_is_there_and_what_is_missing(tmp_path, monkeypatch):
 
 
 # --- a run
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_run_is_printed_whatever_the_encoding(encoding, folder, tmp_path):
+    place = shutil.copytree(folder, tmp_path / "Łódź 東 😀")
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-m", "relearn_lens", "show", str(place)], capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode(encoding)
+    assert "claims of the paper" in text
+    # What the encoding lacks is written as JSON would, so that --json stays JSON.
+    last = text.splitlines()[-1].rpartition("folder ")[2]
+    assert json.loads('"' + last + '"').endswith("Łódź 東 😀")
+    assert ("東" in text) == (encoding == "utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_error_is_printed_whatever_the_encoding(encoding):
+    env = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    command = [sys.executable, "-m", "relearn_lens", "run", "Ortsname-地名"]
+    done = subprocess.run(command, capture_output=True, env=env, text=True, check=False, encoding=encoding)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: unknown preset 'Ortsname-\\u5730\\u540d'; known: names")
 
 
 def test_run_prints_what_it_does_the_tables_and_the_story(folder):

@@ -1,5 +1,5 @@
-"""Devices without float64, as Apple's are, emulated: every tensor that comes from a model's weights is on the device, and
-no operation on such a tensor may take or give float64. What is brought to the CPU is off it."""
+"""Devices without float64, as Apple's are, emulated: every tensor that comes from a model's weights is on the device,
+and no operation on such a tensor may take or give float64. What is brought to the CPU is off it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from relearn_lens.find.attribution import attribute
@@ -47,7 +47,7 @@ class NoFloat64(TorchDispatchMode):
 @contextlib.contextmanager
 def without_float64(monkeypatch: pytest.MonkeyPatch, model: models.Model) -> Iterator[NoFloat64]:
     def brought(self: Tensor, *_: Any, **__: Any) -> Tensor:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             return self.detach().clone()
 
     device = NoFloat64(model)

@@ -26,6 +26,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
+from relearn_lens import progress
 from relearn_lens.find.baselines import Reference, reference_of
 from relearn_lens.find.quadrature import QUADRATURES, Rule
 from relearn_lens.find.saliency import Saliency
@@ -109,7 +110,7 @@ class Plan:
     """Forward passes, each of one chunk or more than one step of it."""
     backwards: int
     tokens: int
-    """Tokens that go forward and backward, once per step: what the calls of `tick` sum to."""
+    """Tokens that go forward and backward, once per step: what progress is counted in."""
 
     def __str__(self) -> str:
         mb = 2**20
@@ -135,7 +136,6 @@ def attribute(
     max_memory: int = MEMORY,
     sentences: int | None = None,
     seed: int = 0,
-    tick: Callable[[int], object] | None = None,
     on_plan: Callable[[Plan], object] | None = None,
 ) -> Attribution:
     """Attribute what the model says for a concept, on the words that carry it, to every neuron of a site.
@@ -157,7 +157,7 @@ def attribute(
 
     The quadrature, a name in `QUADRATURES` or a function, has `steps` nodes (`"gauss-legendre"`) or intervals (the
     others). More steps make `delta` small where it is an error; look at it before a close call. `max_memory` bounds the
-    bytes of tensors beside the weights; `on_plan` is called with the plan before the run, `tick` with the tokens of
+    bytes of tensors beside the weights; `on_plan` is called with the plan before the run. Progress is in the tokens of
     each pass times its steps.
 
     Raises:
@@ -173,7 +173,7 @@ def attribute(
         shared = processes.is_shared(len(chunks))
         times = processes.size() if shared else 1
         for pieces, at_once in processes.share(chunks):
-            run.add(pieces, at_once, lambda tokens: tick(tokens * times) if tick else None)
+            run.add(pieces, at_once, times)
         if shared:
             run.together()
     return run.attribution()
@@ -358,7 +358,7 @@ class _Run:
         # On top come the activations' gradients, and what one operation needs beside what it saves.
         return sum(sizes) + activations + max(sizes), activations
 
-    def add(self, pieces: Int[np.ndarray, " piece"], at_once: int, tick: Callable[[int], object]) -> None:
+    def add(self, pieces: Int[np.ndarray, " piece"], at_once: int, times: int) -> None:
         """Add the attributions of some pieces, so many steps in each pass."""
         self._load(pieces)
         self.n_words += len(self.words)
@@ -366,7 +366,7 @@ class _Run:
             start, end = self._said(self.nodes.new_tensor([0.0, 1.0])).tolist()
         self.change += end - start
         with torch.enable_grad():
-            (self._layer_ig if self.form == "layer" else self._conductance)(at_once, tick)
+            (self._layer_ig if self.form == "layer" else self._conductance)(at_once, times)
 
     def attribution(self) -> Attribution:
         """What was added so far, per word of the concept.
@@ -405,7 +405,7 @@ class _Run:
         processes.sum_(self.total, sums)
         self.change, self.n_words = float(sums[0]), round(float(sums[1]))
 
-    def _conductance(self, at_once: int, tick: Callable[[int], object]) -> None:
+    def _conductance(self, at_once: int, times: int) -> None:
         """Every step goes forward and backward once, for all layers."""
         xs: list[list[Tensor]] = [[] for _ in self.site.layers]
         slopes: list[list[Tensor]] = [[] for _ in self.site.layers]
@@ -414,14 +414,14 @@ class _Run:
             for x, slope in zip(xs, slopes, strict=True):
                 x.append(self._real(self.seen.pop(0).detach()))
                 slope.append(self._real(gradients.pop(0)))
-            tick(len(self.real) * len(nodes))
+            progress.advance(len(self.real) * len(nodes) * times)
         for total in self.total:
             # One layer at a time, and nothing twice: what is done with goes.
             moved = self.weights @ torch.cat(xs.pop(0)).float().flatten(1)
             slope = torch.cat(slopes.pop(0))
             total += moved.view_as(slope).mul_(slope).sum(0).sum(0, dtype=total.dtype)
 
-    def _layer_ig(self, at_once: int, tick: Callable[[int], object]) -> None:
+    def _layer_ig(self, at_once: int, times: int) -> None:
         """The activations of one layer after the other go on a straight line, all else is as in the text."""
         ends = [x.unflatten(0, (2, -1)) for x in self.seen]
         speed = self.weights @ self.nodes  # W of an X that goes from 0 to 1 on a straight line
@@ -434,7 +434,7 @@ class _Run:
                 self.put = None
                 slope = (weights.view(-1, 1, 1) * self._real(gradient)).sum(0)
                 self.total[layer] += (slope * self._real(way)[0]).sum(0, dtype=self.total.dtype)
-                tick(len(self.real) * len(nodes))
+                progress.advance(len(self.real) * len(nodes) * times)
 
     def _load(self, pieces: Int[np.ndarray, " piece"]) -> None:
         """Take up some pieces: where their words, their tokens and the concept's words are."""

@@ -29,6 +29,7 @@ from relearn_lens.neurons.streaming import (
     ClassSums,
     Collector,
     Histograms,
+    Reader,
     WordDraw,
     WordSample,
     stream,
@@ -322,12 +323,13 @@ def gather(
     relabelled: Sequence[Int[np.ndarray, " word"]] = (),
     sample_words: int = 2000,
     seed: int = 0,
+    readers: Sequence[Reader] = (),
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> Gathered:
     """What scores need, in one pass over a text; `sample_words` words and `seed` are the sample's (`WordDraw`).
 
-    `relabelled` are further ways to cut the words into classes (label shuffles), for class statistics alone.
+    `relabelled` are further ways to cut the words into classes (label shuffles), for class statistics alone; `readers`
+    take the last hidden states of the same pass.
 
     Raises:
         ValueError: an unknown need or site; activations that are not finite.
@@ -339,7 +341,7 @@ def gather(
     bins = BinCounts(place, classes) if "histograms" in needs else None
     draw = WordDraw(place, encoded, classes, sample_words, seed) if "sample" in needs else None
     collectors: list[Collector] = [c for c in (sums, bins, draw) if c is not None]
-    stream(model, encoded, collectors, site=place, max_tokens=max_tokens, tick=tick)
+    stream(model, encoded, collectors, readers=readers, site=place, max_tokens=max_tokens)
     stats, *shuffled = sums.all() if sums else [None]
     return Gathered(stats, bins and bins.histograms(), draw and draw.sample(), tuple(s for s in shuffled if s))
 
@@ -405,7 +407,6 @@ def score_many(
     sample_words: int = 2000,
     seed: int = 0,
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> dict[str, Saliency]:
     """Several scores of every neuron for a concept, by name, from one pass over a text.
 
@@ -421,7 +422,7 @@ def score_many(
         raise ValueError(f"scores must be at least one, each with a name of its own, got {names}")
     gathered = gather(
         model, encoded, classes, {score.needs for score in how}, site=site, sample_words=sample_words, seed=seed,
-        max_tokens=max_tokens, tick=tick,
+        max_tokens=max_tokens,
     )  # fmt: skip
     carries = torch.from_numpy(classes.carries)
     return {s.name: saliency(gathered, concept, carries, score=s, contrast=contrast) for s in how}

@@ -5,9 +5,7 @@ A tagger is judged by the F1 of its spans, a language model by its loss on the c
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,10 +15,12 @@ from beartype import beartype as typechecker
 from jaxtyping import Float, Int, jaxtyped
 from nervaluate import Evaluator
 from nervaluate.loaders import ListLoader
+from torch import Tensor
 
 from relearn_lens.find.targets import TARGETS
 from relearn_lens.models import processes
-from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for, reading
+from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for
+from relearn_lens.neurons.streaming import stream
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import OUTSIDE, Corpus, Strings, bio
 from relearn_lens.text.encoding import Batch, Encoded
@@ -269,72 +269,84 @@ def evaluate(
     *,
     concept: Concept | None = None,
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> Any:
     """Strict span F1 of a tagger on labelled text, by nervaluate; of a language model, its loss per class of tokens.
 
     Tagger: a word's tag is that of its first sub-word; a word that the context cut off is predicted `"O"`. An `I-`
-    that follows no span of its type opens one (as conlleval counts). Language model: `token_loss` for the concept.
+    that follows no span of its type opens one (as conlleval counts). Language model: its loss on the tokens of
+    the concept, of every other label of the text, and of all other words.
     A `SpanScores` or a `TokenLoss`; both are `Scores`, and so is the `margin` of either, from the same pass.
 
     Raises:
         ValueError: the text has a label that the tagger does not know; a language model without a concept.
     """
     encoded = encoded_for(model, text)
+    judge = judge_of(model, encoded, concept)
+    stream(model, encoded, (), readers=[judge], max_tokens=max_tokens)
+    return judge.scores()
+
+
+def judge_of(model: Model, encoded: Encoded, concept: Concept | None = None) -> Tags | Losses:
+    """What `evaluate` reads a text with: a `Reader` for `stream`, so that scores come from a pass that is made anyway.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
     check_labels(model, encoded.corpus)
     if isinstance(model, Tagger):
-        tags, margin = _tags_and_margin(model, encoded, max_tokens, tick)
-        return replace(score_spans(encoded.corpus, tags, model.tags), margin=margin)
+        return Tags(model, encoded)
     if not isinstance(model, LanguageModel) or concept is None:
         raise ValueError(
             "a language model is judged on the tokens of a concept: give evaluate(..., concept=Concept(...))"
         )
-    return token_loss(model, encoded, concept, max_tokens=max_tokens, tick=tick)
+    return Losses(model, encoded, concept)
 
 
-def token_loss(
-    model: LanguageModel,
-    text: Corpus | Encoded,
-    concept: Concept,
-    *,
-    max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
-) -> TokenLoss:
-    """Loss of a language model on the tokens of the concept, of every other label of the text, and of all other words.
+class Losses:
+    """Reads the loss of a language model on the tokens of the concept, of every other label of the text, and of all
+    other words.
 
     Every token of a word counts, special tokens do not. Words that the context cut off are left out.
 
     Raises:
         ValueError: no word of the text carries the concept.
     """
-    encoded = encoded_for(model, text)
-    corpus, classes = encoded.corpus, concept.classes(encoded.corpus)
-    named = [k for k, name in enumerate(classes.names) if name != OUTSIDE]
-    sentence_of = np.repeat(np.arange(corpus.n_sentences), np.diff(corpus.start))
-    member = np.stack(
-        [*(classes.of_word == k for k in named), ~classes.carries[classes.of_word], np.ones(corpus.n_words, bool)], 1
-    )
-    nats, tokens = np.zeros(corpus.n_words), np.zeros(corpus.n_words, dtype=np.int64)
-    with reading(model), _sharing(encoded, max_tokens, (nats, tokens)) as batches:
-        for batch, n_tokens in batches:
-            losses, words = model.losses(batch.to(model.device)).cpu().numpy(), batch.word_of.numpy()
-            np.add.at(nats, words, losses)
-            np.add.at(tokens, words, 1)
-            if tick:
-                tick(n_tokens)
-    if not np.isfinite(nats).all():
-        raise ValueError(
-            "the loss of the language model is not finite (NaN or infinite); look at its weights and at the learning "
-            "rate"
-        )
 
-    def by_sentence(of_word: np.ndarray) -> np.ndarray:
-        table = np.zeros((corpus.n_sentences, member.shape[1]), dtype=of_word.dtype)
-        np.add.at(table, sentence_of, of_word[:, None] * member)
-        return table
+    def __init__(self, model: LanguageModel, encoded: Encoded, concept: Concept):
+        self.model, self.corpus, self.classes = model, encoded.corpus, concept.classes(encoded.corpus)
+        self.nats, self.tokens = np.zeros(self.corpus.n_words), np.zeros(self.corpus.n_words, dtype=np.int64)
 
-    labels = (*(classes.names[k] for k in named), OTHERS)
-    return TokenLoss(by_sentence(nats), by_sentence(tokens), labels, model.vocabulary)
+    def read(self, batch: Batch, states: Float[Tensor, "sentence token d_model"]) -> None:
+        """The losses of a batch."""
+        losses, words = self.model.losses(batch, states).cpu().numpy(), batch.word_of.cpu().numpy()
+        np.add.at(self.nats, words, losses)
+        np.add.at(self.tokens, words, 1)
+
+    def together(self) -> None:
+        """Take the losses that other processes read; here they are still 0."""
+        processes.sum_(torch.from_numpy(self.nats), torch.from_numpy(self.tokens))
+
+    def scores(self) -> TokenLoss:
+        """Sums by sentence.
+
+        Raises:
+            ValueError: losses that are not finite.
+        """
+        if not np.isfinite(self.nats).all():
+            raise ValueError(
+                "the loss of the language model is not finite (NaN or infinite); look at its weights and at the "
+                "learning rate"
+            )
+        corpus, classes = self.corpus, self.classes
+        named = [k for k, name in enumerate(classes.names) if name != OUTSIDE]
+        others = ~classes.carries[classes.of_word]
+        member = np.stack([*(classes.of_word == k for k in named), others, np.ones(corpus.n_words, bool)], 1)
+
+        def by_sentence(of_word: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(of_word[:, None] * member, corpus.start[:-1])
+
+        labels = (*(classes.names[k] for k in named), OTHERS)
+        return TokenLoss(by_sentence(self.nats), by_sentence(self.tokens), labels, self.model.vocabulary)
 
 
 def check_labels(model: Model, corpus: Corpus) -> None:
@@ -356,61 +368,68 @@ def predict(
     encoded: Encoded,
     *,
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> Int[np.ndarray, " word"]:
     """The tag of every word of the corpus, an index into `tagger.tags`.
 
     Raises:
         ValueError: logits that are not finite.
     """
-    return _tags_and_margin(tagger, encoded, max_tokens, tick)[0]
+    judge = Tags(tagger, encoded)
+    stream(tagger, encoded, (), readers=[judge], max_tokens=max_tokens)
+    return judge.predicted()
 
 
-def _tags_and_margin(
-    tagger: Tagger, encoded: Encoded, max_tokens: int, tick: Callable[[int], object] | None
-) -> tuple[Int[np.ndarray, " word"], Margin]:
-    """The tag that the first sub-word of each word gets, and the margins of those that have a label."""
-    corpus, labels = encoded.corpus, _labels_of(tagger.tags)
-    column = np.array([labels.index(name) if name in labels else -1 for name in corpus.label_names])[corpus.label]
-    own = torch.tensor([[tag[2:] == label for tag in tagger.tags] for label in labels])
-    tags, margins, seen = np.zeros((3, corpus.n_words))
-    with reading(tagger), _sharing(encoded, max_tokens, (tags, margins, seen)) as batches:
-        for batch, n_tokens in batches:
-            here, words = batch.to(tagger.device), batch.words.numpy()
-            logits = tagger(here.ids, here.mask).flatten(0, 1)[here.subword[here.first]]
-            best = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
-            tags[words], seen[words] = best.cpu().numpy(), 1
-            margin = logits.new_zeros(len(words), dtype=torch.float32)
-            for k in np.unique(column[words[column[words] >= 0]]):
-                rows = torch.from_numpy(np.flatnonzero(column[words] == k)).to(tagger.device)
-                margin[rows] = TARGETS["margin"].of(logits[rows].float(), own[k].to(tagger.device))
-            margins[words] = margin.cpu().numpy()
-            if tick:
-                tick(n_tokens)
-    if (tags < 0).any():
-        raise ValueError(
-            "the logits of the tagger are not finite (NaN or infinite), so it says nothing; look at the weights of the "
-            "model and at the learning rate"
-        )
-    labelled = np.flatnonzero((column >= 0) & (seen > 0))
-    sentence = np.searchsorted(corpus.start, labelled, side="right") - 1
-    total, count = np.zeros((corpus.n_sentences, len(labels) + 1)), np.zeros((corpus.n_sentences, len(labels) + 1), int)
-    for where in (column[labelled], np.full(len(labelled), len(labels))):
-        np.add.at(total, (sentence, where), margins[labelled])
-        np.add.at(count, (sentence, where), 1)
-    return tags.astype(np.int64), Margin(total, count, labels)
+class Tags:
+    """Reads the tag that the first sub-word of each word gets, and the margins of the words that have a label."""
 
+    def __init__(self, tagger: Tagger, encoded: Encoded):
+        self.tagger, self.corpus, self.labels = tagger, encoded.corpus, _labels_of(tagger.tags)
+        column = [self.labels.index(name) if name in self.labels else -1 for name in self.corpus.label_names]
+        self.column = np.array(column)[self.corpus.label]
+        self.own = torch.tensor([[tag[2:] == label for tag in tagger.tags] for label in self.labels])
+        self.tags, self.margins, self.seen = np.zeros((3, self.corpus.n_words))
 
-@contextlib.contextmanager
-def _sharing(encoded: Encoded, max_tokens: int, sums: Sequence[np.ndarray]) -> Iterator[Iterator[tuple[Batch, int]]]:
-    """This process's batches of a text, each with the tokens that go by meanwhile; afterwards `sums`, which are 0
-    where this process read nothing, are those of all processes."""
-    cuts = encoded.cuts(max_tokens=max_tokens)
-    shared = processes.is_shared(len(cuts))
-    mine = map(encoded.batch, processes.share(cuts))
-    yield ((batch, batch.n_tokens * (processes.size() if shared else 1)) for batch in mine)
-    if shared:
-        processes.sum_(*map(torch.from_numpy, sums))
+    def read(self, batch: Batch, states: Float[Tensor, "sentence token d_model"]) -> None:
+        """Tags and margins of a batch."""
+        words = batch.words.cpu().numpy()
+        logits = self.tagger.head(states.flatten(0, 1)[batch.subword[batch.first]])
+        best = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+        self.tags[words], self.seen[words] = best.cpu().numpy(), 1
+        margin = logits.new_zeros(len(words), dtype=torch.float32)
+        here = self.column[words]
+        for k in np.unique(here[here >= 0]):
+            rows = torch.from_numpy(np.flatnonzero(here == k)).to(logits.device)
+            margin[rows] = TARGETS["margin"].of(logits[rows].float(), self.own[k].to(logits.device))
+        self.margins[words] = margin.cpu().numpy()
+
+    def together(self) -> None:
+        """Take what other processes read; here it is still 0."""
+        processes.sum_(*map(torch.from_numpy, (self.tags, self.margins, self.seen)))
+
+    def predicted(self) -> Int[np.ndarray, " word"]:
+        """The tag of every word, an index into `tagger.tags`.
+
+        Raises:
+            ValueError: logits that are not finite.
+        """
+        if (self.tags < 0).any():
+            raise ValueError(
+                "the logits of the tagger are not finite (NaN or infinite), so it says nothing; look at the weights of "
+                "the model and at the learning rate"
+            )
+        return self.tags.astype(np.int64)
+
+    def scores(self) -> SpanScores:
+        """Span scores and margins."""
+        labelled = np.flatnonzero((self.column >= 0) & (self.seen > 0))
+        sentence = np.searchsorted(self.corpus.start, labelled, side="right") - 1
+        shape = self.corpus.n_sentences, len(self.labels) + 1
+        total, count = np.zeros(shape), np.zeros(shape, int)
+        for where in (self.column[labelled], np.full(len(labelled), len(self.labels))):
+            np.add.at(total, (sentence, where), self.margins[labelled])
+            np.add.at(count, (sentence, where), 1)
+        spans = score_spans(self.corpus, self.predicted(), self.tagger.tags)
+        return replace(spans, margin=Margin(total, count, self.labels))
 
 
 def _labels_of(tags: Strings) -> Strings:

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens import progress
 from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
@@ -117,7 +118,6 @@ def activation_similarity(
     site: str | Site = "resid",
     max_memory: int = 1 << 30,
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
     on_plan: Callable[[Plan], object] | None = None,
 ) -> dict[str, ActivationSimilarity]:
     """Which neuron after does what each neuron did before: `"all"` words and, with a concept, those of `"concept"`.
@@ -128,7 +128,7 @@ def activation_similarity(
     Memory: with L layers of N neurons, at most W words a batch, r neurons before a pass, and G = 2 with a concept (its
     words have sums of their own), else 1: `4 G (N ((L + 2) r + 64 L) + W (r + 4 N + 384))` bytes beside the models,
     never more than `max_memory`. r is as many as fit; ceil(L N / r) passes are made. `on_plan` gets the `Plan` before
-    the first forward pass; `tick` the number of tokens of each batch, after each model, in each pass.
+    the first forward pass. Progress is in tokens, of each model and each pass.
 
     Accuracy: words are centred by their batch, whose mean then counts by its distance from that of all words before, so
     that neither a large mean nor a first batch unlike the rest swallows the variance (Chan, Golub, LeVeque 1979).
@@ -172,8 +172,7 @@ def activation_similarity(
                 for side, model in (("before", first), ("after", after)):
                     wear(side)
                     _read(model, place, here, [(getattr(m, side), at) for m, at in picked])
-                    if tick:
-                        tick(batch.n_tokens)
+                    progress.advance(batch.n_tokens)
             for which in chosen:
                 parts[which].append(moments.pop(which).finish())
     return {which: _result(which, found, place) for which, found in parts.items()}

@@ -139,7 +139,6 @@ def top_words(
     keep: float | int = 0.1,
     max_memory: int = 256 * 2**20,
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
     on_plan: Callable[[TopWordsPlan], object] | None = None,
 ) -> TopWords:
     """The words that drive each neuron most: up to `k` word types whose value is above `keep`.
@@ -188,7 +187,7 @@ def top_words(
 
     if stats is None:
         one = Classes(("all words",), np.zeros(corpus.n_words, dtype=np.int64), np.array([True]))
-        stats = class_stats(model, encoded, one, site=place, max_tokens=max_tokens, tick=tick)
+        stats = class_stats(model, encoded, one, site=place, max_tokens=max_tokens)
     total = stats.total
     dead = is_dead(stats)
     count = torch.from_numpy(np.bincount(of_seen))
@@ -196,7 +195,7 @@ def top_words(
     value = torch.zeros(words.shape)
     for start in range(0, place.n_neurons, size):
         sums = WordSums(of_word, total.mean[0], dict(_spans(place, start, min(start + size, place.n_neurons))))
-        stream(model, encoded, [sums], site=place, max_tokens=max_tokens, tick=tick)
+        stream(model, encoded, [sums], site=place, max_tokens=max_tokens)
         for layer, span in sums.spans.items():
             highest, which = _highest(sums.table.pop(layer), count, k)
             good = (highest > keep) & ~dead[layer, span, None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import meaning
-from relearn_lens.measure.evaluation import OVERALL, Label, Scores, SpanScores, check_labels, evaluate
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores, SpanScores, judge_of
 from relearn_lens.measure.meaning import Nulls, concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
@@ -25,7 +25,7 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, site_of
-from relearn_lens.neurons.streaming import ClassStats
+from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, Strings
@@ -272,7 +272,6 @@ def measure(
     seed: int = 0,
     at: Checkpoint | None = None,
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> Snapshot:
     """Saliency of every neuron for a concept over the probe corpus, and span F1 on `validation` (or on the probe); of a
     language model the loss there.
@@ -297,24 +296,25 @@ def measure(
             "the setting measure.what of a run"
         )
     scored = encoded if validation is None else encoded_for(model, validation)
-    check_labels(model, scored.corpus)
     place = site_of(model.bridge, site)
 
     others = [score_of(name) for name in what if name in SCORES and name != main.name]
+    judge = judge_of(model, scored, concept)
+    together = scored is encoded  # then one pass does for both
     gathered = gather(
         model, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
         relabelled=meaning.shuffles(classes, encoded.corpus.word, shuffles, seed=seed), sample_words=sample_words,
-        seed=seed, max_tokens=max_tokens, tick=tick,
+        seed=seed, readers=[judge] if together else (), max_tokens=max_tokens,
     )  # fmt: skip
+    if not together:
+        stream(model, scored, (), readers=[judge], max_tokens=max_tokens)
     stats, by_chance = gathered.stats, gathered.shuffled
     assert stats is not None
     carries = torch.from_numpy(classes.carries)
     attributed = [name for name in what if name in FORMS]
     words = None
     if "top_words" in what:
-        words = top_words(
-            model, encoded, site=place, stats=stats, max_memory=max_memory, max_tokens=max_tokens, tick=tick
-        )
+        words = top_words(model, encoded, site=place, stats=stats, max_memory=max_memory, max_tokens=max_tokens)
         vectors = vectors or input_embeddings(model)
     spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
 
@@ -323,7 +323,7 @@ def measure(
 
     return Snapshot(
         saliency=scored_by(main),
-        scores=evaluate(model, scored, concept=concept, max_tokens=max_tokens, tick=tick),
+        scores=judge.scores(),
         stats=stats,
         at=at,
         also={how.name: scored_by(how) for how in others},

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _TOKENIZER_FILES = {
-    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model",
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "spm.model",
+    "sentencepiece.bpe.model",
 }  # fmt: skip
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -108,8 +109,8 @@ def check_plain(config: Mapping[str, Any], where: str) -> None:
 
 def _quantised(where: str, how: str) -> str:
     return (
-        f"{where} holds quantised weights ({how}), which can be neither cut nor trained as they are; use the model that "
-        "it was made from, or save it in float first (model.dequantize(), then save_pretrained)"
+        f"{where} holds quantised weights ({how}), which can be neither cut nor trained as they are; use the model "
+        "that it was made from, or save it in float first (model.dequantize(), then save_pretrained)"
     )
 
 
@@ -137,16 +138,16 @@ def check_whole(model: Any, missing: Iterable[str], tokenizer: Any, where: str) 
     # Poolers come after the last hidden state, which is all that is read here.
     if lacking := sorted(name for name in missing if name.startswith(body) and "pooler" not in name):
         raise ValueError(
-            f"{where!r} lacks {len(lacking)} of the weights of a {type(model).__name__} ({_some(lacking)}), which would "
-            "be random; its names are of another model or of a wrapped one (LoRA, DataParallel, torch.compile): save "
-            "the plain model with save_pretrained"
+            f"{where!r} lacks {len(lacking)} of the weights of a {type(model).__name__} ({_some(lacking)}), and they "
+            "would be random; its names are those of another model or of a wrapped one (LoRA, DataParallel, "
+            "torch.compile): save the plain model with save_pretrained"
         )
     rows = model.get_input_embeddings().num_embeddings
     highest = max(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder), default=0)
     if highest >= rows:
         raise ValueError(
-            f"the tokenizer in {where!r} gives ids up to {highest:,}, and the model has vectors for {rows:,} tokens: it "
-            "is of another model; save the right one there with tokenizer.save_pretrained(folder)"
+            f"the tokenizer in {where!r} gives ids up to {highest:,}, and the model has vectors for {rows:,} tokens: "
+            "it is of another model; save the right one there with tokenizer.save_pretrained(folder)"
         )
 
 

@@ -33,6 +33,20 @@ def dequantised(file: Path) -> Path:
     folder = sources.cache_dir() / "dequantised" / digest[:16]
     if _is_whole(folder, digest):
         return folder
+    try:
+        return _made(file, folder, digest)
+    except OSError as error:
+        if error.errno is None:  # not of the disk
+            raise
+        raise OSError(
+            error.errno,
+            f"{str(file)!r} is written once as plain weights below {folder.parent}, and that cannot be done "
+            f"({error.strerror}); make room there or make it writable, or set RELEARN_LENS_CACHE to another folder",
+        ) from error
+
+
+def _made(file: Path, folder: Path, digest: str) -> Path:
+    """The folder, written by one process while others wait."""
     from filelock import FileLock  # imports asyncio
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -200,7 +200,7 @@ def _auto_class(config: Any, where: str) -> Any:
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
     ):
         if type(config) in kinds:
-            families.check(kinds[type(config)].__name__, config, where)
+            families.check(str(getattr(kinds[type(config)], "__name__", "")), config, where)
             return auto
     raise ValueError(
         f"{where!r} is a {config.model_type!r} model; only masked and causal language models work, of the types "

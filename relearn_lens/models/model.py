@@ -89,8 +89,11 @@ class Model(nn.Module):
             opening=self.opening,
         )
 
-    def losses(self, batch: Batch) -> Float[Tensor, " subword"]:
-        """What training lowers: nats at each sub-word of a batch, float32."""
+    def losses(
+        self, batch: Batch, states: Float[Tensor, "sentence token d_model"] | None = None
+    ) -> Float[Tensor, " subword"]:
+        """What training lowers: nats at each sub-word of a batch, float32; from its last hidden `states` where they are
+        known already."""
         raise NotImplementedError
 
     def check_text(self, corpus: Corpus) -> None:
@@ -175,9 +178,12 @@ class Tagger(Model):
         """Tag logits of every token."""
         return self.head(self.dropout(hidden(self.bridge, ids, mask)))
 
-    def losses(self, batch: Batch) -> Float[Tensor, " subword"]:
+    def losses(
+        self, batch: Batch, states: Float[Tensor, "sentence token d_model"] | None = None
+    ) -> Float[Tensor, " subword"]:
         """Cross-entropy of the tag of each sub-word of a batch, in nats, float32."""
-        logits = self(batch.ids, batch.mask).flatten(0, 1)[batch.subword]
+        states = hidden(self.bridge, batch.ids, batch.mask) if states is None else states
+        logits = self.head(self.dropout(states)).flatten(0, 1)[batch.subword]
         return F.cross_entropy(logits.float(), batch.tag, reduction="none")
 
     def check_text(self, corpus: Corpus) -> None:
@@ -244,11 +250,14 @@ class LanguageModel(Model):
                 return cap * torch.tanh(logits / cap)
         return logits
 
-    def losses(self, batch: Batch) -> Float[Tensor, " subword"]:
+    def losses(
+        self, batch: Batch, states: Float[Tensor, "sentence token d_model"] | None = None
+    ) -> Float[Tensor, " subword"]:
         """Cross-entropy of each sub-word of a batch given all before it, in nats, float32."""
+        states = hidden(self.bridge, batch.ids, batch.mask) if states is None else states
         # Only what predicts a sub-word goes through the vocabulary, which is most of a small model's work.
-        states = hidden(self.bridge, batch.ids, batch.mask).flatten(0, 1)[batch.subword - 1]
-        return F.cross_entropy(self.logits(states).float(), batch.ids.flatten()[batch.subword], reduction="none")
+        before = states.flatten(0, 1)[batch.subword - 1]
+        return F.cross_entropy(self.logits(before).float(), batch.ids.flatten()[batch.subword], reduction="none")
 
 
 def trunk(bridge: TransformerBridge) -> nn.Module:

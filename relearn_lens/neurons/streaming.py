@@ -7,7 +7,8 @@ collectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens import progress
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, hidden, reading, trunk, widest
 from relearn_lens.neurons.sites import Site, site_of, streaming
@@ -45,20 +47,31 @@ class Collector(Protocol):
         """The text has gone by, each part of it in one of several processes: take in what the others gathered."""
 
 
+class Reader(Protocol):
+    """Takes the last hidden states of a text as they come by: what a head says is made from them."""
+
+    def read(self, batch: Batch, states: Float[Tensor, "sentence token d_model"]) -> None:
+        """The states of a batch, in the dtype of the model's weights."""
+
+    def together(self) -> None:
+        """As `Collector.together`."""
+
+
 def stream(
     model: Model | TransformerBridge,
     encoded: Encoded,
     collectors: Sequence[Collector],
     *,
+    readers: Sequence[Reader] = (),
     site: str | Site = "resid",
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> None:
-    """One pass over a text: every layer of the site, sub-words averaged into words, to every collector.
+    """One pass over a text: every layer of the site, sub-words averaged into words, to every collector, and the last
+    hidden states to every reader.
 
-    Special tokens and padding are left out, and so are words that the model's context cut off. The model is read
-    only. `tick` is called with the number of tokens of each batch. Where several processes share the run, each reads
-    its part of the batches, and the collectors are put together at the end.
+    Special tokens and padding are left out of words, and so are words that the model's context cut off. The model is
+    read only. Progress is in tokens. Where several processes share the run, each reads its part of the batches, and
+    what was gathered is put together at the end.
     """
     bridge = model.bridge if isinstance(model, Model) else model
     device = next(trunk(bridge).parameters()).device
@@ -69,7 +82,8 @@ def stream(
         for collector in collectors:
             collector.add(layer, words)
 
-    with reading(model), streaming(bridge, site_of(bridge, site), visit):
+    hooked = streaming(bridge, site_of(bridge, site), visit) if collectors else contextlib.nullcontext()
+    with reading(model), hooked:
         cuts = encoded.cuts(max_tokens=max_tokens)
         shared = processes.is_shared(len(cuts))
         for pieces in processes.share(cuts):
@@ -77,12 +91,13 @@ def stream(
             here[:] = [batch.to(device)]
             for collector in collectors:
                 collector.begin(here[-1])
-            hidden(bridge, here[-1].ids, here[-1].mask)
-            if tick:
-                tick(batch.n_tokens * (processes.size() if shared else 1))
+            states = hidden(bridge, here[-1].ids, here[-1].mask)
+            for reader in readers:
+                reader.read(here[-1], states)
+            progress.advance(batch.n_tokens * (processes.size() if shared else 1))
         if shared:
-            for collector in collectors:
-                collector.together()
+            for each in (*collectors, *readers):
+                each.together()
 
 
 def word_means(activations: Float[Tensor, "sentence token neuron"], batch: Batch) -> Float[Tensor, "word neuron"]:
@@ -483,12 +498,11 @@ def class_stats(
     *,
     site: str | Site = "resid",
     max_tokens: int = 4096,
-    tick: Callable[[int], object] | None = None,
 ) -> ClassStats:
     """Class statistics of every neuron of a site in one pass (`stream` with `ClassSums` alone)."""
     place = site_of(model.bridge if isinstance(model, Model) else model, site)
     sums = ClassSums(place, classes)
-    stream(model, encoded, [sums], site=place, max_tokens=max_tokens, tick=tick)
+    stream(model, encoded, [sums], site=place, max_tokens=max_tokens)
     return sums.stats()
 
 

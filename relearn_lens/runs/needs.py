@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 
 from relearn_lens import sources
-from relearn_lens.runs.presets import PRESETS, preset
+from relearn_lens.runs.presets import FOR_A_GPU, PRESETS, preset
 from relearn_lens.runs.settings import Experiment
 
 BASELINE_MB = 515
@@ -313,11 +313,16 @@ HEADER = ["preset", "memory needed", "there is", "disk needed", "free", "verdict
 
 
 def doctor_rows(
-    *, out: Path = Path("runs"), has_mb: int | None = None, presets: Mapping[str, Any] = PRESETS
+    *,
+    out: Path = Path("runs"),
+    has_mb: int | None = None,
+    has_gpu: bool = True,
+    presets: Mapping[str, Any] = PRESETS,
 ) -> list[list[str]]:
     """A row of `HEADER` for each preset: whether this machine can run it, in plain words.
 
-    `out` is where run folders would lie; `has_mb` is the memory to judge by, by default this machine's.
+    `out` is where run folders would lie; `has_mb` is the memory to judge by, by default this machine's. Without a GPU
+    it is said which presets are sized for one.
     """
     has = memory_mb() if has_mb is None else has_mb
     place = out.absolute()
@@ -331,19 +336,18 @@ def doctor_rows(
             rows.append([name, "?", _said(has), "?", _said(disk), unknown])
             continue
         shown = [_said(need.memory_mb), _said(has), _said(need.disk_mb), _said(disk)]
-        rows.append([name, *shown, verdict(need, has, disk)])
+        rows.append([name, *shown, verdict(need, has, disk, slow=name in FOR_A_GPU and not has_gpu)])
     return rows
 
 
-def verdict(need: Estimate, has_mb: int | None, disk_mb: int) -> str:
-    """Whether a run fits, in plain words."""
+def verdict(need: Estimate, has_mb: int | None, disk_mb: int, *, slow: bool = False) -> str:
+    """Whether a run fits, in plain words; `slow` if it is sized for a GPU and there is none."""
     if has_mb is not None and need.memory_mb > has_mb:
         return f"does not fit: needs about {need.memory_mb:,} MB of memory, there are {has_mb:,} MB"
     if need.disk_mb + need.fetch_mb > disk_mb:
         return f"does not fit: needs about {need.disk_mb + need.fetch_mb:,} MB of disk, there are {disk_mb:,} MB"
-    if need.fetch_mb:
-        return f"runs here, after a fetch of {need.fetch_mb:,} MB"
-    return "runs here"
+    fetch = f", after a fetch of {need.fetch_mb:,} MB" if need.fetch_mb else ""
+    return f"runs here{fetch}" + (", but on the CPU: it is sized for a GPU, and here is none" if slow else "")
 
 
 def _said(megabytes: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ def prepare(experiment: Experiment) -> Prepared:
     sizes = (data.train_sentences, data.validation_sentences, data.probe_sentences)
     drawn = [draw(part, size, concept, experiment) for part, size in zip(splits, sizes, strict=True)]
     concept.classes(drawn[2])
-    with progress.task("loading the model", 1):
+    with progress.task("loading the model", 1), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
         tagger = load(experiment, drawn[0].label_names)
     site = site_of(tagger.bridge, experiment.site)
     with adapters(tagger, experiment.retrain.lora_rank, seed=0):
         pass  # peft, and layers to adapt, are there
-    decided: list[str] = []
+    decided = list(dict.fromkeys(str(each.message) for each in warned if each.category is UserWarning))
     if set(experiment.arms) - {"unpruned"}:
         experiment, decided = resolved(experiment, tagger.bridge, site)
     train, validation, probe = (tagger.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
@@ -120,7 +122,7 @@ def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0, know
         if labels != toy.LABELS:
             raise ValueError(f"model 'toy' knows the labels {toy.LABELS} of corpus 'toy', not {labels}")
         return toy.tagger(seed=seed, knows=knows).to(device or "cpu")
-    return load_tagger(experiment.model, labels, seed=seed, device=device)
+    return load_tagger(experiment.model, labels, seed=seed, device=device, head=experiment.head)
 
 
 def adapters(tagger: Model, rank: int | None, *, seed: int) -> contextlib.AbstractContextManager[None]:

@@ -35,6 +35,8 @@ _TOY: dict[str, Any] = {
     "precision": "float32",
     "data": {"train_sentences": 300, "validation_sentences": 150, "probe_sentences": 150},
 }
+FOR_A_GPU = frozenset({"lo2024", "smollm2-places-gpu"})
+"""Presets that are sized for a GPU."""
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "names": (

@@ -210,6 +210,11 @@ class Experiment(Method):
     model: str = Field(
         default="minilm", description="a source (`relearn-lens sources`), a local folder, or a name on the hub"
     )
+    head: Literal["trained", "fresh"] = Field(
+        default="trained",
+        description="task tag: the head of a model that has one; trained: its rows for the labels of the text, by name; "
+        "fresh: a new one",
+    )
     corpus: str = Field(default="bsb-names", description="bsb-names, conll:PATH, hf:NAME[:CONFIG] or toy")
     concept: str | tuple[str, ...] = Field(
         default="place", description="the label that carries the concept, or several"

@@ -109,7 +109,7 @@ def test_gain_alone_keeps_the_bias(bert):
 @pytest.mark.parametrize("kind", ["bert", "deberta-v3", "modernbert", "mistral", "gemma2", "gemma3"])
 def test_padding_beyond_a_window_is_finite_in_half_precision(kind, dtype, tmp_path):
     tagger = small_tagger(kind, tmp_path)
-    config = tagger.bridge.original_model.config
+    config: Any = tagger.bridge.original_model.config
     if kind in ("mistral", "gemma2"):
         config.sliding_window = 4
     ids = torch.arange(5, 21)[None].repeat(2, 1)

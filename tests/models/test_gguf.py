@@ -1,5 +1,6 @@
 """A small GGUF file, written here with gguf, becomes a folder that Hugging Face loads with the same weights."""
 
+import errno
 from pathlib import Path
 
 import gguf
@@ -109,6 +110,26 @@ def test_a_damaged_gguf_is_refused(tmp_path):
     path.write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(ValueError, match=r"broken.gguf' cannot be read as a GGUF model"):
         dequantised(path)
+
+
+def test_a_file_itself_can_be_given(file):
+    assert load_language_model(file, device="cpu").vocabulary >= len(TOKENS)
+
+
+def test_a_cache_that_cannot_be_written_says_what_moves_it(file, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with pytest.raises(OSError, match=r"small.gguf' is written once as plain weights below .*set RELEARN_LENS_CACHE"):
+        dequantised(file)
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(file, cache, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("relearn_lens.models.gguf._convert", full)
+    with pytest.raises(OSError, match=r"cannot be done \(No space left on device\); make room there"):
+        dequantised(file)
+    assert [path.name for path in (cache / "dequantised").iterdir()] in ([".lock"], [])
 
 
 def test_without_gguf_it_says_what_to_install(file, monkeypatch):

@@ -11,7 +11,7 @@ from relearn_lens import sources
 from relearn_lens.models import toy
 from relearn_lens.runs import needs
 from relearn_lens.runs.needs import Estimate, doctor_rows, estimate, memory_mb, shape_of, verdict
-from relearn_lens.runs.presets import PRESETS, preset, settings_of
+from relearn_lens.runs.presets import FOR_A_GPU, PRESETS, preset, settings_of
 from relearn_lens.runs.settings import Experiment
 
 
@@ -148,6 +148,16 @@ def test_doctor_has_a_row_for_every_preset(tmp_path, monkeypatch):
     rich = {row[0]: row[-1] for row in doctor_rows(out=tmp_path, has_mb=100_000)}
     assert rich["names"].startswith("runs here, after a fetch of 8")
     assert rich["lo2024"].startswith("runs here, after a fetch of 2")
+
+
+def test_doctor_says_that_a_preset_for_a_gpu_would_run_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    slow = {row[0]: row[-1] for row in doctor_rows(out=tmp_path, has_mb=100_000, has_gpu=False)}
+    fast = {row[0]: row[-1] for row in doctor_rows(out=tmp_path, has_mb=100_000, has_gpu=True)}
+    said = ", but on the CPU: it is sized for a GPU, and here is none"
+    assert {name for name in PRESETS if slow[name] == fast[name] + said} == FOR_A_GPU
+    assert all(slow[name] == fast[name] for name in PRESETS if name not in FOR_A_GPU)
+    assert {name for name, (says, _) in PRESETS.items() if "for a GPU" in says} == FOR_A_GPU
 
 
 def test_doctor_says_when_a_size_is_not_known(monkeypatch):
