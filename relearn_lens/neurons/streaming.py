@@ -47,6 +47,7 @@ class Collector(Protocol):
         """The text has gone by, each part of it in one of several processes: take in what the others gathered."""
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Takes the last hidden states of a text as they come by: what a head says is made from them."""
 
