@@ -129,7 +129,11 @@ class Evidence:
             scores = (arm[BASE].scores, arm[PRUNED].scores, *self.random_sets_of(i))
             with contextlib.suppress(ValueError):  # sets that were scored on other sentences cannot be paired
                 found = over_sentences(_random_less_own, self.label, *scores, level=self.level, draws=self.draws)
-                halves.append(max(found.high - found.value, found.value - found.low))
+                half = max(found.high - found.value, found.value - found.low)
+                if half == 0 and np.ptp([s.value(self.label) for s in self.random_sets_of(i)]) == 0:
+                    # Not one of n sentences is an exception: up to 3 of n could be (Hanley & Lippman-Hand 1983).
+                    half = 3 / len(arm[BASE].scores.sums(self.label))
+                halves.append(half)
         return max((half for half in halves if math.isfinite(half)), default=None)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Shift",
     "estimate",
     "first_stage_at",
+    "gap_at",
     "name_of",
     "rank_saliency_by_layer",
     "recovery",
@@ -70,6 +71,20 @@ def what_happened(arms: Mapping[str, Sequence[Trajectory]], label: Label, **inte
     return f"{first}. {_where(arms, last, interval.get('level', 0.95))}"
 
 
+def gap_at(ours: Sequence[Trajectory], theirs: Sequence[Trajectory], label: Label, stage: str, **interval) -> Estimate:
+    """Ours minus a control arm's score at a stage, by the rule of the claims; with fewer seeds than that needs, the
+    interval of `estimate`, which holds for these models alone.
+
+    Raises:
+        ValueError: arms of different numbers of seeds.
+    """
+    columns = [[arm[stage].scores for arm in side] for side in (ours, theirs)]
+    if len(ours) < FEWEST_SEEDS:
+        return estimate(np.subtract, label, *columns, **interval)
+    values, control = ([scores.value(label) for scores in side] for side in columns)
+    return beside_control(values, [[value] for value in control], interval.get("level", 0.95)).effect
+
+
 def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last: str, **interval) -> str:
     """How the random arm did, and whether the concept arm differs from it."""
     if "random" not in arms:
@@ -86,12 +101,7 @@ def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last
     apart, alike = [], []
     for stage in stages:
         when = {PRUNED: "right after pruning", last: "at the end"}.get(stage, f"at epoch {stage}")
-        columns = [[arm[stage].scores for arm in side] for side in (concept, random)]
-        if len(concept) < FEWEST_SEEDS:
-            gap = estimate(np.subtract, label, *columns, **widened)
-        else:  # the claims' rule, for the same question
-            ours, theirs = ([scores.value(label) for scores in side] for side in columns)
-            gap = beside_control(ours, [[value] for value in theirs], widened["level"]).effect
+        gap = gap_at(concept, random, label, stage, **widened)
         if gap.excludes(0):
             scores = concept[0][BASE].scores
             apart.append(f"{abs(gap.value):.2f} {scores.worse if gap.value < 0 else scores.better} it {when}")

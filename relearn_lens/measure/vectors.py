@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model
-from relearn_lens.text.encoding import pieces_of_words
+from relearn_lens.text.encoding import word_pieces
 
 WordVectors = Callable[[Sequence[str]], Float[Tensor, "word d"]]
 """One vector for each word, in order; a row of NaN for a word that is not known. A NumPy array will do."""
@@ -44,7 +44,8 @@ def look_up(vectors: WordVectors, words: Sequence[str]) -> Float[Tensor, "word d
 def input_embeddings(model: Model | TransformerBridge) -> WordVectors:
     """Word vectors from the model's input embedding as it is now: the mean over the sub-words of each word.
 
-    The embedding is copied, so training the model later does not move them. Sub-words are those that `encode` makes.
+    The embedding is copied, so training the model later does not move them. Sub-words are those that `encode` makes
+    after a blank.
     Unknown sub-words are left out, and a word that has no others is not known.
     """
     bridge = model.bridge if isinstance(model, Model) else model
@@ -55,8 +56,7 @@ def input_embeddings(model: Model | TransformerBridge) -> WordVectors:
 
     def vectors(words: Sequence[str]) -> Float[Tensor, "word d"]:
         found = torch.full((len(words), table.shape[1]), torch.nan)
-        # One list at a time: a fast tokenizer treats pre-split words one by one.
-        for i, ids in enumerate(pieces_of_words(tokenizer, [[word] for word in words]) if words else []):
+        for i, ids in enumerate(word_pieces(tokenizer, words)):
             if known := [token for token in ids if token != tokenizer.unk_token_id]:
                 found[i] = table[known].mean(0)
         return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import detect_tokenizer_bos_eos
 
 from relearn_lens import sources
 from relearn_lens.models import families
@@ -157,7 +159,7 @@ def load_bridge(
         auto = _auto_class(config, where)
         check_tokenizer(where)
         with _in_our_words(where):
-            tokenizer = AutoTokenizer.from_pretrained(where, add_prefix_space=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
             with seeded(seed):
                 hf_model, report = auto.from_pretrained(
                     where, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False,
@@ -239,13 +241,18 @@ def _in_our_words(where: str) -> Iterator[None]:
 def _wrapped(model: Any, name: str, tokenizer: Any, *, device: torch.device, dtype: torch.dtype) -> TransformerBridge:
     """A bridge in eval mode around a Hugging Face model that is where it should be."""
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
     # TransformerLens goes by this name, and a checkpoint that was saved with another head names that.
     model.config.architectures = [type(model).__name__]
     families.check(type(model).__name__, model.config, name)
+    # TransformerLens loads a tokenizer that has a first token anew, so that it puts that before every text, which a
+    # trained head never saw; and it gives one tokens that it lacks. So it sees a copy.
+    copy = deepcopy(tokenizer)
+    copy.bos_token = None
     with _in_our_words(name):
-        bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=tokenizer, device=device, dtype=dtype
-        )
+        bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copy, device=device, dtype=dtype)
+    bridge.tokenizer = None  # only then is the next one taken as it is
+    bridge.tokenizer = tokenizer
+    bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
     bridge.eval()
     return bridge

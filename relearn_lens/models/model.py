@@ -240,9 +240,11 @@ class LanguageModel(Model):
         """Next-token logits of every token."""
         return self.logits(hidden(self.bridge, ids, mask))
 
-    def logits(self, states: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token vocabulary"]:
-        """Next-token logits of last hidden states."""
-        logits = self.head(states)
+    def logits(
+        self, states: Float[Tensor, "*token d_model"], head: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "*token vocabulary"]:
+        """Next-token logits of last hidden states; by another head in the place of the model's, if one is given."""
+        logits = (head or self.head)(states)
         config = getattr(self.bridge.original_model, "config", self.bridge.cfg)
         for name in ("final_logit_softcapping", "output_logits_soft_cap"):
             cap = getattr(config, name, None)

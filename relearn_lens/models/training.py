@@ -43,7 +43,7 @@ whole batch, by part; it is needed where batches go through the model in several
 Gradient = Callable[..., tuple[str, ...]]
 """`gradient(*parts)` adds the gradient of these parts of the loss (all, if none is named) to what the parameters
 have, 0 where an entry may not move; gives the names of all parts."""
-Step = Callable[[Model, Gradient], None]
+Step = Callable[[Model, Gradient], object]
 """Leaves in the parameters the gradient that the optimiser takes."""
 
 

@@ -192,7 +192,7 @@ class Blocked:
     held: str
     """What was held: `"part"`, `"heirs"`, or `"random"`, as many neurons in every layer as there are heirs."""
     course: Mapping[int, Any]
-    """Steps of retraining to `Scores`."""
+    """Steps of retraining to `Scores`; empty where no part could be said to bring it back."""
 
 
 Event = Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Grafted | Again | Blocked

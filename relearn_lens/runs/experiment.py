@@ -35,7 +35,7 @@ from relearn_lens.neurons.weights import WeightMask, parts
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.runs.arms import Arm, arms_of
-from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
+from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, rest_of, size
 from relearn_lens.runs.events import (
     Again,
     ArmDone,
@@ -266,10 +266,7 @@ class _Seed:
         yield grafted
         yield self._result(Again) or self._again(end, cuts, path)
         for held in experiment.block.held:
-            blocked = self._result(Blocked, held)
-            blocked = blocked or self._blocked(held, base, cuts, path, grafted)
-            if blocked is not None:
-                yield blocked
+            yield self._result(Blocked, held) or self._blocked(held, base, cuts, path, grafted)
 
     def _cut_weights(self, base: Base, neurons: Neurons) -> dict[str, Tensor]:
         """Weights of the base model after a cut; the model holds them too."""
@@ -353,25 +350,24 @@ class _Seed:
                 break
         return course
 
-    def _blocked(self, held: str, base: Base, cuts: Cuts, path: Trajectory, grafted: Grafted) -> Blocked | None:
+    def _blocked(self, held: str, base: Base, cuts: Cuts, path: Trajectory, grafted: Grafted) -> Blocked:
         """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
         model, old = self.ready.model, cuts.sets["concept"]
-        heirs = path[path.stages[-1]].saliency.top(len(old)) - old
+        known_parts = parts(model, bands=self.experiment.grafts.bands)
         if held == "part":
             last = grafted.stages.get(path.stages[-1])
-            shares = {name: last.enough(name).value for name in last.parts if name != "cut"} if last else {}
+            shares = {name: last.enough(name).value for name in last.parts if name in known_parts} if last else {}
             known = {name: value for name, value in shares.items() if value == value}
             if not known:
-                return None
-            mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=parts(model))
+                return Blocked(self.seed, held, {})
+            mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=known_parts)
         else:
-            which = (
-                heirs
-                if held == "heirs"
-                else random_neurons(like=heirs, seed=draw_seed(self.seed, 99), apart=heirs | old)
-            )
-            if not len(which):
-                return None
+            n = min(len(old), old.mask.numel() - len(old))
+            if not n:
+                return Blocked(self.seed, held, {})
+            which = rest_of(path[path.stages[-1]], old).top(n)
+            if held == "random":
+                which = random_neurons(like=which, seed=draw_seed(self.seed, 99), apart=which | old)
             prune = self.experiment.prune
             assert prune.sever != "auto"
             mask = WeightMask.of(model, which, sever=prune.sever)

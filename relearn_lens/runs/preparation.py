@@ -67,7 +67,7 @@ def prepare(experiment: Experiment) -> Prepared:
     train, validation, probe = (tagger.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
     experiment, fits = _fitted(experiment, tagger, train, validation, probe)
     decided += fits
-    notes = [note for part in (train, validation, probe) for note in part.notes()] + decided
+    notes = [*dict.fromkeys(note for part in (train, validation, probe) for note in part.notes()), *decided]
     notes += _plans(experiment, tagger, probe, concept, site)
     other = other_concept(experiment, probe.corpus)
     if "other" in experiment.arms and other is None:

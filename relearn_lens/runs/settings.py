@@ -55,6 +55,12 @@ class Data(Method):
         default="auto", description="tag scheme of a conll: corpus"
     )
     column: int = Field(default=-1, ge=-1000, le=1000, description="label column of a conll: corpus; -1 is the last")
+    word_column: int | None = Field(
+        default=None, ge=-1000, le=1000,
+        description="column of the words of a conll: corpus, counted from 0; none: the first that neither counts up nor "
+        "names a document",
+    )  # fmt: skip
+    encoding: str = Field(default="utf-8", description="encoding of a conll: corpus, for instance latin-1")
 
     @field_validator("parts", mode="before")
     @classmethod

@@ -33,7 +33,13 @@ def _named(experiment: Experiment, spec: str) -> Splits:
     if spec == "toy":
         return toy.corpus().split(seed=data.split_seed, parts=data.parts)
     return readers.read_splits_named(
-        spec, seed=data.split_seed, parts=data.parts, scheme=data.scheme, column=data.column
+        spec,
+        seed=data.split_seed,
+        parts=data.parts,
+        scheme=data.scheme,
+        column=data.column,
+        word_column=data.word_column,
+        encoding=data.encoding,
     )
 
 
@@ -43,12 +49,15 @@ def together(parts: Sequence[Corpus]) -> Corpus:
     number = [np.array([vocab[word] for word in part.vocab], dtype=np.int32) for part in parts]
     sizes = np.concatenate([np.diff(part.start) for part in parts])
     n_groups = np.cumsum([0, *(part.group.max() + 1 for part in parts)])
+    knows = any(part.spaced is not None for part in parts)
     return replace(
         parts[0],
         vocab=tuple(vocab),
         word=np.concatenate([new[part.word] for new, part in zip(number, parts, strict=True)]),
         label=np.concatenate([part.label for part in parts]),
         begins=np.concatenate([part.begins for part in parts]),
+        spaced=np.concatenate([part.after_blank for part in parts]) if knows else None,
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         start=np.concatenate([[0], np.cumsum(sizes)]),
         group=np.concatenate([part.group + first for part, first in zip(parts, n_groups, strict=False)]),
         name=parts[0].name.rpartition("/")[0] or parts[0].name,

@@ -42,8 +42,7 @@ def recovery(run: Run) -> str:
     said += f" At the same two later stages it was, {beside}"
     if "random" not in others:
         return f"{said}."
-    pair = [[arm[last].scores for arm in run.arms[each]] for each in (name, "random")]
-    gap = story.estimate(np.subtract, run.label, *pair, **run.interval)
+    gap = story.gap_at(arms, run.arms["random"], run.label, last, **run.interval)
     if gap.interval is None:
         return f"{said}."
     verdict = "differ beyond noise" if gap.excludes(0) else "do not differ beyond noise"
@@ -227,17 +226,23 @@ def verdicts(found: Sequence[Claim], seeds: int) -> str:
         claim.id
         for claim in found
         if claim.verdict == "supported" and claim.effect is not None and claim.control is not None
-        and claim.control > claim.bar and claim.id == "C1"
+        and claim.control > claim.bar and claim.id in ("C1", "C9a", "C9b")
     ]  # fmt: skip
     if shared:
-        said += f" {', '.join(shared)} is supported as published, and its control shows the same."
+        what = "are supported as published, and their controls show" if len(shared) > 1 else (
+            "is supported as published, and its control shows"
+        )  # fmt: skip
+        said += f" {', '.join(shared)} {what} the same."
     if seeds < FEWEST_SEEDS:
         said += (
             f" With {seeds} training seed{'s' * (seeds > 1)} nothing that compares trained arms has an interval, so "
             "those claims stay inconclusive."
         )
     elif not shared:
-        said += " Each effect is the concept arm beside its control, so what both do is no support."
+        said += (
+            " Effects of training are those of the concept arm beside its control, so what both do is no support; C9's "
+            "are of that arm alone."
+        )
     return said
 
 

@@ -46,6 +46,9 @@ class Splits(NamedTuple):
     probe: Corpus
 
 
+_PART_NAMES = tuple(f"/{part}" for part in Splits._fields)
+
+
 @jaxtyped(typechecker=typechecker)
 @dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
@@ -70,6 +73,11 @@ class Corpus:
     name: str
     source: str = ""
     licence: str = ""
+    spaced: Bool[np.ndarray, " word"] | None = None
+    """A blank stands before the word in the text (true for the first of a sentence); None where the text does not say,
+    and then every word is read after a blank."""
+    notes: Strings = ()
+    """What its reader decided or missed, in words."""
 
     @property
     def n_sentences(self) -> int:
@@ -91,6 +99,16 @@ class Corpus:
             Word(self.vocab[w], self.label_names[k]) for w, k in zip(self.word[span], self.label[span], strict=True)
         ]
 
+    @property
+    def title(self) -> str:
+        """The name of the whole text, where this is a part of a split."""
+        return self.name.rpartition("/")[0] if self.name.endswith(_PART_NAMES) else self.name
+
+    @property
+    def after_blank(self) -> Bool[np.ndarray, " word"]:
+        """`spaced`, or all true where the text does not say."""
+        return np.ones(self.n_words, dtype=bool) if self.spaced is None else self.spaced
+
     def __iter__(self) -> Iterator[list[Word]]:
         return (self.sentence(i) for i in range(self.n_sentences))
 
@@ -111,6 +129,7 @@ class Corpus:
             word=self.word[words],
             label=self.label[words],
             begins=self.begins[words],
+            spaced=None if self.spaced is None else self.spaced[words],
             start=start,
             group=self.group[index],
             name=name or self.name,
@@ -163,11 +182,11 @@ class Corpus:
         )
 
     def sha256(self) -> str:
-        """Hash of the words, labels, spans and sentences, whatever they were read from."""
+        """Hash of the words, labels, spans, sentences and missing blanks, whatever they were read from."""
         digest = hashlib.sha256()
         used, word = np.unique(self.word, return_inverse=True)
         digest.update("\0".join([*self.label_names, "", *(self.vocab[i] for i in used)]).encode())
-        for part in (word, self.label, self.begins, self.start):
+        for part in (word, self.label, self.begins, self.start, np.flatnonzero(~self.after_blank)):
             digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
         return digest.hexdigest()
 
@@ -179,7 +198,8 @@ class Corpus:
         """Words of each label, and the first sentences."""
         rows = [[label, f"{count:,}"] for label, count in self.words_per_label().items()]
         first = [markup.sentence(self.sentence(i), OUTSIDE) for i in range(min(3, self.n_sentences))]
-        return markup.box(repr(self), markup.table(["label", "words"], rows), *first)
+        said = [markup.line(note) for note in self.notes]
+        return markup.box(repr(self), *said, markup.table(["label", "words"], rows), *first)
 
 
 def build_corpus(
@@ -190,14 +210,18 @@ def build_corpus(
     label_names: Sequence[str] | None = None,
     source: str = "",
     licence: str = "",
+    spaced: Sequence[bool] | np.ndarray | None = None,
+    notes: Sequence[str] = (),
 ) -> Corpus:
     """A corpus from sentences of `(word, label, begins)`, in one pass.
 
     `label_names` fixes the order of the labels (and allows labels that do not occur); by default they are sorted, with
-    `"O"` first. Sentences without words are left out.
+    `"O"` first. `spaced` says of every word, over all sentences, whether a blank stands before it. Sentences without
+    words are left out.
 
     Raises:
-        ValueError: no sentence has a word, `label_names` does not begin with `"O"`, or a label is not among them.
+        ValueError: no sentence has a word, `label_names` does not begin with `"O"`, a label is not among them, or
+            `spaced` is not one for each word.
     """
     vocab: dict[str, int] = {}
     labels: dict[str, int] = {}
@@ -217,6 +241,10 @@ def build_corpus(
     if not word:
         raise ValueError(f"corpus {name!r} has no words")
     _check_strings(vocab, labels, name)
+    if spaced is not None and len(spaced) != len(word):
+        raise ValueError(
+            f"spaced has {len(spaced):,} entries for the {len(word):,} words of corpus {name!r}; give one each"
+        )
     names = tuple(label_names or [OUTSIDE, *sorted(set(labels) - {OUTSIDE})])
     if len(names) > MOST_LABELS:
         raise ValueError(
@@ -242,6 +270,8 @@ def build_corpus(
         name=name,
         source=source,
         licence=licence,
+        spaced=None if spaced is None else np.array(spaced, dtype=bool),
+        notes=tuple(notes),
     )
 
 

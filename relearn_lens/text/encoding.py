@@ -1,13 +1,15 @@
 """Words to sub-words, and sub-words to batches of similar length.
 
-Every word type is tokenised once (a fast tokenizer treats pre-split words one by one, so this equals tokenising whole
-sentences), and the corpus becomes one flat array of ids.
+A word's ids are those that it has in running text: after a blank, or glued to the word before it where the text says
+so. Every word type is tokenised once in each of the two places, and the corpus becomes one flat array of ids. Some
+sentences are then tokenised whole, and what differs is said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,12 +18,19 @@ from beartype import beartype as typechecker
 from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
-from relearn_lens.text.corpus import Corpus
+from relearn_lens.text.corpus import Corpus, Strings
 
 LongSentences = Literal["split", "truncate", "error"]
 Reading = Literal["word", "before"]
 """Where a word's activations are read: on its own sub-words (their mean), or on the token before its first one, from
 which a causal model predicts it."""
+
+COMPARED = 50
+"""Sentences of a text that are tokenised whole, to be compared with their words' pieces."""
+_COMPARED_WORDS = 200
+"""Words of such a sentence, at most."""
+_COMPARED_TOKENS = 4000
+"""A sentence of more is not searched for what differs."""
 
 
 @jaxtyped(typechecker=typechecker)
@@ -96,6 +105,8 @@ class Encoded:
     n_unreadable: int = 0
     """Words that the tokenizer drops and the unknown token stands for."""
     reading: Reading = "word"
+    remarks: Strings = ()
+    """How the words' pieces compare with those of running text, in words; empty where they are the same."""
 
     @property
     def n_pieces(self) -> int:
@@ -124,14 +135,16 @@ class Encoded:
         return int(np.diff(self.piece_start)[pieces].sum())
 
     def notes(self) -> list[str]:
-        """What did not fit, in words; empty when everything did."""
+        """What the text's reader decided, what differs from running text and what did not fit, in words; empty when
+        all is plain."""
         said = {
             "sentence(s) longer than the model's context were split": self.n_split,
             "sentence(s) longer than the model's context were truncated": self.n_truncated,
             "word(s) were cut off and are not measured": self.n_words_lost,
             "word(s) have no sub-words and became the unknown token": self.n_unreadable,
         }
-        return [f"{self.corpus.name}: {n} {what}" for what, n in said.items() if n]
+        counts = [f"{self.corpus.name}: {n} {what}" for what, n in said.items() if n]
+        return [*self.corpus.notes, *self.remarks, *counts]
 
     def batch(self, pieces: np.ndarray) -> Batch:
         """The given pieces, padded to the longest of them."""
@@ -221,7 +234,8 @@ def encode(
     reading: Reading = "word",
     opening: bool = False,
 ) -> Encoded:
-    """The corpus in a tokenizer's sub-words.
+    """The corpus in a tokenizer's sub-words: each word's are those that it has in running text after a blank, or
+    without one where `corpus.spaced` is false. Special tokens are those that the tokenizer puts at the ends of a text.
 
     `context` is the largest number of tokens a piece may have, special tokens included. A longer sentence is cut
     between words (`long="split"`), loses its end (`"truncate"`) or is refused (`"error"`). A single word that alone
@@ -232,9 +246,9 @@ def encode(
     text is before it.
 
     Raises:
-        ValueError: the tokenizer cannot take words that are already split, has no padding token, or drops a word
-            without having an unknown token; or a sentence is too long and `long="error"`; or there is no special
-            token to open with.
+        ValueError: the tokenizer takes no text, has no padding token, or drops a word without having an unknown token;
+            it cuts most words otherwise in running text; a sentence is too long and `long="error"`; or there is no
+            special token to open with.
     """
     if reading not in get_args(Reading):
         raise ValueError(f"unknown reading {reading!r}; known: {', '.join(get_args(Reading))}")
@@ -247,15 +261,18 @@ def encode(
             f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; set one, for instance "
             "tokenizer.pad_token = tokenizer.eos_token"
         )
-    used, inverse = np.unique(corpus.word, return_inverse=True)
-    pieces = pieces_of_words(tokenizer, [[corpus.vocab[i]] for i in used])
+    # A word type has two entries at most: after a blank (even), and without one (odd).
+    used, inverse = np.unique(2 * corpus.word.astype(np.int64) + ~corpus.after_blank, return_inverse=True)
+    words = [corpus.vocab[i // 2] for i in used]
+    pieces = word_pieces(tokenizer, words, spaced=(used % 2 == 0).tolist())
     empty = [i for i, ids in enumerate(pieces) if not ids]
     if empty and tokenizer.unk_token_id is None:
-        words = [corpus.vocab[used[i]] for i in empty[:5]]
-        raise ValueError(f"the tokenizer drops {len(empty)} word type(s) of {corpus.name!r}, for instance {words}")
+        some = [words[i] for i in empty[:5]]
+        raise ValueError(f"the tokenizer drops {len(empty)} word type(s) of {corpus.name!r}, for instance {some}")
+    remarks = _against_running_text(corpus, tokenizer, [pieces[i] for i in inverse])
     for i in empty:
         pieces[i] = [tokenizer.unk_token_id]
-    prefix, suffix = _special_tokens(tokenizer, [corpus.vocab[w] for w in used])
+    prefix, suffix = _special_tokens(tokenizer, words)
     if opening and not prefix:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
@@ -273,7 +290,7 @@ def encode(
     piece_start = np.concatenate([[0], np.cumsum(n_sub)])[corpus.start]
     whole = Encoded(
         corpus, ids, word_of, piece_start, prefix, suffix, int(tokenizer.pad_token_id),
-        n_unreadable=int(np.isin(inverse, empty).sum()), reading=reading,
+        n_unreadable=int(np.isin(inverse, empty).sum()), reading=reading, remarks=remarks,
     )  # fmt: skip
     room = None if context is None else context - len(prefix) - len(suffix)
     if room is None or int(np.diff(piece_start).max()) <= room:
@@ -326,25 +343,114 @@ def _fit(whole: Encoded, n_sub: np.ndarray, room: int, long: LongSentences) -> E
     )
 
 
-def pieces_of_words(tokenizer: Any, words: list[list[str]]) -> list[list[int]]:
-    """Sub-word ids of pre-split words, without special tokens."""
+def word_pieces(tokenizer: Any, words: Sequence[str], *, spaced: Sequence[bool] | None = None) -> list[list[int]]:
+    """Sub-word ids that words have in running text, without special tokens: after a blank, or glued to what is before
+    them where `spaced` is false. A word that the tokenizer drops has none.
+
+    Each is read behind something short that it cannot merge with, so it does not matter whether a tokenizer puts a
+    blank before a text.
+
+    Raises:
+        ValueError: the tokenizer takes no text.
+    """
+    after = [True] * len(words) if spaced is None else spaced
+    pieces: list[list[int] | None] = [None] * len(words)
+    for anchors in zip(*_ANCHORS.values(), strict=True):
+        by_kind = dict(zip(_ANCHORS, anchors, strict=True))
+        left = [i for i, ids in enumerate(pieces) if ids is None]
+        before = [by_kind["blank" if after[i] else "letter" if words[i][0].isalnum() else "mark"] for i in left]
+        heads = {
+            text: ids for text, ids in zip(anchors, _ids(tokenizer, [a.rstrip(" ") for a in anchors]), strict=True)
+        }
+        whole = _ids(tokenizer, [text + words[i] for text, i in zip(before, left, strict=True)])
+        for i, text, ids in zip(left, before, whole, strict=True):
+            if ids[: len(heads[text])] == heads[text]:
+                pieces[i] = ids[len(heads[text]) :]
+    left = [i for i, ids in enumerate(pieces) if not ids]  # merged with all, or are known only by themselves
+    for i, ids in zip(left, _ids(tokenizer, [words[i] for i in left]), strict=True):
+        pieces[i] = ids if tokenizer.unk_token_id not in ids else pieces[i]
+    return [ids or [] for ids in pieces]
+
+
+_ANCHORS = {"blank": ("a ", ". ", "1 "), "letter": ("(", "\n", "1"), "mark": ("a", "\n", "1")}
+"""What a word is read behind, by what it follows and begins with, in the order in which they are tried."""
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of some texts, without special tokens."""
+    if not texts:
+        return []
     try:
-        return tokenizer(words, is_split_into_words=True, add_special_tokens=False, truncation=False, padding=False)[
+        return tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False)[
             "input_ids"
         ]
     except (AssertionError, ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} does not take words that are already split ({error}); "
-            "load it with AutoTokenizer.from_pretrained(..., add_prefix_space=True)"
+            f"the tokenizer of {tokenizer.name_or_path!r} takes no text ({error}); load the model's own with "
+            "AutoTokenizer.from_pretrained"
         ) from error
 
 
+def _against_running_text(corpus: Corpus, tokenizer: Any, pieces: Sequence[list[int]]) -> tuple[str, ...]:
+    """What differs between the words' pieces and those of some sentences as they stand in the text.
+
+    Words that a tokenizer drops are left out. Raises where most words between two blanks, which nothing can merge with,
+    differ.
+    """
+    sample = np.unique(np.linspace(0, corpus.n_sentences - 1, COMPARED).astype(np.int64))
+    ends = np.minimum(corpus.start[1:], corpus.start[:-1] + _COMPARED_WORDS)
+    spans = [range(int(corpus.start[i]), int(ends[i])) for i in sample]
+    after = corpus.after_blank
+    texts = ["a" + "".join(" " * bool(after[w]) + corpus.vocab[corpus.word[w]] for w in span) for span in spans]
+    (head,) = _ids(tokenizer, ["a"])
+    compared, differ, alone = [], [], set()
+    for span, whole in zip(spans, _ids(tokenizer, texts), strict=True):
+        mine = head + [token for w in span for token in pieces[w]]
+        same = np.ones(len(mine), dtype=bool)
+        if mine != whole:
+            if len(mine) > _COMPARED_TOKENS:
+                continue
+            same[:] = False
+            for block in SequenceMatcher(None, mine, whole, autojunk=False).get_matching_blocks():
+                same[block.a : block.a + block.size] = True
+        at = len(head)
+        for w in span:
+            if pieces[w]:
+                compared.append(w)
+                if after[w] and (w == span[-1] or after[w + 1]):
+                    alone.add(w)
+                differ += [] if same[at : at + len(pieces[w])].all() else [w]
+                at += len(pieces[w])
+    remarks = []
+    if differ:
+        first = corpus.vocab[corpus.word[differ[0]]]
+        if 2 * len(alone.intersection(differ)) > len(alone) > 0:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} cuts {len(differ)} of {len(compared)} words of "
+                f"{corpus.name!r} otherwise in running text than by themselves ({first!r} is the first), so a word has "
+                "no sub-words of its own; use the tokenizer that the model was trained with, saved whole with "
+                "tokenizer.save_pretrained(folder)"
+            )
+        remarks.append(
+            f"{corpus.name}: {len(differ)} of {len(compared)} words that were compared have other sub-words in running "
+            f"text, where they merge with a neighbour (the first is {first!r})"
+        )
+    if corpus.spaced is None and compared:
+        glued = word_pieces(tokenizer, [corpus.vocab[corpus.word[w]] for w in compared], spaced=[False] * len(compared))
+        if 2 * sum(ids != pieces[w] for ids, w in zip(glued, compared, strict=True)) > len(compared):
+            remarks.append(
+                f"{corpus.title}: the text does not say where no blank stands between two words; each is read after a "
+                "blank, punctuation too"
+            )
+    return tuple(remarks)
+
+
 def _special_tokens(tokenizer: Any, words: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special tokens that a tokenizer puts before and after a sentence, found around a word that it knows."""
+    """The special tokens that a tokenizer puts before and after a text, seen around a word that it knows."""
     for word in words:
-        bare = pieces_of_words(tokenizer, [[word]])[0]
+        (bare,) = _ids(tokenizer, [word])
         if bare:
-            full = tokenizer([[word]], is_split_into_words=True, truncation=False, padding=False)["input_ids"][0]
+            full = tokenizer([word], truncation=False, padding=False)["input_ids"][0]
             for i in range(len(full) - len(bare) + 1):
                 if full[i : i + len(bare)] == bare:
                     return tuple(full[:i]), tuple(full[i + len(bare) :])

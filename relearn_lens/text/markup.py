@@ -49,6 +49,11 @@ def sentence(words: Iterable[tuple[str, str]], outside: str = "O") -> str:
     return f'<p style="margin:.2em 0">{" ".join(said)}</p>'
 
 
+def line(text: object) -> str:
+    """A line of text."""
+    return f'<p style="margin:.2em 0">{escape(str(text))}</p>'
+
+
 def code(text: object) -> str:
     """Text in a fixed-width font."""
     return f"<code>{escape(str(text))}</code>"

@@ -8,11 +8,12 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,8 +36,11 @@ CORPORA = ("bsb-names", "conll:PATH", "hf:NAME[:CONFIG]")
 _DATA = (".parquet", ".json", ".jsonl", ".arrow", ".csv", ".tsv")
 """What a local data set may consist of."""
 
-_READABLE = "bio|conll|iob|iob2|tsv|txt"
+_READABLE = "bi[eo]*s?|bmes|conll[0-9ux]*|iob[12es]*|ner|tsv|txt"
+_NOT_TEXT = r"\.(json[a-z]*|csv|md|py|sh|pdf|zip|gz|tgz|bz2|xz|xml|html?|ya?ml|pkl|parquet|arrow|log|ann)"
 _ROLES = {"train": "train", "validation": "dev|valid|testa", "probe": "test(?!a)"}
+"""How the name of a part begins (`train.txt`, `eng.testb`, `en_ewt-ud-dev.conllu`) or, failing that, ends a piece of a
+file's name (`wnut17train.conll`)."""
 
 
 class _Row(NamedTuple):
@@ -81,8 +85,8 @@ def _marks(first: Mapping[str, int], scheme: str, where: str) -> dict[str, tuple
     marks = {}
     for tag, one in tags.items():
         prefix, _, kind = one.partition("-")
-        if one == OUTSIDE or (plain and one):
-            marks[tag] = ("", one)
+        if one in (OUTSIDE, "_") or (plain and one):
+            marks[tag] = ("", OUTSIDE if one == "_" else one)
         elif kind and prefix in tuple(SCHEMES[scheme]):
             marks[tag] = (prefix, kind)
         else:
@@ -127,8 +131,14 @@ def _text(path: Path, encoding: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _rows(path: Path, text: str, column: int) -> Iterator[tuple[int, list[_Row]]]:
-    """Sentences of one file, each with the number of its document, or its own in a file without documents."""
+class _Lines(NamedTuple):
+    document: int  # its own in a file without documents
+    text: str  # the sentence as it stands in the text, where a comment gives it
+    lines: list[tuple[int, list[str]]]  # number and cells
+
+
+def _sentences(path: Path, text: str, column: int) -> Iterator[_Lines]:
+    """Sentences of one file in cells, without comments."""
     lines = [line.rstrip(" \t") for line in text.split("\n")]  # not splitlines(): a word may hold U+0085
     documents = any(line.startswith("-DOCSTART-") for line in lines)
     words = [line for line in lines if line and not line.startswith("-DOCSTART-")]
@@ -136,50 +146,140 @@ def _rows(path: Path, text: str, column: int) -> Iterator[tuple[int, list[_Row]]
     model = next((x for x in words if x[0] != "#"), next((x for x in words if x[:2] != "# "), ""))
     if not model:
         raise ValueError(f"{path} has no words; give a file with a word and its label on each line")
-    cells = (lambda x: x.split("\t")) if "\t" in model else (lambda x: [c for c in re.split("[ \t]", x) if c])
+    tabs = "\t" in model
+    cells = lambda x: [c.strip(" ") for c in x.split("\t")] if tabs else [c for c in re.split("[ \t]", x) if c]  # noqa: E731
     width, at = len(cells(model)), lines.index(model) + 1
     if width == 1:
         raise ValueError(
             f"{path}, line {at}: {model[:60]!r} is a single column; a word and its label are needed, with "
             "a tab or blanks between them"
         )
-    if column not in range(-width + 1, width) or column == 0:
+    if column not in range(-width, width):
         raise ValueError(
             f"{path}, line {at}: there is no label column {column}; of {width} columns it may be 1 to "
-            f"{width - 1}, or -1 for the last (0 is the word)"
+            f"{width - 1}, or -1 for the last"
         )
     known = set()
     if any(line[:2] == "# " for line in words):
         known = {row[column] for row in map(cells, words) if row[0][:1] != "#" and len(row) == width}
-    document, sentence = 0, []
+    document, raw, sentence = 0, "", []
     for number, line in enumerate([*lines, ""], start=1):
         starts = line.startswith("-DOCSTART-")
         if starts or not line:
             if sentence:
-                yield document, sentence
-                document, sentence = document + (not documents), []
+                yield _Lines(document, raw, sentence)
+                document, raw, sentence = document + (not documents), "", []
             document += starts
             continue
         row = cells(line)
         # "#tag<TAB>O" and CoNLL-2000's "# # B-NP" are words, "# text = ..." is a comment.
         if line[0] == "#" and (len(row) != width or (line[:2] == "# " and row[column] not in known)):
+            raw = line.removeprefix("# text = ") if line.startswith("# text = ") else raw
             continue
         if len(row) != width:
             raise ValueError(
                 f"{path}, line {number}: {len(row)} column(s) where line {at} has {width}: {line[:60]!r}; "
                 "give every word as many, separated alike, and end a sentence with a blank line"
             )
-        if row[0]:  # published files hold words of no characters: nothing that a model could read
-            sentence.append(_Row(number, row[0], row[column]))
+        sentence.append((number, row))
 
 
-def read_conll(path: str | Path, *, column: int = -1, scheme: str = "auto", encoding: str = "utf-8") -> Corpus:
+_NUMBER = re.compile(r"\d+([-.:]\d+)*")
+_TAG = re.compile(r"[BIESLUM]-\S+|O")
+
+
+def _counts_up(sentences: Sequence[_Lines], column: int) -> bool:
+    """Whether a column holds numbers that count up in each sentence: 1, 2, 3-4, 3, 4, or 1-1, 1-2."""
+    for _, _, lines in sentences:
+        cells = [row[column] for _, row in lines]
+        if not all(map(_NUMBER.fullmatch, cells)):
+            return False
+        keys = [tuple(map(int, re.findall(r"\d+", cell))) for cell in cells]
+        firsts = [key[0] for key in keys]
+        grows = firsts == sorted(firsts) and firsts[0] < firsts[-1]
+        if len(keys) > 1 and not (grows or keys == sorted(set(keys))):
+            return False
+    return True
+
+
+def _column_of_words(sentences: Sequence[_Lines], column: int) -> int:
+    """The first column that neither counts up nor is the same all through each sentence, as a document's id is."""
+    long = [sentence for sentence in sentences if len(sentence.lines) > 1]
+    width = len(sentences[0].lines[0][1])
+    there = 0
+    while len(long) > 0 and sum(len(s.lines) for s in long) > 2 and there + 1 < width and there + 1 != column:
+        same = all(len({row[there] for _, row in sentence.lines}) == 1 for sentence in long)
+        if not same and not _counts_up(sentences, there):
+            break
+        there += 1
+    return there
+
+
+def _check_words(path: Path, words: Sequence[str], at: int) -> None:
+    """Refuse a column that holds no words."""
+    if len(words) < 3:
+        return
+    what = (
+        "all the same" if len(set(words)) == 1 else
+        "all numbers" if all(map(_NUMBER.fullmatch, words)) else
+        "all tags" if all(map(_TAG.fullmatch, words)) else None
+    )  # fmt: skip
+    if what:
+        raise ValueError(
+            f"{path}: the words of column {at} are {what} ({', '.join(words[:3])}); give the column that holds the "
+            "words as word_column= (data.word_column), counted from 0"
+        )
+
+
+def _glued(sentence: _Lines, kept: Sequence[tuple[int, list[str]]], at: int) -> list[bool]:
+    """Of each word that is kept whether no blank stands before it, by `SpaceAfter=No` or the sentence's own text.
+
+    A part of a CoNLL-U contraction is glued to the part before it where they are spelled like the whole (`do` `n't`).
+    """
+    glued, position = [], 0
+    for _, row in kept if sentence.text else ():
+        blank = sentence.text.startswith(" ", position)
+        position += len(sentence.text[position:]) - len(sentence.text[position:].lstrip())
+        if not sentence.text.startswith(row[at], position):
+            break
+        glued.append(bool(glued) and not blank)
+        position += len(row[at])
+    if len(glued) == len(kept):
+        return glued
+    glued, here = [], False
+    whole, ends, inside = "", "", False
+    for _, row in sentence.lines:
+        skips = any("SpaceAfter=No" in cell.split("|") for cell in row)
+        if at and re.fullmatch(r"\d+-\d+", row[0]):
+            first, _, ends = row[0].partition("-")
+            parts = [r[at] for _, r in kept if r[0].isdigit() and int(first) <= int(r[0]) <= int(ends)]
+            inside, whole = "".join(parts) == row[at], "No" * skips
+        elif not (at and re.fullmatch(r"\d+\.\d+", row[0])):
+            glued.append(here and bool(glued))
+            here = skips
+            if ends:
+                here = bool(whole) if row[0] == ends else inside
+                ends = "" if row[0] == ends else ends
+    return glued if len(glued) == len(kept) else [False] * len(kept)
+
+
+def read_conll(
+    path: str | Path,
+    *,
+    column: int = -1,
+    scheme: str = "auto",
+    encoding: str = "utf-8",
+    word_column: int | None = None,
+) -> Corpus:
     """The labelled sentences of one file in columns: CoNLL-2003 and its many relatives.
 
     The first column is the word, the last (or `column`) its tag; tabs separate them if the first word's line
-    has one, else blanks. A blank line ends a sentence. `-DOCSTART-` lines separate documents, the groups
-    that a split keeps together; without them every sentence is a group. A line that begins with `# `, or with
-    `#` and has another number of columns, is a comment; `#hashtag` with a tag is a word. Of several
+    has one, else blanks. Columns before the words that count up (CoNLL-U, `.iob2`) or that are the same all through a
+    sentence (a document's id) are passed over; `word_column` says where the words are, counted from 0. Of CoNLL-U the
+    words are read, not the lines `3-4` and `8.1`; `SpaceAfter=No` or a comment `# text = ...` says where no blank
+    stands between words. `_` for a label is `O`. A blank line ends a sentence. `-DOCSTART-` lines separate
+    documents, the groups that a split keeps together; without them every sentence is a group. A line that begins
+    with `# `, or with `#` and has another number of columns, is a comment; `#hashtag` with a tag is a word. Of several
     annotations in one cell (`B-person,B-location`) the first is taken.
 
     `scheme="auto"` reads BIO, IOB1 (CoNLL-2003), IO with or without `I-`, BIOES, BILOU, and mixtures of them
@@ -188,37 +288,93 @@ def read_conll(path: str | Path, *, column: int = -1, scheme: str = "auto", enco
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is a folder, is no text in `encoding`, has no words, one column, or lines of
-            different numbers of columns; it has no such column; or a tag does not fit the scheme.
+            different numbers of columns; it has no such column; its words come out as numbers, as tags or all the
+            same; or a tag does not fit the scheme.
     """
     path = Path(path).expanduser()
-    read = list(_rows(path, _text(path, encoding), column))
-    sentences = _decode([rows for _, rows in read], scheme, f"{path}, line")
-    return build_corpus(sentences, name=path.stem, groups=[document for document, _ in read])
+    text = _text(path, encoding)
+    read = list(_sentences(path, text, column))
+    width = len(read[0].lines[0][1])
+    column %= width
+    at = _column_of_words(read, column) if word_column is None else word_column
+    if at not in range(-width, width) or at % width == column:
+        raise ValueError(
+            f"{path}, line {read[0].lines[0][0]}: the label column {column} and the word column {at} must be two of "
+            f"the {width} columns, counted from 0; give column= and word_column="
+        )
+    at %= width
+    ids = [row[0] for _, _, lines in read for _, row in lines]
+    numbered = at != 0 and all(re.fullmatch(r"\d+([-.]\d+)?", id) for id in ids) and any(map(str.isdigit, ids))
+    if (
+        numbered
+        and width >= 10
+        and (odd := next((r[column] for _, _, x in read for _, r in x if "=" in r[column]), ""))
+    ):
+        raise ValueError(
+            f"{path}: column {column} of CoNLL-U holds attributes ({odd[:60]!r}), no classes; choose another column= "
+            "(3 is the part of speech, 7 the dependency)"
+        )
+    # A line with the number 3-4 repeats words 3 and 4 in one; 8.1 is a word that the text lacks. Published files hold
+    # words of no characters: nothing that a model could read.
+    kept = [[(n, r) for n, r in x if r[at] and (not numbered or r[0].isdigit())] for _, _, x in read]
+    _check_words(path, [row[at] for lines in kept for _, row in lines], at)
+    rows = [[_Row(n, r[at], r[column]) for n, r in lines] for lines in kept]
+    knows = "SpaceAfter=No" in text or any(sentence.text for sentence in read)
+    glued = (
+        [g for sentence, lines in zip(read, kept, strict=True) for g in _glued(sentence, lines, at)] if knows else []
+    )
+    corpus = build_corpus(
+        _decode(rows, scheme, f"{path}, line"),
+        name=path.stem,
+        groups=[sentence.document for sentence in read],
+        spaced=[not g for g in glued] if knows else None,
+    )
+    if corpus.label.all():
+        note = (
+            f"{path.name}: no word has the label {OUTSIDE!r} (column {column}: {', '.join(corpus.label_names[1:6])}), "
+            "so every word counts as one of a class; choose another column= if that is not meant"
+        )
+        warnings.warn(note, stacklevel=2)
+        return replace(corpus, notes=(note,))
+    return corpus
 
 
 def _part_files(folder: Path) -> list[Path]:
     """The files for train, validation and probe, in this order; or the only labelled text in the folder."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not re.match("(?i)readme|lic", p.name))
-    by_role = {
-        role: [p for p in files if re.fullmatch(rf"(?i)(.*[._-])?({like})[^.]*(\.({_READABLE}))?", p.name)]
-        for role, like in _ROLES.items()  # train.txt, dev, eng.testb, en_ewt-test.conll
-    }
-    texts = {p for p in files if re.fullmatch(rf"(?i)\.({_READABLE})", p.suffix)}.union(*by_role.values())
-    if len(texts) == 1:
-        return list(texts)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not re.match(r"(?i)readme|lic|\.", p.name))
+    texts = [p for p in files if not re.fullmatch(f"(?i){_NOT_TEXT}", p.suffix)]
+    # A release of Universal Dependencies has the plain text beside each file.
+    texts = [p for p in texts if p.suffix != ".txt" or p.with_suffix(".conllu") not in texts]
+    by_role = {role: _of_role(texts, like) for role, like in _ROLES.items()}
+    labelled = {p for p in texts if re.fullmatch(rf"(?i)\.({_READABLE})", p.suffix)}.union(*by_role.values())
+    if len(labelled) == 1:
+        return list(labelled)
     if wrong := {role: [p.name for p in paths] for role, paths in by_role.items() if len(paths) != 1}:
+        largest = max(
+            by_role["train"] or labelled or texts or [folder / "FILE"], key=lambda p: p.exists() and p.stat().st_size
+        )
         raise ValueError(
             f"{folder} must have one file each for train (train*), validation (dev*, valid*, testa*), probe "
-            f"(test*, testb*), ending in {_READABLE} or nothing; it has {wrong} among "
-            f"{[p.name for p in files]}. Add or remove a file, or give one file, which is then split"
+            f"(test*, testb*); it has {wrong} among {[p.name for p in files]}. Add or remove a file, or give one file, "
+            f"which is then split into all three by data.parts: conll:{largest}"
         )
     return [paths[0] for paths in by_role.values()]
+
+
+def _of_role(files: Sequence[Path], like: str) -> list[Path]:
+    """The files that are named as one part; a file that is named as two (`train_dev.tsv`) is none."""
+    for pattern in (rf"(?i)(.*[._-])?({like}).*", rf"(?i).*({like})([._-].*)?"):
+        named = [p for p in files if re.fullmatch(pattern, p.name) and not re.search(r"(?i)train[._-]?dev", p.name)]
+        if named:
+            return named
+    return []
 
 
 def read_splits(path: str | Path, *, seed: int, parts: Parts = PARTS, **reading: Any) -> Splits:
     """Train, validation and probe from one file, or from a folder with train, dev and test files.
 
-    One file (or the only one in a folder) is split by `seed` and `parts`; three files are taken as they are.
+    One file (or the only one in a folder) is split by `seed` and `parts`, between its documents, or between sentences
+    where it has fewer than three documents, which a note says; three files are taken as they are.
     `reading` goes to `read_conll`. All three parts have the same labels.
 
     Raises:
@@ -228,8 +384,20 @@ def read_splits(path: str | Path, *, seed: int, parts: Parts = PARTS, **reading:
     path = Path(path).expanduser()
     files = _part_files(path) if path.is_dir() else [path]
     if len(files) == 1:
-        return read_conll(files[0], **reading).split(seed=seed, parts=parts)
+        return _by_sentences(read_conll(files[0], **reading)).split(seed=seed, parts=parts)
     return _same_labels([read_conll(file, **reading) for file in files], path.name)
+
+
+def _by_sentences(corpus: Corpus) -> Corpus:
+    """The corpus with each sentence as its own group where it has too few documents to split between."""
+    n = len(np.unique(corpus.group))
+    if n >= len(Splits._fields) or len(corpus) < len(Splits._fields):
+        return corpus
+    note = (
+        f"{corpus.name}: {n} document(s), too few to split between, so each sentence is a group of its own and one "
+        "document's sentences may be in train and in probe"
+    )
+    return replace(corpus, group=np.arange(len(corpus)), notes=(*corpus.notes, note))
 
 
 def _same_labels(corpora: Sequence[Corpus], name: str) -> Splits:
@@ -256,12 +424,17 @@ def read_hf(name: str, *, seed: int, parts: Parts = PARTS, config: str | None = 
     """
     loaded = _load_hf(name, config)
     tables = loaded if isinstance(loaded, dict) else {"train": loaded}  # a DatasetDict is a dict
-    three = ("train", "dev" if "dev" in tables else "validation", "test")
+    three = ("train", next((k for k in ("dev", "valid", "val") if k in tables), "validation"), "test")
     if all(part in tables for part in three):
         return _same_labels([_from_hf(tables[part], f"{name}/{part}") for part in three], name)
     if "train" not in tables and len(tables) > 1:
         raise ValueError(f"data set {name!r} has the parts {list(tables)}; needed are {three}, or 'train'")
-    return _from_hf(tables.get("train", next(iter(tables.values()))), name).split(seed=seed, parts=parts)
+    whole = _from_hf(tables.get("train", next(iter(tables.values()))), name)
+    if unused := [part for part in tables if part != "train" and len(tables) > 1]:
+        lacks = " and ".join(part for part in three if part not in tables)
+        note = f"data set {name!r} has no {lacks} part: its train part alone is split, {', '.join(unused)} is not used"
+        whole = replace(whole, notes=(*whole.notes, note))
+    return whole.split(seed=seed, parts=parts)
 
 
 def _load_hf(name: str, config: str | None) -> Any:
@@ -385,11 +558,11 @@ def read_bsb_names() -> Corpus:
             for id in record["target"]:
                 aligned.setdefault(id, kind)
 
-    words = list(_columns(verses, "id", "source_verse", "text"))
-    forms = [re.sub("’s?$", "", text) if text[:1].isupper() else "" for _, _, text in words]
+    words = list(_columns(verses, "id", "source_verse", "text", "skip_space_after"))
+    forms = [re.sub("’s?$", "", text) if text[:1].isupper() else "" for _, _, text, _ in words]
     occurs: Counter[str] = Counter(forms)
     votes: dict[str, Counter[str]] = {}
-    for (id, _, _), form in zip(words, forms, strict=True):
+    for (id, _, _, _), form in zip(words, forms, strict=True):
         if form and aligned.get(id, "other") != "other":
             votes.setdefault(form, Counter())[aligned[id]] += 1
     label = {form: n.most_common(1)[0][0] for form, n in votes.items() if 3 * n.total() >= occurs[form]}
@@ -398,21 +571,23 @@ def read_bsb_names() -> Corpus:
         kind = aligned.get(id, label[form]) if form in label else OUTSIDE
         return OUTSIDE if kind == "other" else kind
 
-    rows = [_Row(int(verse), text, kind_of(id, form)) for (id, verse, text), form in zip(words, forms, strict=True)]
+    rows = [_Row(int(verse), text, kind_of(id, form)) for (id, verse, text, _), form in zip(words, forms, strict=True)]
     sentences = [list(verse) for _, verse in groupby(rows, key=lambda row: row.number)]
+    glued = [skip == "y" and verse == after for (_, verse, _, skip), (_, after, _, _) in pairwise(words)]
     return build_corpus(
         _decode(sentences, "io", "verse"),
         name="bsb-names",
         groups=[verse[0].number // 1000 for verse in sentences],  # BBCCCVVV
         source="Berean Standard Bible, New Testament; Clear Bible alignments",
         licence="CC BY 4.0",
+        spaced=[True, *(not skip for skip in glued)],
     )
 
 
 def read_splits_named(spec: str, *, seed: int, parts: Parts = PARTS, **reading: Any) -> Splits:
     """Train, validation and probe of the corpus that `--corpus` names, in a form of `CORPORA`.
 
-    `reading` (scheme, column) is for `conll:`.
+    `reading` (scheme, column, word_column, encoding) is for `conll:`.
 
     Raises:
         ValueError: there is no such form; and whatever the reader raises.

@@ -562,6 +562,16 @@ def test_random_sets_cost_more(n, concept, sets, verdict):
     assert found.effect.value == pytest.approx((found.control or 0) - (found.concept or 0))
 
 
+def test_opposite_ends_in_every_sentence_are_a_difference():
+    """Nothing spreads, over sets or over sentences; but of 20 sentences that all agree three at most could differ."""
+    arms = {"concept": arms_of(1, {"f1": (1.0, 0.0, 1.0, 1.0)})["concept"]}
+    found = row("C3a", arms, random_sets=[[scores_of(1.0, n=20)] * 4])
+    assert found.verdict == "reversed"
+    assert found.effect is not None
+    assert found.effect.interval == pytest.approx((-1 - 3 / 20, -1 + 3 / 20))
+    assert found.effect.over == "the sentences"
+
+
 def test_random_sets_that_differ_among_themselves_settle_nothing():
     arms = {"concept": arms_of(3, {"f1": (0.9, 0.5, 0.9, 0.9)})["concept"]}
     spread = [[scores_of(f1) for f1 in (0.0, 0.9, 0.9, 0.9)] for _ in range(3)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from relearn_lens.analysis import story
+from relearn_lens.analysis.intervals import beside_control
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.evaluation import SpanScores
 from relearn_lens.measure.tracking import Snapshot, Trajectory
@@ -307,6 +308,19 @@ def test_story_claims_no_move_that_choosing_survivors_makes():
         _, where = told({name: [arms[name] for arms in each] for name in F1})
         claims += bool(CLAIM.search(where))
     assert claims <= 2
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_gap_between_arms_is_by_the_rule_of_the_claims(n):
+    arms = arms_of(0, 0, 0, n=n)
+    arms["concept"] = [moving("concept", (0.9, 0.1, f1), 0.0, seed=k) for k, f1 in enumerate((0.7, 0.75, 0.8)[:n])]
+    gap = story.gap_at(arms["concept"], arms["random"], LABEL, "1", level=0.9)
+    ours, theirs = ([arm["1"].scores for arm in arms[name]] for name in ("concept", "random"))
+    if n == 1:
+        assert gap == story.estimate(np.subtract, LABEL, ours, theirs, level=0.9)
+    else:
+        values = [[scores.value(LABEL) for scores in side] for side in (ours, theirs)]
+        assert gap == beside_control(values[0], [[value] for value in values[1]], 0.9).effect
 
 
 def test_story_over_seeds_uses_the_interval_of_seeds():

@@ -8,10 +8,19 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import BertModel, PretrainedConfig, T5Config, ViTConfig
+from transformers import (
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    ViTConfig,
+)
 
-from relearn_lens.models.loading import load_bridge, load_tagger
+from relearn_lens.models.loading import load_bridge, load_language_model, load_tagger
 from relearn_lens.models.model import trunk
 from relearn_lens.text.encoding import Encoded
 from tests.conftest import LABELS, Untouched
@@ -155,3 +164,29 @@ def test_load_says_that_weights_are_broken(folder, bert_folder):
 def test_load_reads_a_model_type_that_transformers_lacks_as_an_error(folder):
     with pytest.raises(ValueError, match="model type `fortune-teller`"):
         load_bridge(folder(json.dumps({"model_type": "fortune-teller"}), "model.safetensors"))
+
+
+def test_special_tokens_are_those_of_the_tokenizer_that_came(tmp_path, corpus):
+    """TransformerLens would load a tokenizer that has a first token anew, so that it puts it before every text."""
+    backend = Tokenizer(models.WordLevel({"<end>": 0, "<begin>": 1, "Rome": 2}, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"eos_token": "<end>", "bos_token": "<begin>", "unk_token": "<end>"}
+    config = GPT2Config(vocab_size=3, n_positions=32, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=0)
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    for tagger in (
+        load_tagger(tmp_path, LABELS, device="cpu"),
+        load_tagger(model, LABELS, tokenizer=words, device="cpu"),
+    ):
+        encoded = tagger.encode(corpus)
+        assert (encoded.prefix, encoded.suffix) == ((), ())
+        assert not tagger.bridge.cfg.tokenizer_prepends_bos
+    assert load_language_model(tmp_path, device="cpu").encode(corpus).prefix == (1,)
+    # one that puts a token first does so here too
+    backend.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path)
+    tagger = load_tagger(tmp_path, LABELS, device="cpu")
+    assert tagger.encode(corpus).prefix == (1,)
+    assert tagger.bridge.cfg.tokenizer_prepends_bos

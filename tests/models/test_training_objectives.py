@@ -1,15 +1,17 @@
-"""The seam of the training loop: several texts, parts of a loss, steps, entries that may move, a reference, resuming."""
+"""The seam of the training loop: several texts, parts of a loss, steps, masked entries, a reference, resuming."""
 
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.model import LanguageModel, Tagger
-from relearn_lens.models.training import Checkpoint, Objective, cross_entropy, finetune_, train_
+from relearn_lens.models.training import Checkpoint, Objective, cross_entropy, finetune_, plain, train_
 from relearn_lens.text.corpus import Corpus
 
 
@@ -98,7 +100,7 @@ def test_no_text_at_all_is_refused(model):
 
 
 def test_loss_is_the_sum_of_its_parts_each_over_its_own_count(model, text, other):
-    how = {"epochs": 1, "batch_size": 4, "lr": 1e-12}
+    how: dict[str, Any] = {"epochs": 1, "batch_size": 4, "lr": 1e-12}
     (pause,) = train_(model, {"forget": text, "retain": other}, objective=Difference(), **how)
     nats = {}
     for role, corpus in (("forget", text), ("retain", other)):
@@ -167,9 +169,9 @@ def test_a_step_may_ask_for_parts(text, other):
         gradient(*(name for name in names if name != "forget"))
 
     ends = []
-    for step in ({}, {"step": by_parts}):
+    for step in (plain, by_parts):
         model = toy_module.language_model()
-        pauses = list(train_(model, {"forget": text, "retain": other}, objective=Difference(), epochs=1, **step))
+        pauses = list(train_(model, {"forget": text, "retain": other}, objective=Difference(), epochs=1, step=step))
         ends.append((pauses[0].parts, weights(model)))
     assert ends[0][0] == pytest.approx(ends[1][0])
     for name, value in ends[0][1].items():
@@ -187,20 +189,15 @@ def test_the_loss_that_is_reported_is_that_of_the_first_look(text):
 
     def twice(model, gradient):
         gradient()
-        for weight in model.parameters():
-            weight.grad = None
         with torch.no_grad():
             model.trunk.head.weight.mul_(3.0)
-            gradient_at(gradient)
+        gradient()
+        with torch.no_grad():
             model.trunk.head.weight.div_(3.0)
 
-    def gradient_at(gradient):
-        with torch.enable_grad():
-            gradient()
-
     losses = []
-    for step in ({}, {"step": twice}):
-        (pause,) = train_(toy_module.language_model(), text, epochs=1, batch_size=12, **step)
+    for step in (plain, twice):
+        (pause,) = train_(toy_module.language_model(), text, epochs=1, batch_size=12, step=step)
         losses.append(pause.loss)
     assert losses[0] == losses[1]
 
@@ -272,7 +269,7 @@ def test_the_prior_of_tags_does_not_move_a_bias_that_may_not(toy, text):
     ("only", "says"),
     [
         ({"head": torch.ones(2, dtype=torch.bool)}, r"this model has no weight 'head'; it has trunk.tok_embed.weight"),
-        ({"trunk.head.weight": torch.ones(2, dtype=torch.bool)}, r"head.weight has shape .*torch.bool of \(2,\); a mask"),
+        ({"trunk.head.weight": torch.ones(2, dtype=torch.bool)}, r"head.weight has shape .*bool of \(2,\); a mask"),
         ({"trunk.ln_out.bias": torch.ones(32)}, r"ln_out.bias has shape \(32,\), its mask is torch.float32"),
         ({"trunk.ln_out.bias": torch.zeros(32, dtype=torch.bool)}, "no entry of any weight may move"),
         ({}, "no entry of any weight may move"),
@@ -291,7 +288,7 @@ def test_step_8_of_16_is_step_8_of_64(text, warmup):
     ends: list[dict[str, torch.Tensor]] = []
     for steps in ((8, 16), (2, 4, 8, 64)):
         model = toy_module.language_model()
-        how = {"schedule": "constant", "warmup": warmup, "batch_size": 4, "seed": 3}
+        how: dict[str, Any] = {"schedule": "constant", "warmup": warmup, "batch_size": 4, "seed": 3}
         for pause in train_(model, text, steps=steps, **how):
             assert pause.stage == str(pause.step)
             if pause.step == 8:
@@ -311,8 +308,6 @@ def test_pauses_by_step_say_their_epoch(model, text):
 
 def test_warm_up_raises_the_rate_step_by_step(model, text):
     rates: list[float] = []
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
-
     handle = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     try:
         list(train_(model, text, steps=(5,), batch_size=4, lr=0.4, schedule="constant", warmup=3))
@@ -338,7 +333,7 @@ def against(calls: list[str]) -> Objective:
         assert not torch.is_grad_enabled()
         assert not any(module.training for module in model.modules())
         text = texts["train"]
-        return [model.losses(text.batch([i])) for i in range(text.n_pieces)]
+        return [model.losses(text.batch(np.array([i]))) for i in range(text.n_pieces)]
 
     objective.reference = reference  # pyright: ignore[reportFunctionMemberAccess]
     return objective
@@ -353,16 +348,17 @@ def test_reference_is_taken_once_before_the_first_step(model, text, untouched):
     with untouched(model, weights=False):
         first, second = training
     assert calls == ["reference", "step", "step", "step"]
+    assert training.reference is not None
     assert len(training.reference) == 12
     assert first.loss == pytest.approx(0, abs=1e-6)
     assert second.loss < -1e-2
 
 
 def test_resuming_with_a_reference_ends_in_the_same_weights(text):
-    how = {"steps": (2, 4), "batch_size": 4, "lr": 1e-2, "objective": against([])}
+    how: dict[str, Any] = {"steps": (2, 4), "batch_size": 4, "lr": 1e-2, "objective": against([])}
     whole = toy_module.language_model()
     pauses = list(train_(whole, text, **how))
-    model, calls = toy_module.language_model(), []
+    model, calls = toy_module.language_model(), list[str]()
     training = train_(model, text, **how)
     (pause,) = islice(training, 1)
     state = {name: value.clone() for name, value in training.state().items()}
@@ -375,7 +371,7 @@ def test_resuming_with_a_reference_ends_in_the_same_weights(text):
 
 
 def test_resuming_without_the_reference_is_refused(model, text):
-    how = {"steps": (2, 4), "batch_size": 4, "objective": against([])}
+    how: dict[str, Any] = {"steps": (2, 4), "batch_size": 4, "objective": against([])}
     training = train_(model, text, **how)
     pause = next(training)
     with pytest.raises(ValueError, match=r"'objective' compares with the model as it was before .*reference="):

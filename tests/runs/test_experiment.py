@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -524,6 +525,21 @@ def test_together_undoes_a_split():
     joined = together(whole.split(seed=3))
     assert sorted(map(tuple, joined)) == sorted(map(tuple, whole))
     assert joined.n_words == whole.n_words
+    assert joined.spaced is None
+
+
+def test_together_keeps_blanks_and_notes():
+    whole = toy.corpus(sentences=30)
+    blanks = np.arange(whole.n_words) % 3 > 0
+    known = replace(whole, spaced=blanks, notes=("read well",))
+    order = np.argsort(np.concatenate([part.group for part in known.split(seed=3)]))
+    joined = together(known.split(seed=3)).take(order)
+    assert joined.spaced is not None
+    assert joined.spaced.tolist() == blanks.tolist()
+    assert joined.notes == ("read well",)
+    one, other = known.take([0]), whole.take([1])
+    mixed = together([one, other])  # what one part does not know is read after a blank
+    assert mixed.after_blank.tolist() == [*one.after_blank, *[True] * other.n_words]
 
 
 def test_same_settings_give_the_same_run(events):

@@ -49,8 +49,7 @@ def test_recovery_gives_the_numbers_and_the_gap(run):
     for arm in ("concept", "random", "unpruned"):
         for stage in ("pruned", "2"):
             assert f"{np.mean([a[stage].scores.value('place') for a in run.arms[arm]]):.2f}" in text
-    pair = [[arm["2"].scores for arm in run.arms[name]] for name in ("concept", "random")]
-    gap = story.estimate(np.subtract, run.label, *pair, **run.interval)
+    gap = story.gap_at(run.arms["concept"], run.arms["random"], run.label, "2", **run.interval)
     assert f"({gap}, over {gap.over})" in text
     assert ("do not differ beyond noise" in text) == (not gap.excludes(0))
 

@@ -30,7 +30,9 @@ DRAWN = st.lists(SENTENCE, min_size=3, max_size=12)
 
 def built(drawn) -> Corpus:
     """A corpus of drawn sentences, of three groups at least."""
-    return build_corpus([s for s, _ in drawn], name="any", groups=[0, 1, 2, *(g for _, g in drawn[3:])])
+    words = [word for s, _ in drawn for word in s]
+    spaced = [text != "c" or opens for text, _, opens in words]
+    return build_corpus([s for s, _ in drawn], name="any", groups=[0, 1, 2, *(g for _, g in drawn[3:])], spaced=spaced)
 
 
 def test_build_stores_words_flat_and_outside_first(corpus):
@@ -156,6 +158,49 @@ def test_split_refuses_fewer_than_three_groups(corpus):
         corpus.split(seed=0)
 
 
+def test_blanks_go_with_their_words():
+    corpus = build_corpus(
+        SENTENCES, name="tiny", groups=[7, 8, 9], spaced=[True, True, False, True, False, *[True] * 3, False]
+    )
+    glued = {(i, w) for i in range(3) for w in range(4) if (i, w) in [(0, 2), (1, 1), (2, 3)]}
+    taken = corpus.take([2, 0, 2])
+    assert taken.spaced is not None
+    assert taken.spaced.tolist() == [True] * 3 + [False] + [True, True, False] + [True] * 3 + [False]
+    assert corpus.labelled().spaced.tolist() == [True, True, False, True, True, True, False]  # pyright: ignore
+    for part in corpus.split(seed=0):
+        assert part.spaced is not None
+        assert [bool(x) for x in ~part.spaced] == [(part.group[0] - 7, w) in glued for w in range(part.n_words)]
+    assert corpus.take([]).spaced is not None
+
+
+def test_a_corpus_that_does_not_know_its_blanks_reads_each_word_after_one(corpus):
+    assert corpus.spaced is None
+    assert corpus.after_blank.all()
+    assert corpus.take([1]).spaced is None
+    assert [part.spaced for part in build_corpus(SENTENCES, name="x").split(seed=0)] == [None] * 3
+
+
+def test_the_hash_tells_missing_blanks_apart(corpus):
+    all_spaced, glued = (replace(corpus, spaced=np.array([True] * 8 + [last])) for last in (True, False))
+    assert corpus.sha256() == all_spaced.sha256() != glued.sha256()
+
+
+def test_build_refuses_blanks_of_another_number():
+    with pytest.raises(ValueError, match="spaced has 2 entries for the 9 words of corpus 'tiny'; give one each"):
+        build_corpus(SENTENCES, name="tiny", spaced=[True, True])
+
+
+def test_notes_go_with_every_part_and_are_shown():
+    corpus = build_corpus(SENTENCES, name="x", notes=["read <well>"])
+    assert [part.notes for part in corpus.split(seed=0)] == [("read <well>",)] * 3
+    assert "read &lt;well&gt;" in corpus._repr_html_()
+
+
+def test_the_parts_of_a_split_have_the_title_of_the_whole(corpus):
+    assert {part.title for part in build_corpus(SENTENCES, name="a/b").split(seed=0)} == {"a/b"}
+    assert corpus.title == "tiny"
+
+
 @settings(max_examples=50, deadline=None)
 @given(DRAWN, st.integers(0, 5), st.sampled_from([(0.6, 0.2, 0.2), (0.1, 0.1, 0.8), (0.34, 0.33, 0.33)]))
 def test_split_keeps_groups_together_and_loses_nothing(drawn, seed, parts):
@@ -177,7 +222,7 @@ def test_take_agrees_with_a_slow_loop_and_can_be_undone(drawn, data):
     shuffled = corpus.take(order)
     assert list(shuffled) == [corpus.sentence(i) for i in order]
     back = shuffled.take(np.argsort(order))
-    for field in ("word", "label", "begins", "group", "start"):
+    for field in ("word", "label", "begins", "group", "start", "spaced"):
         np.testing.assert_array_equal(getattr(back, field), getattr(corpus, field))
 
 

@@ -1,11 +1,14 @@
 """Whole-sentence tokenisation as oracle; batches, tags and cuts worked out by hand; a slow greedy loop for cuts."""
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from relearn_lens.text.corpus import Corpus, build_corpus
@@ -111,17 +114,15 @@ def test_encode_refuses_a_tokenizer_without_padding_token():
         encode(plain("a b"), words)
 
 
-def test_encode_refuses_a_tokenizer_that_takes_only_text():
-    class Text:
+def test_encode_refuses_a_tokenizer_that_takes_no_text():
+    class Images:
         name_or_path, pad_token_id = "mine", 0
 
         def __call__(self, *_, **__):
-            raise NotImplementedError("no pre-split words")
+            raise NotImplementedError("images alone")
 
-    with pytest.raises(
-        ValueError, match=r"of 'mine' does not take words that are already split \(no pre-split words\)"
-    ):
-        encode(plain("a b"), Text())
+    with pytest.raises(ValueError, match=r"of 'mine' takes no text \(images alone\); load the model's own with"):
+        encode(plain("a b"), Images())
 
 
 def test_encode_refuses_a_corpus_without_sentences():
@@ -133,6 +134,138 @@ def test_encode_leaves_the_global_state_alone(corpus, untouched):
     with untouched():
         encoded = encode(corpus, TOKENIZER, context=8)
         encoded.shuffled(batch_size=2, seed=0, epoch=0)
+
+
+# --- words as they stand in running text
+
+LINES = [
+    "Anna saw Rome , and New York ; Paris",
+    "the U.S. in 1996 : “ Rome ” ( old )",
+    "old towns don't re-elect 3.5 naïve Zürich .",
+]
+GLUED = set(",;.”)")
+"""Words before which no blank stands, besides those after an opening mark."""
+
+
+def running(spaced: bool = True) -> Corpus:
+    words = [line.split() for line in LINES]
+    blank = [i == 0 or not (w in GLUED or s[i - 1] in "“(") for s in words for i, w in enumerate(s)]
+    sentences = [[(w, "O", False) for w in s] for s in words]
+    return build_corpus(sentences, name="run/train", spaced=blank if spaced else None)
+
+
+def trained(
+    pre: Any, *, special: tuple[str, ...] = ("<end>",), model: Any = None, **more: Any
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with this way of cutting a text, trained on the lines above as running text."""
+    backend = Tokenizer(model or models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre, decoders.ByteLevel()
+    text = [_joined(running(), i, 0) for i in range(3)] * 3
+    if model is None:
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        backend.train_from_iterator(
+            text,
+            trainers.BpeTrainer(
+                vocab_size=330, special_tokens=[*special], initial_alphabet=alphabet, show_progress=False
+            ),
+        )
+    else:
+        backend.train_from_iterator(
+            text,
+            trainers.UnigramTrainer(
+                vocab_size=120, special_tokens=[*special], unk_token=special[0], show_progress=False
+            ),
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=special[0], unk_token=special[0], **more)
+
+
+def _joined(corpus: Corpus, i: int, first: int) -> str:
+    span = range(corpus.start[i] + first, corpus.start[i + 1])
+    return "".join(" " * bool(corpus.after_blank[w]) + corpus.vocab[corpus.word[w]] for w in span).strip()
+
+
+def split_at(pattern: str) -> Any:
+    """As in Qwen, Llama 3 and SmolLM2: a pattern cuts, and no option puts a blank before a text."""
+    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DIGITS = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
+TOKENIZERS = {
+    "gpt2": lambda: trained(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "gpt2, prefix": lambda: trained(pre_tokenizers.ByteLevel(add_prefix_space=True), add_prefix_space=True),
+    "qwen": lambda: trained(split_at(QWEN)),
+    "smollm2": lambda: trained(DIGITS),
+    "t5": lambda: trained(pre_tokenizers.Metaspace(prepend_scheme="always"), model=models.Unigram()),
+    "gemma": lambda: trained(pre_tokenizers.Metaspace(prepend_scheme="never"), model=models.Unigram()),
+    "bert": lambda: TOKENIZER,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("spaced", [True, False])
+def test_words_have_the_pieces_of_running_text(kind, spaced):
+    """The text itself, tokenised whole behind a word of another sentence, is the oracle."""
+    tokenizer, corpus = TOKENIZERS[kind](), running(spaced)
+    encoded = encode(corpus, tokenizer)
+    (before,) = tokenizer(["Rome"], add_special_tokens=False)["input_ids"]
+    for i in range(len(corpus)):
+        whole = tokenizer([f"Rome {_joined(corpus, i, 0)}"], add_special_tokens=False)["input_ids"][0]
+        mine = encoded.ids[encoded.piece_start[i] : encoded.piece_start[i + 1]].tolist()
+        assert before + mine == whole
+    # A text that does not know its blanks says so, to a tokenizer to which they matter.
+    unsure = [note for note in encoded.remarks if note.startswith("run: the text does not say where no blank stands")]
+    assert list(encoded.remarks) == unsure
+    assert bool(unsure) == (kind != "bert" and not spaced)
+
+
+def test_a_word_has_other_pieces_where_no_blank_is_before_it():
+    tokenizer = TOKENIZERS["gpt2"]()
+    corpus = build_corpus([[("Rome", "O", False), ("Rome", "O", False)]], name="x", spaced=[True, False])
+    encoded = encode(corpus, tokenizer)
+    assert tokenizer.decode(encoded.ids) == " RomeRome"
+    assert tokenizer.decode(encoded.ids[encoded.word_of == 0]) == " Rome"
+
+
+def test_notes_say_once_that_a_text_does_not_know_its_blanks():
+    parts = [encode(part, TOKENIZERS["gpt2"]()) for part in running(spaced=False).split(seed=0)]
+    assert len({note for part in parts for note in part.notes()}) == 1
+    assert encode(running(spaced=False), TOKENIZER).notes() == []  # BERT drops blanks: it is all one to it
+
+
+def test_notes_count_words_that_merge_with_a_neighbour():
+    tokenizer = trained(
+        pre_tokenizers.Split(" ", "merged_with_next")
+    )  # `York;` is one piece of text, and then one token
+    encoded = encode(running(), tokenizer)
+    (note,) = encoded.notes()
+    assert re.fullmatch(
+        r"run/train: \d+ of 28 words that were compared have other sub-words in running text, .*'\S+'\)", note
+    )
+
+
+def test_encode_refuses_a_tokenizer_to_which_words_are_nothing():
+    whole = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "old": 2, "town": 3}, unk_token="[UNK]"))
+    words = PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="[UNK]", unk_token="[UNK]")
+    with pytest.raises(
+        ValueError, match=r"cuts 2 of 2 words of 'words' otherwise in running text .*\('old' is the first"
+    ):
+        encode(plain("old town"), words)
+
+
+def test_encode_keeps_the_special_tokens_that_a_tokenizer_gives():
+    words = trained(pre_tokenizers.ByteLevel(add_prefix_space=False), special=("<end>", "<begin>"), bos_token="<begin>")
+    assert encode(running(), words).prefix == ()
+    assert encode(running(), words, opening=True).prefix == (words.bos_token_id,)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A <end>", special_tokens=[("<begin>", 1), ("<end>", 0)]
+    )
+    for opening in (False, True):
+        encoded = encode(running(), words, opening=opening)
+        assert (encoded.prefix, encoded.suffix) == ((1,), (0,))
 
 
 # --- batches

@@ -99,7 +99,7 @@ def test_spans_agree_with_seqeval(tmp_path_factory, data, letters):
     tag = st.just("O") | st.builds("{}-{}".format, st.sampled_from(letters), st.sampled_from("AB"))
     sentences = data.draw(st.lists(st.lists(tag, min_size=1, max_size=8), min_size=1, max_size=4))
     path = tmp_path_factory.mktemp("oracle") / "x.conll"
-    path.write_text("\n".join(column(*tags) for tags in sentences))
+    path.write_text("\n".join(column(*tags).replace("w", f"s{i}w") for i, tags in enumerate(sentences)))
     corpus = read_conll(path)
     for i, tags in enumerate(sentences):
         if letters == "BIES" and not any(t[0] in "BIS" for s in sentences for t in s):
@@ -186,7 +186,7 @@ def test_read_conll_without_documents_makes_each_sentence_a_group(write):
 
 
 def test_read_conll_keeps_blanks_inside_tab_separated_words(write):
-    assert texts(read_conll(write("New York\tB-LOC\n5 \tO\n"))) == [["New York", "5 "]]
+    assert texts(read_conll(write("New York\tB-LOC\n5 \tO\n"))) == [["New York", "5"]]
 
 
 def test_read_conll_keeps_unusual_blanks_inside_words(write):
@@ -236,8 +236,10 @@ def test_read_conll_takes_an_encoding(write):
         ("a O\nb x O\n", {}, r"line 2: 3 column\(s\) where line 1 has 2: 'b x O'; give every word as many"),
         ("a\tO\n\nb O\n", {}, r"line 3: 1 column\(s\) where line 1 has 2"),
         ("a O\n", {"column": 2}, r"line 1: there is no label column 2; of 2 columns it may be 1 to 1, or -1"),
-        ("a O\n", {"column": 0}, r"there is no label column 0.*0 is the word"),
-        ("a O\n", {"column": -2}, r"there is no label column -2"),
+        ("a O\n", {"column": 0}, r"line 1: the label column 0 and the word column 0 must be two of the 2 columns"),
+        ("a O\n", {"column": -2}, r"the label column 0 and the word column 0 must be two"),
+        ("a O\n", {"column": -3}, r"there is no label column -3"),
+        ("a O\n", {"word_column": 5}, r"the label column 1 and the word column 5 must be two.*give column= and"),
         ("a O\nb O\ncaf\u00e9 O".encode("latin-1"), {}, r"line 3: byte 11 \(0xe9\) is not utf-8.*encoding="),
         ("a O", {"encoding": "utf-9"}, r"no encoding is called 'utf-9'; try 'utf-8'"),
         (b"a O\nPK\x00\x03", {}, r"line 2: a NUL character, so this is no utf-8 text; .*encoding="),
@@ -258,7 +260,156 @@ def test_read_conll_refuses_a_folder(tmp_path):
         read_conll(tmp_path)
 
 
+# --- columns before the words, blanks around cells, blanks in the text
+
+CONLLU = """# newdoc id = d1
+# sent_id = 1
+1	He	he	PRON	_	_	3	nsubj	_	_
+2-3	doesn't	_	_	_	_	_	_	_	_
+2	does	do	AUX	_	_	4	aux	_	_
+3	n't	not	PART	_	_	4	advmod	_	_
+4	go	go	VERB	_	_	0	root	_	NER=O
+5-6	au	_	_	_	_	_	_	_	SpaceAfter=No
+5	à	à	ADP	_	_	7	case	_	_
+6	le	le	DET	_	_	7	det	_	_
+6.1	x	x	NOUN	_	_	_	_	_	_
+7	,	,	PUNCT	_	_	4	punct	_	SpaceAfter=No|Lang=fr
+
+1	No	no	INTJ	_	_	0	root	_	SpaceAfter=No
+
+1	.	.	PUNCT	_	_	0	root	_	_
+"""
+
+
+def blanks(corpus: Corpus) -> list[str]:
+    """Each sentence as it stands in the text."""
+    return [
+        "".join(
+            " " * bool(b) + word.text for word, b in zip(sentence, corpus.after_blank[corpus.start[i] :], strict=False)
+        )
+        for i, sentence in enumerate(corpus)
+    ]
+
+
+def test_read_conll_reads_the_words_of_conllu_and_their_blanks(write):
+    corpus = read_conll(write(CONLLU), column=3)
+    assert texts(corpus) == [["He", "does", "n't", "go", "à", "le", ","], ["No"], ["."]]
+    assert blanks(corpus) == [" He doesn't go à le,", " No", " ."]
+    assert corpus.label_names == ("O", "ADP", "AUX", "DET", "INTJ", "PART", "PRON", "PUNCT", "VERB")
+    assert read_conll(write(CONLLU), column=3, word_column=2).vocab[:3] == ("he", "do", "not")
+    with pytest.raises(
+        ValueError, match=r"column 9 of CoNLL-U holds attributes \('NER=O'\), no classes; choose another"
+    ):
+        read_conll(write(CONLLU))
+
+
+def test_read_conll_takes_blanks_from_the_text_of_a_sentence(write):
+    rows = "1\tHe\tO\n2\t(\tO\n3\tNora\tB-PER\n4\t)\tO\n5\tgoes\tO\n6\t.\tO\n\n"
+    corpus = read_conll(write(f"# text = He  (Nora) goes.\n{rows}# text = another one\n{rows}{rows}"))
+    assert blanks(corpus) == [" He (Nora) goes.", *[" He ( Nora ) goes ."] * 2]
+    assert read_conll(write(rows)).spaced is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "reading", "words"),
+    [
+        (["bc/cctv/00 0 0 In O", "bc/cctv/00 0 1 Kassel B-LOC", "", "bc/cctv/01 0 0 It O", "bc/cctv/01 0 1 is O"], {},
+         ["In", "Kassel", "It", "is"]),  # OntoNotes: document, part, number
+        (["1-1\t0-2\tIn\tO", "1-2\t3-9\tKassel\tLOC", "", "2-1\t11-13\tIt\tO", "2-2\t14-16\tis\tO"], {},
+         ["In", "Kassel", "It", "is"]),  # WebAnno: sentence and word, characters
+        (["0 In O x", "1 Kassel LOC x", "2 . O x"], {"column": 2}, ["In", "Kassel", "."]),  # counts from 0, to one end
+        (["O\tIn", "B-LOC\tKassel", "O\t."], {"column": 0, "word_column": 1}, ["In", "Kassel", "."]),
+        (["3 1990 B-DATE", "1 was O", "7 1991 B-DATE"], {"word_column": -2}, ["1990", "was", "1991"]),
+        (["1990 B-DATE", "1991 O", "was O"], {}, ["1990", "1991", "was"]),  # numbers among the words
+    ],
+)  # fmt: skip
+def test_read_conll_passes_over_columns_before_the_words(write, lines, reading, words):
+    assert [w for sentence in texts(read_conll(write("\n".join(lines)), **reading)) for w in sentence] == words
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["1 O", "2 O", "3 B-X"],
+            r"the words of column 0 are all numbers \(1, 2, 3\); .*word_column= \(data.word_column",
+        ),
+        (["7 x O", "3 y O", "5 z B-X"], "the words of column 0 are all numbers"),
+        (["d O", "d O", "d B-X"], r"are all the same \(d, d, d\)"),
+        (["O In", "B-LOC Kassel", "O ."], r"are all tags \(O, B-LOC, O\)"),
+    ],
+)
+def test_read_conll_refuses_words_that_are_none(write, lines, message):
+    with pytest.raises(ValueError, match=message):
+        read_conll(write("\n".join(lines)))
+
+
+def test_read_conll_strips_blanks_and_takes_the_underscore_for_outside(write):
+    corpus = read_conll(write(" Nora \t B-PER\nsaw\t_ \nKassel\tB-LOC\n"))
+    assert (texts(corpus), read(corpus)) == ([["Nora", "saw", "Kassel"]], "*PER O *LOC")
+
+
+def test_read_conll_warns_of_a_text_whose_words_are_all_of_a_class(write):
+    with pytest.warns(UserWarning, match=r"text\.conll: no word has the label 'O' \(column 1: DT, NN\), so every word"):
+        corpus = read_conll(write("the DT\nroad NN\n"))
+    assert corpus.notes[0].startswith("text.conll: no word has the label 'O'")
+    assert read_conll(write("the O\nroad NN\n")).notes == ()
+
+
 # --- folders
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated"),
+        ("restauranttrain.bio", "restaurantdev.bio", "restauranttest.bio"),
+        ("onto.train.ner", "onto.development.ner", "onto.test.ner"),
+        ("da_ddt-ud-train.iob2", "da_ddt-ud-dev.iob2", "da_ddt-ud-test.iob2"),
+        ("train.char.bmes", "dev.char.bmes", "test.char.bmes"),
+    ],
+)
+def test_read_splits_reads_files_as_they_are_published(write, tmp_path, names):
+    for name in names:
+        write(f"{name} B-X\nis O\n", name)
+    write("{}", "test_scores.json")
+    assert [part.sentence(0)[0].text for part in read_splits(tmp_path, seed=0)] == [*names]
+
+
+def test_read_splits_leaves_out_joined_and_plain_files(write, tmp_path):
+    for name in ("x-train.conllu", "x-dev.conllu", "x-test.conllu", "train_dev.tsv"):
+        write(f"{name} B-X\nis O\n", name)
+    write("A plain text.", "x-train.txt")
+    assert [p.sentence(0)[0].text for p in read_splits(tmp_path, seed=0)] == [
+        f"x-{k}.conllu" for k in ("train", "dev", "test")
+    ]
+
+
+def test_read_splits_says_what_to_do_about_a_part_that_is_missing(write, tmp_path):
+    for name in ("train.txt", "dev.txt"):
+        write("a O\n", name)
+    with pytest.raises(
+        ValueError, match=r"has \{'probe': \[\]\}.*split into all three by data\.parts: conll:.*train\.txt"
+    ):
+        read_splits(tmp_path, seed=0)
+
+
+def test_read_splits_splits_between_sentences_where_documents_are_few(write):
+    two = "-DOCSTART- O\n\na O\n\nb O\n\n-DOCSTART- O\n\nc O\n\nd O\n"
+    split = read_splits(write(two), seed=0)
+    assert sorted(w for part in split for (w,) in texts(part)) == ["a", "b", "c", "d"]
+    assert {note for part in split for note in part.notes} == {
+        "text: 2 document(s), too few to split between, so each sentence is a group of its own and one document's "
+        "sentences may be in train and in probe"
+    }
+    assert read_splits(write(two + "-DOCSTART- O\n\ne O\n"), seed=0).train.notes == ()
+    with pytest.raises(ValueError, match=r"'text' has 2 group\(s\)"):
+        read_splits(write("a O\n\nb O\n"), seed=0)
+
+
+def test_read_splits_reads_another_encoding(write):
+    path = write("".join(f"é{i} O\n\n" for i in range(5)).encode("latin-1"))
+    assert read_splits_named(f"conll:{path}", seed=0, encoding="latin-1").train.vocab[0][0] == "é"
 
 
 @pytest.mark.parametrize(
@@ -354,7 +505,12 @@ def test_read_hf_uses_the_sets_own_parts(tmp_path):
 
 def test_read_hf_splits_the_train_part_without_the_others(tmp_path):
     save(tmp_path / "set", train=table(5), test=table(3))
-    assert sum(len(part) for part in read_hf(str(tmp_path / "set"), seed=0)) == 5
+    split = read_hf(str(tmp_path / "set"), seed=0)
+    assert sum(len(part) for part in split) == 5
+    assert re.fullmatch(
+        r"data set '.*set' has no validation part: its train part alone is split, test is not used",
+        split.probe.notes[0],
+    )
 
 
 def test_read_hf_reads_a_folder_of_data_files(tmp_path, monkeypatch):
@@ -464,13 +620,15 @@ ALIGNED = [  # Greek word, verse, English words counted from 1
 def test_read_bsb_names_decides_by_form(tmp_path, monkeypatch):
     places = ["40001001", "40001002", "40002001"]
     words = [
-        f"{place}{w:03}\t{place}\t{text}"
+        f"{place}{w:03}\t{place}\t{text}\t{'y' if text in ('told', 'Hebrew', 'left', 'Christ') else ''}"
         for place, verse in zip(places, VERSES, strict=True)
         for w, text in enumerate(verse.split(), start=1)
     ]
     records = [{"source": [greek], "target": [f"{places[verse]}{w:03}" for w in at]} for greek, verse, at in ALIGNED]
     (tmp_path / "SBLGNT.tsv").write_text(SOURCE, encoding="utf-8")
-    (tmp_path / "nt_BSB.tsv").write_text("\n".join(["id\tsource_verse\ttext", *words]), encoding="utf-8")
+    (tmp_path / "nt_BSB.tsv").write_text(
+        "\n".join(["id\tsource_verse\ttext\tskip_space_after", *words]), encoding="utf-8"
+    )
     (tmp_path / "SBLGNT-BSB-manual.json").write_text(json.dumps({"records": records}), encoding="utf-8")
     monkeypatch.setattr(readers.sources, "fetch", lambda name: tmp_path)
     corpus = read_bsb_names()
@@ -478,6 +636,8 @@ def test_read_bsb_names_decides_by_form(tmp_path, monkeypatch):
     # of 5 "He" one is aligned, less than a third; of 3 "Paul" two are, and so all 3 are names
     assert read(corpus) == ("O O *person O O O *place O / *person O O O O *person O O O / O O *person person O O O O")
     assert corpus.group.tolist() == [40001, 40001, 40002]
+    glued = [corpus.vocab[w] for w in corpus.word[~corpus.after_blank]]
+    assert glued == ["Paul", ";", "."]  # what is after `left` opens the next verse
 
 
 @pytest.fixture(scope="module")
@@ -524,6 +684,17 @@ def test_bsb_keeps_languages_out_and_joins_neighbours(bsb):
     assert [word.text for word in first if word.label == "person"] == ["Jesus", "Christ", "David", "Abraham"]
     assert bsb.begins[: len(first)].sum() == 3
     assert bsb.split(seed=0).train.n_sentences > 4_000
+
+
+@pytest.mark.artefacts
+def test_bsb_knows_its_own_blanks(bsb):
+    shown = [
+        "".join(" " * bool(b) + w.text for w, b in zip(s, bsb.after_blank[bsb.start[i] :], strict=False))
+        for i, s in zip(range(3), bsb, strict=False)
+    ]
+    assert shown[0] == " This is the record of the genealogy of Jesus Christ, the son of David, the son of Abraham:"
+    assert bsb.after_blank[bsb.start[:-1]].all()
+    assert bsb.n_words - bsb.spaced.sum() == 29_407  # as the file counts them
 
 
 # --- by name
@@ -647,6 +818,6 @@ def test_read_conll_refuses_half_a_character(tmp_path):
 
 
 def test_read_conll_refuses_a_column_that_is_no_labels(tmp_path):
-    (tmp_path / "a.conll").write_text("".join(f"word L{i}\n" for i in range(33_000)))
+    (tmp_path / "a.conll").write_text("".join(f"word{i} L{i}\n" for i in range(33_000)))
     with pytest.raises(ValueError, match=r"has 33,001 different labels, of at most 32,767; is its label column one of"):
         read_conll(tmp_path / "a.conll", scheme="io")

@@ -1,0 +1,175 @@
+"""Removers that work on what a model predicts: the loss on what is to go rises, that on what is to stay does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from relearn_lens.models.model import LanguageModel, Model, hidden
+from relearn_lens.remove.removal import FORGET, RETAIN, Remover, Term, by_sentence, kept_by_piece, kept_of, n_subwords
+from relearn_lens.text.encoding import Batch, Encoded
+
+Retained = Literal["ce", "kl"]
+"""What keeps the retained text: its own cross-entropy, or how far predictions are from those of before."""
+
+
+class GradientAscent(Remover):
+    """Raises the loss on what is to be forgotten, and nothing else: it diverges, so stop it early."""
+
+    name: ClassVar[str] = "gradient_ascent"
+    formula: ClassVar[str] = "-CE_f"
+    source: ClassVar[str] = "Jang et al. 2023, equation 2"
+
+    def terms(self, model: Model, seed: int) -> dict[str, Term]:
+        """As of `Remover`."""
+        return {FORGET: _cross_entropy(-1.0)}
+
+
+class GradDiff(Remover):
+    """Raises the loss on what is to be forgotten, and lowers it on what is to be retained.
+
+    `retain="kl"` keeps the predictions of before instead; what they are computed from (one hidden state for each
+    sub-word of the retained text, and the head) is taken from the model before the first step and kept on the CPU.
+
+    The KL of open-unlearning's release counts every position: prompts, special tokens and padding too. Here it counts
+    what carries the loss; `faithful=True` does as released, and then batches cannot go through the model in parts.
+
+    Source: Liu et al. 2022; Maini et al. 2024, section 3.2.
+    """
+
+    name: ClassVar[str] = "grad_diff"
+    formula: ClassVar[str] = "-gamma CE_f + alpha (CE_r or KL_r(pi0, pi))"
+    source: ClassVar[str] = "Liu et al. 2022; Maini et al. 2024, section 3.2"
+
+    gamma: float = Field(default=1.0, gt=0, le=1e6, description="weight of forgetting (open-unlearning)")
+    alpha: float = Field(
+        default=1.0, ge=0, le=1e6, description="weight of retaining (open-unlearning); 0: no retained text"
+    )
+    retain: Retained = Field(
+        default="ce", description="ce: nats per sub-word of the retained text; kl: KL(pi0, pi) there, nats per sub-word"
+    )
+    faithful: bool = Field(default=False, description="KL over prompt and padding too, as open-unlearning released it")
+
+    def terms(self, model: Model, seed: int) -> dict[str, Term]:
+        """As of `Remover`."""
+        kept = _retained(model, self.retain, self.alpha, everywhere=self.faithful)
+        return {FORGET: _cross_entropy(-self.gamma), **kept}
+
+
+class NPO(Remover):
+    """Negative preference optimisation: gradient ascent that fades on a sentence as it gets less likely than it was.
+
+    Log-probabilities are summed over the sub-words of a sentence (its answer, where it has one), and the loss is the
+    mean over sentences. With `beta` towards 0 its gradient becomes that of gradient ascent, times sub-words per
+    sentence. What they were is one number for each sub-word, kept on the CPU.
+
+    The release of Fan et al. 2025 puts the mean cross-entropy of the whole batch into the sigmoid, one scalar a batch:
+    `faithful=True` does so, and then batches cannot go through the model in parts.
+
+    Source: Zhang et al. 2024, equation 3, with the retained loss of open-unlearning.
+    """
+
+    name: ClassVar[str] = "npo"
+    formula: ClassVar[str] = (
+        "-(2 / beta) mean log sigmoid(-beta (log pi(y) - log pi0(y)))_f + alpha (CE_r or KL_r(pi0, pi))"
+    )
+    source: ClassVar[str] = "Zhang et al. 2024, equation 3"
+
+    beta: float = Field(
+        default=0.1, gt=0, le=1e3, description="inverse temperature, per nat (Zhang et al. 2024, open-unlearning)"
+    )
+    alpha: float = Field(
+        default=1.0, ge=0, le=1e6, description="weight of retaining (open-unlearning); 0: no retained text"
+    )
+    retain: Retained = Field(
+        default="ce", description="ce: nats per sub-word of the retained text; kl: KL(pi0, pi) there, nats per sub-word"
+    )
+    faithful: bool = Field(default=False, description="one sigmoid a batch, as Fan et al. 2025 released it")
+
+    def terms(self, model: Model, seed: int) -> dict[str, Term]:
+        """As of `Remover`."""
+        keep = kept_by_piece(_nats_by_sentence)
+        forget = (
+            Term(partial(_npo_of_batch, self.beta), None, keep)
+            if self.faithful
+            else Term(partial(_npo, self.beta), lambda _, pieces: len(pieces), keep)
+        )
+        return {FORGET: forget, **_retained(model, self.retain, self.alpha)}
+
+
+def _retained(model: Model, kind: Retained, weight: float, *, everywhere: bool = False) -> dict[str, Term]:
+    if weight == 0:
+        return {}
+    return {RETAIN: _cross_entropy(weight) if kind == "ce" else _divergence(model, weight, everywhere)}
+
+
+# --- cross-entropy
+
+
+def _cross_entropy(weight: float) -> Term:
+    return Term(_nats, n_subwords, weight=weight)
+
+
+def _nats(model: Model, batch: Batch, kept: Any) -> tuple[Tensor, int]:
+    nats = model.losses(batch)
+    return nats.sum(), len(nats)
+
+
+# --- against the model as it was
+
+
+def _nats_by_sentence(model: Model, batch: Batch) -> Sequence[Tensor]:
+    return by_sentence(model.losses(batch), batch)
+
+
+def _npo(beta: float, model: Model, batch: Batch, kept: list[Tensor]) -> tuple[Tensor, int]:
+    rise = model.losses(batch) - kept_of(kept, batch)
+    by_answer = rise.new_zeros(len(batch.ids)).index_add(0, batch.sentence, rise)
+    return -2 / beta * F.logsigmoid(beta * by_answer).sum(), len(by_answer)
+
+
+def _npo_of_batch(beta: float, model: Model, batch: Batch, kept: list[Tensor]) -> tuple[Tensor, int]:
+    return -2 / beta * F.logsigmoid(beta * (model.losses(batch).mean() - kept_of(kept, batch).mean())), 1
+
+
+def _divergence(model: Model, weight: float, everywhere: bool) -> Term:
+    """KL(pi0, pi) where a sub-word is predicted, or at every position of the padded batch."""
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            "retain = 'kl' compares next-token predictions, and this model is a tagger; use retain='ce', or a language "
+            "model"
+        )
+
+    def states(model: Model, batch: Batch) -> Sequence[Tensor]:
+        there = hidden(model.bridge, batch.ids, batch.mask)
+        return list(there) if everywhere else by_sentence(there.flatten(0, 1)[batch.subword - 1], batch)
+
+    def keep(model: LanguageModel, text: Encoded) -> tuple[list[Tensor], dict[str, Tensor]]:
+        def padded(model: Model, batch: Batch) -> Sequence[Tensor]:
+            # As far as any batch will be padded.
+            pieces = np.append(batch.pieces.cpu().numpy(), text.lengths.argmax())
+            return states(model, text.batch(pieces).to(model.device))[:-1]
+
+        # The head may move, or be the embedding that does.
+        head = {name: weight.detach().clone() for name, weight in model.head.named_parameters()}
+        return kept_by_piece(padded if everywhere else states)(model, text), head
+
+    def value(model: LanguageModel, batch: Batch, kept: tuple[list[Tensor], dict[str, Tensor]]) -> tuple[Tensor, int]:
+        before, head = kept
+        width = batch.ids.shape[1]
+        there = kept_of([piece[:width] for piece in before] if everywhere else before, batch)
+        with torch.no_grad():
+            target = model.logits(there, lambda x: functional_call(model.head, head, (x,))).float().log_softmax(-1)
+        now = model.logits(torch.cat(list(states(model, batch)))).float().log_softmax(-1)
+        return F.kl_div(now, target, reduction="sum", log_target=True), len(now)
+
+    count = None if everywhere else n_subwords
+    return Term(value, count, keep, weight)  # pyright: ignore[reportArgumentType]

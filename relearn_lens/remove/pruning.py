@@ -1,0 +1,47 @@
+"""Pruning as a remover: weights to what has no effect, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from relearn_lens.methods import Method
+from relearn_lens.models.model import Model
+from relearn_lens.models.training import Checkpoint
+from relearn_lens.neurons.sites import Neurons, Sever
+from relearn_lens.remove.ablation import check_prunable, prune_
+
+
+class Prune(Method):
+    """Sets the weights of neurons to what has no effect (`ablation.prune_`); trains nothing, so it needs no text.
+
+    Source: Lo et al. 2024, section 3.
+    """
+
+    name: ClassVar[str] = "prune"
+    formula: ClassVar[str] = "theta_i <- 0 for the weights of the given neurons"
+    source: ClassVar[str] = "Lo et al. 2024, section 3"
+
+    sever: Sever = Field(default="out", description="which weights of a neuron are cut, as `prune_` says")
+
+    def __call__(
+        self, model: Model, texts: Any = None, where: Neurons | None = None, *, seed: int = 0
+    ) -> Iterator[Checkpoint]:
+        """Prune the neurons `where`, once the iterator is asked; yields then, at step 0, with no loss (nan).
+
+        `texts` and `seed` are what other removers take; nothing here depends on them.
+
+        Raises:
+            ValueError: no neurons, or weights that the model does not have; at the call.
+        """
+        if where is None or not len(where):
+            raise ValueError("prune: no neurons to prune; give a set of them as where=")
+        check_prunable(model, where, self.sever)
+        return self._pruned(model, where)
+
+    def _pruned(self, model: Model, neurons: Neurons) -> Iterator[Checkpoint]:
+        prune_(model, neurons, sever=self.sever)
+        yield Checkpoint(epoch=0.0, step=0, tokens_seen=0, loss=math.nan)

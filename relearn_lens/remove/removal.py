@@ -1,0 +1,164 @@
+"""What all removers that train share: a weighted sum of terms, each on the text of its role, that the one loop lowers.
+
+A remover is a frozen object that says what it lowers; called on a model and texts it is a training like any other. A
+remover of one's own is a function with the signature of an objective: `removers.remove_` takes it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from relearn_lens import methods
+from relearn_lens.methods import Method, Rate, Training
+from relearn_lens.models.model import Model
+from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, plain, train_
+from relearn_lens.text.corpus import Corpus
+from relearn_lens.text.encoding import Batch, Encoded
+
+FORGET, RETAIN = "forget", "retain"
+"""The roles of texts: what is to go, and what is to stay."""
+Texts = Mapping[str, Corpus | Encoded]
+"""Texts by role."""
+
+
+class Removing(Training):
+    """Training that takes something out. Defaults: those of open-unlearning for all of its methods (8 sentences in each
+    of 4 parts)."""
+
+    epochs: float = Field(default=10, gt=0, le=10_000, description="passes over what is to be forgotten")
+    lr: Rate = Field(default=1e-5, description="highest learning rate")
+    batch_size: int = Field(default=32, ge=1, le=100_000, description="sentences of each text per step")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss, on the text of one role."""
+
+    value: Callable[[Model, Batch, Any], tuple[Tensor, int]]
+    """Its sum on a batch, and over how many it is a mean; the third argument is what `keep` gave."""
+    count: Callable[[Encoded, np.ndarray], int] | None
+    """Over how many it is for some pieces of a text; None: only a whole batch can say, so it cannot go in parts."""
+    keep: Callable[[Model, Encoded], Any] | None = None
+    """What it compares with: taken from the model, for a whole text, before the first step."""
+    weight: float = 1.0
+
+
+def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
+    """The objective that is a sum of terms by role."""
+
+    def objective(model: Model, batches: Mapping[str, Batch], reference: Any) -> Parts:
+        parts = {}
+        for role, term in terms.items():
+            value, n = term.value(model, batches[role], (reference or {}).get(role))
+            parts[role] = (term.weight * value, n)
+        return parts
+
+    def kept(model: Model, texts: Mapping[str, Encoded]) -> dict[str, Any]:
+        return {role: term.keep(model, texts[role]) for role, term in terms.items() if term.keep}
+
+    def counts(texts: Mapping[str, Encoded], pieces: Mapping[str, np.ndarray]) -> dict[str, int]:
+        return {role: term.count(texts[role], pieces[role]) for role, term in terms.items() if term.count}
+
+    objective.__name__ = name
+    if any(term.keep for term in terms.values()):
+        objective.reference = kept
+    if all(term.count for term in terms.values()):
+        objective.counts = counts
+    return objective
+
+
+def n_subwords(text: Encoded, pieces: np.ndarray) -> int:
+    """Sub-words of some pieces of a text: a `Term.count`."""
+    return text.n_subwords(pieces)
+
+
+def by_sentence(values: Float[Tensor, "subword ..."], batch: Batch) -> Sequence[Tensor]:
+    """What there is of each sub-word of a batch, cut into sentences."""
+    return values.split(torch.bincount(batch.sentence, minlength=len(batch.ids)).tolist())
+
+
+def kept_by_piece(of: Callable[[Model, Batch], Sequence[Tensor]]) -> Callable[[Model, Encoded], list[Tensor]]:
+    """What `of` gives for each sentence of a batch, for every piece of a text, on the CPU: a `Term.keep`."""
+
+    def keep(model: Model, text: Encoded) -> list[Tensor]:
+        each: list[Tensor] = [torch.empty(0)] * text.n_pieces
+        for pieces in text.cuts():
+            for piece, value in zip(pieces, of(model, text.batch(pieces).to(model.device)), strict=True):
+                each[piece] = value.detach().cpu()
+        return each
+
+    return keep
+
+
+def kept_of(kept: list[Tensor], batch: Batch) -> Float[Tensor, "subword ..."]:
+    """What was kept of a batch's pieces, where the batch is."""
+    return torch.cat([kept[piece] for piece in batch.pieces.tolist()]).to(batch.ids.device)
+
+
+class Remover(Method):
+    """Takes what one text says out of a model by training, and may keep what another says."""
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    """What it lowers. pi: the model; pi0: as it was; y: an answer; f, r: what is forgotten and what retained."""
+    source: ClassVar[str]
+    usual: ClassVar[Training] = Removing()
+    """How it trains unless something else is asked for."""
+
+    def terms(self, model: Model, seed: int) -> dict[str, Term]:
+        """What it lowers, by role of text; the first role gives the steps of an epoch."""
+        raise NotImplementedError
+
+    def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]] | None:
+        """Which entries of the weights move unless something else is asked for; None: all."""
+        return None
+
+    def __call__(
+        self,
+        model: Model,
+        texts: Texts,
+        where: Mapping[str, Bool[Tensor, ...]] | None = None,
+        *,
+        seed: int = 0,
+        how: Training | None = None,
+        step: Step = plain,
+        reference: Any = None,
+        resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
+        **fields: Any,
+    ) -> Checkpoints:
+        """Train it out; yields as `train_` does.
+
+        `texts` has a text for each role: `forget`, and `retain` where something is to be kept. `where` maps plain names
+        of weights to which of their entries may move (None: what is usual for this remover). `how` says all about the
+        optimiser, and `fields` are single fields of it; `step` is a wrapper (`wrappers.SAM`). Other keywords as of
+        `train_`.
+
+        Raises:
+            ValueError: no text for a role that it needs, and as `train_`; at the call.
+        """
+        terms = self.terms(model, seed)
+        if missing := [role for role in terms if role not in texts]:
+            raise ValueError(
+                f"{self.name} lowers {self.formula}, and there is no text for {missing[0]!r}; texts are there for "
+                f"{', '.join(texts) or 'nothing'}"
+            )
+        return train_(
+            model,
+            {role: texts[role] for role in terms},
+            methods.of(Removing, how or self.usual, fields),
+            objective=weighted(self.name, terms),
+            step=step,
+            only=self.entries(model) if where is None else where,
+            reference=reference,
+            seed=seed,
+            resume=resume,
+            what=f"removing by {self.name}",
+        )
