@@ -26,6 +26,7 @@ from relearn_lens.measure.grafting import Grafts, grafts, share_old
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
+from relearn_lens.models import processes
 from relearn_lens.models.lora import adapter_weights, load_adapter_weights
 from relearn_lens.models.model import computing
 from relearn_lens.models.training import Checkpoint, cross_entropy, train_
@@ -95,7 +96,7 @@ class _Seed:
     seed: int
     kept: Kept | None
     weighed: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict)
-    """Weights that grafts are made from, where there is no folder to keep them."""
+    """Weights that grafts are made from, where there is no folder to look them up in."""
 
     @property
     def experiment(self) -> Experiment:
@@ -242,14 +243,14 @@ class _Seed:
 
     def _weigh(self, arm: str, stage: str) -> Iterator[Event]:
         weights = self.ready.model.weights()
-        if self.kept is None:
+        # Of several processes one alone writes, and what it writes now the others do not see.
+        if self.kept is None or processes.size() > 1:
             self.weighed[arm, stage] = {name: value.detach().clone() for name, value in weights.items()}
         yield Weighed(arm, self.seed, stage, weights)
 
     def _weights_at(self, arm: str, stage: str) -> Mapping[str, Tensor] | None:
-        if self.kept is not None:
-            return self.kept.weighed(arm, self.seed, stage)
-        return self.weighed.get((arm, stage))
+        here = self.weighed.get((arm, stage))
+        return self.kept.weighed(arm, self.seed, stage) if here is None and self.kept is not None else here
 
     def _afterwards(self, base: Base, cuts: Cuts, done: Mapping[str, Trajectory], back: str | None) -> Iterator[Event]:
         """Where it came back, by intervention."""

@@ -429,7 +429,8 @@ class RunFolder:
         if self._keeps != "none" and arm.weights is not None:
             tensors = {k: v.cpu() for k, v in arm.weights.items()}
             write_tensors(self._weights(path.arm, path.seed), tensors, {})
-        self._keep(f"{path.arm}-{path.seed}", path)
+        if arm.weights is not None or not self._tensors(f"{path.arm}-{path.seed}").exists():
+            self._keep(f"{path.arm}-{path.seed}", path)
         self._forget(f"{path.arm}-{path.seed}")
         self._forget(f"{path.arm}-fine-{path.seed}")
 

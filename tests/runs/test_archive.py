@@ -25,7 +25,7 @@ from relearn_lens.runs.events import Again, ArmDone, Base, Blocked, Cuts, Damage
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.text.concept import Concept
-from tests.made import TINY
+from tests.made import TINY, same
 
 EVERYTHING = {
     "measure.what": ["dprime", "elastic_net", "layer_ig", "top_words", "similarity"],
@@ -49,22 +49,6 @@ def results() -> dict[str, Any]:
             case Sized() | Cuts() | Damage() | Grafted() | Again() | Blocked():
                 found[type(event).__name__.lower()] = event
     return found
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal all the way down, NaN with NaN."""
-    if isinstance(a, torch.Tensor | np.ndarray):
-        alike = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
-        return alike and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind == "f")
-    if isinstance(a, float):
-        return isinstance(b, float) and (a == b or (math.isnan(a) and math.isnan(b)))
-    if isinstance(a, Mapping):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if is_dataclass(a):
-        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and type(b) is (tuple if isinstance(a, list) else type(a)) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
 
 
 def written(value: Any) -> Any:
