@@ -256,16 +256,18 @@ class _Seed:
         """Where it came back, by intervention."""
         experiment, path = self.experiment, done["concept"]
         last = path.stages[-1]
-        end = self._weights_at("concept", last)
-        if experiment.grafts.skip or end is None:
+        if experiment.grafts.skip or experiment.retrain.lora_rank:
             return
         stages = list(dict.fromkeys(stage for stage in (back, last) if stage is not None))
-        grafted = self._result(Grafted)
+        grafted, again = self._result(Grafted), self._result(Again)
+        end = self._weights_at("concept", last) if grafted is None or again is None else {}
+        if end is None:
+            return
         if grafted is None:
             made = {stage: self._graft(stage, base, cuts, done) for stage in stages}
             grafted = Grafted(self.seed, {stage: each for stage, each in made.items() if each is not None})
         yield grafted
-        yield self._result(Again) or self._again(end, cuts, path)
+        yield again or self._again(end, cuts, path)
         for held in experiment.block.held:
             yield self._result(Blocked, held) or self._blocked(held, base, cuts, path, grafted)
 

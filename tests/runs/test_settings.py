@@ -262,7 +262,7 @@ def test_unknown_key_lists_those_of_its_group():
 
 def test_unknown_key_at_the_top_lists_all():
     text = one_line(["modle=x"])
-    assert re.match(r"unknown setting 'modle'; known: model, corpus, ", text)
+    assert re.match(r"unknown setting 'modle'; known: model, head, ", text)
     assert "prune.fraction" in text
 
 

@@ -204,8 +204,7 @@ def test_weights_are_kept_when_asked(replayed, made, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "perform", lambda *_, **__: iter(last))
     store.run(tiny(keep="last"), tmp_path / "run")
     names = {path.stem for path in (tmp_path / "run" / "weights").iterdir()}
-    grafted = {f"{name}@{stage}-0" for name in ("concept", "random", "unpruned") for stage in ("8", "16")}
-    assert names == {"base-0", *(f"{name}-0" for name in ARMS)} | grafted
+    assert names == {"base-0", *(f"{name}-0" for name in ARMS)}  # and not what grafts were made from
     assert torch.equal(
         files.read_tensors(tmp_path / "run/weights/random-0.safetensors")[0]["head.weight"], torch.ones(2)
     )
@@ -472,12 +471,12 @@ def fails_at(monkeypatch):
 
 
 def test_run_goes_on_after_a_full_disk_wherever_it_was(tmp_path, replayed, fails_at, monkeypatch):
-    """Every fifth write fails once; the same command then leaves the same files."""
+    """Every eleventh write fails once; the same command then leaves the same files."""
     monkeypatch.setattr(store, "summary", lambda run: {"arms": list(run.arms)})
     store.run(tiny(), tmp_path / "whole")
     writes = fails_at["now"]
-    assert writes > 15
-    for n in range(3, writes + 1, 5):
+    assert writes > 40
+    for n in range(3, writes + 1, 11):
         fails_at |= {"now": 0, "at": n}
         with pytest.raises(OSError, match="the disk is full"):
             store.run(tiny(), tmp_path / str(n))
