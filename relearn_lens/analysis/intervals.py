@@ -29,6 +29,8 @@ Numbers = Sequence[float | int] | np.ndarray
 FEWEST_SEEDS = 3
 """Fewest training seeds that say anything of what training did: below, a difference between arms has no interval."""
 ONE_SEED = "one training seed: no interval over training"
+SENTENCES = "the sentences"
+"""What a gap's interval is over where the text tells it least finely."""
 AT_AN_END = 0.02
 """How near to an end of a scale from 0 to 1 counts as there: one span of fifty."""
 JACKKNIFED = 1000
@@ -300,7 +302,7 @@ def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, l
     elif seeds > 1 and (spread := float(gaps.std(ddof=1))) > still:
         found.append((spread * math.sqrt(1 + 1 / seeds), seeds - 1, f"{seeds} seeds"))
     if least is not None and least > still:
-        found.append((least / float(st.norm.ppf((1 + level) / 2)), math.inf, "the sentences"))
+        found.append((least / float(st.norm.ppf((1 + level) / 2)), math.inf, SENTENCES))
     p_flips = paired(ours, means, level=level).p
     if not found:
         over = "one value of the control" if n == 1 else f"{n} values of the control without any spread"

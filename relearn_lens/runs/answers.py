@@ -45,9 +45,14 @@ def curve(path: Trajectory, label: Any) -> Curve:
 def _specific(run: Run) -> Question | None:
     if not run.damage or not any(run.damage[0].random.values()):
         return None
-    concept, first = "+".join(run.label), run.arms["concept"][0][BASE].scores
-    support = first.support()
-    judged = [name for name in first.labels if name not in run.label and support[name] >= FEWEST_SPANS]
+    concept, bases = "+".join(run.label), [path[BASE].scores for path in run.arms["concept"]]
+    support = bases[0].support()
+    # What a base model hardly knows cannot be spared either: a share of a margin that is not there says nothing.
+    judged = [
+        name
+        for name in bases[0].labels
+        if name not in run.label and support[name] >= FEWEST_SPANS and min(outcome(b, name).margin for b in bases) > 0
+    ]
     other = run.manifest.get("other")
     labels: Mapping[str, Any] = {concept: run.label, **{name: name for name in judged}}
 

@@ -1,1 +1,6 @@
 """Labelled text: which words carry what is looked for, and a reader for each format."""
+
+import lazy_loader as lazy
+
+# Modules that are public names.
+__getattr__, *_ = lazy.attach(__name__, ["facts"])

@@ -422,7 +422,7 @@ def read_hf(name: str, *, seed: int, parts: Parts = PARTS, config: str | None = 
         ConnectionError: the hub cannot be reached, and the data set is not in its cache.
         ValueError: there is no such data set or configuration, or it lacks such columns, parts or labels.
     """
-    loaded = _load_hf(name, config)
+    loaded = load_hf(name, config)
     tables = loaded if isinstance(loaded, dict) else {"train": loaded}  # a DatasetDict is a dict
     three = ("train", next((k for k in ("dev", "valid", "val") if k in tables), "validation"), "test")
     if all(part in tables for part in three):
@@ -437,7 +437,12 @@ def read_hf(name: str, *, seed: int, parts: Parts = PARTS, config: str | None = 
     return whole.split(seed=seed, parts=parts)
 
 
-def _load_hf(name: str, config: str | None) -> Any:
+def load_hf(name: str, config: str | None) -> Any:
+    """A data set, or a dictionary of its parts, by its name on the hub or a local folder; none of its code is run.
+
+    Raises:
+        ConnectionError, ValueError: as `read_hf`.
+    """
     import datasets  # slow to import, and only this reader needs it
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 

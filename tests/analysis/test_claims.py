@@ -293,7 +293,7 @@ def test_claim_about_training_in_both_directions(id):
     true, other = VERSUS[id]
     found = row(id, arms_of(4, true, other))
     assert found.verdict == "supported"
-    assert "beyond the control" in found.why
+    assert "beyond the control by more than the bar (by Student's t over 4 seeds)." in found.why
     assert found.effect is not None
     assert found.effect.value == pytest.approx((found.concept or 0) - (found.control or 0))
     back = row(id, arms_of(4, other, true))

@@ -1,6 +1,7 @@
 """A whole run on next-token concepts: a toy language model, a run folder, its tables and its page."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -76,11 +77,14 @@ def test_numbers_are_losses_in_nats(run):
     assert "loss" in tables.draws_row(run)
 
 
-def test_claims_are_in_nats(run):
+def test_claims_of_a_language_model_are_in_nats_or_in_shares_of_the_gain_over_a_guess(run):
     found = {claim.id: claim for claim in claims_of(run)}
-    base, pruned = (run.arms["concept"][0][stage].scores.shown("place") for stage in ("base", "pruned"))
+    scores = {stage: run.arms["concept"][0][stage].scores for stage in ("base", "pruned")}
+    base, pruned = (scores[stage].shown("place") for stage in ("base", "pruned"))
     assert found["C1"].concept == pytest.approx(pruned - base)
     assert found["C1"].measures.startswith("nats per token on the concept that pruning costs")
+    assert found["C3a"].concept == pytest.approx((pruned - base) / (math.log(scores["base"].vocabulary) - base))
+    assert found["C3a"].measures.startswith("share of base gain over a uniform guess")
 
 
 def test_the_page_speaks_of_loss(run):
