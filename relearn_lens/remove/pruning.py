@@ -12,7 +12,8 @@ from relearn_lens.methods import Method
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Sever
-from relearn_lens.remove.ablation import check_prunable, prune_
+from relearn_lens.neurons.weights import check_prunable
+from relearn_lens.remove.ablation import prune_
 
 
 class Prune(Method):
