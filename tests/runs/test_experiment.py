@@ -41,6 +41,7 @@ from relearn_lens.runs.texts import together
 from tests.analysis.test_story import trajectory
 from tests.made import arms_in, tiny
 
+
 @pytest.fixture(scope="module")
 def events() -> list[Event]:
     """All events of one small run, with the weights as they were at each."""
@@ -245,7 +246,12 @@ def test_trainings_pause_where_they_can_be_taken_up(events):
     pauses = [(event.training, event.at.stage) for event in events if isinstance(event, Paused)]
     retrained = {name: [(name, "8"), (name, "16")] for name in ("concept", "other", "random", "unpruned", "never")}
     never = retrained.pop("never")
-    assert pauses == [("base", "0.5"), *(each for name in retrained.values() for each in name), ("never-fine", "0.5"), *never]
+    assert pauses == [
+        ("base", "0.5"),
+        *(each for name in retrained.values() for each in name),
+        ("never-fine", "0.5"),
+        *never,
+    ]
 
 
 def test_weights_are_given_where_grafts_are_made_from_them(events):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.runs.events import Sized
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.protocol import choose, placed
 from relearn_lens.runs.published import RELEASE, Row, compare, comparison_tables, nearest, survivors
-from relearn_lens.runs.events import Sized
 from relearn_lens.runs.results import Run
 from tests.analysis.test_story import scores_of, trajectory
 
