@@ -1,5 +1,5 @@
-"""Taking something out of a model: neurons, for a while, once or for as long as it trains; or what it says of a text, by
-training."""
+"""Taking something out of a model: neurons, for a while, once or for as long as it trains; or, by training, what it
+says of a text."""
 
 import lazy_loader as lazy
 
