@@ -301,7 +301,7 @@ def test_report_shows_neurons_that_took_over_beside_the_random_arms(page, run):
 def test_report_says_which_label_does_not_come_back():
     run = told(run_of("concept", "random"))
     path = run.arms["concept"][0]
-    low = replace(path["2"], scores=margined(scores_of(0.8, person=0.1)))
+    low = replace(path["2"], scores=margined(scores_of(0.8, person=0.1, n=30)))
     run.arms["concept"][0] = replace(path, snapshots={**path.snapshots, "2": low})
     assert f"What does not come back: {brief.never_back(run)}." in Page(report.render(run)).text
     assert "What does not come back" not in Page(report.render(told(run_of("concept", "random")))).text
