@@ -167,14 +167,11 @@ def test_the_toys_dose_is_its_planted_neurons(started, untouched: Untouched):
 def test_neurons_that_both_labels_want_go_to_neither(started, monkeypatch):
     ready, base = started
     own = base.snapshot.saliency
-    other = own.score.clone()
-    other[1, toy.PLANTED[0][1]] = 99  # the other label's first is one of the concept's four
-    monkeypatch.setattr(cuts, "saliency_of", lambda *_: replace(own, score=other))
+    wanted = Neurons.of(own.site, [toy.PLANTED[0], *toy.PERSON_NEURONS[:3]])  # one is the concept's too
+    monkeypatch.setattr(cuts, "saliency_of", lambda *_: replace(own, score=wanted.mask.float()))
     sets = sets_of(ready, base.snapshot, 4 / 256)
-    assert not sets["concept"] & sets["other"]
-    monkeypatch.setattr(cuts, "saliency_of", lambda *_: replace(own, score=own.score.flip(1)))
-    whole = sets_of(ready, base.snapshot, 4 / 256)
-    assert whole["concept"] == choose(own, 4 / 256)
+    assert {(n.layer, n.index) for n in sets["concept"]} == set(toy.PLANTED[1:])
+    assert {(n.layer, n.index) for n in sets["other"]} == set(toy.PERSON_NEURONS[:3])
 
 
 def test_where_both_labels_want_the_same_neurons_both_have_them(started, monkeypatch):
