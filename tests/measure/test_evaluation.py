@@ -18,6 +18,7 @@ from relearn_lens.models.model import Tagger, reading, tags_of
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
+from tests.made import counted
 
 LABELS = ("O", "A", "B", "never")
 TAGS = tags_of(LABELS)
@@ -273,8 +274,8 @@ def test_predict_calls_words_outside_that_truncation_cut_off(tagger):
 
 def test_predict_does_not_depend_on_the_batches(tagger):
     text = encode(toy.corpus(sentences=30), tagger.tokenizer, context=tagger.context)
-    ticks: list[int] = []
-    small = predict(tagger, text, max_tokens=16, tick=ticks.append)
+    with counted() as ticks:
+        small = predict(tagger, text, max_tokens=16)
     assert (small == predict(tagger, text)).all()
     assert len(ticks) > 10
     assert sum(ticks) == text.n_tokens

@@ -10,9 +10,9 @@ from relearn_lens.models import toy as toy_module
 from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model
-from relearn_lens.models.training import retrain_
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.weights import WeightMask, parts
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import held, prune_
 from tests.conftest import Untouched, unchecked
 from tests.families import KINDS, SEVERS, small_tagger, some_of

@@ -104,9 +104,9 @@ def test_a_dose_that_takes_bystanders_too_is_passed_over(started, scripted):
 
 def test_what_bystanders_keep_is_judged_at_the_lower_end_of_its_interval(started):
     ready, _ = started
-    sure, noisy = scores_of(0.0, person=0.8), scores_of(0.0, person=0.8, n=40, noise=3)
-    before = scores_of(0.9, person=0.9, n=40, noise=5)
-    assert cuts.takes(ready, BEFORE, sure)
+    before, sure = scores_of(0.9, person=0.9, n=60), scores_of(0.0, person=0.8, n=60)
+    noisy = scores_of(0.0, person=0.8, n=60, noise=3)  # each sentence right or wrong
+    assert cuts.takes(ready, before, sure)
     share = cuts.kept_share(before, noisy, ("person",), **cuts.interval_of(ready))
     assert share.low < 0.85 < share.value
     assert not cuts.takes(ready, before, noisy)
