@@ -360,7 +360,7 @@ def test_margin_is_the_one_that_attribution_takes(toy):
 def test_margin_comes_from_the_pass_that_predicts(toy):
     evaluate(toy.tagger, toy.corpus)
     seen: list[int] = []
-    handle = toy.tagger.trunk.register_forward_hook(lambda *_: seen.append(1))
+    handle = toy.tagger.trunk.layers[0].register_forward_hook(lambda *_: seen.append(1))
     scores = evaluate(toy.tagger, toy.corpus, max_tokens=64)
     handle.remove()
     assert len(seen) == len(toy.tagger.encode(toy.corpus).cuts(max_tokens=64))
