@@ -192,7 +192,7 @@ def test_draws_of_one_seed_are_none_of_another():
 
 
 def test_what_was_removed_comes_last(started):
-    ready, base = started
+    _, base = started
     removed = choose(base.snapshot.saliency, 0.1)
     rest = rest_of(base.snapshot, removed)
     assert not rest.top(rest.site.n_neurons - len(removed)) & removed
