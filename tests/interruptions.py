@@ -20,7 +20,8 @@ def small_run(*sets: str) -> Experiment:
     return tiny(
         [
             "data.train_sentences=60", "retrain.steps=[2, 8]", 'arms=["concept", "unpruned", "never"]',
-            'block.held=["part"]', "grafts.bands=1", "measure.sentences=4", "measure.steps=3", "measure.shuffles=2", *sets,
+            'block.held=["part"]', "grafts.bands=1", "measure.sentences=4", "measure.steps=3", "measure.shuffles=2",
+            *sets,
         ]
     )  # fmt: skip
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from relearn_lens import progress
 from relearn_lens.runs.events import ArmDone, Event
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import Experiment
@@ -47,3 +49,18 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list):
         return len(a) == len(b) and type(b) is (tuple if isinstance(a, list) else type(a)) and all(map(same, a, b))
     return type(a) is type(b) and a == b
+
+
+@contextlib.contextmanager
+def counted(then: Callable[[int], object] | None = None) -> Iterator[list[int]]:
+    """Gives the units of progress that each step of what happens inside makes; `then` is called with each."""
+    steps: list[int] = []
+
+    def take(_: str, done: int, total: int) -> None:
+        if n := done - sum(steps):
+            steps.append(n)
+            if then is not None:
+                then(n)
+
+    with progress.reported(take), progress.task("a test", 10**9):
+        yield steps

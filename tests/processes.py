@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relearn_lens.measure.evaluation import evaluate, token_loss
+from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.measure.topwords import top_words
 from relearn_lens.measure.tracking import Snapshot, measure
 from relearn_lens.models import processes
@@ -52,7 +52,7 @@ def study(model: Model, *, parts: int) -> dict[str, Tensor]:
     found["loss"] = torch.tensor([pause.loss for pause in pauses])
     found["tokens"] = torch.tensor([pause.tokens_seen for pause in pauses])
     if isinstance(model, LanguageModel):
-        loss = token_loss(model, corpus, PLACE, max_tokens=40)
+        loss = evaluate(model, corpus, concept=PLACE, max_tokens=40)
         found |= {"nats": torch.from_numpy(loss.nats), "n_tokens": torch.from_numpy(loss.tokens)}
         processes.sum_(rows)
         return found | {"rows": rows}

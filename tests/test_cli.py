@@ -108,7 +108,7 @@ def test_presets_lists_presets_and_where_settings_are():
     text = printed("presets")
     for name, (says, _) in PRESETS.items():
         assert f"{name} {says}" in text
-    assert "presets GROUP, one of run, data, prune, finetune, retrain, measure; --all" in text
+    assert "presets GROUP, one of run, data, prune, finetune, retrain, measure, grafts, block; --all" in text
     assert "prune.fraction" not in text
 
 
@@ -155,7 +155,7 @@ def _read(terminal: int) -> bytes:
 
 def test_presets_refuses_an_unknown_group(error):
     assert error("presets", "pruning") == (
-        "unknown group of settings 'pruning'; known: run, data, prune, finetune, retrain, measure"
+        "unknown group of settings 'pruning'; known: run, data, prune, finetune, retrain, measure, grafts, block"
     )
 
 

@@ -120,7 +120,9 @@ def test_swapped_results_are_named(run_folder):
     with pytest.raises(ValueError, match=r"concept-0\.safetensors' is damaged .*a Damage where a Trajectory should be"):
         load_run(run_folder)
     shutil.copy(tensors / "random-0.safetensors", tensors / "concept-0.safetensors")
-    with pytest.raises(ValueError, match=r"is damaged: it holds arm 'random' of seed 0; put the right file back"):
+    with pytest.raises(
+        ValueError, match=r"concept-0\.safetensors' is damaged: it holds random-0; put the right file back"
+    ):
         load_run(run_folder)
 
 

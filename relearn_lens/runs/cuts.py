@@ -120,9 +120,9 @@ def bystanders(scores: Scores, labels: tuple[str, ...]) -> tuple[str, ...]:
 def kept_share(before: Scores, after: Scores, labels: tuple[str, ...], **interval: Any) -> intervals.Estimate:
     """Share of the labels' score, together, that a cut leaves, with its interval over sentences."""
 
-    def share(then: np.ndarray, now: np.ndarray) -> np.ndarray:
+    def share(then: Any, now: Any) -> Any:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(now) / np.asarray(then)
+            return np.divide(now, then)
 
     return intervals.over_sentences(share, labels, before, after, **interval)
 

@@ -213,7 +213,9 @@ def differs(run: Run, variant: Variant) -> tuple[str, ...]:
         found.append(f"{here:.1%} of the neurons are pruned, there {share:.1%}")
     unlike(
         "retraining has",
-        f"{made.retrain.epochs:g} epochs in stages of {made.retrain.every:g}",
+        f"{made.retrain.epochs:g} epochs in stages of {made.retrain.every or 1:g}"
+        if made.retrain.steps is None
+        else f"{made.retrain.steps[-1]} steps",
         "8 epochs in stages of 2",
     )
     unlike("every stage begins optimiser and learning rate anew:", made.retrain.restart, True)

@@ -44,11 +44,15 @@ from relearn_lens.runs.events import (
     ArmDone,
     Base,
     Blocked,
+    Cuts,
+    Damage,
     Event,
+    Grafted,
     Measured,
     Paused,
     Prepared,
     SeedDone,
+    Sized,
     Weighed,
 )
 from relearn_lens.runs.experiment import perform
@@ -353,7 +357,7 @@ class RunFolder:
 
     def named(self, name: str) -> Any:
         """A result by its name; None where it is not here."""
-        return self._kept(name, object)
+        return self._kept(name, KINDS.get(name.partition("-")[0], Trajectory))
 
     def weighed(self, arm: str, seed: int, stage: str) -> dict[str, Tensor] | None:
         """Weights of an arm at a stage that grafts are made from, if they are here."""
@@ -443,13 +447,7 @@ class RunFolder:
 
     def arm(self, name: str, seed: int, site: Site | None = None) -> Trajectory | None:
         """A finished arm, if it is here."""
-        found = self._kept(f"{name}-{seed}", Trajectory)
-        if found is not None and (found.arm, found.seed) != (name, seed):
-            raise ValueError(
-                f"{str(self._tensors(f'{name}-{seed}'))!r} is damaged: it holds arm {found.arm!r} of seed {found.seed}"
-                "; put the right file back, or run again with --fresh"
-            )
-        return found
+        return self._kept(f"{name}-{seed}", Trajectory)
 
     def finish(self, result: Run) -> None:
         """Tables and summary; then what only an unfinished run needs goes, and the run is complete: its manifest holds
@@ -480,7 +478,12 @@ class RunFolder:
 
     def _kept(self, name: str, kind: type) -> Any:
         path = self._tensors(name)
-        return _unpacked(path, kind) if self._is_here(path) else None
+        value = _unpacked(path, kind) if self._is_here(path) else None
+        if value is not None and kind is not Snapshot and (holds := name_of(value)) != name:
+            raise ValueError(
+                f"{str(path)!r} is damaged: it holds {holds}; put the right file back, or run again with --fresh"
+            )
+        return value
 
 
 def _are_of(kept: Any, experiment: Experiment) -> bool:
@@ -493,10 +496,14 @@ def _are_of(kept: Any, experiment: Experiment) -> bool:
 
 AFTERWARDS = ("grafted", "again")
 """What follows when the arms of a seed are done."""
+KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Grafted, Again, Blocked)}
+"""What a file of results holds, by the first word of its name; the others hold an arm."""
 
 
 def name_of(event: Any) -> str:
     """The name of a result's file: its kind, what tells it from others of its kind, and its seed."""
+    if isinstance(event, Trajectory):
+        return f"{event.arm}-{event.seed}"
     held = f"-{event.held}" if isinstance(event, Blocked) else ""
     return f"{type(event).__name__.lower()}{held}-{event.seed}"
 

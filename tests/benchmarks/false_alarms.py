@@ -29,7 +29,7 @@ from relearn_lens.analysis.claims import claims
 from relearn_lens.find.saliency import gather, saliency
 from relearn_lens.measure import meaning
 from relearn_lens.measure.evaluation import SpanScores, evaluate
-from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure, stage_name
+from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
 from relearn_lens.models import toy
 from relearn_lens.models.model import Tagger
@@ -105,9 +105,7 @@ def arm_of(here: World, base: Base, name: str, pruned: Neurons | None, draw: int
         snapshots[PRUNED] = take([])
     for checkpoint in retrain_(tagger, here.train, epochs=2.0, every=1.0, lr=rate, batch_size=16, seed=draw):
         last = checkpoint.epoch >= 2
-        snapshots[stage_name(checkpoint)] = replace(
-            take(["top_words"] if last and pruned is not None else []), at=checkpoint
-        )
+        snapshots[checkpoint.stage] = replace(take(["top_words"] if last and pruned is not None else []), at=checkpoint)
     return Trajectory(snapshots, pruned, name, base.seed, CONCEPT)
 
 

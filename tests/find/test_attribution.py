@@ -23,6 +23,7 @@ from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
 from tests.conftest import LABELS, Untouched, unchecked
+from tests.made import counted
 from tests.neurons.test_sites import decoder
 
 PLACE = Concept("place", labels=("LOC",))
@@ -368,10 +369,11 @@ def test_sentences_that_the_context_splits_count_once(bert_model, corpus):
 def test_the_plan_counts_passes_and_tokens(bert_model, corpus, form, max_memory):
     how = {"form": form, "max_memory": max_memory, "steps": 5, "sentences": 5}
     plan = attribution_plan(bert_model, corpus, PLACE, **how)
-    plans, ticks, passes = [], [], []
+    plans, passes = [], []
     handle = bert_model.trunk.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     try:
-        attribute(bert_model, corpus, PLACE, **how, tick=ticks.append, on_plan=plans.append)
+        with counted() as ticks:
+            attribute(bert_model, corpus, PLACE, **how, on_plan=plans.append)
     finally:
         handle.remove()
     assert plans == [plan]
@@ -447,8 +449,8 @@ def test_attribution_leaves_no_trace(bert, corpus, untouched: Untouched):
     def fail(_: int) -> None:
         raise KeyError("mine")
 
-    with untouched(bert), pytest.raises(KeyError, match="mine"):
-        attribute(bert, corpus, PLACE, steps=2, tick=fail)
+    with untouched(bert), pytest.raises(KeyError, match="mine"), counted(fail):
+        attribute(bert, corpus, PLACE, steps=2)
 
 
 def test_attribution_works_without_grad_and_inside_training(bert_model, corpus):

@@ -27,6 +27,7 @@ from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Encoded
 from tests.conftest import PIECES, Untouched, sentences_of
 from tests.find.test_saliency import site, slow_words
+from tests.made import counted
 
 PLACE = Concept("place", labels=("LOC",))
 CPU = torch.device("cpu")
@@ -314,14 +315,12 @@ def test_a_model_is_wholly_similar_to_itself(bert_model, encoded, untouched: Unt
 def test_several_passes_give_the_same_within_the_bound(bert_model, bert, encoded):
     shaken(bert)
     plans: list[Plan] = []
-    seen: list[int] = []
     whole = activation_similarity(bert_model, bert, encoded, concept=PLACE, max_tokens=60)
     for bound in (345_000, 450_000, 700_000):
-        seen.clear()
-        parts = activation_similarity(
-            bert_model, bert, encoded, concept=PLACE, max_tokens=60, max_memory=bound,
-            on_plan=plans.append, tick=seen.append,
-        )  # fmt: skip
+        with counted() as seen:
+            parts = activation_similarity(
+                bert_model, bert, encoded, concept=PLACE, max_tokens=60, max_memory=bound, on_plan=plans.append
+            )
         assert plans[-1].n_bytes <= bound
         assert sum(seen) == 2 * plans[-1].passes * encoded.n_tokens
         for which in whole:
@@ -370,8 +369,8 @@ def test_an_error_in_the_middle_leaves_the_weights_of_after(bert, encoded, untou
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
-    with untouched(bert), pytest.raises(KeyboardInterrupt):
-        activation_similarity(was, bert, encoded, tick=stop)
+    with untouched(bert), pytest.raises(KeyboardInterrupt), counted(stop):
+        activation_similarity(was, bert, encoded)
 
 
 # --- the planted answer

@@ -18,6 +18,7 @@ from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
 from tests.conftest import CONTEXT, D_MLP, D_MODEL, N_LAYERS, Untouched, sentences_of
 from tests.find.test_saliency import slow_words
+from tests.made import counted
 
 PLACE = Concept("place", labels=("LOC",))
 
@@ -165,12 +166,12 @@ def test_top_words_do_not_depend_on_passes_or_batches(bert_model, encoded, max_m
 
 def test_top_words_with_stats_take_one_pass_less(bert_model, corpus, encoded, untouched: Untouched):
     stats = class_stats(bert_model, encoded, PLACE.classes(corpus))
-    plans, ticks = [], []
-    with untouched(bert_model):
-        given = top_words(bert_model, encoded, stats=stats, on_plan=plans.append, tick=ticks.append)
+    plans = []
+    with untouched(bert_model), counted() as ticks:
+        given = top_words(bert_model, encoded, stats=stats, on_plan=plans.append)
     assert sum(ticks) == encoded.n_tokens
-    twice: list[int] = []
-    same(given, top_words(bert_model.bridge, corpus, on_plan=plans.append, tick=twice.append))
+    with counted() as twice:
+        same(given, top_words(bert_model.bridge, corpus, on_plan=plans.append))
     assert sum(twice) == 2 * encoded.n_tokens
     assert [str(plan) for plan in plans] == [
         "top words of 128 neurons over 25 word types: 1 pass(es) over the text, 1 with a table of 0.0 MiB",
@@ -267,18 +268,19 @@ def refuse(tokens: int) -> None:
     ],
 )
 def test_top_words_refuse_what_is_out_of_range(bert_model, encoded, arguments, said):
-    with pytest.raises(ValueError, match=said):
-        top_words(bert_model, encoded, tick=refuse, **arguments)
+    with pytest.raises(ValueError, match=said), counted(refuse):
+        top_words(bert_model, encoded, **arguments)
 
 
 def test_top_words_refuse_stats_of_something_else(bert_model, corpus, encoded, tokenizer):
     stats = class_stats(bert_model, encoded, PLACE.classes(corpus), site="mlp_post")
     said = "86 words at site 'mlp_post', and top words are asked of the 86 words of 'tiny' at site 'resid'"
-    with pytest.raises(ValueError, match=said):
-        top_words(bert_model, encoded, stats=stats, tick=refuse)
+    with pytest.raises(ValueError, match=said), counted(refuse):
+        top_words(bert_model, encoded, stats=stats)
     half = encode(corpus.take(range(4)), tokenizer, context=CONTEXT)
-    with pytest.raises(ValueError, match="pass those of the same model, text and site, or leave stats= out"):
-        top_words(bert_model, half, site="mlp_post", stats=stats, tick=refuse)
+    said = "pass those of the same model, text and site, or leave stats= out"
+    with pytest.raises(ValueError, match=said), counted(refuse):
+        top_words(bert_model, half, site="mlp_post", stats=stats)
 
 
 def test_of_refuses_a_neuron_that_is_not_there(bert_model, encoded):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from relearn_lens.measure import tracking
-from relearn_lens.measure.tracking import Snapshot, Trajectory, measure, stage_name, track
+from relearn_lens.measure.tracking import Snapshot, Trajectory, measure, track
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, random_neurons, site_of
@@ -192,13 +192,14 @@ def test_track_takes_any_loop_that_yields_checkpoints(toy):
     ("epoch", "name"), [(1, "1"), (0.5, "0.5"), (2.0, "2"), (1 / 3, "0.333"), (10, "10"), (100, "100")]
 )
 def test_stage_name_is_the_epoch(epoch, name):  # fmt: skip
-    assert stage_name(Checkpoint(float(epoch), 1, 1, 1.0)) == name
+    assert Checkpoint(float(epoch), 1, 1, 1.0).stage == name
+    assert Checkpoint(float(epoch), 7, 1, 1.0, by="step").stage == "7"
 
 
 def test_stages_of_a_long_training_keep_their_names():
     pauses = [Checkpoint(0.25 * k, k, k, 1.0) for k in range(1, 4001)]
-    assert len({stage_name(pause) for pause in pauses}) == len(pauses)
-    assert stage_name(pauses[-1]) == "1000"
+    assert len({pause.stage for pause in pauses}) == len(pauses)
+    assert pauses[-1].stage == "1000"
 
 
 def test_track_refuses_two_stages_of_one_name(toy):

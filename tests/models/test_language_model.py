@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from relearn_lens.analysis.intervals import over_sentences
 from relearn_lens.analysis.recovery import recovery
 from relearn_lens.find.attribution import attribute
-from relearn_lens.measure.evaluation import OTHERS, OVERALL, TokenLoss, evaluate, token_loss
+from relearn_lens.measure.evaluation import OTHERS, OVERALL, TokenLoss, evaluate
 from relearn_lens.measure.similarity import activation_similarity
 from relearn_lens.measure.tracking import BASE, measure, track
 from relearn_lens.models.loading import load_language_model
@@ -87,7 +87,7 @@ def test_loss_is_hugging_faces_on_each_class_of_tokens(kind, tmp_path, corpus, u
     model = small(kind, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with untouched(model):
-        scores = token_loss(model, corpus, PLACE, max_tokens=40)
+        scores = evaluate(model, corpus, concept=PLACE, max_tokens=40)
     want = by_hand(model, plain, corpus)
     assert scores.support() == {label: len(nats) for label, nats in want.items()}
     assert scores.loss == pytest.approx({label: float(np.mean(nats)) for label, nats in want.items()}, abs=2e-5)
@@ -98,7 +98,7 @@ def test_loss_is_hugging_faces_on_each_class_of_tokens(kind, tmp_path, corpus, u
 
 
 def test_loss_of_a_concept_given_by_words(llama, corpus):
-    scores = token_loss(llama, corpus, Concept("cold", words=["cold"]))
+    scores = evaluate(llama, corpus, concept=Concept("cold", words=["cold"]))
     assert scores.labels == ("cold", OTHERS)
     assert scores.support()["cold"] == 6  # one sub-word each
     assert scores.support()["cold"] + scores.support()[OTHERS] == scores.support()[OVERALL]
@@ -155,7 +155,7 @@ def test_a_sentence_of_one_word_has_nothing_to_read(llama):
     assert encoded.read_words.tolist() == [2, 3]
     stats = class_stats(llama, encoded, PLACE.classes(text), max_tokens=2)  # the first batch holds no word that is read
     assert stats.count.tolist() == [1, 1]
-    assert token_loss(llama, encoded, PLACE).support() == {"LOC": 2, OTHERS: 2, OVERALL: 4}
+    assert evaluate(llama, encoded, concept=PLACE).support() == {"LOC": 2, OTHERS: 2, OVERALL: 4}
 
 
 def test_encode_refuses_to_open_without_a_token(tokenizer, corpus, monkeypatch):

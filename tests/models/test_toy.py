@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relearn_lens.measure.evaluation import evaluate, token_loss
+from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.model import reading
 from relearn_lens.models.training import finetune_
@@ -148,7 +148,7 @@ def test_planted_sets_are_four_neurons_of_one_layer(members):
 def test_the_language_model_learns_its_text():
     model, text = toy_module.language_model(seed=1), toy_module.corpus(sentences=100)
     place = Concept("place")
-    before = token_loss(model, text, place).value("place")
+    before = evaluate(model, text, concept=place).value("place")
     assert abs(before) < 1  # it knows no more than a uniform guess
     list(finetune_(model, text, epochs=4.0, lr=3e-3, batch_size=8, seed=0))
-    assert token_loss(model, text, place).value("place") > before + 1
+    assert evaluate(model, text, concept=place).value("place") > before + 1

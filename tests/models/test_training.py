@@ -101,7 +101,7 @@ def test_tokens_seen_counts_special_tokens_and_no_padding(bert, encoded):
 def test_retrain_is_finetune_with_stages(text):
     one, other = toy_module.tagger(), toy_module.tagger()
     how = {"epochs": 1.0, "every": 0.5, "batch_size": 4, "seed": 3}
-    stages = list(retrain_(one, text, **how))
+    stages = list(retrain_(one, text, **how, schedule="linear", warmup=0))
     assert list(finetune_(other, text, **how, lr=Retraining().lr, prior_bias=False)) == stages
     assert same(weights(one), weights(other))
     assert len(stages) == 2

@@ -75,14 +75,15 @@ def test_words_of_the_concept_may_be_labelled_as_anything(toy):
     assert torch.equal(first, other)
 
 
-def test_in_parts_it_is_the_same(toy_model):
-    weights = []
+def test_in_parts_it_is_the_same():
+    losses = []
     for accumulate in (1, 3):
         tagger = toy_module.tagger()
+        tagger.dropout.p = 0.0  # is drawn anew for each part
         text, _ = batch_of(tagger, 24)
-        list(train_(tagger, text, objective=withheld(text, PLACE), steps=[2], batch_size=12, accumulate=accumulate))
-        weights.append(tagger.head.weight.detach())
-    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+        how = {"steps": [1, 2], "batch_size": 12, "accumulate": accumulate}
+        losses.append([at.loss for at in train_(tagger, text, objective=withheld(text, PLACE), **how)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_language_model_is_not_taught_the_concepts_words():

@@ -10,12 +10,12 @@ from relearn_lens.models import toy as toy_module
 from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model
-from relearn_lens.models.training import retrain_
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.weights import WeightMask, parts
+from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import held, prune_
 from tests.conftest import Untouched, unchecked
-from tests.families import KINDS, SEVERS, small_tagger, some_of
+from tests.families import ENCODERS, KINDS, SEVERS, small_tagger, some_of
 
 
 def copies(model: Model) -> dict[str, torch.Tensor]:
@@ -37,14 +37,15 @@ def family(tmp_path_factory: pytest.TempPathFactory):
 
 def tied(folder: Path) -> Model:
     """A language model whose head is its embedding."""
+    words = toy_module.tokenizer(opening=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=32, tie_word_embeddings=True,
         )  # fmt: skip
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    toy_module.tokenizer(opening=True).save_pretrained(folder)
+    words.save_pretrained(folder)
     return load_language_model(folder, device="cpu")
 
 
@@ -148,7 +149,7 @@ def test_every_weight_is_in_one_part(family, kind):
     model = family(kind)
     n = len(model.bridge.blocks)
     blocks = [f"block {i}" for i in range(n)]
-    norm = [] if kind in ("bert", "distilbert", "roberta") else ["final norm"]
+    norm = [] if kind in ENCODERS and kind != "modernbert" else ["final norm"]
     found = parts(model)
     assert list(found) == ["embedding", *blocks, *norm, "head"]
     halves = parts(model, within=range(n))

@@ -104,9 +104,9 @@ def test_a_dose_that_takes_bystanders_too_is_passed_over(started, scripted):
 
 def test_what_bystanders_keep_is_judged_at_the_lower_end_of_its_interval(started):
     ready, _ = started
-    sure, noisy = scores_of(0.0, person=0.8), scores_of(0.0, person=0.8, n=40, noise=3)
-    before = scores_of(0.9, person=0.9, n=40, noise=5)
-    assert cuts.takes(ready, BEFORE, sure)
+    before, sure = scores_of(0.9, person=0.9, n=60), scores_of(0.0, person=0.8, n=60)
+    noisy = scores_of(0.0, person=0.8, n=60, noise=3)  # each sentence right or wrong
+    assert cuts.takes(ready, before, sure)
     share = cuts.kept_share(before, noisy, ("person",), **cuts.interval_of(ready))
     assert share.low < 0.85 < share.value
     assert not cuts.takes(ready, before, noisy)
@@ -167,14 +167,11 @@ def test_the_toys_dose_is_its_planted_neurons(started, untouched: Untouched):
 def test_neurons_that_both_labels_want_go_to_neither(started, monkeypatch):
     ready, base = started
     own = base.snapshot.saliency
-    other = own.score.clone()
-    other[1, toy.PLANTED[0][1]] = 99  # the other label's first is one of the concept's four
-    monkeypatch.setattr(cuts, "saliency_of", lambda *_: replace(own, score=other))
+    wanted = Neurons.of(own.site, [toy.PLANTED[0], *toy.PERSON_NEURONS[:3]])  # one is the concept's too
+    monkeypatch.setattr(cuts, "saliency_of", lambda *_: replace(own, score=wanted.mask.float()))
     sets = sets_of(ready, base.snapshot, 4 / 256)
-    assert not sets["concept"] & sets["other"]
-    monkeypatch.setattr(cuts, "saliency_of", lambda *_: replace(own, score=own.score.flip(1)))
-    whole = sets_of(ready, base.snapshot, 4 / 256)
-    assert whole["concept"] == choose(own, 4 / 256)
+    assert {(n.layer, n.index) for n in sets["concept"]} == set(toy.PLANTED[1:])
+    assert {(n.layer, n.index) for n in sets["other"]} == set(toy.PERSON_NEURONS[:3])
 
 
 def test_where_both_labels_want_the_same_neurons_both_have_them(started, monkeypatch):
@@ -195,7 +192,7 @@ def test_draws_of_one_seed_are_none_of_another():
 
 
 def test_what_was_removed_comes_last(started):
-    ready, base = started
+    _, base = started
     removed = choose(base.snapshot.saliency, 0.1)
     rest = rest_of(base.snapshot, removed)
     assert not rest.top(rest.site.n_neurons - len(removed)) & removed
