@@ -25,7 +25,7 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Encoded
-from tests.conftest import PIECES, Untouched, sentences_of
+from tests.conftest import PIECES, Untouched, sentences_of, ticks
 from tests.find.test_saliency import site, slow_words
 
 PLACE = Concept("place", labels=("LOC",))
@@ -314,14 +314,12 @@ def test_a_model_is_wholly_similar_to_itself(bert_model, encoded, untouched: Unt
 def test_several_passes_give_the_same_within_the_bound(bert_model, bert, encoded):
     shaken(bert)
     plans: list[Plan] = []
-    seen: list[int] = []
     whole = activation_similarity(bert_model, bert, encoded, concept=PLACE, max_tokens=60)
     for bound in (345_000, 450_000, 700_000):
-        seen.clear()
-        parts = activation_similarity(
-            bert_model, bert, encoded, concept=PLACE, max_tokens=60, max_memory=bound,
-            on_plan=plans.append, tick=seen.append,
-        )  # fmt: skip
+        with ticks() as seen:
+            parts = activation_similarity(
+                bert_model, bert, encoded, concept=PLACE, max_tokens=60, max_memory=bound / 2**20, on_plan=plans.append
+            )
         assert plans[-1].n_bytes <= bound
         assert sum(seen) == 2 * plans[-1].passes * encoded.n_tokens
         for which in whole:
@@ -366,12 +364,8 @@ def test_weights_kept_from_before_do_as_well_as_a_second_model(bert_model, bert,
 def test_an_error_in_the_middle_leaves_the_weights_of_after(bert, encoded, untouched: Untouched):
     was = kept(bert)
     shaken(bert)
-
-    def stop(_: int) -> None:
-        raise KeyboardInterrupt
-
-    with untouched(bert), pytest.raises(KeyboardInterrupt):
-        activation_similarity(was, bert, encoded, tick=stop)
+    with untouched(bert), pytest.raises(KeyboardInterrupt), ticks(KeyboardInterrupt()):
+        activation_similarity(was, bert, encoded)
 
 
 # --- the planted answer
@@ -470,7 +464,7 @@ def test_similarity_refuses_a_bound_that_holds_nothing(bert_model, encoded):
     plans: list[Plan] = []
     said = r"max_memory of 1,000 bytes does not hold .* a single neuron of resid .*: [\d,]+ bytes are needed with up to"
     with pytest.raises(ValueError, match=said):
-        activation_similarity(bert_model, bert_model, encoded, max_memory=1000, on_plan=plans.append)
+        activation_similarity(bert_model, bert_model, encoded, max_memory=1000 / 2**20, on_plan=plans.append)
     assert not plans
 
 

@@ -21,7 +21,6 @@ from relearn_lens.runs.events import (
     Again,
     ArmDone,
     Base,
-    Blocked,
     Cuts,
     Damage,
     Event,
@@ -39,6 +38,7 @@ from relearn_lens.runs.protocol import choose, control_of, placed
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.texts import together
 from tests.made import arms_in, tiny
+
 
 @pytest.fixture(scope="module")
 def events() -> list[Event]:
@@ -244,7 +244,12 @@ def test_trainings_pause_where_they_can_be_taken_up(events):
     pauses = [(event.training, event.at.stage) for event in events if isinstance(event, Paused)]
     retrained = {name: [(name, "8"), (name, "16")] for name in ("concept", "other", "random", "unpruned", "never")}
     never = retrained.pop("never")
-    assert pauses == [("base", "0.5"), *(each for name in retrained.values() for each in name), ("never-fine", "0.5"), *never]
+    assert pauses == [
+        ("base", "0.5"),
+        *(each for name in retrained.values() for each in name),
+        ("never-fine", "0.5"),
+        *never,
+    ]
 
 
 def test_weights_are_given_where_grafts_are_made_from_them(events):

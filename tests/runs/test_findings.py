@@ -144,7 +144,7 @@ def test_agreement_with_a_score_that_is_the_same_everywhere_is_left_open(run: Ru
     def flat(arm: Trajectory) -> Trajectory:
         base = arm["base"]
         also = {"dprime": replace(base.also["dprime"], score=torch.ones_like(base.saliency.score))}
-        return replace(arm, snapshots={**arm.snapshots, "base": replace(base, also=also, attribution=None)})
+        return replace(arm, snapshots={**arm.snapshots, "base": replace(base, also=also, attributions={})})
 
     odd = replace(run, arms={name: [flat(arm) for arm in arms] for name, arms in run.arms.items()})
     assert math.isnan(module.agreement(odd)["dprime"])

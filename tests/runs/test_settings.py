@@ -325,7 +325,9 @@ def numbers() -> list[str]:
 @pytest.mark.parametrize("key", numbers())
 def test_every_number_has_a_range_and_says_it(key, value):
     text = one_line([f"{key}={value}"])
-    assert re.match(rf"{re.escape(key)} = {value}: .*; the range is (from|above) \S+ (up to|below) \S+( or 'auto')?$", text)
+    assert re.match(
+        rf"{re.escape(key)} = {value}: .*; the range is (from|above) \S+ (up to|below) \S+( or 'auto')?$", text
+    )
 
 
 def test_ranges_are_said_with_both_ends():

@@ -30,7 +30,6 @@ from relearn_lens.runs.store import load_run
 from tests.interruptions import difference
 from tests.made import same, tiny
 
-
 RESULTS, AFTERWARDS = ("base", "sized", "cuts", "damage"), ("grafted", "again")
 
 
