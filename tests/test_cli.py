@@ -22,7 +22,7 @@ from relearn_lens.runs.settings import fields
 from relearn_lens.sources import SOURCES
 from tests.made import TINY
 
-SETS = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+SETS = [part for key, value in TINY.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 
 
 def printed(*arguments: str) -> str:

@@ -135,7 +135,7 @@ class Measure(Measuring):
     )
     dear: Literal["first", "all"] = Field(
         default="first",
-        description="which seeds get attribution, top words and similarity, which take longest; first: the first seed",
+        description="which seeds get attribution and similarity, which take longest; first: the first seed",
     )
     everywhere: bool = Field(
         default=False,

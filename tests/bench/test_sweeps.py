@@ -119,7 +119,7 @@ def test_what_only_a_file_can_say_may_be_swept(file):
     presets = sweeps.read(file('[sweep]\npreset = ["toy", "names"]\n', "seeds = [3]\n"))
     assert [(c.experiment.model, c.experiment.seeds) for c in presets.cells] == [("toy", (3,)), ("minilm", (3,))]
     protocols = sweeps.read(file('[sweep]\nprotocol = ["corrected", "published"]'))
-    assert [c.experiment.prune.control for c in protocols.cells] == ["layers", "first"]
+    assert [c.experiment.prune.control for c in protocols.cells] == ["disjoint", "first"]
 
 
 def test_a_name_depends_on_the_cell_alone_and_is_a_folder_everywhere(file):

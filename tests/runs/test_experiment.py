@@ -31,12 +31,13 @@ from relearn_lens.runs.events import (
     Sized,
     Weighed,
 )
-from relearn_lens.runs.experiment import first_back, perform
+from relearn_lens.runs.experiment import first_back, perform, seed_for
 from relearn_lens.runs.needs import peak_rss_mb
 from relearn_lens.runs.preparation import prepare
 from relearn_lens.runs.protocol import choose, control_of, placed
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.texts import together
+from tests.analysis.test_story import trajectory
 from tests.made import arms_in, tiny
 
 
@@ -409,7 +410,7 @@ def test_control_of_is_as_many_neurons_each_way():
 
 
 def gpt2_folder(path):
-    """A GPT-2 of 2 layers with random weights, and a tokenizer of the text's words."""
+    """A GPT-2 of 2 layers with random weights, and a tokenizer of the toy's words."""
     words = ["<|endoftext|>", *sorted({word.text for sentence in toy.corpus() for word in sentence})]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|endoftext|>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -599,6 +600,125 @@ def test_all_neurons_can_be_pruned():
     assert len(arms["concept"].survivors()) == 0
     assert isinstance(arms["random"].pruned, Neurons)
     assert arms["random"].pruned == arms["concept"].pruned
+
+
+# --- arms, and what they are without
+
+
+def test_without_the_concepts_arm_nothing_is_grafted_and_nothing_cut_again():
+    events = list(perform(tiny(arms=("unpruned",), measure__what=[])))
+    assert list(arms_in(events)) == ["unpruned"]
+    assert not [event for event in events if isinstance(event, Weighed | Grafted | Again | Blocked)]
+
+
+def test_the_concepts_arm_alone_is_grafted_without_controls():
+    events = list(perform(tiny(arms=("concept",), measure__what=[], rounds=0)))
+    (grafts,) = {frozenset(made.controls) for made in result_of(events, Grafted).stages.values()}
+    assert grafts == set()
+    again = result_of(events, Again)
+    assert (again.rounds, len(again.random)) == ((), 1)
+
+
+def test_a_text_without_another_label_has_no_such_arm(write, tmp_path):
+    text = "in O\nTarn B-place\n\nMira O\nleft O\n\n" * 20
+    made = tiny(
+        model=gpt2_folder(tmp_path / "gpt2"), corpus=write(train=text, dev=text, test=text), other="auto", site="resid",
+        retrain__steps=(1,), measure__what=[], grafts__skip=True, data__labelled_only=False,
+    )  # fmt: skip
+    events = list(perform(made))
+    ready = result_of(events, Prepared)
+    assert ready.other is None
+    assert any("no other label of the text has 30 spans in the 40 sentences" in note for note in ready.notes)
+    assert list(arms_in(events)) == ["concept", "random", "unpruned", "never"]
+    assert set(result_of(events, Cuts).sets) == {"concept", "random"}
+    assert result_of(events, Damage).other is None
+
+
+def test_another_label_that_the_text_lacks_is_refused(no_training):
+    with pytest.raises(ValueError, match="other = 'river': the other labels of the text are person"):
+        prepare(tiny(other="river"))
+
+
+def test_never_can_be_taught_that_the_concept_is_nothing():
+    events = list(perform(tiny(arms=("never",), never="outside", finetune__lr=1e-3, measure__what=[])))
+    assert arms_in(events)["never"]["base"].f1["place"] == 0
+
+
+# --- trainings and their seeds
+
+
+def test_no_two_roles_and_seeds_draw_the_same():
+    roles = ("base", "never", "retrain", "again", "blocked")
+    seeds = {seed_for(role, seed) for role in roles for seed in range(100)}
+    assert len(seeds) == len(roles) * 100
+    with pytest.raises(ValueError, match="not in"):
+        seed_for("arm", 0)
+
+
+@pytest.mark.parametrize(
+    ("f1", "stage"),
+    [
+        ({"1": 0.2, "2": 0.81, "4": 0.9}, "2"),  # nine tenths of what it was
+        ({"1": 0.2, "2": 0.8, "4": 0.79}, None),
+        ({"1": 0.9, "2": 0.1}, "1"),
+    ],
+)
+def test_a_concept_is_back_at_nine_tenths_of_what_it_was(f1, stage):
+    path = trajectory({"base": 0.9, "pruned": 0.85, **f1}, torch.zeros(2, 3))
+    assert first_back(path) == stage
+
+
+# --- after the arms
+
+
+def test_the_cut_made_again_takes_what_came_back(events):
+    again, arm = result_of(events, Again), arms_in(events)["concept"]
+    assert again.same.f1["place"] < 0.2 < 0.9 < arm["16"].f1["place"]
+    assert all(scores.f1["place"] > 0.9 for scores in again.random)
+
+
+def test_rounds_go_on_from_each_other():
+    events = list(perform(tiny(arms=("concept",), measure__what=[], rounds=2, retrain__steps=(8, 16, 24))))
+    rounds = result_of(events, Again).rounds
+    size = len(result_of(events, Cuts).sets["concept"])
+    assert len(rounds) == 2
+    for found in rounds:
+        assert len(found.found) == size
+        assert 0 <= found.share_old <= 1
+        assert 0 < found.share_by_chance < 0.2
+        steps = list(found.course)
+        assert steps == [8, 16, 24][: len(steps)]
+        back = [scores.f1["place"] >= 0.9 for scores in found.course.values()]
+        assert back.index(True) == len(back) - 1 if True in back else len(back) == 3  # until it is back
+
+
+def test_what_is_held_stays_where_the_cut_left_it(monkeypatch):
+    whole, blocked = module.retrain_, []
+
+    def watched(model, *args, only=None, **how):
+        if only is not None:
+            before = {name: value.detach().clone() for name, value in model.plain().items()}
+            blocked.append((before, dict(only)))
+        return whole(model, *args, only=only, **how)
+
+    monkeypatch.setattr(module, "retrain_", watched)
+    held = ("part", "heirs", "random")
+    shares = {}
+    made = tiny(arms=("concept",), measure__what=[], rounds=0, block__held=held)
+    ready: Any = None
+    for event in perform(made):
+        ready = event if isinstance(event, Prepared) else ready
+        if isinstance(event, Blocked):
+            before, moves = blocked[-1]
+            now = ready.model.plain()
+            still = {name: ~moves[name] for name in moves if (~moves[name]).any()}
+            assert all(torch.equal(now[name][mask], before[name][mask]) for name, mask in still.items())
+            assert any(not torch.equal(now[name], before[name]) for name in moves)
+            assert set(event.course) <= {8, 16}
+            shares[event.held] = sum(int(mask.sum()) for mask in still.values())
+    assert list(shares) == list(held)
+    assert shares["heirs"] == shares["random"] > 0
+    assert shares["part"] > shares["heirs"]
 
 
 def test_peak_memory_is_in_megabytes():
