@@ -40,15 +40,15 @@ def claims_of(run: Run) -> list[Claim]:
 def findings(run: Run) -> dict[str, Any]:
     """Everything here as plain values."""
     return {
-        "claims": [asdict(claim) for claim in claims_of(run)],
-        "migration": migration_of(run),
-        "recovery_speed": {name: _speeds(run, arms) for name, arms in run.arms.items()},
+        "claims": [asdict(claim) for claim in run.numbers.claims],
+        "migration": run.numbers.migration,
+        "recovery_speed": {name: _speeds(found) for name, found in run.numbers.speeds.items()},
         "savings": _savings(run),
         "attribution": _by_stage(run, _attribution),
-        "scores_agreement": agreement(run),
+        "scores_agreement": run.numbers.agreement,
         "similarity": {name: [_similarity(arm) for arm in arms] for name, arms in run.arms.items()},
         "meaning": _by_stage(run, _meaning),
-        "heirs": {name: heirs(run, name) for name in run.arms},
+        "heirs": {name: [str(row) for row in rows] for name, rows in run.numbers.heirs.items()},
         "probe_quality": {kind: asdict(s.quality) for kind, s in _base(run).also.items() if s.quality is not None},
     }
 
@@ -174,8 +174,7 @@ def _meaning(arm: Trajectory, stage: str) -> dict[str, Any] | None:
     }
 
 
-def _speeds(run: Run, arms: Sequence[Trajectory]) -> dict[str, Any]:
-    found = recovery.speeds(arms, run.label, unpruned=run.arms.get("unpruned"), **run.interval)
+def _speeds(found: recovery.Speeds) -> dict[str, Any]:
     return {
         "reached": {f"{share:g}": asdict(when) for share, when in found.reached.items()},
         "area": None if found.area is None else asdict(found.area),
@@ -226,7 +225,7 @@ def speed_rows(run: Run) -> Table:
     for name, arms in run.arms.items():
         if arms[0].pruned is None:
             continue
-        found = recovery.speeds(arms, run.label, unpruned=run.arms.get("unpruned"), **run.interval)
+        found = run.numbers.speeds[name]
         area = "within noise" if found.area is None else _interval(found.area)
         rows.append([name, *(_interval(when.epochs) or "not reached" for when in found.reached.values()), area])
     shares = [f"epochs to {share:.0%}" for share in recovery.SHARES]
@@ -287,7 +286,7 @@ def agreement_rows(run: Run) -> Table:
     """Rank correlation of the ranking score with the others, at base; fitted scores with their held-out quality."""
     rows = []
     also = _base(run).also
-    for name, value in agreement(run).items():
+    for name, value in run.numbers.agreement.items():
         quality = also[name].quality if name in also else None
         rows.append([name, _number(value), "" if quality is None else str(quality)])
     return ["score", f"Spearman with {_base(run).saliency.kind}", "held-out quality, beside its controls"], rows
