@@ -89,19 +89,16 @@ def _run(experiment: Experiment, folder: Path, fresh: bool) -> None:
         store.run(experiment, folder, fresh=fresh)
         return
     shown = not fresh and store.is_complete(folder)
-    what = f"{experiment.model}, {experiment.corpus}, concept {'+'.join(experiment.labels)}, site {experiment.site}"
-    print(f"{what} > {folder}")
     try:
-        with _progress() as (progress, say):
-            result = store.run(experiment, folder, fresh=fresh, progress=progress, on_event=_telling(experiment, say))
+        with _following(experiment) as follow:
+            result = store.run(experiment, folder, fresh=fresh, progress=follow.progress, on_event=follow.take)
             page = report.write_report(result, folder / "report.html")
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise typer.Exit(130) from None
     if shown:
         print("this run was complete already; --fresh runs it again")
-    _print_run(result)
-    print(f"report: {page}")
+    _print_brief(result, str(page))
 
 
 @app.command()
@@ -146,16 +143,31 @@ def sweep(
 @app.command()
 def show(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    all_: Annotated[bool, typer.Option("--all", help="Print every table, and every answer in full.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Print the numbers of every layer.")] = False,
+    claims: Annotated[bool, typer.Option("--claims", help="Print the paper's claims, beside their controls.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print summary.json as it is.")] = False,
 ) -> None:
-    """Print the numbers of a finished run."""
+    """Print what a finished run found; more of it with --all, --layers, --claims or --json."""
     from relearn_lens.runs import store
 
+    result = store.load_run(run)  # says what is wrong with a folder that is no finished run
     if json:
-        store.load_run(run)  # says what is wrong with a folder that is no finished run
         print((run / store.SUMMARY).read_text(encoding="utf-8"), end="")
-    else:
-        _print_run(store.load_run(run))
+        return
+    if all_ or not (layers or claims):
+        _print_brief(result, str(run / "report.html"))
+    if all_:
+        _print_answers(result)
+        _print_scores(result)
+    if all_ or layers:
+        _print_layers(result)
+    if all_:
+        _print_findings(result)
+    if all_ or claims:
+        _print_claims(result)
+    if all_:
+        _print_story(result)
 
 
 @app.command()
@@ -230,8 +242,8 @@ def fetch(
     from relearn_lens import sources
 
     for name in names or sources.SOURCES:
-        with _progress() as (progress, _):
-            folder = sources.fetch(name, progress=progress)
+        with _following() as follow:
+            folder = sources.fetch(name, progress=follow.progress)
         print(f"{name}: {folder}")
 
 
@@ -401,107 +413,142 @@ def _folder(settings: str, experiment: Experiment) -> Path:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
-    """A bar that says what is being done, how far, and how long still; and a way to print lines above it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(soft_wrap=True)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True,
-    )  # fmt: skip
-    tasks: dict[str, Any] = {}
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            for task in tasks.values():
-                bar.remove_task(task)
-            tasks.clear()
-            tasks[what] = bar.add_task(what, total=total)
-            if not console.is_terminal:
-                console.print(f"{what} ...", highlight=False)
-        bar.update(tasks[what], completed=done, total=total)
-
-    with bar:
-        yield progress, lambda text: console.print(text, highlight=False, markup=False)
+def _following(experiment: Experiment | None = None) -> Iterator[_Following]:
+    """For a while, a bar that says what is being done and how long still, below the lines of results."""
+    follow = _Following(experiment)
+    with follow.live:
+        yield follow
 
 
-def _telling(experiment: Experiment, say: Callable[[str], None]) -> Callable[[Event], None]:
-    """A line for every result as it comes."""
-    from relearn_lens.runs import events
+class _Following:
+    """What is printed while long work is under way: its bar, and of a run each arm as a line that fills up."""
 
-    def tell(event: Event) -> None:
+    def __init__(self, experiment: Experiment | None):
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        self.experiment = experiment
+        self.console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+        columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn()
+        self.bar = Progress(*columns, console=self.console)
+        self.live = Live(self.bar, console=self.console, transient=True, refresh_per_second=4)
+        self.task: Any = None
+        self.what = ""
+        self.phases: set[str] = set()
+        self.run: Run | None = None
+        self.arms: dict[str, dict[str, Any]] = {}
+        """Scores by arm and stage, of the seed under way."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far the work has come."""
+        if what != self.what:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.what, self.task = what, self.bar.add_task(what, total=total)
+            phase = what.partition(" (")[0]
+            if not self.console.is_terminal and phase not in self.phases:
+                self.phases.add(phase)
+                self.say(f"{phase} ...")
+        self.bar.update(self.task, completed=done, total=total)
+
+    def say(self, text: Any) -> None:
+        """Print something above the bar."""
+        self.console.print(text, markup=False, soft_wrap=not isinstance(text, str))
+
+    def take(self, event: Event) -> None:
+        """Print what an event of a run brings."""
+        from rich.console import Group
+
+        from relearn_lens.runs import events
+        from relearn_lens.runs.results import Run
+        from relearn_lens.show import brief
+
+        experiment = self.experiment
+        assert experiment is not None
+        if isinstance(event, events.Prepared):
+            self.run = Run(experiment, manifest={"other": event.other.name if event.other else None})
+            for part in (event.train, event.validation, event.probe):
+                self.say(repr(part.corpus))
+            for note in event.notes:
+                self.say(f"note: {note}")
+            return
+        assert self.run is not None
+        self.run.take(event)
+        other, stages = self.run.manifest["other"], brief.stages_of(experiment)
         match event:
-            case events.Prepared():
-                for part in (event.train, event.validation, event.probe):
-                    say(f"{part.corpus!r}, {part.n_tokens:,} tokens")
-                for note in event.notes:
-                    say(f"note: {note}")
-            case events.Base():
-                scores = event.snapshot.scores
-                say(f"seed {event.seed}, base: {scores.metric} {_scores(event.snapshot.shown)}")
-            case events.Sized():
-                for dose in event.doses:
-                    say(f"dose {dose.fraction:g} {dose.cut}: {dose.scores!r}")
-                say(f"fraction {event.fraction}")
-            case events.Cuts():
-                for name, chosen in event.sets.items():
-                    shares = " ".join(f"{s:.2f}" for s in chosen.share_by_layer())
-                    say(f"{name}: {len(chosen):,} of {chosen.site.n_neurons:,} neurons; share by layer {shares}")
-            case events.Damage() if event.random:
-                cut = event.concept
-                for kind, each in event.random.items():
-                    draws = " ".join(f"{scores.shown(experiment.labels):.3f}" for scores in each)
-                    say(f"cut: {cut.metric} {cut.shown(experiment.labels):.3f}; {kind} sets {draws}")
-            case events.Grafted():
-                for stage, made in event.stages.items():
-                    say(f"grafts at {stage}: {made!r}")
-                    say(made.to_dataframe().round(2).to_string())
-            case events.Again():
-                say(f"the same cut again: {event.same.shown(experiment.labels):.3f}")
-                for each in event.rounds:
-                    say(
-                        f"second cut: {each.share_old:.2f} old; {each.cut.shown(experiment.labels):.3f} > "
-                        + " ".join(f"{step}: {s.shown(experiment.labels):.2f}" for step, s in each.course.items())
-                    )
-            case events.Blocked():
-                say(
-                    f"{event.held} held: "
-                    + " ".join(f"{step}: {s.shown(experiment.labels):.2f}" for step, s in event.course.items())
-                )
-            case events.Measured(stage=stage) if stage != "base":
-                say(f"{event.arm:>9} {stage:>6}: {_scores(event.snapshot.shown)}")
-
-    return tell
+            case events.Base(seed=seed, snapshot=snapshot):
+                scores, self.arms = snapshot.scores, {}
+                by = "steps" if experiment.retrain.steps else "epochs"
+                self.say(f"seed {seed}: {scores.metric} of the base model {_scores(snapshot.shown)}")
+                self.say(brief.head(f"{scores.metric} of {'+'.join(experiment.labels)}", stages, by))
+            case events.Measured(arm=arm, stage=stage, snapshot=snapshot):
+                self.arms.setdefault(arm, {})[stage] = snapshot.scores
+                line = brief.rows_of(self.arms, other, experiment.labels, stages)[arm]
+                self.live.update(Group(line, self.bar))
+            case events.ArmDone(trajectory=path):
+                self.arms[path.arm] = {stage: path[stage].scores for stage in path.stages}
+                self.live.update(self.bar)
+                self.say(brief.rows_of(self.arms, other, experiment.labels, stages)[path.arm])
+            case events.SeedDone(seed=seed) if len(experiment.seeds) > 1 and seed == experiment.seeds[0]:
+                for line in ["", *brief.brief(self.run), ""]:
+                    self.say(line)
 
 
 def _scores(shown: dict[str, float]) -> str:
-    return "  ".join(f"{label} {value:.3f}" for label, value in shown.items())
+    return ", ".join(f"{label} {value:.2f}" for label, value in shown.items())
 
 
-def _print_run(result: Run) -> None:
-    """The tables of a run and what happened."""
-    from relearn_lens.runs.summary import summary as summary_of
+def _print_brief(result: Run, report: str) -> None:
+    """The run in ten seconds."""
+    from rich.console import Console
+
+    from relearn_lens.show import brief
+
+    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    for line in brief.brief(result, report):
+        console.print(line, soft_wrap=True)
+
+
+def _print_answers(result: Run) -> None:
+    """Every question in full: its verdict, what it rests on, and what would decide it."""
+    from relearn_lens.runs.answers import answers
+
+    print()
+    for question in answers(result):
+        decide = f" To decide it: {question.decide}." if question.decide else ""
+        holm = f" p (Holm) {question.p_holm:.2g}." if question.p_holm is not None else ""
+        _prose(f"{question.asks} {question.verdict}. {question.says} Bar {question.bar:g}.{holm}{decide}")
+
+
+def _print_scores(result: Run) -> None:
+    """Every label's score in every arm, and what cutting alone does."""
     from relearn_lens.show import tables
 
+    print()
     _table(tables.score_title(result), *tables.score_rows(result))
+    if result.damage:
+        _prose(tables.draws_row(result))
+
+
+def _print_layers(result: Run) -> None:
+    """The numbers of every layer."""
+    from relearn_lens.show import tables
+
+    print()
     _table("by layer: pruned share; mean rank saliency (1 highest)", *tables.layer_rows(result))
-    print(tables.draws_row(result))
+
+
+def _print_story(result: Run) -> None:
+    """What happened by the rankings, and what the run took."""
+    from relearn_lens.runs.summary import summary as summary_of
+
     summary = summary_of(result)
     overlap = summary["overlap_random_with_concept"]
     if overlap is not None:
-        print(f"The random arm shares {100 * overlap:.0f} % of its neurons with the concept arm.")
-    _print_findings(result)
+        _prose(f"The random arm shares {100 * overlap:.0f} % of its neurons with the concept arm.")
     print()
-    print(summary["what_happened"])
+    _prose(summary["what_happened"])
     seconds = summary["seconds"] or {}
     print(f"\n{sum(seconds.values()):.0f} s, peak memory {summary['peak_rss_mb']} MB; folder {result.folder}")
 
@@ -555,26 +602,88 @@ def _print_findings(result: Run) -> None:
             _table(title, header, rows)
     for name in result.arms:
         if lines := findings.heirs(result, name):
-            print(f"top words at base > at the end, of neurons new in the top tenth ({name} arm, gained most first)")
-            print("\n".join(f"  {line}" for line in lines) + "\n")
+            _prose(f"top words at base > at the end, of neurons new in the top tenth ({name} arm, gained most first)")
+            for line in lines:
+                _prose(line, indent=2)
+            print()
+
+
+def _print_claims(result: Run) -> None:
+    """The paper's claims, beside their controls."""
+    from relearn_lens.runs import findings
+
     found = findings.claims_of(result)
     if found:
-        _table("claims of the paper, against the controls", *findings.claims_rows(found))
+        print()
+        header, rows = findings.claims_rows(found)
+        shown = [k for k, name in enumerate(header) if name not in ("claim", "concept", "control")]
+        _table(
+            "claims of the paper, against the controls", [header[k] for k in shown],
+            [[row[k] for k in shown] for row in rows],
+        )  # fmt: skip
         for claim in found:
-            print(f"{claim.id}: {claim.verdict}. {claim.why}")
-        print(findings.CORRECTED)
+            _prose(f"{claim.id}. {claim.says}: {claim.verdict}. {claim.why}")
+        _prose(findings.CORRECTED)
+
+
+def _prose(text: str, indent: int = 0) -> None:
+    """Text wrapped at words: to the terminal's width, or 80 columns where it is piped."""
+    import textwrap
+
+    print(textwrap.fill(text, _width(), initial_indent=" " * indent, subsequent_indent=" " * (indent + 2)))
+
+
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A table; what is wider than the terminal (or 80 columns) is printed in pieces, each with the first columns."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-    print()
+    console = Console(width=_width())
+    for i, columns in enumerate(_pieces(header, rows, console.width)):
+        table = Table(title=title if i == 0 else None, title_justify="left", box=None, pad_edge=False)
+        for k in columns:
+            table.add_column(header[k], no_wrap=_widest(header, rows, k) <= _PROSE)
+        for row in rows:
+            table.add_row(*(Text(row[k]) for k in columns))
+        console.print(table)
+        print()
+
+
+_PROSE = 26
+"""Cells that are wider are prose, which may be wrapped."""
+
+
+def _widest(header: list[str], rows: list[list[str]], column: int) -> int:
+    return max(len(cells[column]) for cells in (header, *rows))
+
+
+def _pieces(header: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
+    """The columns of each piece of a table: those before the first one of numbers in each, and as many as fit."""
+
+    def is_number(k: int) -> bool:
+        cells = [row[k] for row in rows if row[k]]
+        return bool(cells) and all(re.match(r"[-+]?[\d.]", cell) for cell in cells)
+
+    every = range(len(header))
+    taken = [min(_widest(header, rows, k), _PROSE) + 2 for k in every]
+    first = next((k for k in every if is_number(k)), len(header))
+    if sum(taken) - 2 <= width or sum(taken[:first]) > width / 2:
+        return [list(every)]
+    pieces, room = [], 0
+    for k in range(first, len(header)):
+        room -= taken[k]
+        if not pieces or room < 0:
+            pieces.append(list(range(first)))
+            room = width + 2 - sum(taken[:first]) - taken[k]
+        pieces[-1].append(k)
+    return pieces
 
 
 def _short(value: Any) -> str:

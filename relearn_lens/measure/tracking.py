@@ -17,7 +17,7 @@ from torch import Tensor
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import meaning
-from relearn_lens.measure.evaluation import OVERALL, Label, Scores, SpanScores, judge_of
+from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, judge_of
 from relearn_lens.measure.meaning import Nulls, concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
@@ -61,6 +61,9 @@ class Snapshot:
     """The words that carry the concept, where top words were measured."""
     separated: Int[Tensor, "layer neuron"] | None = None
     """Number of classes that the neuron separates from all other words beyond the label-shuffle null."""
+
+    guesses: Guesses | None = None
+    """What the model says of a few held-out sentences; None where it was not asked."""
 
     def by(self, name: str) -> Saliency:
         """The saliency of a score, or of the attribution, by name.

@@ -219,8 +219,10 @@ def finetune_(
     Keywords as of `train_`; other fields of `Finetuning` by name. Source: Lo et al. 2024, section 4.
 
     Raises:
-        ValueError, FloatingPointError: as `train_`.
+        ValueError, FloatingPointError: as `train_`; or a `prior_bias` that is asked for by name, for no tagger.
     """
+    if fields.get("prior_bias") and not isinstance(model, Tagger):
+        raise ValueError("prior_bias is for the head of a tagger; a language model keeps its own head")
     how = methods.of(Finetuning, how, fields)
     return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
 
@@ -441,6 +443,11 @@ class _Batch:
                 self._check(parts, values)
                 means = [values[p][0] / (self.counts.get(p) or max(values[p][1], 1)) for p in parts or values]
                 loss = torch.stack(means).sum() if len(means) > 1 else means[0]
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "nothing that may move has a part in the loss; name weights in only= that the model computes "
+                        "with (of joint queries, keys and values: their three parts), and do not train under no_grad"
+                    )
                 self.accelerator.backward(loss)
             for part, (value, n) in values.items():
                 self.counts.setdefault(part, n)

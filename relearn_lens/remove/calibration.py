@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from relearn_lens import progress
 from relearn_lens.models.model import Model
 
-Score = Callable[[Model], float]
+Score = Callable[[Any], float]
 """Of a model: higher is better, 0 is worst."""
 
 
@@ -42,7 +43,7 @@ def calibrate(
     next one fails. The score is asked in place, at most 2 + log2(points) times; the model's weights are put back, to
     the bit. Compare removers there: `mixed_` goes there.
 
-    Source: Wang et al. 2024 (UWC), equation 6; their update ratio is 1 - a.
+    Source: Wang et al. 2024 (UWC); their update ratio is 1 - a.
 
     Raises:
         ValueError: weights of another model, tau or points out of range, or a base whose score is not above 0.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -26,7 +26,7 @@ class GradientAscent(Remover):
 
     name: ClassVar[str] = "gradient_ascent"
     formula: ClassVar[str] = "-CE_f"
-    source: ClassVar[str] = "Jang et al. 2023, equation 2"
+    source: ClassVar[str] = "Jang et al. 2023"
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""
@@ -42,12 +42,12 @@ class GradDiff(Remover):
     The KL of open-unlearning's release counts every position: prompts, special tokens and padding too. Here it counts
     what carries the loss; `faithful=True` does as released, and then batches cannot go through the model in parts.
 
-    Source: Liu et al. 2022; Maini et al. 2024, section 3.2.
+    Source: Liu et al. 2022; Maini et al. 2024 (TOFU).
     """
 
     name: ClassVar[str] = "grad_diff"
     formula: ClassVar[str] = "-gamma CE_f + alpha (CE_r or KL_r(pi0, pi))"
-    source: ClassVar[str] = "Liu et al. 2022; Maini et al. 2024, section 3.2"
+    source: ClassVar[str] = "Liu et al. 2022; Maini et al. 2024 (TOFU)"
 
     gamma: float = Field(default=1.0, gt=0, le=1e6, description="weight of forgetting (open-unlearning)")
     alpha: float = Field(
@@ -57,6 +57,14 @@ class GradDiff(Remover):
         default="ce", description="ce: nats per sub-word of the retained text; kl: KL(pi0, pi) there, nats per sub-word"
     )
     faithful: bool = Field(default=False, description="KL over prompt and padding too, as open-unlearning released it")
+
+    @model_validator(mode="after")
+    def _differs(self) -> GradDiff:
+        if self.faithful and self.retain != "kl":
+            raise ValueError(
+                f"faithful = True and retain = {self.retain!r}: only the KL was released otherwise than written"
+            )
+        return self
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""
@@ -74,14 +82,14 @@ class NPO(Remover):
     The release of Fan et al. 2025 puts the mean cross-entropy of the whole batch into the sigmoid, one scalar a batch:
     `faithful=True` does so, and then batches cannot go through the model in parts.
 
-    Source: Zhang et al. 2024, equation 3, with the retained loss of open-unlearning.
+    Source: Zhang et al. 2024, with the retained loss of open-unlearning.
     """
 
     name: ClassVar[str] = "npo"
     formula: ClassVar[str] = (
         "-(2 / beta) mean log sigmoid(-beta (log pi(y) - log pi0(y)))_f + alpha (CE_r or KL_r(pi0, pi))"
     )
-    source: ClassVar[str] = "Zhang et al. 2024, equation 3"
+    source: ClassVar[str] = "Zhang et al. 2024"
 
     beta: float = Field(
         default=0.1, gt=0, le=1e3, description="inverse temperature, per nat (Zhang et al. 2024, open-unlearning)"

@@ -39,12 +39,12 @@ class RMU(Remover):
     Published: Li et al. 2024 for Zephyr, the defaults; Che et al. 2025: c 20, alpha 100; open-unlearning: c 2, alpha 1,
     layer 7, all weights.
 
-    Source: Li et al. 2024, section 4.
+    Source: Li et al. 2024 (WMDP).
     """
 
     name: ClassVar[str] = "rmu"
     formula: ClassVar[str] = "|h_l - c u|^2_f / d + alpha |h_l - h0_l|^2_r / d"
-    source: ClassVar[str] = "Li et al. 2024, section 4"
+    source: ClassVar[str] = "Li et al. 2024 (WMDP)"
     usual: ClassVar[Training] = Removing(lr=5e-5)
 
     layer: int | None = Field(

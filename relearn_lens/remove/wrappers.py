@@ -20,12 +20,12 @@ class SAM(Method):
     With g the gradient of the forget part at theta, it is taken again at theta + rho g / |g|, over all entries that may
     move; all other parts' at theta. Costs three passes in the place of one, and a copy of the weights that move.
 
-    Source: Foret et al. 2021, equation 2; Fan et al. 2025, on unlearning.
+    Source: Foret et al. 2021; Fan et al. 2025, on unlearning.
     """
 
     name: ClassVar[str] = "sam"
     formula: ClassVar[str] = "grad f(theta + rho grad f / |grad f|) + grad r(theta)"
-    source: ClassVar[str] = "Foret et al. 2021, equation 2; Fan et al. 2025"
+    source: ClassVar[str] = "Foret et al. 2021; Fan et al. 2025"
 
     rho: float = Field(
         default=0.01, ge=0, le=1e3, description="radius, L2 norm over all weights that move (Fan et al. 2025); 0: none"

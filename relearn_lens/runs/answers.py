@@ -131,21 +131,27 @@ def _same(run: Run) -> Question | None:
 
 
 def _heirs(run: Run) -> list[Question]:
-    """Whether heirs were near the concept before, and whether they mix meanings, on the neurons that survive in all."""
+    return [
+        ask(seeds) for ask, seeds in ((questions.primed, heirs(run, "primed")), (questions.mixed, heirs(run, "mixed")))
+        if seeds is not None
+    ]  # fmt: skip
+
+
+def heirs(run: Run, which: str) -> list[Heirs] | None:
+    """Whether heirs were near the concept before (`"primed"`), or mix meanings (`"mixed"`): a number per seed and arm,
+    on the neurons that survive in all; None where there is no second arm."""
     arms = {name: run.arms[name] for name in ("concept", "random", "unpruned") if name in run.arms}
     if len(arms) < 2:
-        return []
+        return None
+    measured = {"primed": _primed, "mixed": _mixed}[which]
     found = []
-    for ask, measured in ((questions.primed, _primed), (questions.mixed, _mixed)):
-        seeds = []
-        for paths in zip(*arms.values(), strict=True):
-            among = _survivors(paths)
-            try:
-                values = dict(zip(arms, (measured(path, among) for path in paths), strict=True))
-            except evidence.Missing:
-                continue
-            seeds.append(Heirs(paths[0].seed, **values))
-        found.append(ask(seeds))
+    for paths in zip(*arms.values(), strict=True):
+        among = _survivors(paths)
+        try:
+            values = dict(zip(arms, (measured(path, among) for path in paths), strict=True))
+        except evidence.Missing:
+            continue
+        found.append(Heirs(paths[0].seed, **values))
     return found
 
 

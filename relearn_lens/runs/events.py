@@ -193,7 +193,17 @@ class Blocked:
     """Steps of retraining to `Scores`."""
 
 
-Event = Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Grafted | Again | Blocked
+@dataclass(frozen=True)
+class SeedDone:
+    """All of one seed is done."""
+
+    seed: int
+
+
+Event = (
+    Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Grafted | Again | Blocked
+    | SeedDone
+)  # fmt: skip
 
 
 @runtime_checkable

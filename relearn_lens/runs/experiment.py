@@ -12,7 +12,7 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.saliency import SCORES
-from relearn_lens.measure.evaluation import Scores, evaluate
+from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
 from relearn_lens.measure.grafting import Grafts, grafts, share_old
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
-from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure
+from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
 from relearn_lens.models.lora import adapter_weights, load_adapter_weights
 from relearn_lens.models.model import computing
@@ -50,6 +50,7 @@ from relearn_lens.runs.events import (
     Paused,
     Prepared,
     Round,
+    SeedDone,
     Sized,
     Weighed,
 )
@@ -57,6 +58,8 @@ from relearn_lens.runs.preparation import adapters, attribution_settings, load, 
 from relearn_lens.runs.protocol import placed
 from relearn_lens.runs.settings import Experiment
 
+COMPARED = ("concept", "random", "unpruned")
+"""The arms whose neurons and weights are compared with each other."""
 BACK = 0.9
 """Share of what it was at which a concept counts as back: where grafts are taken first."""
 
@@ -65,8 +68,8 @@ def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Eve
     """Run an experiment, yielding every result as it comes.
 
     What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`,
-    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Grafted`, `Again` and `Blocked`; `Paused` wherever
-    a training can be taken up again.
+    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Grafted`, `Again` and `Blocked`, and `SeedDone`;
+    `Paused` wherever a training can be taken up again.
     """
     threads = torch.get_num_threads()
     try:
@@ -127,6 +130,7 @@ class _Seed:
         if "concept" in done:
             yield from self._afterwards(base, cuts, done, back)
         self.weighed.clear()
+        yield SeedDone(self.seed)
 
     def _result(self, kind: type, name: str = "") -> Any:
         return self.kept.result(kind, self.seed, name) if self.kept else None
@@ -232,7 +236,7 @@ class _Seed:
 
     def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
-        if self.experiment.grafts.skip or arm.name not in ("concept", "random", "unpruned"):
+        if self.experiment.grafts.skip or arm.name not in COMPARED:
             return False
         if arm.name != "concept":
             return last or stage == back
@@ -391,7 +395,7 @@ class _Seed:
 
     def _is_dear(self, arm: Arm | None) -> bool:
         """Whether a seed's arm gets the measurements that take long."""
-        if arm is not None and arm.name not in ("concept", "random", "unpruned"):
+        if arm is not None and arm.name not in COMPARED:
             return False
         return self.experiment.measure.dear == "all" or self.seed == self.experiment.seeds[0]
 
@@ -407,18 +411,29 @@ class _Seed:
         """One snapshot. Base and last stage get every measurement, others the cheap ones."""
         ready, how, settings = self.ready, self.experiment.measure, self.experiment
         ends = base is None or last
-        dear = self._is_dear(arm) and (ends or how.everywhere)
-        wanted = [name for name in how.what if name != "similarity" and (name in SCORES or dear)]
+        ends_or_all = (ends or how.everywhere) and (arm is None or arm.name in COMPARED)
+        wanted = [
+            name
+            for name in how.what
+            if name in SCORES
+            or (name in FORMS and ends_or_all and self._is_dear(arm))
+            or (name == "top_words" and ends_or_all)
+        ]
         scored = ready.scored
         total = ready.probe.n_tokens * (2 if "top_words" in wanted else 1) + scored.n_tokens
         with progress.task(what, total):
-            return measure(
+            snapshot = measure(
                 ready.model, ready.probe, ready.concept, validation=scored, site=ready.site, score=settings.score,
                 contrast=settings.contrast, what=wanted, base=base.snapshot if base else None,
                 vectors=base.vectors if base else None, shuffles=how.shuffles if ends else 0, seed=self.seed,
                 rank_bucket=how.rank_bucket, nulls=how.nulls, attribution=attribution_settings(settings),
                 sample_words=how.sample_words, max_memory=megabytes(how.max_memory), at=at, max_tokens=how.max_tokens,
             )  # fmt: skip
+        if self.seed != settings.seeds[0] or (arm is not None and arm.name != "concept"):
+            return snapshot
+        sentences = to_read(scored.corpus, ready.concept)
+        said = guesses(ready.model, sentences, ready.concept) if sentences.n_sentences else None
+        return replace(snapshot, guesses=said)
 
 
 def first_back(path: Trajectory) -> str | None:

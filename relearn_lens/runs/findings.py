@@ -106,14 +106,19 @@ def arm_kind(arm: Trajectory, kind: str) -> str:
 
 
 def heirs(run: Run, name: str, k: int = 8) -> list[str]:
-    """Polysemy lines of the neurons that are new in the top tenth of the survivors, those that gained most first."""
+    """`heir_rows`, a line each."""
+    return [str(row) for row in heir_rows(run, name, k)]
+
+
+def heir_rows(run: Run, name: str, k: int = 8) -> list[meaning.Meaning]:
+    """The words of the neurons that are new in the top tenth of the survivors, those that gained most first."""
     arm = run.arms[name][0]
     base, now = arm[BASE], arm[last(arm)]
     if base.words is None or now.words is None or not len(arm.matched()):
         return []
     among = arm.matched()
     new = priming.heirs(base.saliency, now.saliency, max(1, len(among) // 10), among)
-    return [str(row) for row in meaning.polysemy(base.words, now.words, base.concept_words, neurons=new).rows(k)]
+    return meaning.polysemy(base.words, now.words, base.concept_words, neurons=new).rows(k)
 
 
 def _base(run: Run) -> Any:

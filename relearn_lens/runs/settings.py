@@ -57,8 +57,8 @@ class Data(Method):
     column: int = Field(default=-1, ge=-1000, le=1000, description="label column of a conll: corpus; -1 is the last")
     word_column: int | None = Field(
         default=None, ge=-1000, le=1000,
-        description="column of the words of a conll: corpus, counted from 0; none: the first that neither counts up nor "
-        "names a document",
+        description="column of the words of a conll: corpus, counted from 0; none: the first that neither counts up "
+        "nor names a document",
     )  # fmt: skip
     encoding: str = Field(default="utf-8", description="encoding of a conll: corpus, for instance latin-1")
 
@@ -135,7 +135,7 @@ class Measure(Method):
     )
     dear: Literal["first", "all"] = Field(
         default="first",
-        description="which seeds get attribution, top words and similarity, which take longest; first: the first seed",
+        description="which seeds get attribution and similarity, which take longest; first: the first seed",
     )
     everywhere: bool = Field(
         default=False,
@@ -218,8 +218,8 @@ class Experiment(Method):
     )
     head: Literal["trained", "fresh"] = Field(
         default="trained",
-        description="task tag: the head of a model that has one; trained: its rows for the labels of the text, by name; "
-        "fresh: a new one",
+        description="task tag: the head of a model that has one; trained: its rows for the labels of the text, by "
+        "name; fresh: a new one",
     )
     corpus: str = Field(default="bsb-names", description="bsb-names, conll:PATH, hf:NAME[:CONFIG] or toy")
     concept: str | tuple[str, ...] = Field(

@@ -47,6 +47,7 @@ from relearn_lens.runs.events import (
     Measured,
     Paused,
     Prepared,
+    SeedDone,
     Weighed,
 )
 from relearn_lens.runs.experiment import perform
@@ -140,7 +141,7 @@ def _drive(
     events = perform(experiment, kept=folder)
     folder = folder if processes.is_first() else None  # one process writes
     for event in events:
-        passing = isinstance(event, Measured | Paused | Weighed)
+        passing = isinstance(event, Measured | Paused | Weighed | SeedDone)
         if not passing:
             name = _phase(event)
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
@@ -335,6 +336,8 @@ class RunFolder:
                 self.keep_base(event)
             case ArmDone():
                 self.keep_arm(event)
+            case SeedDone():
+                pass
             case _:
                 if not (path := self._tensors(name_of(event))).exists():
                     write_tensors(path, *archive.pack(event))

@@ -72,9 +72,12 @@ def pruned_share(run: Run) -> str:
     return f"{said} The random arm {as_many} and shares {both:.0%} of its neurons with this cut."
 
 
-def layer_map(run: Run) -> str:
-    """The layer whose saliency changed most, and how much it changed in the controls."""
+def layer_map(run: Run, against: str | None = None) -> str:
+    """The layer whose saliency changed most, and how much it changed in the controls; `against` another arm, the layer
+    in which the two differ most at the end."""
     name = told(run)
+    if against is not None and name != against:
+        return _difference(run, name, against)
     last = run.arms[name][0].stages[-1]
     layers = run.arms[name][0].site.layers
     change = {each: _change(arms, arms[0].stages[-1]) for each, arms in run.arms.items()}
@@ -87,6 +90,27 @@ def layer_map(run: Run) -> str:
         f"{layers[most]}, by {mine[most]:+.2f}."
     )
     return f"{said} {_beside(change, name, lambda values: values[most], 'It changed there by')}"
+
+
+def _difference(run: Run, name: str, against: str) -> str:
+    found = {}
+    for each, arms in run.arms.items():
+        if each == against:
+            continue
+        gaps = []
+        for arm, twin in zip(arms, run.arms[against], strict=True):
+            here, there = (side[arm.stages[-1]].saliency.by_rank(arm.matched()).nanmean(1) for side in (arm, twin))
+            gaps.append((here - there).numpy())
+        found[each] = np.mean(gaps, axis=0)
+    last, layers = run.arms[name][0].stages[-1], run.arms[name][0].site.layers
+    if not np.isfinite(found[name]).any():
+        return f"In the {name} arm no layer has survivors. There is nothing to compare."
+    most = int(np.nanargmax(np.abs(found[name])))
+    said = (
+        f"At stage {last} the mean rank saliency of the {name} arm's neurons differs most from the {against} arm in "
+        f"layer {layers[most]}, by {found[name][most]:+.2f}."
+    )
+    return f"{said} {_beside(found, name, lambda values: values[most], 'It differs there by')}"
 
 
 def _change(arms: Sequence[Trajectory], last: str) -> np.ndarray:

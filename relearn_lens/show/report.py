@@ -20,8 +20,10 @@ from relearn_lens.measure.tracking import BASE, PRUNED
 from relearn_lens.runs import files, findings, presets, verify
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.summary import summary
-from relearn_lens.show import captions, plots
+from relearn_lens.show import brief, captions, plots
+from relearn_lens.show.plots.style import VERDICT_COLOURS, measured_by
 from relearn_lens.show.tables import draws_row, layer_rows, score_rows
+from relearn_lens.text.corpus import OUTSIDE
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -64,9 +66,11 @@ def render(run: Run) -> str:
     found = findings.claims_of(run)
     manifest = run.manifest
     heirs = {name: findings.heirs(run, name) for name in run.arms}
+    draw = _Drawing()
     tables: dict[str, Table | None] = {
         "f1": score_rows(run),
-        "speeds": findings.speed_rows(run),
+        # Of stages that are steps, the questions say it in steps.
+        "speeds": findings.speed_rows(run) if measured_by(brief.told_of(run)) == "epochs" else None,
         "layers": layer_rows(run),
         "agreement": findings.agreement_rows(run),
         "attribution": findings.attribution_rows(run),
@@ -76,14 +80,22 @@ def render(run: Run) -> str:
     return _page(
         "run.html.j2",
         title=f"Where does {numbers['concept']} come back in {run.experiment.model}?",
-        heading=Markup("Where does <em>{}</em> come back in {}?").format(numbers["concept"], run.experiment.model),
+        heading=brief.sentence(run),
+        lead=brief.headline(run).plain,
         run=run,
         experiment=run.experiment,
         scores=_scores_of(run),
-        story=numbers["what_happened"],
-        draws=draws_row(run),
+        draws=draws_row(run) if run.damage else "",
         overlap=numbers["overlap_random_with_concept"],
-        sections=_sections(run, found, heirs),
+        lost=brief.never_back(run),
+        answers=[
+            (answer, VERDICT_COLOURS[answer.question.verdict], _interval_picture(answer))
+            for answer in brief.answered(run)
+        ],
+        first=_first(run, draw),
+        reading=_reading(run),
+        new=_new(run),
+        sections=_sections(run, found, heirs, draw),
         tables=tables,
         whys=[(claim.id, claim.verdict, claim.why) for claim in found],
         corrected=findings.CORRECTED,
@@ -98,29 +110,135 @@ def render(run: Run) -> str:
     )
 
 
-def _sections(run: Run, found: Sequence[Claim], heirs: Mapping[str, list[str]]) -> list[tuple[str, str, list[Picture]]]:
-    """The parts of a run's page: id, heading, and the pictures of what was measured."""
-    draw = _Drawing()
+def _first(run: Run, draw: _Drawing) -> dict[str, Picture | None]:
+    """The pictures that the page begins with."""
+    return {
+        "curve": draw(plots.recovery_curves, run),
+        "cut": draw(plots.pruned_share, run, says=lambda: captions.pruned_share(run)),
+        "grafts": draw(plots.grafts, run),
+        "dose": draw(plots.dose, run),
+    }
 
-    def each(plot: Callable[..., Any], says: Callable[[], str], **how: Any) -> list[Picture | None]:
+
+def _interval_picture(answer: brief.Answer) -> Markup:
+    """The number that decides a question with its interval, and the band that is too small to count, as a small SVG."""
+    number, bar = answer.question.number, answer.question.bar
+    if number is None or number.interval is None:
+        return Markup("")
+    reach = 1.08 * max(abs(number.low), abs(number.high), bar)
+
+    def at(value: float) -> str:
+        return f"{60 + 58 * value / reach:.1f}"
+
+    return Markup(
+        '<svg viewBox="0 0 120 20" width="120" height="20" role="img" aria-label="{says}">'
+        '<rect x="{low}" width="{wide:.1f}" y="1" height="18" class="bar"/>'
+        '<line x1="60" x2="60" y1="0" y2="20" class="zero"/>'
+        '<line x1="{a}" x2="{b}" y1="10" y2="10" class="reach" stroke="{colour}"/>'
+        '<circle cx="{value}" cy="10" r="4.5" fill="{colour}"/></svg>'
+    ).format(
+        says=f"{answer.number}; too small to count up to {bar:g}", low=at(-bar), wide=116 * bar / reach,
+        a=at(number.low), b=at(number.high), value=at(number.value), colour=VERDICT_COLOURS[answer.question.verdict],
+    )  # fmt: skip
+
+
+class Word(NamedTuple):
+    """A word on the page, and what the model says of it at every stage."""
+
+    text: str
+    kind: str
+    """`"concept"`, `"other"` (another label) or `""`."""
+    right: list[bool]
+    """By stage, whether the model says what is true; empty for a word without a label of which it never said any."""
+    says: str
+    """The same in words."""
+
+
+class Read(NamedTuple):
+    """Some sentences with what the model says of them, stage by stage."""
+
+    stages: list[str]
+    sentences: list[list[Word]]
+    tops: list[tuple[str, list[tuple[str, list[tuple[str, bool]]]]]]
+    """Of a language model: the words before the concept's first one and that word; by stage the likeliest tokens, and
+    whether the word begins with them."""
+
+
+def _reading(run: Run) -> Read | None:
+    """A few held-out sentences as the concept arm's first seed reads them; None where they were not kept."""
+    path = brief.told_of(run)[0]
+    stages = [stage for stage in path.stages if path[stage].guesses is not None]
+    if not stages:
+        return None
+    by_stage = [path[stage].guesses for stage in stages]
+    names = set(run.label) | {brief.name_of(path)}
+    named = ["cut" if stage == PRUNED else stage for stage in stages]
+    sentences, tops = [], []
+    for i, words in enumerate(by_stage[0].words):
+        line = []
+        for k, (text, true) in enumerate(zip(words, by_stage[0].true[i], strict=True)):
+            said = [each.said[i][k] for each in by_stage]
+            kind = "concept" if true in names else "other" if true != OUTSIDE else ""
+            if run.experiment.task == "tag":
+                told = [each[0] if each else OUTSIDE for each in said]
+                shown = kind or any(each != OUTSIDE for each in told)
+                right = [each == true for each in told] if shown else []
+                line.append(Word(text, kind, right, "; ".join(f"{s}: {t}" for s, t in zip(named, told, strict=True))))
+            else:
+                line.append(Word(text, kind if any(said) else "", [], ""))
+        sentences.append(line)
+        at = next((k for k, true in enumerate(by_stage[0].true[i]) if true in names and by_stage[0].said[i][k]), None)
+        if run.experiment.task != "tag" and at is not None:
+            guesses = [
+                (s, [(token, bool(token) and words[at].startswith(token)) for token in each.said[i][at]])
+                for s, each in zip(named, by_stage, strict=True)
+            ]
+            tops.append((" ".join(words[:at]) + f" [{words[at]}]", guesses))
+    return Read(named, sentences, tops)
+
+
+def _new(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[str, bool]], list[tuple[str, bool]]]]]]:
+    """Arm to the neurons that took over: name, words before and after, each with whether it carries the concept."""
+    found = []
+    for name in ("concept", "random"):
+        rows = findings.heir_rows(run, name) if name in run.arms else []
+        carries = set(run.arms[name][0][BASE].concept_words) if rows else set()
+        marked = [
+            (str(row.neuron), *([(word, word in carries) for word in side] for side in (row.before, row.now)))
+            for row in rows
+        ]
+        if marked:
+            found.append((name, marked))
+    return found  # pyright: ignore[reportReturnType]
+
+
+def _sections(
+    run: Run, found: Sequence[Claim], heirs: Mapping[str, list[str]], draw: _Drawing
+) -> list[tuple[str, str, list[Picture]]]:
+    """What is folded: id, heading, and the pictures of what was measured."""
+
+    def each(
+        plot: Callable[..., Any], says: Callable[[], str], arms: Sequence[str], **how: Any
+    ) -> list[Picture | None]:
         """A picture per arm, of which the first says what all show."""
-        small = len(run.arms) > 1
         return [
-            draw(plot, run, arm=name, small=small, says=None if i else says, **how) for i, name in enumerate(run.arms)
+            draw(plot, run, arm=name, small=len(arms) > 1, says=None if i else says, **how)
+            for i, name in enumerate(arms)
         ]
 
+    # Beside an arm in which nothing was cut, what training does by itself is taken off.
+    twin = "unpruned" if "unpruned" in run.arms and len(run.arms) > 1 else None
+    maps: dict[str, Any] = {"against": twin} if twin else {"selection": run.experiment.measure.selection}
     sections = [
-        ("cut", "Where it was cut", [draw(plots.pruned_share, run, says=lambda: captions.pruned_share(run))]),
-        ("back", "How much is lost, and how much comes back", [
-            draw(plots.recovery_curves, run, says=lambda: captions.recovery(run))]),
+        ("scores", "Every score, and how fast it came back", []),
         ("layers", "Where the concept sits, stage by stage",
-            each(plots.layer_map, lambda: captions.layer_map(run), selection=run.experiment.measure.selection)),
+            each(plots.layer_map, lambda: captions.layer_map(run, twin), [n for n in run.arms if n != twin], **maps)),
         ("neurons", "Which neurons carry it", [draw(plots.neuron_map, run, says=lambda: captions.neuron_map(run))]),
-        ("moved", "Did it move?", [
+        ("moved", "Did its saliency move between layers?", [
             draw(plots.migration, run, says=lambda: captions.migrated(run)) if "concept" in run.arms else None]),
         ("owes", "What the output owes to each layer", [
             draw(plots.attribution, run, says=lambda: captions.attribution(run))]),
-        ("same", "Are they still the same neurons?", each(plots.flow, lambda: captions.flow(run))),
+        ("same", "Are they still the same neurons?", each(plots.flow, lambda: captions.flow(run), list(run.arms))),
         ("meaning", "What the neurons stand for", [
             draw(plots.saliency_against_similarity, run, says=lambda: captions.saliency_against_similarity(run)),
             _card(draw, run, heirs)]),
@@ -141,7 +259,9 @@ def render_comparison(runs: Sequence[Run]) -> str:
     names = _names(runs)
     verify.check_same_inputs({name: run.manifest for name, run in zip(names, runs, strict=True)})
     draw = _Drawing()
-    curves = [draw(plots.recovery_curves, run, says=lambda run=run: captions.recovery(run)) for run in runs]
+    curves = [
+        draw(plots.recovery_curves, run, beside=runs, says=lambda run=run: captions.recovery(run)) for run in runs
+    ]
     maps = [draw(plots.layer_map, run, arm=captions.told(run), small=True) for run in runs]
     return _page(
         "comparison.html.j2",

@@ -270,6 +270,7 @@ def test_a_language_model_is_judged_for_a_concept(llama, corpus):
 def test_prior_bias_is_for_taggers(llama, corpus):
     with pytest.raises(ValueError, match="prior_bias is for the head of a tagger"):
         finetune_(llama, corpus, prior_bias=True)
+    list(finetune_(llama, corpus, epochs=1))  # and the default leaves its head alone
 
 
 def test_pruning_a_set_of_one_keeps_the_weights_names(llama):

@@ -13,6 +13,7 @@ from relearn_lens.models import toy as toy_module
 from relearn_lens.models.model import LanguageModel, Tagger
 from relearn_lens.models.training import Checkpoint, Objective, cross_entropy, finetune_, plain, train_
 from relearn_lens.text.corpus import Corpus
+from tests.families import small_tagger
 
 
 @pytest.fixture
@@ -278,6 +279,15 @@ def test_the_prior_of_tags_does_not_move_a_bias_that_may_not(toy, text):
 def test_masks_of_another_model_are_refused_at_the_call(model, text, only, says):
     with pytest.raises(ValueError, match=says):
         train_(model, text, only=only)
+
+
+def test_weights_that_nothing_computes_with_cannot_train(text, model, tmp_path, corpus):
+    gpt2 = small_tagger("gpt2", tmp_path)  # computes with queries, keys and values, each by themselves
+    joint = "trunk.h.0.attn.c_attn.weight"
+    with pytest.raises(ValueError, match="nothing that may move has a part in the loss; name weights in only= that"):
+        list(train_(gpt2, corpus, only={joint: torch.ones_like(gpt2.weights()[joint], dtype=torch.bool)}))
+    with torch.no_grad(), pytest.raises(ValueError, match="do not train under no_grad"):
+        list(train_(model, text))
 
 
 # --- by steps

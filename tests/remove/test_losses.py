@@ -117,7 +117,9 @@ def one_step(remover: Remover, make: Make, texts: Any, model: LanguageModel | No
 
     first = remover(make(), texts, steps=(1,), batch_size=16)
     next(first)
-    (pause,) = remover(model or moved(make), texts, steps=(1,), batch_size=16, step=look, reference=first.reference, **how)
+    (pause,) = remover(
+        model or moved(make), texts, steps=(1,), batch_size=16, step=look, reference=first.reference, **how
+    )
     return pause.loss, gradients
 
 

@@ -446,3 +446,12 @@ def test_text_of_the_fixtures_is_what_it_says(encoded):
     assert set(sizes[encoded.corpus.label > 0]) == {1, 2, 3, 5}
     assert (encoded.ids == VOCAB["[UNK]"]).sum() == 1
     assert encoded.lengths.max() == CONTEXT
+
+
+def test_batch_says_which_piece_each_sentence_is_and_where_its_sub_words_are(encoded):
+    pieces = np.array([4, 0, 7])
+    batch = encoded.batch(pieces)
+    assert batch.pieces.tolist() == [4, 0, 7]
+    for row, piece in enumerate(pieces):
+        ids = encoded.ids[encoded.piece_start[piece] : encoded.piece_start[piece + 1]]
+        assert batch.ids.flatten()[batch.subword[batch.sentence == row]].tolist() == ids.tolist()

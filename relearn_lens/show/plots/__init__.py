@@ -7,6 +7,7 @@ and what a blank cell means.
 from relearn_lens.show.plots.cards import VERDICTS, neuron_card, verdicts
 from relearn_lens.show.plots.curves import attribution, migration, pruned_share, recovery_curves
 from relearn_lens.show.plots.film import film, save_gif
+from relearn_lens.show.plots.interventions import dose, grafts
 from relearn_lens.show.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity
 from relearn_lens.show.plots.style import ARM_COLOURS, NotMeasuredError, live, said, save_html, save_png, shown
 
@@ -15,8 +16,10 @@ __all__ = [
     "VERDICTS",
     "NotMeasuredError",
     "attribution",
+    "dose",
     "film",
     "flow",
+    "grafts",
     "layer_map",
     "live",
     "migration",

@@ -21,6 +21,7 @@ from relearn_lens.show.plots.style import (
     DIVERGING,
     GRID,
     INK,
+    VERDICT_COLOURS,
     NotMeasuredError,
     about,
     arm_of,
@@ -34,10 +35,10 @@ Example = tuple[Sequence[str], Sequence[float | int]]
 """The words of a sentence, and the neuron's activation on each."""
 
 VERDICTS = {
-    "supported": ("#009E73", "circle"),
-    "reversed": ("#D55E00", "diamond"),
-    "not supported": ("#56B4E9", "square"),
-    "inconclusive": (INK, "circle-open"),
+    "supported": (VERDICT_COLOURS["supported"], "circle"),
+    "reversed": (VERDICT_COLOURS["reversed"], "diamond"),
+    "not supported": (VERDICT_COLOURS["not supported"], "square"),
+    "inconclusive": (VERDICT_COLOURS["inconclusive"], "circle-open"),
 }
 """Colour and symbol of a verdict: told apart by either alone."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,6 @@ from relearn_lens.show.plots.style import (
     ARM_COLOURS,
     ARM_DASHES,
     INK,
-    STAGE,
     NotMeasuredError,
     Paths,
     about,
@@ -24,16 +24,18 @@ from relearn_lens.show.plots.style import (
     dressed,
     safe,
     shown,
+    stage_title,
 )
 
 
-def recovery_curves(run: Run) -> go.Figure:
+def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
     """Does the concept come back, and faster or slower than after a random cut?
 
     Read it from left to right: the concept's score (F1, or loss, for which lower is better) before pruning, right
-    after, and after each stage of retraining; one line per arm, mean over seeds. Bands are the interval that the
-    settings ask for: over seeds where there are several, else bootstrap over sentences. The dotted bar at `pruned`
-    spans the random sets that were ablated without retraining. A line that is missing at a stage has no score there.
+    after, and after each stage of retraining; one line per arm, named at its end, mean over seeds. Bands are the
+    interval that the settings ask for: over seeds where there are several, else bootstrap over sentences. The dotted
+    bar at `pruned` spans the random sets that were ablated without retraining. A line that is missing at a stage has no
+    score there. Runs that it is drawn `beside` share its axis where they have the same score.
     """
     figure = go.Figure()
     interval, over = run.interval, ""
@@ -51,7 +53,7 @@ def recovery_curves(run: Run) -> go.Figure:
             legendgroup=name,
         )  # fmt: skip
         figure.add_scatter(
-            x=stages, y=[e.value for e in found], name=name, legendgroup=name, mode="lines+markers",
+            x=stages, y=[e.value for e in found], name=name, legendgroup=name, mode="lines+markers", showlegend=False,
             line={"color": colour, "width": 2.5, "dash": ARM_DASHES[name]}, marker={"size": 7},
             customdata=[[e.low, e.high] for e in found],
             hovertemplate=f"%{{x}}: {scores.metric} %{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"
@@ -65,14 +67,51 @@ def recovery_curves(run: Run) -> go.Figure:
             line={"color": ARM_COLOURS["random"], "width": 4, "dash": "dot"},
         )  # fmt: skip
     level = round(100 * interval["level"])
+    ends = {
+        name: shown(run.label, [arm[arm.stages[-1]].scores for arm in arms]).value for name, arms in run.arms.items()
+    }
+    drawn: Any = figure.data
+    tops = [y for trace in drawn for y in trace.y if y is not None and np.isfinite(y)]
+    reach = 1.04 if scores.metric == "F1" else (max(tops) - min(tops) if tops else 1.0)
+    highest = 1.0 if scores.metric == "F1" else np.inf
+    for name, y in _apart(ends, 0.06 * reach, highest).items():
+        figure.add_scatter(
+            x=[run.arms[name][0].stages[-1]], y=[y], text=[f"  <b>{safe(name)}</b>"], mode="text",
+            textposition="middle right", textfont={"color": ARM_COLOURS[name], "size": 13}, cliponaxis=False,
+            hoverinfo="skip", showlegend=False, legendgroup=name,
+        )  # fmt: skip
     dressed(
         figure,
         f"{scores.metric} of {concept(first)} by stage",
         f"{about(run, first)}; band: {level} % interval over {over}",
-        x=STAGE,
+        x=stage_title(first),
         y=f"{scores.metric} of {concept(first)} ({safe(scores.unit)})",
     ).update_xaxes(type="category")
-    return figure.update_yaxes(range=[-0.02, 1.02]) if scores.metric == "F1" else figure
+    figure.update_layout(margin={"r": 84})
+    if scores.metric == "F1":
+        return figure.update_yaxes(range=[-0.04, 1.04])
+    if beside:
+        known = [
+            arm[stage].scores.shown(each.label)
+            for each in (run, *beside) for arms in each.arms.values() for arm in arms for stage in arm.stages
+            if arm[stage].scores.metric == scores.metric
+        ]  # fmt: skip
+        low, high = float(np.nanmin(known)), float(np.nanmax(known))
+        figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
+    return figure
+
+
+def _apart(ends: Mapping[str, float], least: float, highest: float) -> dict[str, float]:
+    """Heights of labels at the ends of lines: in the order of the lines, none on another, none above `highest`."""
+    order = sorted((name for name in ends if np.isfinite(ends[name])), key=lambda name: ends[name])
+    at = [ends[name] for name in order]
+    for _ in range(100):
+        for k in range(len(at) - 1):
+            lacking = max(0.0, least - (at[k + 1] - at[k]))
+            at[k], at[k + 1] = at[k] - lacking / 2, at[k + 1] + lacking / 2
+    for k in reversed(range(len(at))):
+        at[k] = min(at[k], highest if k == len(at) - 1 else at[k + 1] - least)
+    return dict(zip(order, at, strict=True))
 
 
 def pruned_share(data: Paths, *, arm: str | None = None) -> go.Figure:

@@ -18,13 +18,13 @@ from relearn_lens.show.plots.style import (
     ARM_DASHES,
     BLANK,
     SEQUENTIAL,
-    STAGE,
     about,
     concept,
     dressed,
     png_of,
     said,
     shown,
+    stage_title,
 )
 
 COLUMNS = 64
@@ -89,7 +89,9 @@ def film(run: Run) -> go.Figure:
         figure, f"{concept(first)}: cut out, trained on, stage by stage",
         f"{about(run, first)}; {_size(first[0].site.width)} neurons to a cell", height=470,
     )  # fmt: skip
-    figure.update_xaxes(type="category", categoryarray=stages, range=[-0.3, len(stages) - 0.7], col=1, title_text=STAGE)
+    figure.update_xaxes(
+        type="category", categoryarray=stages, range=[-0.3, len(stages) - 0.7], col=1, title_text=stage_title(first)
+    )
     if scores.metric == "F1":
         figure.update_yaxes(range=[-0.03, 1.03], col=1)
     figure.update_yaxes(title_text=f"{scores.metric} of {concept(first)}", col=1)

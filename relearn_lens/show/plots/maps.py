@@ -24,7 +24,6 @@ from relearn_lens.show.plots.style import (
     DIVERGING,
     INK,
     SEQUENTIAL,
-    STAGE,
     NotMeasuredError,
     Paths,
     about,
@@ -34,6 +33,7 @@ from relearn_lens.show.plots.style import (
     concept,
     dressed,
     safe,
+    stage_title,
 )
 
 BUDGET = 850_000
@@ -42,16 +42,25 @@ DOTS = 4000
 """Neurons in a scatter; of more, so many are drawn by chance (seed 0)."""
 
 
-def layer_map(data: Paths, *, selection: Selection = "matched", arm: str | None = None) -> go.Figure:
+def layer_map(
+    data: Paths, *, selection: Selection = "matched", arm: str | None = None, against: str | None = None
+) -> go.Figure:
     """In which layers does the concept sit, and does that change from stage to stage?
 
     Each cell is the mean rank saliency of a layer's neurons at a stage: 0.5, the pale middle of the scale, is what a
     layer would have if neurons were ranked at random. `matched` ranks the neurons that survived pruning, at base too,
     so that a change is not an effect of which neurons were taken; `all` ranks all of them. A grey cell without a number
     is a layer without any survivor. Of a run every arm has a panel (or `arm` alone): look at the controls before
-    believing a change. For several seeds of an arm the mean is drawn.
+    believing a change. For several seeds of an arm the mean is drawn. `against` names an arm of the run, such as
+    `"unpruned"`: then each cell is what an arm has more than that one at the same stage, on the arm's own matched
+    neurons, and 0 is what training does by itself.
+
+    Raises:
+        ValueError: no arm of that name, or an arm against itself.
     """
     arms = arms_of(data, arm)
+    if against is not None:
+        return _differences(data, [name for name in arms if name != against], against)
     first = next(iter(arms.values()))
     figure = _panels(list(arms))
     for k, each in enumerate(arms.values(), 1):
@@ -77,7 +86,46 @@ def layer_map(data: Paths, *, selection: Selection = "matched", arm: str | None 
         figure,
         f"Saliency of {concept(first)} by layer and stage{name}",
         f"mean rank saliency, {who}; 0.5 is chance; {about(data, first)}",
-        x=STAGE if len(arms) == 1 else "stage",
+        x=stage_title(first) if len(arms) == 1 else "stage",
+    )
+    figure.update_yaxes(title_text=f"layer ({safe(first[0].site.name)})", col=1)
+    return _tiles(figure).update_xaxes(type="category")
+
+
+def _differences(data: Paths, names: Sequence[str], against: str) -> go.Figure:
+    """The layer map of what arms have more than another arm at the same stage; one scale for all arms of the run."""
+    twins = arm_of(data, against)
+    arms = {name: each for name, each in arms_of(data).items() if name != against}
+    if not names:
+        raise ValueError(f"arm {against!r} cannot be set against itself; the run has {', '.join(arms) or 'no other'}")
+    first = arms[names[0]]
+    tables = {}
+    for name, each in arms.items():
+        found = [
+            [
+                np.subtract(*(side[stage].saliency.by_rank(one.matched()).nanmean(1).numpy() for side in (one, twin)))
+                for stage in one.stages
+            ]
+            for one, twin in zip(each, twins, strict=True)
+        ]
+        tables[name] = np.mean(found, axis=0).T
+    reach = max([0.05, *(float(np.nanmax(np.abs(t))) for t in tables.values() if np.isfinite(t).any())])
+    figure = _panels(names)
+    for k, name in enumerate(names, 1):
+        table = tables[name]
+        figure.add_heatmap(
+            z=table, x=list(arms[name][0].stages), y=list(first[0].site.layers), colorscale=DIVERGING, zmid=0,
+            zmin=-reach, zmax=reach, texttemplate="%{text}",
+            text=np.vectorize(lambda v: "" if np.isnan(v) else f"{round(v, 2) + 0.0:+.2f}")(table),
+            colorbar=_scale("difference"), showscale=k == len(names), xgap=2, ygap=2,
+            hoverongaps=False, hovertemplate="layer %{y}, stage %{x}: %{z:+.3f}<extra></extra>", row=1, col=k,
+        )  # fmt: skip
+    name = "" if len(names) > 1 else f": {safe(names[0])} arm"
+    dressed(
+        figure,
+        f"Saliency of {concept(first)} more than in the {safe(against)} arm{name}",
+        f"difference of mean rank saliency, the same neurons on both sides; {about(data, first)}",
+        x=stage_title(first) if len(names) == 1 else "stage",
     )
     figure.update_yaxes(title_text=f"layer ({safe(first[0].site.name)})", col=1)
     return _tiles(figure).update_xaxes(type="category")

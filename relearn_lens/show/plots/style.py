@@ -24,13 +24,28 @@ ARM_COLOURS = {
 ARM_DASHES = {"concept": "solid", "other": "longdash", "random": "dash", "unpruned": "dot", "never": "dashdot"}
 """Arms differ in their line too, for print and for eyes that see no colour."""
 
+VERDICT_COLOURS = {
+    "supported": "#009E73", "reversed": "#D55E00", "not supported": "#56B4E9", "inconclusive": "#7d7d7d",
+    "undecided": "#7d7d7d",
+}  # fmt: skip
+
 DIVERGING = [[0, "#5e3c99"], [0.25, "#b2abd2"], [0.5, "#f4f2ef"], [0.75, "#fdb863"], [1, "#d45500"]]
 """ColorBrewer's PuOr, dark orange high: its ends differ in lightness from its middle and in hue from each other."""
 SEQUENTIAL = "cividis"
 INK, GRID, BLANK = "#7d7d7d", "rgba(128,128,128,0.25)", "rgba(128,128,128,0.3)"
 """Greys that are read on white and on black; `BLANK` is behind maps, so a cell without a value is grey in both."""
 
-STAGE = "stage (epochs of retraining)"
+
+def measured_by(arms: Sequence[Trajectory]) -> str:
+    """What the stages are named by: optimiser steps, or epochs."""
+    last = arms[0][arms[0].stages[-1]].at
+    return "steps" if last is not None and last.by == "step" else "epochs"
+
+
+def stage_title(arms: Sequence[Trajectory]) -> str:
+    """Title of an axis of stages."""
+    return f"stage ({measured_by(arms)} of retraining)"
+
 
 Paths = Run | Trajectory | Sequence[Trajectory]
 """A run, one arm's seeds, or one trajectory."""
