@@ -64,11 +64,7 @@ def prepare(experiment: Experiment) -> Prepared:
     site = site_of(tagger.bridge, experiment.site)
     with adapters(tagger, experiment.retrain.lora_rank, seed=0):
         pass  # peft, and layers to adapt, are there
-    if (bands := experiment.grafts.bands or 1) > (blocks := len(tagger.bridge.blocks)):
-        raise ValueError(
-            f"grafts.bands = {bands}: the model has {blocks} blocks, and no more groups of them; --set grafts.bands=none "
-            "takes each for itself"
-        )
+    _check_bands(experiment, len(tagger.bridge.blocks))
     decided = list(dict.fromkeys(str(each.message) for each in warned if each.category is UserWarning))
     if set(experiment.arms) - {"unpruned"}:
         experiment, decided = resolved(experiment, tagger.bridge, site)
@@ -123,16 +119,16 @@ def _check_dose(experiment: Experiment, validation: Corpus) -> list[str]:
     spans, labels = _spans(validation), experiment.labels
     if (n := sum(spans.get(name, 0) for name in labels)) < FEWEST_SPANS:
         raise ValueError(
-            f"prune.fraction = 'auto': the size of the cut is found by the F1 of {'+'.join(labels)!r} on the validation "
-            f"sentences ({validation.n_sentences:,}, with {n} spans of it, where {FEWEST_SPANS} are needed); give more "
-            "text, more of it to validation (data.parts, data.validation_sentences), or a size: "
+            f"prune.fraction = 'auto': the size of the cut is found by the F1 of {'+'.join(labels)!r} on the "
+            f"validation sentences ({validation.n_sentences:,}, with {n} spans of it, where {FEWEST_SPANS} are needed); give "
+            "more text, more of it to validation (data.parts, data.validation_sentences), or a size: "
             "--set prune.fraction=0.05"
         )
     if any(count >= FEWEST_SPANS for name, count in spans.items() if name not in labels):
         return []
     return [
-        f"prune.fraction = 'auto': no other label has {FEWEST_SPANS} spans in the {validation.n_sentences:,} validation "
-        "sentences, so the size of the cut is found by what it takes of the concept alone"
+        f"prune.fraction = 'auto': no other label has {FEWEST_SPANS} spans in the {validation.n_sentences:,} "
+        "validation sentences, so the size of the cut is found by what it takes of the concept alone"
     ]
 
 
@@ -188,6 +184,16 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device = {device!r}: this machine has {there} CUDA device(s); use device=cpu or auto")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device = 'mps': this machine has none; use device=cpu or auto")
+
+
+def _check_bands(experiment: Experiment, blocks: int) -> None:
+    """Refuse more groups of blocks than there are blocks."""
+    bands = experiment.grafts.bands
+    if bands is not None and bands > blocks and not experiment.grafts.skip:
+        raise ValueError(
+            f"grafts.bands = {bands}: the model has {blocks} blocks, and no more groups of them; "
+            "--set grafts.bands=none takes each for itself"
+        )
 
 
 def _reading(experiment: Experiment) -> Reading | None:

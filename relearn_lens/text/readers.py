@@ -474,8 +474,8 @@ def load_hf(name: str, config: str | None) -> Any:
             raise OSError(
                 full.errno,
                 f"data set {name!r} cannot be loaded: the package datasets keeps tables in "
-                f"{datasets.config.HF_DATASETS_CACHE}, and that cannot be written ({full}); set HF_HOME to a folder that "
-                "can, or give a file (conll:PATH)",
+                f"{datasets.config.HF_DATASETS_CACHE}, and that cannot be written ({full}); set HF_HOME to a folder "
+                "that can, or give a file (conll:PATH)",
             ) from error
         raise ValueError(
             f"data set {name!r} with configuration {config!r} cannot be loaded: {_why(error)}. Give its name on "
