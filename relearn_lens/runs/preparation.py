@@ -120,8 +120,8 @@ def _check_dose(experiment: Experiment, validation: Corpus) -> list[str]:
     if (n := sum(spans.get(name, 0) for name in labels)) < FEWEST_SPANS:
         raise ValueError(
             f"prune.fraction = 'auto': the size of the cut is found by the F1 of {'+'.join(labels)!r} on the "
-            f"validation sentences ({validation.n_sentences:,}, with {n} spans of it, where {FEWEST_SPANS} are needed); give "
-            "more text, more of it to validation (data.parts, data.validation_sentences), or a size: "
+            f"validation sentences ({validation.n_sentences:,}, with {n} spans of it, {FEWEST_SPANS} are needed); "
+            "give more text, more of it to validation (data.parts, data.validation_sentences), or a size: "
             "--set prune.fraction=0.05"
         )
     if any(count >= FEWEST_SPANS for name, count in spans.items() if name not in labels):
