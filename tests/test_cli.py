@@ -192,6 +192,17 @@ def test_doctor_says_what_is_there_and_what_is_missing(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+def test_doctor_folds_what_is_long_and_says_once_what_is_free(monkeypatch, capsys):
+    system = "Linux-" + "x86" * 40
+    monkeypatch.setattr("platform.platform", lambda: system)
+    main_with(monkeypatch, "doctor")
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("x86") >= 39  # none is cut off; one may be folded in the middle
+    assert text.count("…") == 0
+    assert text.count(" of disk)") == 1
+
+
 # --- a run
 
 
