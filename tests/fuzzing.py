@@ -307,14 +307,14 @@ KINDS = ("remove", "truncate", "flip", "swap", "folder", "empty", "json", "key",
 @functools.cache
 def finished_run() -> Path:
     """One small finished run of the toy, shared by all cases."""
-    from tests.runs.test_experiment import tiny
+    from tests.made import tiny
 
     path = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
     import atexit
 
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     store.run(
-        tiny(measure__what=["probeless", "top_words"], arms=["concept", "random"], retrain__epochs=1), path / "run"
+        tiny(measure__what=["probeless", "top_words"], arms=["concept", "random"], retrain__steps=[8]), path / "run"
     )
     return path / "run"
 

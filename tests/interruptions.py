@@ -6,25 +6,46 @@ import json
 from pathlib import Path
 from typing import Any
 
-from relearn_lens.runs.presets import settings_of
+from relearn_lens.runs import store
+from relearn_lens.runs.events import Event, Paused
 from relearn_lens.runs.settings import Experiment
+from tests.made import tiny
 
 TIMINGS = ("seconds", "peak_rss_mb", "outputs", "seal")
 """What differs from run to run: clocks, memory, and the hashes of what these are written in."""
 
 
 def small_run(*sets: str) -> Experiment:
-    """The toy with little of everything, every arm, two pauses and every kind of measurement."""
-    return settings_of(
-        "toy",
-        {},
+    """The toy with little of everything: arms that know the concept and one that does not, two pauses, every result."""
+    return tiny(
         [
-            "data.train_sentences=60", "data.validation_sentences=40", "data.probe_sentences=40",
-            "prune.control_draws=1", "finetune.epochs=0.5", "retrain.epochs=1", "retrain.every=0.5",
-            'arms=["concept", "random", "never"]', "measure.draws=100", "measure.sentences=4", "measure.steps=3",
-            "measure.shuffles=2", *sets,
-        ],
+            "data.train_sentences=60", "retrain.steps=[2, 8]", 'arms=["concept", "unpruned", "never"]',
+            'block.held=["part"]', "grafts.bands=1", "measure.sentences=4", "measure.steps=3", "measure.shuffles=2", *sets,
+        ]
     )  # fmt: skip
+
+
+class Stopped(Exception):
+    """A process that went away."""
+
+
+def stopped_after_each(how: Experiment, out: Path) -> list[str]:
+    """Run into a folder, stopped once after each kind of event and each training's first pause, and taken up again
+    each time; gives where it was stopped."""
+    stops: list[str] = []
+
+    def stop(event: Event) -> None:
+        name = type(event).__name__ + (f" {event.training}" if isinstance(event, Paused) else "")
+        if name not in stops:
+            stops.append(name)
+            raise Stopped
+
+    while True:
+        try:
+            store.run(how, out, on_event=stop)
+            return stops
+        except Stopped:
+            pass
 
 
 def difference(one: Path, other: Path) -> str:

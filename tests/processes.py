@@ -23,13 +23,13 @@ from relearn_lens.models.loading import load_language_model, load_tagger
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import finetune_
 from relearn_lens.runs import store
-from relearn_lens.runs.events import Arm, Paused
+from relearn_lens.runs.events import ArmDone, Paused
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import build_corpus
 from tests.conftest import LABELS, TEXT, sentences_of, warmed
 from tests.families import small_tagger
-from tests.interruptions import small_run
+from tests.interruptions import Stopped, small_run
 
 KINDS = ("bert", "gpt2", "llama")
 PLACE = Concept("place", ["LOC"])
@@ -81,10 +81,6 @@ def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-class Stopped(Exception):
-    """A process that went away."""
-
-
 def stopped_and_taken_up_again(how: Experiment, out: Path) -> int:
     """Run into a folder, stopping in every process after each further event; how often it was stopped."""
     whole, stops = store.perform, 0
@@ -92,7 +88,7 @@ def stopped_and_taken_up_again(how: Experiment, out: Path) -> int:
     def some(*args: Any, **settings: Any) -> Iterator[Any]:
         for event in whole(*args, **settings):
             yield event
-            if isinstance(event, Paused) or (isinstance(event, Arm) and event.weights is not None):
+            if isinstance(event, Paused) or (isinstance(event, ArmDone) and event.weights is not None):
                 raise Stopped  # what this process made, and a run can go on from
 
     store.perform = some

@@ -20,9 +20,9 @@ from relearn_lens.runs import store
 from relearn_lens.runs.presets import PRESETS
 from relearn_lens.runs.settings import fields
 from relearn_lens.sources import SOURCES
-from tests.runs.test_experiment import TINY
+from tests.made import TINY
 
-SETS = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+SETS = [part for key, value in TINY.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 
 
 def printed(*arguments: str) -> str:

@@ -20,7 +20,7 @@ from relearn_lens.models.toy import Toy
 from relearn_lens.models.training import finetune_
 from relearn_lens.neurons.sites import Neurons, site_of, streaming
 from relearn_lens.remove.ablation import ablated, held
-from relearn_lens.runs import experiment as experiment_module
+from relearn_lens.runs import cuts
 from relearn_lens.text.concept import Concept
 from tests.benchmarks.leaks import handles, hooks
 from tests.conftest import unchecked
@@ -97,9 +97,9 @@ def test_computing_is_over_when_its_body_raises(toy):
 
 def test_pruning_for_a_while_is_undone_when_its_body_raises(toy, untouched):
     settings = type("Settings", (), {"prune": type("Prune", (), {"sever": "both"})})
-    ready = type("Ready", (), {"experiment": settings, "tagger": toy.tagger})
+    ready = type("Ready", (), {"experiment": settings, "model": toy.tagger})
     base = type("Base", (), {"weights": {name: value.clone() for name, value in toy.tagger.weights().items()}})
-    without = unchecked(experiment_module._without)
+    without = unchecked(cuts._without)
     with untouched(toy.tagger), pytest.raises(Stop), without(ready, base, chosen(toy.tagger)):
         raise Stop
 
@@ -156,15 +156,15 @@ def test_abandoned_training_leaves_the_mode_as_it_was(toy, untouched):
 def test_measurement_that_is_stopped_leaves_nothing(toy, untouched, what):
     calls = 0
 
-    def stop(_: int) -> None:
+    def stop(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 3:
             raise Stop
 
     settings: Any = {"attribution": {"sentences": 4, "steps": 2}}
-    with untouched(toy.tagger), pytest.raises(Stop):
-        measure(toy.tagger, toy.corpus, PLACE, site="mlp_post", what=what, max_tokens=64, tick=stop, **settings)
+    with untouched(toy.tagger), progress.reported(stop), progress.task("measuring", 10**6), pytest.raises(Stop):
+        measure(toy.tagger, toy.corpus, PLACE, site="mlp_post", what=what, max_tokens=64, **settings)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts files by /proc")

@@ -37,14 +37,16 @@ def saliency_of(ready: Prepared, snapshot: Snapshot, concept: Concept) -> Salien
 
 
 def sets_of(ready: Prepared, snapshot: Snapshot, fraction: float) -> dict[str, Neurons]:
-    """The neurons of the concept and, as many, of the other label, by name; those that both want go to neither."""
+    """The neurons of the concept and, as many, of the other label, by name; those that both want go to neither, unless
+    that would leave none."""
     which = ready.experiment.prune.which
     sets = {"concept": choose(snapshot.saliency, fraction, which)}
     if ready.other is not None:
         other = choose(saliency_of(ready, snapshot, ready.other), fraction, which)
         shared = sets["concept"] & other
-        if len(shared) < len(other):
-            sets = {"concept": sets["concept"] - shared, "other": other - shared}
+        if len(shared) == len(other):
+            shared = shared - shared
+        sets = {"concept": sets["concept"] - shared, "other": other - shared}
     # Unlike machines round differently, and processes must not disagree about a neuron at the edge.
     return {name: Neurons(processes.agreed(chosen.mask.byte()).bool(), chosen.site) for name, chosen in sets.items()}
 

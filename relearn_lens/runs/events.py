@@ -44,7 +44,9 @@ class Prepared:
     @property
     def scored(self) -> Encoded:
         """The sentences that F1 and margins are measured on."""
-        return self.validation if self.experiment.measure.on == "validation" else self.probe
+        how = self.experiment
+        # A probe text of its own may have labels that the model does not know.
+        return self.validation if how.measure.on == "validation" or how.probe_corpus is not None else self.probe
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class Blocked:
     held: str
     """What was held: `"part"`, `"heirs"`, or `"random"`, as many neurons in every layer as there are heirs."""
     course: Mapping[int, Any]
-    """Steps of retraining to `Scores`."""
+    """Steps of retraining to `Scores`; empty where no part could be said to bring it back."""
 
 
 @dataclass(frozen=True)

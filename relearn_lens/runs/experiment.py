@@ -26,6 +26,7 @@ from relearn_lens.measure.grafting import Grafts, grafts, share_old
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
+from relearn_lens.models import processes
 from relearn_lens.models.lora import adapter_weights, load_adapter_weights
 from relearn_lens.models.model import computing
 from relearn_lens.models.training import Checkpoint, cross_entropy, train_
@@ -35,7 +36,7 @@ from relearn_lens.neurons.weights import WeightMask, parts
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.runs.arms import Arm, arms_of
-from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
+from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, rest_of, size
 from relearn_lens.runs.events import (
     Again,
     ArmDone,
@@ -98,7 +99,7 @@ class _Seed:
     seed: int
     kept: Kept | None
     weighed: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict)
-    """Weights that grafts are made from, where there is no folder to keep them."""
+    """Weights that grafts are made from, where there is no folder to look them up in."""
 
     @property
     def experiment(self) -> Experiment:
@@ -236,7 +237,8 @@ class _Seed:
 
     def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
-        if self.experiment.grafts.skip or arm.name not in COMPARED:
+        wanted = "concept" in self.experiment.arms and not self.experiment.grafts.skip
+        if not wanted or arm.name not in COMPARED:
             return False
         if arm.name != "concept":
             return last or stage == back
@@ -245,34 +247,33 @@ class _Seed:
 
     def _weigh(self, arm: str, stage: str) -> Iterator[Event]:
         weights = self.ready.model.weights()
-        if self.kept is None:
+        # Of several processes one alone writes, and what it writes now the others do not see.
+        if self.kept is None or processes.size() > 1:
             self.weighed[arm, stage] = {name: value.detach().clone() for name, value in weights.items()}
         yield Weighed(arm, self.seed, stage, weights)
 
     def _weights_at(self, arm: str, stage: str) -> Mapping[str, Tensor] | None:
-        if self.kept is not None:
-            return self.kept.weighed(arm, self.seed, stage)
-        return self.weighed.get((arm, stage))
+        here = self.weighed.get((arm, stage))
+        return self.kept.weighed(arm, self.seed, stage) if here is None and self.kept is not None else here
 
     def _afterwards(self, base: Base, cuts: Cuts, done: Mapping[str, Trajectory], back: str | None) -> Iterator[Event]:
         """Where it came back, by intervention."""
         experiment, path = self.experiment, done["concept"]
         last = path.stages[-1]
-        end = self._weights_at("concept", last)
-        if experiment.grafts.skip or end is None:
+        if experiment.grafts.skip or experiment.retrain.lora_rank:
             return
         stages = list(dict.fromkeys(stage for stage in (back, last) if stage is not None))
-        grafted = self._result(Grafted)
+        grafted, again = self._result(Grafted), self._result(Again)
+        end = self._weights_at("concept", last) if grafted is None or again is None else {}
+        if end is None:
+            return
         if grafted is None:
             made = {stage: self._graft(stage, base, cuts, done) for stage in stages}
             grafted = Grafted(self.seed, {stage: each for stage, each in made.items() if each is not None})
         yield grafted
-        yield self._result(Again) or self._again(end, cuts, path)
+        yield again or self._again(end, cuts, path)
         for held in experiment.block.held:
-            blocked = self._result(Blocked, held)
-            blocked = blocked or self._blocked(held, base, cuts, path, grafted)
-            if blocked is not None:
-                yield blocked
+            yield self._result(Blocked, held) or self._blocked(held, base, cuts, path, grafted)
 
     def _cut_weights(self, base: Base, neurons: Neurons) -> dict[str, Tensor]:
         """Weights of the base model after a cut; the model holds them too."""
@@ -356,25 +357,24 @@ class _Seed:
                 break
         return course
 
-    def _blocked(self, held: str, base: Base, cuts: Cuts, path: Trajectory, grafted: Grafted) -> Blocked | None:
+    def _blocked(self, held: str, base: Base, cuts: Cuts, path: Trajectory, grafted: Grafted) -> Blocked:
         """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
         model, old = self.ready.model, cuts.sets["concept"]
-        heirs = path[path.stages[-1]].saliency.top(len(old)) - old
+        known_parts = parts(model, bands=self.experiment.grafts.bands)
         if held == "part":
             last = grafted.stages.get(path.stages[-1])
-            shares = {name: last.enough(name).value for name in last.parts if name != "cut"} if last else {}
+            shares = {name: last.enough(name).value for name in last.parts if name in known_parts} if last else {}
             known = {name: value for name, value in shares.items() if value == value}
             if not known:
-                return None
-            mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=parts(model))
+                return Blocked(self.seed, held, {})
+            mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=known_parts)
         else:
-            which = (
-                heirs
-                if held == "heirs"
-                else random_neurons(like=heirs, seed=draw_seed(self.seed, 99), apart=heirs | old)
-            )
-            if not len(which):
-                return None
+            n = min(len(old), old.mask.numel() - len(old))
+            if not n:
+                return Blocked(self.seed, held, {})
+            which = rest_of(path[path.stages[-1]], old).top(n)
+            if held == "random":
+                which = random_neurons(like=which, seed=draw_seed(self.seed, 99), apart=which | old)
             prune = self.experiment.prune
             assert prune.sever != "auto"
             mask = WeightMask.of(model, which, sever=prune.sever)

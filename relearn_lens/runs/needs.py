@@ -218,14 +218,21 @@ def fitted(
 
 
 def _disk(experiment: Experiment, shape: Shape, text: Text) -> int:
-    """Megabytes of the run folder at its largest: every seed's base, one training's weights and two moments, twice
-    while one file replaces another, what is kept, and a few numbers per neuron, class and stage."""
-    seeds, arms = len(experiment.seeds), len(experiment.arms)
-    stages = experiment.retrain.n_stages
-    kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}.get(experiment.keep, 0)
+    """Megabytes of the run folder at its largest."""
     neurons = (shape.layers + 1) * shape.d_model * (4 if experiment.site.startswith("mlp") else 1)
-    numbers = 2 * seeds * (arms + 1) * (stages + 2) * neurons * (16 * text.labels + 48)
-    return math.ceil(((seeds + 6 + kept) * shape.bytes + numbers) / _MB) + REPORT_MB
+    return math.ceil(disk_bytes(experiment, weights=shape.bytes, neurons=neurons, classes=text.labels) / _MB)
+
+
+def disk_bytes(experiment: Experiment, *, weights: int, neurons: int, classes: int) -> int:
+    """Bytes of disk that a run takes at most at one time, from the sizes of the model and of the results."""
+    seeds, arms, stages = len(experiment.seeds), len(experiment.arms), experiment.retrain.n_stages
+    kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
+    # Of one seed, three arms at two stages.
+    grafted = 0 if experiment.grafts.skip or "concept" not in experiment.arms else 6
+    # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
+    numbers = 2 * seeds * (arms + 1) * (stages + 2) * neurons * (16 * classes + 4 * 12)
+    # The base of every seed, one training's weights with two moments each, and the file that is about to replace it.
+    return weights * (seeds + 2 * 3 + kept + grafted) + numbers + REPORT_MB * 2**20
 
 
 def _fetch(experiment: Experiment, shape: Shape) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relearn_lens.runs.settings import PROTOCOLS, Experiment, as_group, experiment, merged
+from relearn_lens.runs.settings import OPTIONAL, PROTOCOLS, Experiment, as_group, experiment, merged
 
 _NEXT_TOKEN: dict[str, Any] = {
     "task": "next_token",
@@ -158,7 +158,7 @@ def settings_of(
             raise ValueError(f"--set {text!r}: write key=value, such as prune.fraction=0.3")
         if key.count(".") > 4:
             raise ValueError(f"--set {text[:60]!r}: a key has one dot at most, such as prune.fraction")
-        values = _put(values, key.strip(), _value(value.strip(), optional=key.strip().split(".")[-1] in _OPTIONAL))
+        values = _put(values, key.strip(), _value(value.strip(), optional=key.strip() in OPTIONAL))
     return experiment(values)
 
 
@@ -189,15 +189,11 @@ def _without_protocol(values: Mapping[str, Any]) -> dict[str, Any]:
     return left
 
 
-def _text_as_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def _text_as_none(values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     return {
-        k: _text_as_none(v) if isinstance(v, Mapping) else None if v == "none" and k in _OPTIONAL else v
+        k: _text_as_none(v, f"{k}.") if isinstance(v, Mapping) else None if v == "none" and group + k in OPTIONAL else v
         for k, v in values.items()
     }
-
-
-_OPTIONAL = {"concept_share", "threads", "probe_corpus", "probe_concept", "lora_rank", "max_memory"}
-"""The settings that may be none."""
 
 
 def _put(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -205,9 +201,7 @@ def _put(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     first, _, rest = key.partition(".")
     inner = as_group(first, values.get(first))
     if not rest:
-        value = as_group(key, value)
-        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        return {**values, first: {**inner, **value} if both else value}
+        return merged(values, {key: value})
     return {**values, first: _put(inner if isinstance(inner, Mapping) else {}, rest, value)}
 
 

@@ -9,7 +9,7 @@ Imports nothing heavy, so the command line can check a user's settings at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -412,11 +412,15 @@ def experiment(values: Mapping[str, Any]) -> Experiment:
     try:
         return Experiment.model_validate(dict(values))
     except ValidationError as error:
-        every = error.errors()
+        every = [{**e, "loc": _place(e["loc"])} for e in error.errors()]
         # pydantic calls a tuple too short whose items it refused.
         inside = {e["loc"][:-1] for e in every}
         told = [e for e in every if e["type"] != "too_short" or e["loc"] not in inside]
-        raise ValueError("\n".join(_said(dict(e)) for e in told)) from None
+        lines: dict[Any, str] = {}
+        for e in told:  # of what may be a number or a word, each is an error of its own
+            more = e["msg"].removeprefix("Input should be ")
+            lines[e["loc"] or e["msg"]] = f"{said}; or {more}" if (said := lines.get(e["loc"])) else _said(e)
+        raise ValueError("\n".join(lines.values())) from None
 
 
 def fields() -> list[tuple[str, Any, str]]:
@@ -434,14 +438,32 @@ def fields() -> list[tuple[str, Any, str]]:
     return found
 
 
+OPTIONAL = frozenset(
+    f"{group}{name}"
+    for group, kind in [("", Experiment)]
+    + [(f"{name}.", type(f.default)) for name, f in Experiment.model_fields.items() if isinstance(f.default, Method)]
+    for name, field in kind.model_fields.items()
+    if type(None) in get_args(field.annotation)
+)
+"""The settings, by key, that may be none."""
+
+
 def _none_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
     """TOML has no null: None is written as "none", as on the command line."""
     return {k: _none_as_text(v) if isinstance(v, Mapping) else "none" if v is None else v for k, v in values.items()}
 
 
+_RIVALS = {"epochs": ("steps",), "every": ("steps",), "steps": ("epochs", "every")}
+"""What says how long a training is, and what else would."""
+
+
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain settings, group by group, with others over them; what is a group already gives what was set in it."""
-    both = dict(under)
+    """Plain settings, group by group, with others over them; what is a group already gives what was set in it.
+
+    A length of training over another takes its place, also where one is said in epochs and the other in steps.
+    """
+    gone = {rival for key, value in over.items() if value is not None for rival in _RIVALS.get(key, ())}
+    both = {key: value for key, value in under.items() if key not in gone}
     for key, value in over.items():
         mine, value = both.get(key), as_group(key, value)
         if isinstance(mine, Mapping) and isinstance(value, Method):
@@ -453,6 +475,19 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def as_group(key: str, value: Any) -> Any:
     """A list of measurements is the group `measure` with that list in it."""
     return {"what": value} if key == "measure" and isinstance(value, list | tuple) else value
+
+
+def _place(loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Where in the settings an error is, without pydantic's names for what a field may be."""
+    kind: Any = Experiment
+    for n, part in enumerate(loc):
+        if not isinstance(part, str) or not hasattr(kind, "model_fields"):
+            return loc[: n + 1] if isinstance(part, int) else loc[:n]
+        field = kind.model_fields.get(part)
+        kind = None if field is None else field.annotation
+        if field is None:
+            return loc
+    return loc
 
 
 def _said(error: dict[str, Any]) -> str:
@@ -467,6 +502,8 @@ def _said(error: dict[str, Any]) -> str:
         return f"unknown setting {key!r}; known: {', '.join(inside)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if error["type"] == "value_error" and any(name.startswith(f"{key}.") for name, _, _ in fields()):
+        return f"{key}.{message}"  # of a whole group: it names the field
     if error["type"] == "model_type":
         inside = [name for name, _, _ in fields() if name.startswith(f"{key}.")]
         message = f"a group of settings: {', '.join(inside)}"
@@ -480,16 +517,21 @@ def _said(error: dict[str, Any]) -> str:
 def _range(where: Sequence[Any]) -> str:
     """In words, what a number at a place in the settings may be."""
     kind: Any = Experiment
-    limits: Sequence[Any] = ()
+    limits: list[Any] = []
     for part in where:
         if isinstance(part, str):
             field = kind.model_fields[part]
-            kind, limits = field.annotation, field.metadata
-        else:  # an item of a tuple of numbers that are limited each
-            _, limited = get_args(get_args(kind)[0])
-            limits = limited.metadata
-    says = {"gt": "above {:,}", "ge": "from {:,}", "le": "up to {:,}"}
+            kind, limits = field.annotation, [*field.metadata, *_limits(field.annotation)]
+    says = {"gt": "above {:,}", "ge": "from {:,}", "le": "up to {:,}", "lt": "below {:,}"}
     return " ".join(text.format(getattr(m, k)) for k, text in says.items() for m in limits if hasattr(m, k))
+
+
+def _limits(kind: Any) -> Iterator[Any]:
+    """The limits that are written into a type, or into one that it is made of."""
+    for each in getattr(kind, "__metadata__", ()):
+        yield from getattr(each, "metadata", (each,))
+    for inner in get_args(kind):
+        yield from _limits(inner)
 
 
 def _shown(value: Any) -> str:

@@ -40,6 +40,7 @@ from relearn_lens.progress import Progress, reported
 from relearn_lens.runs import archive, needs, settings, verify
 from relearn_lens.runs.arms import arms_of
 from relearn_lens.runs.events import (
+    Again,
     ArmDone,
     Base,
     Blocked,
@@ -341,6 +342,9 @@ class RunFolder:
             case _:
                 if not (path := self._tensors(name_of(event))).exists():
                     write_tensors(path, *archive.pack(event))
+        if isinstance(event, Again) and self._keeps != "all":  # no more grafts of this seed are made
+            for path in (self.path / "weights").glob(f"*@*-{event.seed}.safetensors"):
+                path.unlink()
 
     def result(self, kind: type, seed: int, name: str = "") -> Any:
         """A result of a seed, if it is here."""
@@ -432,7 +436,8 @@ class RunFolder:
         if self._keeps != "none" and arm.weights is not None:
             tensors = {k: v.cpu() for k, v in arm.weights.items()}
             write_tensors(self._weights(path.arm, path.seed), tensors, {})
-        self._keep(f"{path.arm}-{path.seed}", path)
+        if arm.weights is not None or not self._tensors(f"{path.arm}-{path.seed}").exists():
+            self._keep(f"{path.arm}-{path.seed}", path)
         self._forget(f"{path.arm}-{path.seed}")
         self._forget(f"{path.arm}-fine-{path.seed}")
 
@@ -497,17 +502,11 @@ def name_of(event: Any) -> str:
 
 
 def disk_estimate(ready: Prepared) -> int:
-    """Bytes of disk that a run takes at most at one time, from the sizes of the model and of the results."""
-    experiment, weights = ready.experiment, sum(value.nbytes for value in ready.model.weights().values())
-    seeds, arms = len(experiment.seeds), len(experiment.arms)
-    stages = experiment.retrain.n_stages
-    kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
-    # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
-    classes = len(ready.probe.corpus.label_names)
-    snapshot = ready.site.n_neurons * (16 * classes + 4 * 12)
-    tensors = seeds * (arms + 1) * (stages + 2) * snapshot
-    # The base of every seed, one training's weights with two moments each, and the file that is about to replace it.
-    return weights * (seeds + 2 * 3 + kept) + 2 * tensors + needs.REPORT_MB * 2**20
+    """Bytes of disk that a run takes at most at one time."""
+    weights = sum(value.nbytes for value in ready.model.weights().values())
+    return needs.disk_bytes(
+        ready.experiment, weights=weights, neurons=ready.site.n_neurons, classes=len(ready.probe.corpus.label_names)
+    )
 
 
 def _unpacked(path: Path, kind: type = Snapshot) -> Any:

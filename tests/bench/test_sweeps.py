@@ -27,6 +27,7 @@ from tests.interruptions import difference
 
 SMALL = """
 preset = "toy"
+seeds = [0]
 [data]
 train_sentences = 64
 validation_sentences = 40
@@ -38,13 +39,14 @@ epochs = 0.5
 lr = 1e-5
 batch_size = 8
 [retrain]
-epochs = 2
-every = 1
+steps = [8, 16]
 lr = 3e-3
 batch_size = 8
 [measure]
 what = ["probeless"]
 draws = 100
+[grafts]
+skip = true
 """
 """What makes a run of the toy take a second, but for the start of its process."""
 
@@ -117,7 +119,7 @@ def test_what_only_a_file_can_say_may_be_swept(file):
     presets = sweeps.read(file('[sweep]\npreset = ["toy", "names"]\n', "seeds = [3]\n"))
     assert [(c.experiment.model, c.experiment.seeds) for c in presets.cells] == [("toy", (3,)), ("minilm", (3,))]
     protocols = sweeps.read(file('[sweep]\nprotocol = ["corrected", "published"]'))
-    assert [c.experiment.prune.control for c in protocols.cells] == ["layers", "first"]
+    assert [c.experiment.prune.control for c in protocols.cells] == ["disjoint", "first"]
 
 
 def test_a_name_depends_on_the_cell_alone_and_is_a_folder_everywhere(file):
@@ -302,10 +304,10 @@ REAL = """
 [[sweep.cells]]
 name = "killed"
 arms = ["concept"]
-retrain.epochs = 4
+retrain.steps = [32]
 [[sweep.cells]]
 arms = ["random"]
-retrain.epochs = 4
+retrain.steps = [32]
 [[sweep.cells]]
 name = "impossible"
 concept = "river"
@@ -326,17 +328,17 @@ def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_complet
     assert set(first.failed) == {"killed", "impossible"}
     assert first.failed["killed"] == "killed by SIGKILL (out of memory?)"
     assert re.match(r"no label 'river' for concept 'river'|.*no label 'river'", first.failed["impossible"])
-    assert {("killed", "failed"), ("arms=random,retrain.epochs=4", "done"), ("impossible", "failed")} <= set(told)
+    assert {("killed", "failed"), ("arms=random,retrain.steps=32", "done"), ("impossible", "failed")} <= set(told)
     assert first.summary["cells"]["impossible"]["log"] == "logs/impossible.log"
     assert "river" in (out / "logs" / "impossible.log").read_text()
     assert {row["arm"] for row in first.rows} == {"random"}
-    kept = (out / "arms=random,retrain.epochs=4" / "manifest.json").stat().st_mtime_ns
+    kept = (out / "arms=random,retrain.steps=32" / "manifest.json").stat().st_mtime_ns
 
     # Without the cell that cannot work, beside two runs that nobody disturbed.
     mended = sweeps.read(file(REAL.split('[[sweep.cells]]\nname = "imp')[0]))
     again = sweeps.run(mended, out, workers=2)
     assert again.failed == {}
-    assert (out / "arms=random,retrain.epochs=4" / "manifest.json").stat().st_mtime_ns == kept
+    assert (out / "arms=random,retrain.steps=32" / "manifest.json").stat().st_mtime_ns == kept
     for cell in mended.cells:
         store.run(cell.experiment, tmp_path / "whole" / cell.name)
         (out / cell.name / "report.html").unlink()  # the command writes it, the library does not
@@ -388,10 +390,10 @@ def test_arms_and_seeds_of_many_cells_say_what_one_run_says(spread, tmp_path):
 
 def test_a_row_is_the_mean_over_seeds_beside_its_controls(spread):
     shown = {
-        arm: [store.load_run(spread.folder / f"seeds={k},arms={arm}").arms[arm][0]["2"].f1["place"] for k in (0, 1)]
+        arm: [store.load_run(spread.folder / f"seeds={k},arms={arm}").arms[arm][0]["16"].f1["place"] for k in (0, 1)]
         for arm in ("concept", "random", "unpruned")
     }
-    row = row_of(spread, arm="concept", stage="2")
+    row = row_of(spread, arm="concept", stage="16")
     gaps = np.subtract(shown["concept"], shown["random"])
     assert (row["seeds"], row["metric"], row["concept"]) == (2, "F1", "place")
     assert row["score"] == pytest.approx(np.mean(shown["concept"]))
@@ -411,8 +413,8 @@ def test_cells_are_in_parquet_with_the_controls_of_the_same_seed(spread):
     cells = pd.read_parquet(spread.folder / "cells.parquet")
     assert len(cells) == 2 * 3 * 4
     assert set(cells.cell) == set(spread.summary["cells"])
-    one = cells[(cells.arm == "concept") & (cells.seed == 1) & (cells.stage == "2")].iloc[0]
-    control = cells[(cells.arm == "random") & (cells.seed == 1) & (cells.stage == "2")].iloc[0]
+    one = cells[(cells.arm == "concept") & (cells.seed == 1) & (cells.stage == "16")].iloc[0]
+    control = cells[(cells.arm == "random") & (cells.seed == 1) & (cells.stage == "16")].iloc[0]
     assert one.random == control.score
     assert one.low <= one.score <= one.high
     assert len(spread.to_dataframe()) == 3 * 4
@@ -440,7 +442,7 @@ def test_a_difference_is_over_the_seeds_that_both_arms_have(spread, tmp_path):
     swept = gathered_as_it_is(asked, out)
     assert set(swept.failed) == {"seeds=1,arms=random"}
     assert "is damaged" in swept.failed["seeds=1,arms=random"]
-    row = row_of(swept, arm="concept", stage="2")
+    row = row_of(swept, arm="concept", stage="16")
     assert (row["seeds"], row["over"], row["control"]) == (2, "2 seeds", "random, 1 seed of both")
     assert "sentences" in row["difference_over"]
     assert "intervals over" in swept.summary["settings"][0]["what_happened"]
@@ -459,8 +461,8 @@ def test_other_values_are_other_rows(spread, tmp_path):
     header, rows = sweep_tables.printed(two.rows, ["prune.fraction"])
     assert header == ["prune.fraction", "concept", "arm", "stage", "seeds", "F1", "random", "minus random", "unpruned"]
     assert [(r[0], r[2], r[3]) for r in rows[:5]] == [
-        ("0.01", "all arms", "base"), ("0.01", "concept", "pruned"), ("0.01", "concept", "2"),
-        ("0.01", "random", "pruned"), ("0.01", "random", "2"),
+        ("0.01", "all arms", "base"), ("0.01", "concept", "pruned"), ("0.01", "concept", "16"),
+        ("0.01", "random", "pruned"), ("0.01", "random", "16"),
     ]  # fmt: skip
     assert {row[-1] for row in rows} == {"", "none"}
     assert sweep_tables.intervals(two.rows, 2).endswith("and nothing is corrected for 2 settings side by side.")

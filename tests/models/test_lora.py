@@ -20,7 +20,7 @@ from relearn_lens.models.toy import load as load_toy
 from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import held, prune_
-from relearn_lens.runs.events import Arm, Base, Measured, Paused
+from relearn_lens.runs.events import ArmDone, Base, Measured, Paused
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.text.concept import Concept
@@ -296,7 +296,7 @@ def test_experiment_moves_only_low_rank_parts():
                     within = {name: value.clone() for name, value in model.weights().items()}
             case Paused() if event.training != "base":
                 paused[event.training] = {name: tuple(value.shape) for name, value in event.weights.items()}
-            case Arm():
+            case ArmDone():
                 assert event.weights is not None
                 final[event.trajectory.arm] = {name: value.clone() for name, value in event.weights.items()}
                 assert event.trajectory.similarity

@@ -352,6 +352,35 @@ def test_random_neurons_are_drawn_uniformly(toy_model, untouched: Untouched):
     assert overlap == pytest.approx(16 / 4 + 32 / 2, abs=0.6)
 
 
+@settings(max_examples=50, deadline=None)
+@given(SETS, SETS, st.integers(0, 2**40))
+def test_random_neurons_are_none_of_a_set_where_there_is_room(members, others, seed):
+    like, apart = Neurons.of(SITE, members), Neurons.of(SITE, others)
+    control = random_neurons(like=like, seed=seed, apart=apart)
+    assert control.per_layer() == like.per_layer()
+    for n, avoided, both in zip(like.mask.sum(1), apart.mask.sum(1), (control & apart).mask.sum(1), strict=True):
+        assert both == max(0, n - (SITE.width - avoided))  # only as many as must be
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_random_neurons_can_be_matched_by_scale(toy_model, apart):
+    site = site_of(toy_model.tagger.bridge, "mlp_post")
+    generator = torch.Generator().manual_seed(5)
+    scale = torch.rand(len(site.layers), site.width, generator=generator)
+    # The two largest of every layer, and one in the middle: no uniform draw looks like that.
+    place = scale.argsort(1).argsort(1)
+    like = Neurons((place >= site.width - 2) | (place == site.width // 2), site)
+    tenth = place * 10 // site.width
+    draws = [random_neurons(like=like, seed=k, apart=like if apart else None, scale=scale) for k in range(20)]
+    for control in draws:
+        for k in range(10):
+            assert torch.equal((control.mask & (tenth == k)).sum(1), (like.mask & (tenth == k)).sum(1))
+        assert bool(control & like) <= (not apart)
+    assert len({control for control in draws}) == 20
+    plain = random_neurons(like=like, seed=0)
+    assert scale[draws[0].mask].mean() > scale[plain.mask].mean() + 0.1
+
+
 # --- streaming
 
 

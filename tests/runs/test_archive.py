@@ -21,49 +21,34 @@ from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, Slice
 from relearn_lens.runs import files, store
 from relearn_lens.runs.archive import TYPES, _check_fields, pack, unpack
-from relearn_lens.runs.events import Arm, Base, Damage
+from relearn_lens.runs.events import Again, ArmDone, Base, Blocked, Cuts, Damage, Grafted, Sized
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.text.concept import Concept
-from tests.runs.test_experiment import TINY
+from tests.made import TINY, same
 
 EVERYTHING = {
     "measure.what": ["dprime", "elastic_net", "layer_ig", "top_words", "similarity"],
     "measure.shuffles": 19, "measure.sample_words": 60, "measure.sentences": 4, "measure.steps": 2,
-    "arms": ["concept"], "retrain.epochs": 1.0, "data.train_sentences": 16, "data.validation_sentences": 16,
+    "arms": ["concept", "random"], "retrain.steps": [4], "prune.fraction": "auto", "prune.grid": [4 / 256],
+    "block.held": ["random"], "data.train_sentences": 16, "data.validation_sentences": 16,
     "data.probe_sentences": 24, "finetune.epochs": 0.5, "prune.control_draws": 1, "threads": 1,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    """A base snapshot, a damage and an arm of a real run, with everything measured that can be."""
+    """A base snapshot, an arm and all results of a real run, with everything measured that can be."""
     found: dict[str, Any] = {}
-    for event in perform(settings_of("toy", TINY | EVERYTHING)):
+    for event in perform(settings_of("toy", {**TINY, **EVERYTHING})):
         match event:
             case Base():
                 found["base"] = event.snapshot
-            case Damage():
-                found["damage"] = event
-            case Arm():
-                found["arm"] = event.trajectory
+            case ArmDone(trajectory=path) if path.arm == "concept":
+                found["arm"] = path
+            case Sized() | Cuts() | Damage() | Grafted() | Again() | Blocked():
+                found[type(event).__name__.lower()] = event
     return found
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal all the way down, NaN with NaN."""
-    if isinstance(a, torch.Tensor | np.ndarray):
-        alike = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
-        return alike and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind == "f")
-    if isinstance(a, float):
-        return isinstance(b, float) and (a == b or (math.isnan(a) and math.isnan(b)))
-    if isinstance(a, Mapping):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if is_dataclass(a):
-        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and type(b) is (tuple if isinstance(a, list) else type(a)) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
 
 
 def written(value: Any) -> Any:
@@ -86,8 +71,8 @@ def types_in(value: Any) -> set[str]:
 
 
 def test_every_type_comes_back_from_a_real_run(results):
-    """Also a test that the run above holds every type that a file may hold, but for two of other runs."""
-    assert set().union(*map(types_in, results.values())) == set(TYPES) - {"AtK", "TokenLoss"}
+    """Also a test that the run above holds every type that a file may hold, but for three of other runs."""
+    assert set().union(*map(types_in, results.values())) == set(TYPES) - {"AtK", "LogProbability", "TokenLoss"}
     for name, value in results.items():
         assert same(value, written(value)), name
 
@@ -245,20 +230,23 @@ def test_results_come_back_from_files(results, tmp_path: Path):
 def test_run_folder_gives_back_what_it_kept(results, tmp_path: Path):
     folder = store.RunFolder(tmp_path, {})
     arm = results["arm"]
-    folder.keep_damage(results["damage"])
-    folder.keep_arm(Arm(arm, None))
-    assert same(folder.damage(arm.seed), results["damage"])
+    for name in ("sized", "cuts", "damage", "grafted", "again", "blocked"):
+        folder.keep(results[name])
+        held = results[name].held if name == "blocked" else ""
+        assert same(folder.result(type(results[name]), arm.seed, held), results[name]), name
+    assert folder.result(Damage, arm.seed + 1) is None
+    folder.keep_arm(ArmDone(arm, None))
     assert same(folder.arm("concept", arm.seed), arm)
     assert folder.arm("random", arm.seed) is None
 
 
 def test_run_folder_says_which_file_is_damaged(results, tmp_path: Path):
     folder = store.RunFolder(tmp_path, {})
-    folder.keep_damage(results["damage"])
+    folder.keep(results["damage"])
     tensors, _ = files.read_tensors(folder._tensors("damage-0"))
     files.write_tensors(folder._tensors("damage-0"), tensors, {"body": {"type": "Unknown"}, "sites": []})
     with pytest.raises(ValueError, match=r"damage-0.safetensors.*damaged or of another version: .*Unknown.*--fresh"):
-        folder.damage(0)
+        folder.result(Damage, 0)
 
 
 def test_scores_of_a_language_model_come_back():

@@ -1,6 +1,7 @@
 """The experiment on the toy: what is checked before training, what every arm begins from, and what comes of it."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,32 +11,35 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from relearn_lens import progress
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.models import toy
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.runs import experiment as module
-from relearn_lens.runs.events import Arm, Base, Damage, Event, Measured, Paused, Prepared
-from relearn_lens.runs.experiment import perform
+from relearn_lens.runs.events import (
+    Again,
+    ArmDone,
+    Base,
+    Blocked,
+    Cuts,
+    Damage,
+    Event,
+    Grafted,
+    Measured,
+    Paused,
+    Prepared,
+    Sized,
+    Weighed,
+)
+from relearn_lens.runs.experiment import first_back, perform, seed_for
 from relearn_lens.runs.needs import peak_rss_mb
 from relearn_lens.runs.preparation import prepare
-from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.protocol import choose, control_of, placed
 from relearn_lens.runs.results import Run
-from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.texts import together
-
-TINY = {
-    "data.train_sentences": 64, "data.validation_sentences": 40, "data.probe_sentences": 40,
-    "prune.control_draws": 2, "finetune.epochs": 0.5, "finetune.lr": 1e-5, "finetune.batch_size": 8,
-    "retrain.epochs": 2, "retrain.every": 1, "retrain.lr": 3e-3, "retrain.batch_size": 8, "measure.draws": 100,
-}  # fmt: skip
-"""What makes a run of the toy take a second."""
-
-
-def tiny(**changes: Any) -> Experiment:
-    """The smallest experiment; `prune__fraction=1` changes `prune.fraction`."""
-    return settings_of("toy", TINY | {key.replace("__", "."): value for key, value in changes.items()})
+from tests.analysis.test_story import trajectory
+from tests.made import arms_in, tiny
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +48,8 @@ def events() -> list[Event]:
     return list(perform(tiny()))
 
 
-def arms_in(events: list[Event]) -> dict[str, Any]:
-    return {event.trajectory.arm: event.trajectory for event in events if isinstance(event, Arm)}
+def result_of(events: list[Event], kind: type) -> Any:
+    return next(event for event in events if isinstance(event, kind))
 
 
 # --- before any training
@@ -72,7 +76,8 @@ def no_training(monkeypatch):
     def train(*_, **__):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(module, "finetune_", train)
+    for name in ("train_", "retrain_"):
+        monkeypatch.setattr(module, name, train)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def test_label_that_the_draw_leaves_out_is_refused_before_training(no_training, 
         "data__probe_sentences": 2,
     }
     sets = ["data.concept_share=none"]
-    made = settings_of("toy", TINY | {k.replace("__", "."): v for k, v in changes.items()}, sets)
+    made = tiny(sets, **changes)
     with pytest.raises(ValueError, match=r"no word of corpus .* carries concept 'place'.*larger or another probe"):
         list(perform(made))
 
@@ -159,7 +164,7 @@ def test_concept_share_is_the_share_of_the_sentences_drawn(share):
 
 
 def test_concept_share_of_none_takes_sentences_as_they_come():
-    ready = prepare(settings_of("toy", TINY, ["data.concept_share=none", "data.train_sentences=300"]))
+    ready = prepare(tiny(["data.concept_share=none", "data.train_sentences=300"]))
     every = toy.corpus().labelled()
     usual = np.mean([any(word.label == "place" for word in sentence) for sentence in every])
     assert holding(ready)[0] == pytest.approx(usual, abs=0.06)
@@ -227,18 +232,41 @@ def test_long_sentences_are_told(write):
 
 
 def test_events_come_in_order(events):
-    stages = ("base", "pruned", "1", "2")
-    arm = [*((Measured, stage) for stage in stages), (Arm, None)]
-    want = [(Prepared, None), (Base, None), (Damage, None), *arm, *arm, *arm]
-    told = [event for event in events if not isinstance(event, Paused)]
+    stages = ("base", "pruned", "8", "16")
+    arm = [*((Measured, stage) for stage in stages), (ArmDone, None)]
+    want = [(Prepared, None), (Base, None), (Sized, None), (Cuts, None), (Damage, None), *arm * 5]
+    want += [(Grafted, None), (Again, None)]
+    told = [event for event in events if not isinstance(event, Paused | Weighed)]
     assert [(type(e), e.stage if isinstance(e, Measured) else None) for e in told] == want
-    arms = [e.arm if isinstance(e, Measured) else e.trajectory.arm for e in events if isinstance(e, Measured | Arm)]
-    assert arms == ["concept"] * 5 + ["random"] * 5 + ["unpruned"] * 5
+    arms = [e.arm if isinstance(e, Measured) else e.trajectory.arm for e in events if isinstance(e, Measured | ArmDone)]
+    assert arms == [name for name in ("concept", "other", "random", "unpruned", "never") for _ in range(5)]
+
+
+def test_trainings_pause_where_they_can_be_taken_up(events):
+    pauses = [(event.training, event.at.stage) for event in events if isinstance(event, Paused)]
+    retrained = {name: [(name, "8"), (name, "16")] for name in ("concept", "other", "random", "unpruned", "never")}
+    never = retrained.pop("never")
+    assert pauses == [
+        ("base", "0.5"),
+        *(each for name in retrained.values() for each in name),
+        ("never-fine", "0.5"),
+        *never,
+    ]
+
+
+def test_weights_are_given_where_grafts_are_made_from_them(events):
+    back = first_back(arms_in(events)["concept"])
+    stages = list(dict.fromkeys([back, "16"]))
+    assert back == "8"
+    weighed = [(event.arm, event.stage) for event in events if isinstance(event, Weighed)]
+    assert weighed == [(arm, stage) for arm in ("concept", "random", "unpruned") for stage in stages]
+    assert list(result_of(events, Grafted).stages) == stages
 
 
 def test_progress_says_what_and_how_far():
     heard: list[tuple[str, int, int]] = []
-    list(perform(tiny(arms=("concept",)), progress=lambda *said: heard.append(said)))
+    with progress.reported(lambda *how_far: heard.append(how_far)):
+        list(perform(tiny(arms=("concept",), grafts__skip=True)))
     kinds = list(dict.fromkeys(what for what, _, _ in heard))
     assert kinds[:3] == ["reading the text", "loading the model", "fine-tuning"]
     assert any("retraining (concept)" in what for what in kinds)
@@ -250,16 +278,20 @@ def test_progress_says_what_and_how_far():
 
 
 def test_concept_arm_prunes_the_planted_neurons(events):
-    base = next(event for event in events if isinstance(event, Base))
-    assert {(n.layer, n.index) for n in base.chosen} == set(toy.PLANTED)
-    assert arms_in(events)["concept"].pruned == base.chosen
-    assert base.snapshot.saliency.top(len(base.chosen)) == base.chosen
+    base, sets = result_of(events, Base), result_of(events, Cuts).sets
+    assert {(n.layer, n.index) for n in sets["concept"]} == set(toy.PLANTED)
+    assert {(n.layer, n.index) for n in sets["other"]} == set(toy.PERSON_NEURONS)
+    assert base.snapshot.saliency.top(4) == sets["concept"]
+    arms = arms_in(events)
+    assert arms["concept"].pruned == arms["never"].pruned == sets["concept"]
+    assert arms["other"].pruned == sets["other"]
+    assert arms["random"].pruned == sets["random"]
 
 
-def test_random_arm_has_as_many_in_every_layer(events):
+def test_random_arm_has_as_many_in_every_layer_and_none_of_the_concepts(events):
     arms = arms_in(events)
     assert arms["random"].pruned.per_layer() == arms["concept"].pruned.per_layer()
-    assert arms["random"].pruned != arms["concept"].pruned
+    assert not arms["random"].pruned & arms["concept"].pruned
     assert arms["unpruned"].pruned is None
 
 
@@ -269,8 +301,9 @@ def test_unpruned_arm_has_its_base_as_pruned(events):
 
 
 def test_arms_share_the_base(events):
-    base = next(event for event in events if isinstance(event, Base))
-    assert all(arm["base"] is base.snapshot for arm in arms_in(events).values())
+    base, arms = result_of(events, Base), arms_in(events)
+    assert all(arm["base"] is base.snapshot for name, arm in arms.items() if name != "never")
+    assert arms["never"]["base"] is not base.snapshot
 
 
 def test_concept_arm_collapses_and_comes_back_and_the_others_do_not(events):
@@ -279,23 +312,40 @@ def test_concept_arm_collapses_and_comes_back_and_the_others_do_not(events):
     assert f1["concept"]["base"]["place"] > 0.95
     assert f1["concept"]["pruned"]["place"] < 0.2
     assert f1["concept"]["pruned"]["person"] > 0.95
-    assert f1["concept"]["2"]["place"] > 0.9
-    for name in ("random", "unpruned"):
+    assert f1["concept"]["16"]["place"] > 0.9
+    assert f1["other"]["pruned"]["person"] < 0.2
+    for name in ("other", "random", "unpruned"):
         assert min(stage["place"] for stage in f1[name].values()) > 0.95
+    assert f1["never"]["base"]["person"] > 0.95
+    assert f1["never"]["base"]["place"] == 0  # it has no such neurons, and its tags are given to no word
 
 
 def test_damage_equals_pruning_in_the_weights(events):
-    damage = next(event for event in events if isinstance(event, Damage))
-    assert (damage.concept.counts == arms_in(events)["concept"]["pruned"].scores.counts).all()
-    assert len(damage.random) == 2
-    assert all(scores.f1["place"] > 0.95 for scores in damage.random)
+    damage, arms = result_of(events, Damage), arms_in(events)
+    for name in ("concept", "other"):
+        assert (getattr(damage, name).counts == arms[name]["pruned"].scores.counts).all()
+    assert {kind: len(each) for kind, each in damage.random.items()} == {"layers": 1, "disjoint": 1, "scale": 1}
+    assert all(scores.f1["place"] > 0.95 for each in damage.random.values() for scores in each)
+    assert damage.overlap["disjoint"] == (0.0,)
+    # Of a layer's 64 neurons the four planted ones are among the 6 that vary most, so two of them must be drawn.
+    assert damage.overlap["scale"] == (0.5,)
 
 
 def test_every_arm_begins_from_the_same_weights(monkeypatch):
     """Training is left out; what each arm would train is kept."""
     begun: list[dict[str, torch.Tensor]] = []
 
-    class Retrained(list):
+    class Retrained(Iterator):
+        last_step = 16
+
+        def __init__(self):
+            self.left = [Checkpoint(1.0, 16, 1, 1.0, by="step")]
+
+        def __next__(self):
+            if not self.left:
+                raise StopIteration
+            return self.left.pop()
+
         def state(self):
             return {}
 
@@ -303,17 +353,18 @@ def test_every_arm_begins_from_the_same_weights(monkeypatch):
         begun.append({name: value.detach().clone() for name, value in tagger.weights().items()})
         with torch.no_grad():
             tagger.head.weight.add_(1)  # an arm that leaves its weights changed
-        return Retrained([Checkpoint(1.0, 1, 1, 1.0)])
+        return Retrained()
 
     monkeypatch.setattr(module, "retrain_", retrain)
     base, pruned = None, {}
-    for event in perform(tiny(prune__control_draws=0)):
+    names = ("concept", "other", "random", "unpruned")
+    for event in perform(tiny(prune__control_draws=0, arms=names, grafts__skip=True)):
         if isinstance(event, Base):
             base = event
-        if isinstance(event, Arm):
+        if isinstance(event, ArmDone):
             pruned[event.trajectory.arm] = event.trajectory.pruned
     assert base is not None
-    for arm, weights in zip(("concept", "random", "unpruned"), begun, strict=True):
+    for arm, weights in zip(names, begun, strict=True):
         for name, value in weights.items():
             want = base.weights[name].clone()
             layer = re.search(r"layers\.(\d)\.mlp\.(?:fc_)?out\.weight", name)
@@ -360,7 +411,7 @@ def test_control_of_is_as_many_neurons_each_way():
 
 
 def gpt2_folder(path):
-    """A GPT-2 of 2 layers with random weights, and a tokenizer of the text's words."""
+    """A GPT-2 of 2 layers with random weights, and a tokenizer of the toy's words."""
     words = ["<|endoftext|>", *sorted({word.text for sentence in toy.corpus() for word in sentence})]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|endoftext|>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -377,7 +428,7 @@ def gpt2_folder(path):
 
 
 def weights_of(run: list[Event], arm: str) -> Any:
-    return next(event for event in run if isinstance(event, Arm) and event.trajectory.arm == arm)
+    return next(event for event in run if isinstance(event, ArmDone) and event.trajectory.arm == arm)
 
 
 def test_protocol_is_carried_out_on_gpt2(tmp_path):
@@ -386,16 +437,18 @@ def test_protocol_is_carried_out_on_gpt2(tmp_path):
     for protocol in ("corrected", "published"):
         made = tiny(
             model=folder, site="resid", protocol=protocol, prune__fraction=0.5, prune__control_draws=1,
-            retrain__epochs=1, measure__what=("top_words",), arms=("concept", "random", "unpruned"),
+            retrain__steps=(8,), measure__what=("top_words",), arms=("concept", "random", "unpruned"),
+            grafts__skip=True,
         )  # fmt: skip
         runs[protocol] = list(perform(made))
     for protocol, (sever, which) in {"corrected": ("writes", "most"), "published": ("gain", "least")}.items():
-        ready, base = runs[protocol][0], next(e for e in runs[protocol] if isinstance(e, Base))
+        ready, base = runs[protocol][0], result_of(runs[protocol], Base)
+        chosen = result_of(runs[protocol], Cuts).sets["concept"]
         assert isinstance(ready, Prepared)
         assert (ready.experiment.prune.sever, ready.experiment.prune.which) == (sever, which)
-        assert base.chosen == choose(base.snapshot.saliency, 0.5, which)
+        assert not chosen & ~choose(base.snapshot.saliency, 0.5, which)
         arms = arms_in(runs[protocol])
-        assert arms["concept"].pruned == placed(base.chosen, ready.experiment.prune.embedding)
+        assert arms["concept"].pruned == placed(chosen, ready.experiment.prune.embedding)
         assert arms["unpruned"].matched() == arms["concept"].survivors()
         assert base.snapshot.saliency.bucket == (1 if protocol == "corrected" else 100)
     said = "\n".join(runs["corrected"][0].notes), "\n".join(runs["published"][0].notes)
@@ -404,9 +457,11 @@ def test_protocol_is_carried_out_on_gpt2(tmp_path):
     published = arms_in(runs["published"])
     assert published["concept"].pruned.per_layer()["embed"] == 0
     first = published["random"].pruned.mask
-    # Of 48 neurons the first 24: the embedding's 16, which go to the last block, and 8 of block 0.
-    assert first.sum(1).tolist() == [0, 8, 16]
-    assert first[1, :8].all()
+    # The first of the 48 neurons are the embedding's, which go to the last block.
+    n = len(result_of(runs["published"], Cuts).sets["concept"])
+    assert 0 < n < 16
+    assert first.sum(1).tolist() == [0, 0, n]
+    assert first[2, :n].all()
 
 
 def test_sever_is_out_where_the_family_has_it(bert_folder, write):
@@ -429,7 +484,11 @@ def test_sever_is_out_where_the_family_has_it(bert_folder, write):
 def test_probe_corpus_gives_the_probe_and_the_corpus_gives_f1(tmp_path):
     other = tmp_path / "concepts.conll"
     other.write_text("in O\nTarn B-spot\n\nMira B-being\nleft O\n\nthe O\nTarn B-town\n\n" * 4)
-    ready = prepare(tiny(probe_corpus=f"conll:{other}", probe_concept=("spot", "town"), data__probe_sentences=100))
+    how = {
+        "probe_corpus": f"conll:{other}", "probe_concept": ("spot", "town"), "data__probe_sentences": 100,
+        "other": "being",
+    }  # fmt: skip
+    ready = prepare(tiny(**how))
     assert ready.probe.corpus.label_names == ("O", "being", "place")
     assert ready.probe.corpus.words_per_label() == {"O": 12, "being": 4, "place": 8}
     assert ready.validation.corpus.label_names == toy.LABELS
@@ -437,13 +496,12 @@ def test_probe_corpus_gives_the_probe_and_the_corpus_gives_f1(tmp_path):
     run = list(
         perform(
             tiny(
-                probe_corpus=f"conll:{other}", probe_concept=("spot", "town"), data__probe_sentences=100,
-                arms=("concept",), retrain__epochs=1,
+                **how, arms=("concept",), retrain__steps=(8,), grafts__skip=True,
             )
         )
     )  # fmt: skip
     arm = arms_in(run)["concept"]
-    assert set(arm["1"].f1) == {"person", "place", "overall"}
+    assert set(arm["8"].f1) == {"person", "place", "overall"}
     assert arm["base"].stats.class_names == ("O", "being", "place")
     assert arm["base"].attribution is not None
 
@@ -501,29 +559,30 @@ def test_same_settings_give_the_same_run(events):
 
 
 def test_leaving_an_arm_out_changes_nothing_in_the_others(events):
-    alone = arms_in(list(perform(tiny(arms=("random",), prune__control_draws=0))))["random"]
-    there = arms_in(events)["random"]
-    assert alone.pruned == there.pruned
-    assert torch.equal(alone["2"].saliency.score, there["2"].saliency.score)
+    alone = list(perform(tiny(arms=("random", "never"), prune__control_draws=0)))
+    assert not [event for event in alone if isinstance(event, Weighed | Grafted | Again)]
+    for name, there in arms_in(alone).items():
+        assert there.pruned == arms_in(events)[name].pruned
+        assert torch.equal(there["16"].saliency.score, arms_in(events)[name]["16"].saliency.score)
 
 
 def test_seeds_are_runs_of_their_own(events):
-    both = list(perform(tiny(seeds=(0, 3), arms=("concept", "random"), prune__control_draws=0)))
+    both = list(perform(tiny(seeds=(0, 3), arms=("concept", "random"), prune__control_draws=0, grafts__skip=True)))
     assert [e.seed for e in both if isinstance(e, Base)] == [0, 3]
     arms: dict[str, list[Any]] = {"concept": [], "random": []}
     for event in both:
-        if isinstance(event, Arm):
+        if isinstance(event, ArmDone):
             arms[event.trajectory.arm].append(event.trajectory)
     assert [arm.seed for arm in arms["random"]] == [0, 3]
     for name, (first, second) in arms.items():
-        assert torch.equal(first["2"].saliency.score, arms_in(events)[name]["2"].saliency.score)
+        assert torch.equal(first["16"].saliency.score, arms_in(events)[name]["16"].saliency.score)
         assert not torch.equal(first["base"].saliency.score, second["base"].saliency.score)
     assert arms["random"][0].pruned != arms["random"][1].pruned
 
     run = Run(tiny(seeds=(0, 3)), arms)
     data = run.to_xarray()
     assert dict(data.saliency.sizes) == {"arm": 2, "seed": 2, "stage": 4, "layer": 4, "neuron": 64}
-    assert data.f1.sel(arm="random", seed=3, stage="2", label="place").item() == arms["random"][1]["2"].f1["place"]
+    assert data.f1.sel(arm="random", seed=3, stage="16", label="place").item() == arms["random"][1]["16"].f1["place"]
     table = run.to_dataframe()
     assert len(table) == 2 * 2 * 4 * 3
     assert table.groupby(["arm", "seed"]).size().tolist() == [12] * 4
@@ -538,10 +597,129 @@ def test_run_of_one_arm_has_its_axes(events):
 
 
 def test_all_neurons_can_be_pruned():
-    arms = arms_in(list(perform(tiny(prune__fraction=1, retrain__epochs=0.25))))
+    arms = arms_in(list(perform(tiny(prune__fraction=1, retrain__steps=(2,), grafts__skip=True))))
     assert len(arms["concept"].survivors()) == 0
     assert isinstance(arms["random"].pruned, Neurons)
     assert arms["random"].pruned == arms["concept"].pruned
+
+
+# --- arms, and what they are without
+
+
+def test_without_the_concepts_arm_nothing_is_grafted_and_nothing_cut_again():
+    events = list(perform(tiny(arms=("unpruned",), measure__what=[])))
+    assert list(arms_in(events)) == ["unpruned"]
+    assert not [event for event in events if isinstance(event, Weighed | Grafted | Again | Blocked)]
+
+
+def test_the_concepts_arm_alone_is_grafted_without_controls():
+    events = list(perform(tiny(arms=("concept",), measure__what=[], rounds=0)))
+    (grafts,) = {frozenset(made.controls) for made in result_of(events, Grafted).stages.values()}
+    assert grafts == set()
+    again = result_of(events, Again)
+    assert (again.rounds, len(again.random)) == ((), 1)
+
+
+def test_a_text_without_another_label_has_no_such_arm(write, tmp_path):
+    text = "in O\nTarn B-place\n\nMira O\nleft O\n\n" * 20
+    made = tiny(
+        model=gpt2_folder(tmp_path / "gpt2"), corpus=write(train=text, dev=text, test=text), other="auto", site="resid",
+        retrain__steps=(1,), measure__what=[], grafts__skip=True, data__labelled_only=False,
+    )  # fmt: skip
+    events = list(perform(made))
+    ready = result_of(events, Prepared)
+    assert ready.other is None
+    assert any("no other label of the text has 30 spans in the 40 sentences" in note for note in ready.notes)
+    assert list(arms_in(events)) == ["concept", "random", "unpruned", "never"]
+    assert set(result_of(events, Cuts).sets) == {"concept", "random"}
+    assert result_of(events, Damage).other is None
+
+
+def test_another_label_that_the_text_lacks_is_refused(no_training):
+    with pytest.raises(ValueError, match="other = 'river': the other labels of the text are person"):
+        prepare(tiny(other="river"))
+
+
+def test_never_can_be_taught_that_the_concept_is_nothing():
+    events = list(perform(tiny(arms=("never",), never="outside", finetune__lr=1e-3, measure__what=[])))
+    assert arms_in(events)["never"]["base"].f1["place"] == 0
+
+
+# --- trainings and their seeds
+
+
+def test_no_two_roles_and_seeds_draw_the_same():
+    roles = ("base", "never", "retrain", "again", "blocked")
+    seeds = {seed_for(role, seed) for role in roles for seed in range(100)}
+    assert len(seeds) == len(roles) * 100
+    with pytest.raises(ValueError, match="not in"):
+        seed_for("arm", 0)
+
+
+@pytest.mark.parametrize(
+    ("f1", "stage"),
+    [
+        ({"1": 0.2, "2": 0.81, "4": 0.9}, "2"),  # nine tenths of what it was
+        ({"1": 0.2, "2": 0.8, "4": 0.79}, None),
+        ({"1": 0.9, "2": 0.1}, "1"),
+    ],
+)
+def test_a_concept_is_back_at_nine_tenths_of_what_it_was(f1, stage):
+    path = trajectory({"base": 0.9, "pruned": 0.85, **f1}, torch.zeros(2, 3))
+    assert first_back(path) == stage
+
+
+# --- after the arms
+
+
+def test_the_cut_made_again_takes_what_came_back(events):
+    again, arm = result_of(events, Again), arms_in(events)["concept"]
+    assert again.same.f1["place"] < 0.2 < 0.9 < arm["16"].f1["place"]
+    assert all(scores.f1["place"] > 0.9 for scores in again.random)
+
+
+def test_rounds_go_on_from_each_other():
+    events = list(perform(tiny(arms=("concept",), measure__what=[], rounds=2, retrain__steps=(8, 16, 24))))
+    rounds = result_of(events, Again).rounds
+    size = len(result_of(events, Cuts).sets["concept"])
+    assert len(rounds) == 2
+    for found in rounds:
+        assert len(found.found) == size
+        assert 0 <= found.share_old <= 1
+        assert 0 < found.share_by_chance < 0.2
+        steps = list(found.course)
+        assert steps == [8, 16, 24][: len(steps)]
+        back = [scores.f1["place"] >= 0.9 for scores in found.course.values()]
+        assert back.index(True) == len(back) - 1 if True in back else len(back) == 3  # until it is back
+
+
+def test_what_is_held_stays_where_the_cut_left_it(monkeypatch):
+    whole, blocked = module.retrain_, []
+
+    def watched(model, *args, only=None, **how):
+        if only is not None:
+            before = {name: value.detach().clone() for name, value in model.plain().items()}
+            blocked.append((before, dict(only)))
+        return whole(model, *args, only=only, **how)
+
+    monkeypatch.setattr(module, "retrain_", watched)
+    held = ("part", "heirs", "random")
+    shares = {}
+    made = tiny(arms=("concept",), measure__what=[], rounds=0, block__held=held)
+    ready: Any = None
+    for event in perform(made):
+        ready = event if isinstance(event, Prepared) else ready
+        if isinstance(event, Blocked):
+            before, moves = blocked[-1]
+            now = ready.model.plain()
+            still = {name: ~moves[name] for name in moves if (~moves[name]).any()}
+            assert all(torch.equal(now[name][mask], before[name][mask]) for name, mask in still.items())
+            assert any(not torch.equal(now[name], before[name]) for name in moves)
+            assert set(event.course) <= {8, 16}
+            shares[event.held] = sum(int(mask.sum()) for mask in still.values())
+    assert list(shares) == list(held)
+    assert shares["heirs"] == shares["random"] > 0
+    assert shares["part"] > shares["heirs"]
 
 
 def test_peak_memory_is_in_megabytes():

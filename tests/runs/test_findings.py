@@ -16,12 +16,12 @@ from relearn_lens.runs.files import plain
 from relearn_lens.runs.findings import claims_of, findings
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
-from tests.runs.test_experiment import TINY
+from tests.made import TINY
 
-SMALL = TINY | {
-    "data.train_sentences": 32, "data.validation_sentences": 24, "data.probe_sentences": 24, "finetune.epochs": 0.25,
-    "retrain.epochs": 2.0, "retrain.every": 1.0, "prune.control_draws": 1, "measure.sentences": 4, "measure.steps": 2,
-    "measure.sample_words": 60, "threads": 1,
+SMALL = {
+    **TINY, "data.train_sentences": 32, "data.validation_sentences": 24, "data.probe_sentences": 24,
+    "finetune.epochs": 0.25, "retrain.steps": [4, 8], "measure.sentences": 4, "measure.steps": 2,
+    "measure.sample_words": 60, "measure.dear": "all", "grafts.skip": True,
 }  # fmt: skip
 ALL = ["probeless", "dprime", "elastic_net", "conductance", "top_words", "similarity"]
 TABLES = ("speed_rows", "attribution_rows", "similarity_rows", "agreement_rows")
@@ -112,7 +112,7 @@ def test_findings_of_what_was_not_measured_are_empty(bare: Run):
 def test_attribution_table_names_base_once(run: Run):
     header, rows = module.attribution_rows(run)
     assert header[2:6] == list(run.arms["concept"][0].site.layers)
-    assert [row[:2] for row in rows] == [["all arms", "base"], ["concept", "2"], ["random", "2"]]
+    assert [row[:2] for row in rows] == [["all arms", "base"], ["concept", "8"], ["random", "8"]]
     for row in rows:
         assert sum(map(float, row[2:6])) == pytest.approx(1, abs=0.002)
     assert float(rows[0][3]) > 0.8  # block 1 has the planted neurons
@@ -122,7 +122,7 @@ def test_attribution_table_names_base_once(run: Run):
 def test_attribution_is_told_by_arm_seed_and_stage(run: Run, found):
     told = found["attribution"]
     assert set(told) == {"concept", "random"}
-    assert [list(each) for each in told["concept"]] == [["base", "2"]] * 2
+    assert [list(each) for each in told["concept"]] == [["base", "8"]] * 2
     entry = told["concept"][0]["base"]
     assert (entry["form"], entry["unit"], entry["n_words"] > 0) == ("conductance", "logit per word", True)
     assert sum(entry["layer_share"]) == pytest.approx(1)
@@ -180,9 +180,9 @@ def test_similarity_is_of_base_and_last_stage(run: Run, found):
 
 def test_meaning_is_told_at_both_ends(found):
     told = found["meaning"]["concept"][0]
-    assert list(told) == ["base", "2"]
+    assert list(told) == ["base", "8"]
     assert told["base"]["similarity_by_layer"] is None  # there is nothing before base to be similar to
-    assert len(told["2"]["similarity_by_layer"]) == 4
+    assert len(told["8"]["similarity_by_layer"]) == 4
 
 
 def test_heirs_are_lines_of_old_and_new_words(run: Run, found):

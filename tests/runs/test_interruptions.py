@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from relearn_lens.progress import Progress
 from relearn_lens.runs import store
-from tests.interruptions import difference, small_run
+from relearn_lens.runs.events import ArmDone, Event
+from tests.interruptions import Stopped, difference, small_run, stopped_after_each
 
 
 class Writes:
@@ -31,48 +33,68 @@ def writes(monkeypatch) -> Writes:
     return counted
 
 
-def test_a_run_goes_on_from_its_last_pause_and_ends_in_the_same_bits(tmp_path, writes):
-    store.run(small_run(), tmp_path / "whole")
-    total, names = writes.n, list(writes.names)
-    assert sum(name.startswith("state/") for name in names) >= 1 + 3 * 2 + 1  # base, two pauses of each arm, never-fine
-    # The state of the random arm after its first pause; its second stage; the fine-tuning of the last arm.
-    wanted = ["state/random-0.safetensors", "stages/random-0@1.safetensors", "state/never-fine-0.safetensors"]
-    for name in wanted:
-        at = names.index(name) + 1
-        writes.n, writes.fails_at = 0, at
-        with pytest.raises(OSError, match="the power is gone"):
-            store.run(small_run(), tmp_path / str(at))
-        writes.fails_at = -1
-        store.run(small_run(), tmp_path / str(at))
-        assert difference(tmp_path / "whole", tmp_path / str(at)) == ""
-    assert total > 25
-    left = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert not left & {"state", "stages", "weights"}
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, list[str], int]:
+    """A run without an accident, the files that it wrote in their order, and how many steps it retrained for."""
+    path, counted, steps = tmp_path_factory.mktemp("runs") / "whole", Writes(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", counted)
+        store.run(small_run(), path, progress=counting(steps))
+    return path, counted.names, len(steps)
 
 
-def test_what_is_already_trained_is_not_trained_again(tmp_path, writes, monkeypatch):
-    steps: list[int] = []
-    progress = lambda what, done, total: steps.append(done) if "retraining" in what else None  # noqa: E731
-    store.run(small_run('arms=["concept"]'), tmp_path / "whole", progress=progress)
-    whole = len(steps)
-    names = list(writes.names)
-    writes.n, writes.fails_at = 0, names.index("stages/concept-0@1.safetensors") + 1
+def counting(steps: list[int]) -> Progress:
+    """Takes down every step of retraining of the concept's arm."""
+    return lambda what, done, total: steps.append(done) if what == "retraining (concept)" else None
+
+
+def test_a_run_goes_on_after_any_event_and_ends_in_the_same_bits(tmp_path, whole):
+    stops = stopped_after_each(small_run(), tmp_path / "run")
+    assert stops == [
+        "Prepared", "Paused base", "Base", "Sized", "Cuts", "Damage", "Measured", "Paused concept", "Weighed",
+        "ArmDone", "Paused unpruned", "Paused never-fine", "Paused never", "Grafted", "Again", "Blocked",
+    ]  # fmt: skip
+    assert difference(whole[0], tmp_path / "run") == ""
+    assert not {path.name for path in whole[0].iterdir()} & {"state", "stages", "weights"}
+
+
+# The weights that grafts are made from; the state of another arm after its first pause; the second stage of the
+# last arm.
+@pytest.mark.parametrize(
+    "name", ["weights/concept@8-0.safetensors", "state/unpruned-0.safetensors", "stages/never-0@8.safetensors"]
+)
+def test_a_run_goes_on_after_a_write_that_failed_and_ends_in_the_same_bits(tmp_path, writes, whole, name):
+    writes.fails_at = whole[1].index(name) + 1
     with pytest.raises(OSError, match="the power is gone"):
-        store.run(small_run('arms=["concept"]'), tmp_path / "half")
+        store.run(small_run(), tmp_path / "run")
+    writes.fails_at = -1
+    store.run(small_run(), tmp_path / "run")
+    assert difference(whole[0], tmp_path / "run") == ""
+
+
+def test_what_is_already_trained_is_not_trained_again(tmp_path, writes, whole):
+    steps: list[int] = []
+    writes.fails_at = whole[1].index("stages/concept-0@8.safetensors") + 1
+    with pytest.raises(OSError, match="the power is gone"):
+        store.run(small_run(), tmp_path / "half", progress=counting(steps))
+    assert len(steps) == whole[2]
     writes.fails_at = -1
     steps.clear()
-    store.run(small_run('arms=["concept"]'), tmp_path / "half", progress=progress)
-    assert len(steps) == whole // 2
-    assert difference(tmp_path / "whole", tmp_path / "half") == ""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, ArmDone):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        store.run(small_run(), tmp_path / "half", progress=counting(steps), on_event=stop)
+    assert steps == [2, 3, 4, 5, 6, 7, 8]  # the first two were kept
 
 
 def test_every_weight_is_kept_when_asked(tmp_path):
-    store.run(small_run("keep=all", 'arms=["concept"]'), tmp_path / "run")
+    store.run(small_run("keep=all", 'arms=["concept"]', "grafts.skip=true"), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run" / "weights").iterdir()}
-    assert names == {
-        "base-0.safetensors", "base@0.5-0.safetensors", "concept-0.safetensors", "concept@0.5-0.safetensors",
-        "concept@1-0.safetensors",
-    }  # fmt: skip
+    stages = ("base", "base@0.5", "concept", "concept@2", "concept@8")
+    assert names == {f"{stage}-0.safetensors" for stage in stages}
 
 
 def test_a_run_that_cannot_fit_the_disk_is_refused(tmp_path, monkeypatch):

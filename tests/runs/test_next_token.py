@@ -21,8 +21,8 @@ from relearn_lens.runs.summary import summary as summary_of
 from relearn_lens.show import report, tables
 
 SMALL = (
-    "data.train_sentences=150", "data.validation_sentences=80", "data.probe_sentences=80", "finetune.epochs=8",
-    "retrain.epochs=1", "retrain.every=0.5", "prune.control_draws=1", "measure.draws=100", "measure.sentences=6",
+    "seeds=[0]", "data.train_sentences=150", "data.validation_sentences=80", "data.probe_sentences=80", "finetune.epochs=8",
+    "retrain.steps=[5, 10]", "grafts.bands=1", "prune.control_draws=1", "measure.draws=100", "measure.sentences=6",
     "measure.steps=4",
 )  # fmt: skip
 
@@ -41,8 +41,9 @@ def test_the_concepts_tokens_suffer_and_recover(run):
     loss = {stage: snapshot.scores for stage, snapshot in concept.snapshots.items()}
     assert all(isinstance(scores, TokenLoss) for scores in loss.values())
     assert loss["pruned"].shown("place") > loss["base"].shown("place") + 0.3
-    assert abs(loss["pruned"].shown(OTHERS) - loss["base"].shown(OTHERS)) < 0.1  # what is not a place is left alone
-    assert loss["1"].shown("place") < loss["pruned"].shown("place") - 0.2
+    cost = {label: loss["pruned"].shown(label) - loss["base"].shown(label) for label in ("place", OTHERS)}
+    assert abs(cost[OTHERS]) < cost["place"] / 4  # what is not a place is left alone
+    assert loss["10"].shown("place") < loss["pruned"].shown("place") - 0.2
     assert random["pruned"].scores.shown("place") < loss["base"].shown("place") + 0.2
 
 
@@ -136,7 +137,8 @@ def test_precision_changes_how_the_model_computes():
     [
         (["task=tag", 'words=["a"]'], "a tagger needs a label for the concept"),
         (['words=["a"]', 'concept=["x", "y"]'], "a concept that is given by words has one name"),
-        (['arms=["concept", "never"]'], "a language model has no labels to hide the concept with"),
+        (["never=outside"], "never = 'outside': a language model has no label O; use never = 'absent'"),
+        (["prune.fraction=auto"], "prune.fraction = 'auto': the size of a cut is found by F1.* give a number"),
         (["measure.reading=after"], "measure.reading = 'after'"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.runs.events import Sized
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.protocol import choose, placed
 from relearn_lens.runs.published import RELEASE, Row, compare, comparison_tables, nearest, survivors
@@ -30,7 +31,7 @@ def run_of(
     arm = trajectory({stage: F1[stage] for stage in stages}, score)
     pruned = placed(choose(arm["base"].saliency, made.prune.fraction), embedding)
     arm = replace(arm, pruned=pruned)
-    return Run(made, {"concept": [arm]}), arm
+    return Run(made, {"concept": [arm]}, sized=[Sized(0, float(made.prune.fraction), None)]), arm
 
 
 def numbers(run: Run, what: str, stage: str) -> list[float | None]:
@@ -146,7 +147,8 @@ def test_same_settings_are_called_comparable_and_others_not():
     run.experiment = own
     assert compare(run).differs == ()
     assert "not comparable" not in str(compare(run))
-    run.experiment = settings_of("lo2024", {"corpus": "conll:g.conll", "prune.fraction": 0.3, "model": "x/gpt2"})
+    run.experiment = settings_of("lo2024", {"corpus": "conll:g.conll", "model": "x/gpt2"})
+    run.sized = [Sized(0, 0.3, None)]
     said = str(compare(run))
     for why in (
         "These numbers are not comparable", "the model is gpt2, there distilbert-base-cased",

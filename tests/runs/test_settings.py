@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from relearn_lens.runs.presets import PRESETS, preset, settings_of
-from relearn_lens.runs.settings import Experiment, Prune, experiment, fields
+from relearn_lens.runs.settings import ARMS, Experiment, Prune, experiment, fields
 
 
 @pytest.fixture
@@ -41,6 +41,12 @@ def test_settings_are_the_same_from_everywhere(write):
     text = 'concept = ["LOC", "ORG"]\nseeds = [0, 1]\n[prune]\nfraction = 0.3\n'
     assert settings_of(write(text), sets=["data.concept_share=none"]) == python
     assert settings_of(str(write('preset = "names"\n' + text)), sets=["data.concept_share=none"]) == python
+
+
+def test_verdicts_need_three_seeds_and_every_arm_which_the_usual_run_has():
+    assert Experiment().seeds == (0, 1, 2)
+    assert Experiment().arms == ARMS == ("concept", "other", "random", "unpruned", "never")
+    assert (Experiment().score, Experiment().contrast, Experiment().prune.fraction) == ("dprime", "rest", "auto")
 
 
 def test_preset_is_what_its_name_gives():
@@ -202,6 +208,45 @@ def test_to_toml_is_plain_toml_of_every_setting():
         assert default is None or inner in (values[group] if group else values), key
 
 
+# --- how long a training is
+
+
+def test_retraining_is_by_steps_unless_epochs_are_said(write):
+    usual = Experiment().retrain
+    assert (usual.steps, usual.n_stages) == ((1, 2, 4, 8, 16, 32, 64), 7)
+    assert Experiment().finetune.steps is None
+    by_epochs = experiment({"retrain": {"epochs": 2, "every": 0.5}}).retrain
+    assert (by_epochs.steps, by_epochs.n_stages) == (None, 4)
+    assert settings_of(write("[retrain]\nevery = 0.5\n")).retrain.n_stages == 6  # of three epochs
+    assert experiment({"retrain": {"epochs": 2, "steps": None}}).retrain.n_stages == 2
+
+
+@pytest.mark.parametrize(
+    ("sets", "steps", "epochs", "every"),
+    [
+        (["retrain.epochs=2"], None, 2, None),
+        (["retrain.every=0.5"], None, 3, 0.5),
+        (["retrain.epochs=2", "retrain.every=0.5"], None, 2, 0.5),
+        (["retrain.steps=[3]"], (3,), 3, None),
+        (["retrain.epochs=2", "retrain.steps=[3]"], (3,), 3, None),
+        (["retrain.steps=[3]", "retrain.epochs=2"], None, 2, None),
+        (["retrain.steps=none"], None, 3, None),
+        (["retrain.lr=0.5"], (1, 2, 4, 8, 16, 32), 3, None),
+    ],
+)
+def test_what_is_said_last_says_how_long(sets, steps, epochs, every, write):
+    made = settings_of("toy", sets=sets)
+    assert (made.retrain.steps, made.retrain.epochs, made.retrain.every) == (steps, epochs, every)
+    assert settings_of(write(made.to_toml())) == made
+    assert settings_of(write(made.to_toml()), sets=["retrain.steps=[5]"]).retrain.steps == (5,)
+    assert settings_of(write(made.to_toml()), sets=["retrain.epochs=5"]).retrain.steps is None
+
+
+def test_both_at_once_are_refused():
+    with pytest.raises(ValueError, match=r"retrain\.steps = \[4\] and epochs or every: a training has one of them"):
+        experiment({"retrain": {"steps": [4], "epochs": 2}})
+
+
 # --- the list of settings
 
 
@@ -236,7 +281,10 @@ def test_fields_give_the_defaults():
 
 def test_every_field_can_be_set_to_its_default():
     for key, default, _ in fields():
-        assert settings_of("names", {key: default}) == Experiment(), key
+        if key == "retrain.epochs":  # who says epochs means a training that is measured by epochs
+            assert settings_of("names", {key: default}).retrain.steps is None
+        else:
+            assert settings_of("names", {key: default}) == Experiment(), key
 
 
 # --- one line for each mistake
@@ -259,7 +307,7 @@ def test_unknown_key_lists_those_of_its_group():
 
 def test_unknown_key_at_the_top_lists_all():
     text = one_line(["modle=x"])
-    assert re.match(r"unknown setting 'modle'; known: model, corpus, ", text)
+    assert re.match(r"unknown setting 'modle'; known: model, head, ", text)
     assert "prune.fraction" in text
 
 
@@ -293,14 +341,22 @@ def test_unknown_key_of_any_depth_is_one_line(key):
         ("threads=0", r"threads = 0: .*greater than or equal to 1"),
         ("contrast=none at all", r"contrast = 'none at all': .*'classes' or 'rest'"),
         ("keep=every", r"keep = 'every': .*'none', 'last' or 'all'"),
+        ("retrain.steps=[4, 2]", r"retrain\.steps = \[4, 2\]: numbers of steps that rise"),
+        ("retrain.steps=[0, 2]", r"retrain\.steps\.0 = 0: .*greater than or equal to 1"),
+        ("prune.grid=[0.1, 2]", r"prune\.grid\.1 = 2: .*less than or equal to 1"),
+        ("prune.gone=1", r"prune\.gone = 1: .*less than 1; the range is above 0 below 1"),
+        ("grafts.bands=0", r"grafts\.bands = 0: .*greater than or equal to 1"),
+        ("rounds=-1", r"rounds = -1: .*greater than or equal to 0"),
+        ('block.held=["all"]', r"block\.held\.0 = 'all': .*'part', 'heirs' or 'random'"),
+        ("never=hidden", r"never = 'hidden': .*'absent' or 'outside'"),
         ("seeds=[0, -1]", r"seeds\.1 = -1: .*greater than or equal to 0"),
         ("seeds=[0, 0]", r"seeds = \[0, 0\] names one twice"),
         ('arms=["concept", "concept"]', r"arms = \['concept', 'concept'\] names one twice"),
-        ('arms=["concept", "rnadom"]', r"arms\.1 = 'rnadom': .*'concept', 'random', 'unpruned' or 'never'"),
+        ('arms=["concept", "rnadom"]', r"arms\.1 = 'rnadom': .*'concept', 'other', 'random', 'unpruned' or 'never'"),
         ("prune.sever=in", r"prune\.sever = 'in': .*'auto', 'out', 'both', 'gain' or 'writes'"),
         ("prune.embedding=x", r"prune\.embedding = 'x': .*'own' or 'last_block'"),
         ("prune.which=x", r"prune\.which = 'x': .*'most', 'least' or 'by_family'"),
-        ("prune.control=x", r"prune\.control = 'x': .*'layers', 'uniform' or 'first'"),
+        ("prune.control=x", r"prune\.control = 'x': .*'disjoint', 'layers', 'uniform' or 'first'"),
         ("measure.rank_bucket=0", r"measure\.rank_bucket = 0: .*greater than or equal to 1"),
         ("measure.nulls=zero", r"measure\.nulls = 'zero': .*'drop' or 'zero_then_drop'"),
         ("measure.selection=all", r"measure\.selection = 'all': .*'matched' or 'published'"),
@@ -315,14 +371,16 @@ def test_value_out_of_range_names_field_value_and_what_is_allowed(change, messag
 def numbers() -> list[str]:
     """The keys of all settings that are a number or may be one."""
     found = [key for key, default, _ in fields() if type(default) in (int, float)]
-    return [*found, "threads", "retrain.lora_rank"]
+    return [*found, "threads", "max_memory", "prune.fraction", "retrain.lora_rank", "grafts.bands"]
 
 
 @pytest.mark.parametrize("value", [10**30, -(10**30)])
 @pytest.mark.parametrize("key", numbers())
 def test_every_number_has_a_range_and_says_it(key, value):
     text = one_line([f"{key}={value}"])
-    assert re.match(rf"{re.escape(key)} = {value}: .*; the range is (from|above) \S+ up to \S+$", text)
+    assert re.match(
+        rf"{re.escape(key)} = {value}: .*; the range is (from|above) \S+ (up to|below) \S+( or 'auto')?$", text
+    )
 
 
 def test_ranges_are_said_with_both_ends():
@@ -338,7 +396,7 @@ def test_ranges_are_said_with_both_ends():
 
 
 def test_more_stages_than_anyone_measures_are_refused():
-    text = one_line(["retrain.epochs=3", "retrain.every=1e-9"])
+    text = one_line(["retrain.epochs=3.0", "retrain.every=1e-9"])
     assert re.match(
         r"retrain\.every = 1e-09: 3\.0 epochs would be more than 10,000 stages.*make it 0\.0003 or more", text
     )

@@ -20,14 +20,17 @@ from filelock import FileLock
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import experiment as experiment_module
 from relearn_lens.runs import files, store
-from relearn_lens.runs.events import Arm, Base, Damage, Event, Measured, Prepared
+from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, Weighed
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.files import write_whole
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
-from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.settings import ARMS, Experiment
 from relearn_lens.runs.store import load_run
-from tests.runs.test_experiment import tiny
+from tests.interruptions import difference
+from tests.made import same, tiny
+
+RESULTS, AFTERWARDS = ("base", "sized", "cuts", "damage"), ("grafted", "again")
 
 
 class Stop(Exception):
@@ -56,20 +59,24 @@ def replayed(made, monkeypatch) -> list[str]:
     """
     done: list[str] = []
 
-    def replay(experiment: Experiment, *, kept: Any = None, progress: Any = None) -> Iterator[Event]:
-        names = []
+    def replay(experiment: Experiment, *, kept: Any = None) -> Iterator[Event]:
+        there: Any = None
         for event in made[2]:
             match event:
-                case Base() if not (kept and kept.base(event.seed, event.chosen.site)):
-                    done.append("base")
-                case Damage():
-                    event = (kept and kept.damage(event.seed)) or (done.append("damage") or event)
-                case Measured(stage="base"):
-                    names = [event.arm] if kept and kept.arm(event.arm, 0, None) else []
-                case Arm():
-                    there = kept.arm(event.trajectory.arm, 0, None) if kept else None
-                    event = Arm(there, None) if there else (done.append(event.trajectory.arm) or event)
-            if not (isinstance(event, Measured) and event.arm in names):
+                case Base():
+                    if not (kept and kept.base(event.seed, event.snapshot.saliency.site)):
+                        done.append("base")
+                case Measured(stage="base", arm=arm):
+                    there = kept.arm(arm, 0, None) if kept else None
+                case ArmDone(trajectory=path):
+                    event = ArmDone(there, None) if there else (done.append(path.arm) or event)
+                    there = None
+                case Prepared() | Measured() | Paused() | Weighed():
+                    pass
+                case _:
+                    again = kept.result(type(event), event.seed) if kept else None
+                    event = again or (done.append(type(event).__name__.lower()) or event)
+            if not (there and isinstance(event, Measured | Paused | Weighed)):
                 yield event
 
     monkeypatch.setattr(store, "perform", replay)
@@ -81,31 +88,12 @@ def plain(summary: Path) -> dict[str, Any]:
     return {k: v for k, v in json.loads(summary.read_text()).items() if k not in ("seconds", "peak_rss_mb")}
 
 
-def same(one: Trajectory, other: Trajectory) -> None:
-    assert (one.arm, one.seed, one.concept, one.stages) == (other.arm, other.seed, other.concept, other.stages)
-    assert one.pruned == other.pruned
-    assert one.site == other.site
-    for stage in one.stages:
-        a, b = one[stage], other[stage]
-        assert a.at == b.at
-        assert a.scores.labels == b.scores.labels
-        assert (a.scores.counts == b.scores.counts).all()
-        for name in ("f1", "precision", "recall"):
-            assert getattr(a.scores, name) == pytest.approx(getattr(b.scores, name), abs=0, nan_ok=True)
-        assert torch.equal(a.saliency.score, b.saliency.score)
-        for name in ("kind", "unit", "concept", "site"):
-            assert getattr(a.saliency, name) == getattr(b.saliency, name)
-        for name in ("count", "mean", "m2"):
-            assert torch.equal(getattr(a.stats, name), getattr(b.stats, name))
-        assert (a.stats.class_names, a.stats.site) == (b.stats.class_names, b.stats.site)
-
-
 # --- what is in it
 
 
 def test_folder_holds_every_file(made):
     names = {path.relative_to(made[1]).as_posix() for path in made[1].rglob("*") if path.is_file()}
-    tensors = {f"tensors/{name}-0.safetensors" for name in ("base", "damage", "concept", "random", "unpruned")}
+    tensors = {f"tensors/{name}-0.safetensors" for name in (*RESULTS, *ARMS, *AFTERWARDS)}
     tables = {"settings.toml", "manifest.json", "summary.json", "metrics.parquet", "layers.parquet"}
     assert names - {".lock"} == tables | tensors
 
@@ -130,18 +118,18 @@ def test_summary_is_json_with_the_documented_keys(made):
     assert summary["site"] == "mlp_post"
     assert summary["layers"] == ["0", "1", "2", "3"]
     assert summary["n_neurons"] == 256
-    for arm in ("concept", "random", "unpruned"):
+    for arm in ARMS:
         (one,) = summary["arms"][arm]
-        assert list(one["f1"]) == ["base", "pruned", "1", "2"]
+        assert list(one["f1"]) == ["base", "pruned", "8", "16"]
         assert all(set(by_label) == {"person", "place", "overall"} for by_label in one["f1"].values())
         for selection in ("all", "matched"):
             by_stage = summary["saliency_by_layer"][arm][selection]
-            assert list(by_stage) == ["base", "pruned", "1", "2"]
+            assert list(by_stage) == ["base", "pruned", "8", "16"]
             assert all(len(values) == 4 for values in by_stage.values())
         assert len(summary["pruned_share_by_layer"][arm]) == 4
     assert summary["pruned_share_by_layer"]["concept"] == pytest.approx([0, 4 / 64, 0, 0])
     assert summary["arms"]["concept"][0]["f1"]["base"]["place"] == made[0].arms["concept"][0]["base"].f1["place"]
-    assert {"prepare", "base-0", "concept-0", "random-0", "unpruned-0"} <= summary["seconds"].keys()
+    assert {"prepare", *(f"{name}-0" for name in (*RESULTS, *ARMS, *AFTERWARDS))} == summary["seconds"].keys()
     assert summary["peak_rss_mb"] > 50
     assert Experiment.model_validate(summary["settings"]) == tiny()
 
@@ -159,11 +147,11 @@ def test_tables_are_those_of_the_run(made):
     run, path, _ = made
     pd.testing.assert_frame_equal(pd.read_parquet(path / "metrics.parquet"), run.to_dataframe())
     layers = pd.read_parquet(path / "layers.parquet")
-    assert len(layers) == 3 * 4 * 2 * 4  # arms, stages, selections, layers
+    assert len(layers) == 5 * 4 * 2 * 4  # arms, stages, selections, layers
     summary = json.loads((path / "summary.json").read_text())
-    here = layers[(layers.arm == "concept") & (layers.selection == "matched") & (layers.stage == "2")]
+    here = layers[(layers.arm == "concept") & (layers.selection == "matched") & (layers.stage == "16")]
     assert here.layer.tolist() == summary["layers"]
-    assert here.rank_saliency.tolist() == pytest.approx(summary["saliency_by_layer"]["concept"]["matched"]["2"])
+    assert here.rank_saliency.tolist() == pytest.approx(summary["saliency_by_layer"]["concept"]["matched"]["16"])
 
 
 def test_load_run_gives_back_what_run_returned(made):
@@ -173,10 +161,11 @@ def test_load_run_gives_back_what_run_returned(made):
     assert loaded.folder == run.folder == str(path)
     assert loaded.arms.keys() == run.arms.keys()
     for name, (arm,) in run.arms.items():
-        same(loaded.arms[name][0], arm)
-    assert [d.seed for d in loaded.damage] == [0]
-    assert (loaded.damage[0].concept.counts == run.damage[0].concept.counts).all()
-    assert [s.f1 for s in loaded.damage[0].random] == [s.f1 for s in run.damage[0].random]
+        assert same(loaded.arms[name][0], arm)
+    for kind in ("sized", "cuts", "damage", "grafted", "again"):
+        (one,), (other,) = getattr(run, kind), getattr(loaded, kind)
+        assert same(one, other), kind
+    assert loaded.blocked == run.blocked == []
     pd.testing.assert_frame_equal(loaded.to_dataframe(), run.to_dataframe())
     assert loaded.to_xarray().identical(run.to_xarray())
     for key, value in run.manifest.items():
@@ -193,11 +182,11 @@ def test_load_run_gives_back_nan(made, tmp_path):
     )
     arm.snapshots["pruned"] = type(arm["pruned"])(arm["pruned"].saliency, holey, arm["pruned"].stats)  # pyright: ignore[reportIndexIssue]
     there = store.RunFolder(tmp_path, {})
-    there.keep_arm(Arm(arm, None))
+    there.keep_arm(ArmDone(arm, None))
     found = there.arm("concept", 0)
     assert found is not None
     assert math.isnan(found["pruned"].f1["person"])
-    same(found, arm)
+    assert same(found, arm)
 
 
 def test_run_without_a_folder_writes_nothing(replayed, made, tmp_path, monkeypatch):
@@ -210,11 +199,11 @@ def test_run_without_a_folder_writes_nothing(replayed, made, tmp_path, monkeypat
 
 def test_weights_are_kept_when_asked(replayed, made, tmp_path, monkeypatch):
     weights = {"head.weight": torch.ones(2)}
-    last = [Arm(e.trajectory, weights) if isinstance(e, Arm) else e for e in made[2]]
+    last = [ArmDone(e.trajectory, weights) if isinstance(e, ArmDone) else e for e in made[2]]
     monkeypatch.setattr(store, "perform", lambda *_, **__: iter(last))
     store.run(tiny(keep="last"), tmp_path / "run")
     names = {path.stem for path in (tmp_path / "run" / "weights").iterdir()}
-    assert names == {"base-0", "concept-0", "random-0", "unpruned-0"}
+    assert names == {"base-0", *(f"{name}-0" for name in ARMS)}  # and not what grafts were made from
     assert torch.equal(
         files.read_tensors(tmp_path / "run/weights/random-0.safetensors")[0]["head.weight"], torch.ones(2)
     )
@@ -231,7 +220,7 @@ def test_finished_run_is_read_and_not_run_again(folder, made, monkeypatch):
     monkeypatch.setattr(store, "perform", lambda *_, **__: pytest.fail("it ran again"))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     again = store.run(tiny(), folder)
-    same(again.arms["concept"][0], made[0].arms["concept"][0])
+    assert same(again.arms["concept"][0], made[0].arms["concept"][0])
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -247,40 +236,29 @@ def trained(monkeypatch) -> list[str]:
 
         return train
 
-    for name in ("finetune_", "retrain_"):
+    for name in ("train_", "retrain_"):
         monkeypatch.setattr(experiment_module, name, counted(name, getattr(experiment_module, name)))
     return calls
 
 
-@pytest.mark.parametrize(
-    ("kind", "count", "first", "second"),
-    [
-        (Base, 1, ["finetune_"], ["retrain_"] * 3),
-        (Measured, 3, ["finetune_", "retrain_"], ["retrain_"] * 3),
-        (Arm, 1, ["finetune_", "retrain_"], ["retrain_"] * 2),
-    ],
-)
-def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, made, trained, kind, count, first, second):
-    seen = 0
-
+def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, made, trained):
     def stop(event):
-        nonlocal seen
-        seen += isinstance(event, kind)
-        if seen == count and isinstance(event, kind):
+        if isinstance(event, Measured) and event.stage == "8":
             raise Stop
 
     with pytest.raises(Stop):
         store.run(tiny(), tmp_path / "run", on_event=stop)
-    assert trained == first
+    assert trained == ["train_", "retrain_"]
     with pytest.raises(ValueError, match=r"is not finished; `relearn-lens run .*settings\.toml --out .*` continues it"):
         load_run(tmp_path / "run")
     trained.clear()
     settings = settings_of(tmp_path / "run" / "settings.toml")  # as the message says
     run = store.run(settings, tmp_path / "run")
-    assert trained == second
+    # Four arms, the twin that never had it, and the second cut.
+    assert trained == ["retrain_"] * 4 + ["train_", "retrain_", "retrain_"]
     assert plain(tmp_path / "run" / "summary.json") == plain(made[1] / "summary.json")
     for name, (arm,) in made[0].arms.items():
-        same(run.arms[name][0], arm)
+        assert same(run.arms[name][0], arm)
     assert not (tmp_path / "run" / "weights").exists()
 
 
@@ -299,7 +277,7 @@ def test_interrupted_run_adds_up_its_seconds(tmp_path, replayed):
 
 
 def test_run_with_a_setting_of_none_is_loaded_as_it_was(tmp_path, replayed):
-    made = settings_of("toy", {}, ["data.concept_share=none"])
+    made = tiny(["data.concept_share=none"])
     store.run(made, tmp_path / "run")
     assert load_run(tmp_path / "run").experiment == made
 
@@ -317,7 +295,7 @@ def test_other_settings_are_refused_by_what_differs(folder):
 def test_fresh_removes_the_run_and_runs_again(folder, replayed):
     (folder / "report.html").write_text("old")
     store.run(tiny(), folder, fresh=True)
-    assert replayed == ["base", "damage", "concept", "random", "unpruned"]
+    assert replayed == [*RESULTS, *ARMS, *AFTERWARDS]
     assert not (folder / "report.html").exists()
     store.run(tiny(keep="last"), folder, fresh=True)
     assert load_run(folder).experiment.keep == "last"
@@ -398,13 +376,10 @@ def test_damaged_tensors_are_named(folder, name, content):
         load_run(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("random-0", "arm 'random' of seed 0 is missing"), ("damage-0", "measurements of seed 0 are missing")],
-)
-def test_missing_tensors_are_named(folder, name, message):  # fmt: skip
+@pytest.mark.parametrize("name", ["random-0", "cuts-0", "damage-0", "grafted-0"])
+def test_missing_tensors_are_named(folder, name):
     (folder / "tensors" / f"{name}.safetensors").unlink()
-    with pytest.raises(ValueError, match=rf"{message}; run it again with --fresh"):
+    with pytest.raises(ValueError, match=rf"{name} is missing; run it again with --fresh"):
         load_run(folder)
 
 
@@ -494,18 +469,19 @@ def fails_at(monkeypatch):
     return count
 
 
-def test_run_goes_on_after_a_full_disk_wherever_it_was(tmp_path, replayed, made, fails_at):
-    """Every fifth write fails once; the same command then ends with the same numbers."""
+def test_run_goes_on_after_a_full_disk_wherever_it_was(tmp_path, replayed, fails_at, monkeypatch):
+    """Every eleventh write fails once; the same command then leaves the same files."""
+    monkeypatch.setattr(store, "summary", lambda run: {"arms": list(run.arms)})
     store.run(tiny(), tmp_path / "whole")
     writes = fails_at["now"]
-    assert writes > 15
-    for n in range(3, writes + 1, 5):
+    assert writes > 40
+    for n in range(3, writes + 1, 11):
         fails_at |= {"now": 0, "at": n}
         with pytest.raises(OSError, match="the disk is full"):
             store.run(tiny(), tmp_path / str(n))
         fails_at["at"] = -1
         store.run(tiny(), tmp_path / str(n))
-        assert plain(tmp_path / str(n) / "summary.json") == plain(made[1] / "summary.json")
+        assert difference(tmp_path / "whole", tmp_path / str(n)) == ""
         assert not [path for path in (tmp_path / str(n)).rglob("*.tmp")]
 
 
@@ -529,4 +505,4 @@ def test_real_events_are_those_that_are_replayed(made, replayed):
     kinds = [type(event) for event in store.perform(tiny())]
     assert kinds == [type(event) for event in made[2]]
     assert perform is not store.perform
-    assert np.isfinite(made[0].arms["concept"][0]["2"].f1["place"])
+    assert np.isfinite(made[0].arms["concept"][0]["16"].f1["place"])

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from relearn_lens.runs import store
 from relearn_lens.runs import verify as module
 from relearn_lens.runs.verify import Finding, check_same_inputs, hashes_of, not_finite, seal_of, verify
-from tests.runs.test_experiment import tiny
+from tests.made import tiny
 
 
 def sealed(path: Path) -> Path:
