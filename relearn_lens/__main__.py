@@ -345,13 +345,8 @@ def doctor() -> None:
     rows.append(["devices", ", ".join(devices), ""])
     cache = sources.cache_dir()
     room = next(p for p in (cache, *cache.parents) if p.exists())
-    rows.append(
-        [
-            "cache",
-            str(cache),
-            f"{shutil.disk_usage(room).free / 1e9:.0f} GB free; RELEARN_LENS_CACHE moves it",
-        ]
-    )
+    rows.append(["cache", str(cache), ""])
+    rows.append(["", f"{shutil.disk_usage(room).free / 1e9:.0f} GB free", "RELEARN_LENS_CACHE moves it"])
     for name in sources.SOURCES:
         there = sources.is_cached(name)
         rows.append(
