@@ -444,6 +444,7 @@ def load_hf(name: str, config: str | None) -> Any:
         ConnectionError, OSError, ValueError: as `read_hf`.
     """
     import datasets  # slow to import, and only this reader needs it
+    from datasets import config as of_datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 
     folder = Path(name).expanduser()
@@ -474,7 +475,7 @@ def load_hf(name: str, config: str | None) -> Any:
             raise OSError(
                 full.errno,
                 f"data set {name!r} cannot be loaded: the package datasets keeps tables in "
-                f"{datasets.config.HF_DATASETS_CACHE}, and that cannot be written ({full}); set HF_HOME to a folder "
+                f"{of_datasets.HF_DATASETS_CACHE}, and that cannot be written ({full}); set HF_HOME to a folder "
                 "that can, or give a file (conll:PATH)",
             ) from error
         raise ValueError(
