@@ -269,7 +269,7 @@ def presets(
     for name in groups if all_ else [group] if group else []:
         _table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
     if group is None and not all_:
-        print(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
+        _prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
 
 
 @app.command(name="sources")
@@ -345,13 +345,8 @@ def doctor() -> None:
     rows.append(["devices", ", ".join(devices), ""])
     cache = sources.cache_dir()
     room = next(p for p in (cache, *cache.parents) if p.exists())
-    rows.append(
-        [
-            "cache",
-            str(cache),
-            f"{shutil.disk_usage(room).free / 1e9:.0f} GB free; RELEARN_LENS_CACHE moves it",
-        ]
-    )
+    rows.append(["cache", str(cache), ""])
+    rows.append(["", f"{shutil.disk_usage(room).free / 1e9:.0f} GB free", "RELEARN_LENS_CACHE moves it"])
     for name in sources.SOURCES:
         there = sources.is_cached(name)
         rows.append(
@@ -363,7 +358,11 @@ def doctor() -> None:
         )
     _table("doctor", ["what", "found", "note"], rows)
     rows = needs.doctor_rows(has_gpu=torch.cuda.is_available() or torch.backends.mps.is_available())
-    _table("presets on this machine", needs.HEADER, rows)
+    has, free = rows[0][2], rows[0][4]  # the same for each
+    _table(
+        f"presets on this machine (free: {has} of memory, {free} of disk)",
+        [needs.HEADER[k] for k in (0, 1, 3, 5)], [[row[k] for k in (0, 1, 3, 5)] for row in rows],
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -649,7 +648,7 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
     for i, columns in enumerate(_pieces(header, rows, console.width)):
         table = Table(title=title if i == 0 else None, title_justify="left", box=None, pad_edge=False)
         for k in columns:
-            table.add_column(header[k], no_wrap=_widest(header, rows, k) <= _PROSE)
+            table.add_column(header[k], no_wrap=_widest(header, rows, k) <= _PROSE, overflow="fold")
         for row in rows:
             table.add_row(*(Text(row[k]) for k in columns))
         console.print(table)

@@ -23,7 +23,7 @@ from relearn_lens.measure.vectors import WordVectors, look_up
 from relearn_lens.neurons.sites import Neuron, Neurons
 from relearn_lens.neurons.streaming import ClassStats
 from relearn_lens.text.concept import Classes, Concept
-from relearn_lens.text.corpus import Corpus
+from relearn_lens.text.corpus import Corpus, printable
 
 Nulls = Literal["drop", "zero_then_drop"]
 
@@ -119,7 +119,8 @@ class Meaning:
     gained: float
 
     def __str__(self) -> str:
-        return f"{self.neuron}: {', '.join(self.before)} > {', '.join(self.now)}"
+        before, now = (", ".join(map(printable, words)) for words in (self.before, self.now))
+        return f"{self.neuron}: {before} > {now}"
 
 
 @jaxtyped(typechecker=typechecker)

@@ -82,6 +82,8 @@ def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
     chosen: float | None = None
     with progress.task("dose and response", total):
         before = _scores(ready, on=ready.validation)
+        if not _interval(ready, before)[0] > 0:
+            raise ValueError(_nothing_to_take(ready, base, before))
         for fraction in sorted(how.grid):
             sets = sets_of(ready, base.snapshot, fraction)
             if whole:
@@ -130,6 +132,21 @@ def kept_share(before: Scores, after: Scores, labels: tuple[str, ...], **interva
 def interval_of(ready: Prepared) -> dict[str, Any]:
     """Coverage and bootstrap draws of intervals."""
     return {"level": ready.experiment.measure.level, "draws": ready.experiment.measure.draws}
+
+
+def _nothing_to_take(ready: Prepared, base: Base, before: Scores) -> str:
+    label, (low, high) = ready.experiment.labels, _interval(ready, before)
+    return (
+        f"prune.fraction = 'auto': the base model of seed {base.seed} does not know {'+'.join(label)!r}, so there is "
+        f"nothing to take from it: its F1 on the {ready.validation.corpus.n_sentences:,} validation sentences is "
+        f"{before.shown(label):.2f} [{low:.2f}, {high:.2f}]; train it longer or faster (finetune.epochs, finetune.lr, "
+        "data.train_sentences), or give a size: --set prune.fraction=0.05"
+    )
+
+
+def _interval(ready: Prepared, scores: Scores) -> tuple[float, float]:
+    how = ready.experiment.measure
+    return scores.interval(ready.experiment.labels, level=how.level, n=how.draws)
 
 
 def _no_dose(ready: Prepared, base: Base, before: Scores, doses: list[Dose]) -> str:

@@ -436,7 +436,10 @@ class _Seed:
 
 
 def first_back(path: Trajectory) -> str | None:
-    """The first stage at which the concept has `BACK` of what it was before the cut; None while it has not."""
+    """The first stage at which the concept has `BACK` of what it was before the cut; None while it has not, and where
+    the base model did not know it."""
     label, reference = path.label, path[BASE].scores.value(path.label)
+    if not reference > 0:
+        return None
     stages = [stage for stage in path.stages if stage not in (BASE, PRUNED)]
     return next((stage for stage in stages if path[stage].scores.value(label) >= BACK * reference), None)

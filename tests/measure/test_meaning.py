@@ -128,6 +128,11 @@ def test_similarity_on_the_toy_finds_the_planted_neurons(toy_model, untouched: U
 # --- polysemy
 
 
+def test_words_with_control_characters_are_printed_as_python_writes_them():
+    odd = polysemy(tops("\x1b[31m naïve"), tops("\U0001f469\u200d\U0001f467 \x07"), {"naïve"})
+    assert odd.table() == "L0N0: \\x1b[31m, naïve > \U0001f469\u200d\U0001f467, \\x07"
+
+
 def test_polysemy_by_hand():
     before = tops("Isaac Adam", "Rome", "Isaac Paris", "Isaac", "Rome", "Isaac")
     now = tops("Rome Paris Isaac", "Rome", "Isaac", "Rome", "", "Rome", null=[5])
