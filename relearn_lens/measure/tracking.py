@@ -27,7 +27,7 @@ from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, label_shuffles
 from relearn_lens.text.corpus import Corpus, Strings
 from relearn_lens.text.encoding import Encoded
 
@@ -303,8 +303,8 @@ def measure(
     together = scored is encoded  # then one pass does for both
     gathered = gather(
         model, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
-        relabelled=meaning.shuffles(classes, encoded.corpus.word, shuffles, seed=seed), sample_words=sample_words,
-        seed=seed, readers=[judge] if together else (), max_tokens=max_tokens,
+        relabelled=label_shuffles(classes, encoded.corpus.word, shuffles, seed=seed), sample_words=sample_words,
+        max_memory=max_memory, seed=seed, readers=[judge] if together else (), max_tokens=max_tokens,
     )  # fmt: skip
     if not together:
         stream(model, scored, (), readers=[judge], max_tokens=max_tokens)
