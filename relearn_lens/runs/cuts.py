@@ -162,6 +162,7 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
         progress.advance()
         return result
 
+    natural = None if ready.natural is None else _scores(ready, on=ready.natural)
     with progress.task("cutting without training", 1 + ("other" in sets) + draws * len(KINDS)):
         first, other = cut(concept), cut(sets["other"]) if "other" in sets else None
         for kind in KINDS:
@@ -178,6 +179,7 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
         other,
         {kind: tuple(each) for kind, each in scores.items()},
         {kind: tuple(each) for kind, each in overlap.items()},
+        natural,
     )
 
 

@@ -31,7 +31,7 @@ from relearn_lens.models.model import computing
 from relearn_lens.models.training import Checkpoint, cross_entropy, train_
 from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.neurons.sites import Neurons, random_neurons
-from relearn_lens.neurons.weights import WeightMask, parts
+from relearn_lens.neurons.weights import WeightMask, parts, severed
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.runs.arms import Arm, arms_of
@@ -266,7 +266,7 @@ class _Seed:
         yield self._result(Again) or self._again(end, cuts, path)
         for held in experiment.block.held:
             blocked = self._result(Blocked, held)
-            blocked = blocked or self._blocked(held, base, cuts, path, grafted)
+            blocked = blocked or self._blocked(held, base, end, cuts, path, grafted)
             if blocked is not None:
                 yield blocked
 
@@ -327,11 +327,12 @@ class _Seed:
         model.load_weights(end)
         snapshot, ever = path[path.stages[-1]], old
         for k in range(self.experiment.rounds):
-            new = snapshot.saliency.top(len(old))
+            there = ~self._severed(ever)
+            new = snapshot.saliency.top(min(len(old), len(there)), among=there)
             prune_(model, placed(new, prune.embedding), sever=prune.sever)
             cut = self._evaluated()
             course = self._course(f"retraining (round {k + 2})", path, "again", k)
-            per_layer = ever.mask.float().mean(1)
+            per_layer = (ever & there).mask.sum(1) / there.mask.sum(1).clamp(min=1)
             by_chance = float((new.mask.sum(1) * per_layer).sum() / len(new))
             rounds.append(Round(new, share_old(new, ever), by_chance, cut, course))
             ever = ever | new
@@ -352,10 +353,20 @@ class _Seed:
                 break
         return course
 
-    def _blocked(self, held: str, base: Base, cuts: Cuts, path: Trajectory, grafted: Grafted) -> Blocked | None:
+    def _severed(self, neurons: Neurons) -> Neurons:
+        """Those of some cut neurons that the model as it is now does without: however salient, they carry nothing."""
+        prune = self.experiment.prune
+        assert prune.sever != "auto"
+        return severed(self.ready.model, neurons | placed(neurons, prune.embedding), sever=prune.sever)
+
+    def _blocked(
+        self, held: str, base: Base, end: Mapping[str, Tensor], cuts: Cuts, path: Trajectory, grafted: Grafted
+    ) -> Blocked | None:
         """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
         model, old = self.ready.model, cuts.sets["concept"]
-        heirs = path[path.stages[-1]].saliency.top(len(old)) - old
+        model.load_weights(end)
+        there = ~self._severed(old)
+        heirs = path[path.stages[-1]].saliency.top(min(len(old), len(there)), among=there) - old
         if held == "part":
             last = grafted.stages.get(path.stages[-1])
             shares = {name: last.enough(name).value for name in last.parts if name != "cut"} if last else {}

@@ -98,7 +98,7 @@ def test_split_refuses_words_of_a_single_sentence(which, said):
 
 
 @FITTED
-def test_probe_finds_the_planted_neurons_and_its_controls_take_many_to_do_as_well(toy_model, toy_sample, fitted, untouched):
+def test_probe_finds_the_planted_neurons_and_its_controls_need_many(toy_model, toy_sample, fitted, untouched):
     with untouched(toy_model.tagger):
         score, quality = fitted(toy_sample, CARRIES, **({"n_shuffles": 3} if fitted is elastic_net else {"ks": (1, 8)}))
     expected = Neurons.of(toy_sample.site, toy_model.planted + toy_model.decoys)
