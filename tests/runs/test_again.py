@@ -7,6 +7,7 @@ import pytest
 from relearn_lens.runs.events import Again, Blocked, Cuts, Measured
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
+from tests.runs.test_cuts import first
 
 TINY = {
     "data.train_sentences": 64, "data.validation_sentences": 40, "data.probe_sentences": 40, "seeds": (0,),
@@ -19,7 +20,7 @@ TINY = {
 def found_again(lr: float) -> tuple[Any, ...]:
     """The first cut, what was found after retraining so fast, the last snapshot, and the retraining with heirs held."""
     events = list(perform(settings_of("toy", TINY | {"retrain.lr": lr})))
-    cuts, again = (next(event for event in events if isinstance(event, kind)) for kind in (Cuts, Again))
+    cuts, again = first(Cuts, events), first(Again, events)
     last = [event for event in events if isinstance(event, Measured)][-1].snapshot
     return cuts.sets["concept"], again.rounds[0], last, [event for event in events if isinstance(event, Blocked)]
 

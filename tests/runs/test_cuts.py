@@ -1,6 +1,7 @@
 """What cuts do to the base model: random sets are of the kind that they are called by, whatever the random arm is."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import pytest
 
@@ -23,6 +24,14 @@ TINY = {
 }  # fmt: skip
 
 
+T = TypeVar("T")
+
+
+def first(kind: type[T], events: Iterable[Event]) -> T:
+    """The first event of a kind."""
+    return next(event for event in events if isinstance(event, kind))
+
+
 def run_of(**changes: Any) -> tuple[list[Event], Run]:
     """The events of a run, and the run."""
     how = settings_of("toy", TINY | {key.replace("__", "."): value for key, value in changes.items()})
@@ -35,9 +44,8 @@ def run_of(**changes: Any) -> tuple[list[Event], Run]:
 @pytest.mark.parametrize("control", ["uniform", "first"])
 def test_damage_sets_are_of_the_kinds_that_they_say_whatever_the_random_arms_control(control):
     events, run = run_of(prune__control=control)
-    ready, base, cuts, damage = (
-        next(event for event in events if isinstance(event, kind)) for kind in (Prepared, Base, Cuts, Damage)
-    )
+    ready, base = first(Prepared, events), first(Base, events)
+    cuts, damage = first(Cuts, events), first(Damage, events)
     concept, arm = cuts.sets["concept"], cuts.sets["random"]
     assert arm == control_of(concept, control, seed=draw_seed(0, 0))
     assert arm.mask.sum(1).tolist() != concept.mask.sum(1).tolist()  # so it is no set of any of the kinds

@@ -5,12 +5,12 @@ import pytest
 
 from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.measure.tracking import BASE
-from relearn_lens.runs.events import Base, Damage
+from relearn_lens.runs.events import Base, Damage, Prepared
 from relearn_lens.runs.findings import notes
 from relearn_lens.runs.preparation import prepare
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.summary import summary
-from tests.runs.test_cuts import TINY, run_of
+from tests.runs.test_cuts import TINY, first, run_of
 
 
 @pytest.mark.parametrize("on", ["probe", "validation"])
@@ -36,8 +36,8 @@ def test_natural_sentences_are_none_where_those_scored_come_so_themselves():
 
 def test_f1_on_natural_sentences_stands_beside_that_on_drawn_ones():
     events, run = run_of()
-    base, damage = (next(event for event in events if isinstance(event, kind)) for kind in (Base, Damage))
-    ready = events[0]
+    ready, base, damage = first(Prepared, events), first(Base, events), first(Damage, events)
+    assert ready.natural is not None
     ready.model.load_weights(base.weights)
     expected = evaluate(ready.model, ready.natural)
     assert (damage.natural.counts == expected.counts).all()
