@@ -22,7 +22,7 @@ from relearn_lens.measure.topwords import TopWords, is_dead
 from relearn_lens.measure.vectors import WordVectors, look_up
 from relearn_lens.neurons.sites import Neuron, Neurons
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.text.concept import Classes, Concept
+from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, printable
 
 Nulls = Literal["drop", "zero_then_drop"]
@@ -209,36 +209,6 @@ def concept_words(corpus: Corpus, concept: Concept) -> frozenset[str]:
     return frozenset(corpus.vocab[i] for i in np.flatnonzero((2 * hits >= seen) & (seen > 0)))
 
 
-def shuffles(classes: Classes, types: Int[np.ndarray, " word"], n: int, *, seed: int) -> list[Int[np.ndarray, " word"]]:
-    """The classes dealt anew to the word types, `n` times: what `ClassSums` takes as `relabelled`, for a null.
-
-    `types` is the word type of each word, as in `Corpus.word`. Labels belong to word types ("Rome" is a place
-    wherever it stands), so a null that shuffled single words would have far more independent words than there are: what
-    is merely alike among the occurrences of a word would pass for a class. A type takes over the labels of another that
-    is as frequent (up to a factor of 2), with their mixture where it has several; so classes keep about their numbers
-    of words, and their numbers of types. A type that no other is as frequent as keeps its labels.
-
-    Source: ours; permutation within blocks that are exchangeable. For probes see Hewitt and Liang 2019 (control tasks).
-    """
-    rng = np.random.default_rng(seed)
-    _, type_of, count = np.unique(types, return_inverse=True, return_counts=True)
-    block = np.frexp(count)[1]  # by powers of 2
-    start = np.cumsum(count) - count
-    found = []
-    for _ in range(n):
-        # The words of a type stand together, in a random order; those of one block change places with each other.
-        order = np.lexsort((rng.random(len(type_of)), type_of))
-        within = np.lexsort((rng.random(len(count)), block))
-        donor = np.empty(len(count), dtype=np.int64)
-        donor[np.argsort(block, kind="stable")] = within
-        donor = donor[type_of[order]]
-        place = np.arange(len(order)) - start[type_of[order]]
-        dealt = np.empty_like(classes.of_word)
-        dealt[order] = classes.of_word[order][start[donor] + place % count[donor]]
-        found.append(dealt)
-    return found
-
-
 def separated(
     stats: ClassStats, shuffled: Sequence[ClassStats], *, level: float = 0.05, min_words: int = 10
 ) -> Int[Tensor, "layer neuron"]:
@@ -258,7 +228,9 @@ def separated(
     if not needed:
         raise ValueError(f"level must be above 0 and below 1, got {level}")
     if len(shuffled) < needed:
-        raise ValueError(f"a level of {level} needs at least {needed} shuffles, got {len(shuffled)}; see shuffles()")
+        raise ValueError(
+            f"a level of {level} needs at least {needed} shuffles, got {len(shuffled)}; see label_shuffles()"
+        )
     total = int(stats.count.sum())
     for other in shuffled:
         if (other.class_names, other.site, int(other.count.sum())) != (stats.class_names, stats.site, total):

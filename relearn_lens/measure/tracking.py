@@ -29,7 +29,7 @@ from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, label_shuffles
 from relearn_lens.text.corpus import Corpus, Strings
 from relearn_lens.text.encoding import Encoded
 
@@ -310,8 +310,9 @@ def measure(
     one_pass = scored is encoded
     gathered = gather(
         model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
-        relabelled=meaning.shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
-        sample_words=how.sample_words, seed=seed, readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
+        relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
+        sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
+        readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
     )  # fmt: skip
     if not one_pass:
         stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -181,6 +180,7 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
         progress.advance()
         return result
 
+    natural = None if ready.natural is None else _scores(ready, on=ready.natural)
     with progress.task("cutting without training", 1 + ("other" in sets) + draws * len(KINDS)):
         first, other = cut(concept), cut(sets["other"]) if "other" in sets else None
         for kind in KINDS:
@@ -197,6 +197,7 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
         other,
         {kind: tuple(each) for kind, each in scores.items()},
         {kind: tuple(each) for kind, each in overlap.items()},
+        natural,
     )
 
 
@@ -217,9 +218,3 @@ def _without(ready: Prepared, base: Base, neurons: Neurons) -> Iterator[None]:
             yield
         finally:
             ready.model.load_weights(base.weights)
-
-
-def rest_of(snapshot: Snapshot, removed: Neurons) -> Saliency:
-    """A snapshot's ranking without neurons that were removed: they come last."""
-    found = snapshot.saliency
-    return replace(found, score=found.score.masked_fill(removed.mask, float(found.score.min()) - 1))

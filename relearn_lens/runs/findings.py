@@ -18,7 +18,9 @@ from relearn_lens.analysis import migration, priming, recovery
 from relearn_lens.analysis.claims import Claim, claims
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.measure import meaning
+from relearn_lens.measure.evaluation import Scores, SpanScores
 from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory
+from relearn_lens.runs.preparation import FEWEST_SPANS
 from relearn_lens.runs.results import Run
 
 CORRECTED = (
@@ -187,6 +189,45 @@ def _savings(run: Run) -> dict[str, Any] | None:
     found = recovery.savings(run.arms["concept"], run.arms["never"], run.label, **run.interval)
     saved = {f"{share:g}": None if each is None else asdict(each) for share, each in found.saved.items()}
     return {"saved": saved, "area": asdict(found.area)}
+
+
+HARDLY = 0.1
+"""F1 of a base model below which a label has hardly anything that a cut could take."""
+
+
+def notes(run: Run) -> list[str]:
+    """What a reader should know first: the run's notes, labels that the base model hardly knows, and natural scores."""
+    told = list(run.manifest.get("notes", []))
+    seeds = _bases(run)
+    if seeds and isinstance(seeds[0], SpanScores):
+        support = seeds[0].support()
+        for label in seeds[0].labels:
+            f1 = float(np.mean([scores.value(label) for scores in seeds]))
+            if support[label] >= FEWEST_SPANS and f1 < HARDLY:
+                told.append(
+                    f"the base model hardly knows {label!r} (F1 {f1:.2f}): it has nothing to lose, and says nothing of "
+                    "what a cut takes; fine-tune for longer, or with a larger finetune.lr"
+                )
+    if pairs := natural_scores(run):
+        drawn = np.mean([scores.shown(run.label) for _, scores, _ in pairs])
+        plain = np.mean([scores.shown(run.label) for _, _, scores in pairs])
+        told.append(
+            f"{pairs[0][1].metric} of {'+'.join(run.label)} before any cut: {drawn:.3f} on the sentences that are "
+            f"scored, drawn by data.labelled_only and data.concept_share; {plain:.3f} on as many as they come"
+        )
+    return told
+
+
+def natural_scores(run: Run) -> list[tuple[int, Scores, Scores]]:
+    """Seed, and scores of the base model on the drawn sentences and on sentences as they come, where both are known."""
+    pairs = zip(run.damage, _bases(run), strict=False)
+    return [(damage.seed, drawn, damage.natural) for damage, drawn in pairs if damage.natural is not None]
+
+
+def _bases(run: Run) -> list[Scores]:
+    """Scores of the base model of each seed."""
+    arms: Sequence[Trajectory] = next((arms for name, arms in run.arms.items() if name != "never"), [])
+    return [arm[BASE].scores for arm in arms]
 
 
 MOST_LAYERS = 14

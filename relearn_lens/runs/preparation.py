@@ -23,7 +23,7 @@ from relearn_lens.runs.events import Prepared
 from relearn_lens.runs.needs import Shape, fitted
 from relearn_lens.runs.protocol import resolved
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.runs.texts import draw, read_texts
+from relearn_lens.runs.texts import draw, natural, read_texts
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import OUTSIDE, Corpus, Splits
 from relearn_lens.text.encoding import Encoded, Reading
@@ -81,9 +81,15 @@ def prepare(experiment: Experiment) -> Prepared:
             "sentences that are scored, so there is no arm 'other', and whether the cut was specific stays open"
         )
     notes.append(f"precision: {str(precision_of(experiment, model.device)).removeprefix('torch.')}")
+    scored = 1 if experiment.measure.on == "validation" else 2
+    as_they_come = natural(splits[scored], sizes[scored], concept, experiment)
+    plain = None
+    if as_they_come is not None:
+        plain = model.encode(as_they_come, long=data.long, reading=_reading(experiment))
     return Prepared(
-        experiment, model, site, concept, other, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
-    )
+        experiment, model, site, concept, other, train, validation, probe, tuple(notes), _hashes(experiment, drawn),
+        plain,
+    )  # fmt: skip
 
 
 FEWEST_SPANS = 30

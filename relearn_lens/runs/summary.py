@@ -15,7 +15,7 @@ from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
 from relearn_lens.runs.events import Again, Grafted, Sized
 from relearn_lens.runs.files import plain_settings
-from relearn_lens.runs.findings import findings
+from relearn_lens.runs.findings import findings, natural_scores, notes
 from relearn_lens.runs.results import Run
 
 
@@ -44,6 +44,7 @@ def summary(result: Run) -> dict[str, Any]:
             "saliency_by_layer": "mean rank saliency, 1 the most salient neuron and 0 the least, mean over seeds",
             "score_by_layer": f"mean score of the matched neurons, {first.snapshots[first.stages[0]].saliency.unit}",
             "seconds": "seconds per phase",
+            "natural": "scores of the base model on the drawn sentences, and on sentences as they come",
             "claims": "effect and bar as `measures` says, positive in the direction of the claim",
             "migration": "shares of the model's depth, positive towards later layers; `share`: shares of the score",
             "recovery_speed": "epochs and tokens of retraining",
@@ -52,7 +53,7 @@ def summary(result: Run) -> dict[str, Any]:
             "meaning": "means over a layer's neurons; cosines; counts",
         },
         "text": result.manifest.get("text"),
-        "notes": result.manifest.get("notes"),
+        "notes": notes(result),
         "arms": {
             name: [
                 {
@@ -70,6 +71,10 @@ def summary(result: Run) -> dict[str, Any]:
             ]
             for name, arms in result.arms.items()
         },
+        "natural": [
+            {"seed": seed, "drawn": _each(drawn), "natural": _each(plain)}
+            for seed, drawn, plain in natural_scores(result)
+        ],
         "random_draws": [
             {
                 "seed": d.seed,
