@@ -184,6 +184,18 @@ def signed_dprime(
     return torch.where(_constant(stats), 0.0, (concept.mean - rest.mean)[0] / torch.maximum(sd, least))
 
 
+def dprime_of_each(stats: ClassStats) -> Float[Tensor, "class layer neuron"]:
+    """`signed_dprime` of each class against all other words; 0 where it has no words or all of them."""
+    total = int(stats.count.sum())
+    nothing = torch.zeros_like(stats.mean[0])
+    return torch.stack(
+        [
+            signed_dprime(stats, torch.arange(len(stats.count)) == k) if 0 < n < total else nothing
+            for k, n in enumerate(stats.count.tolist())
+        ]
+    )
+
+
 def dprime(
     stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
 ) -> Float[Tensor, "layer neuron"]:

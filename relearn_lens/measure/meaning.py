@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 from torch.nn import functional as F
 
+from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.topwords import TopWords, is_dead
 from relearn_lens.measure.vectors import WordVectors, look_up
 from relearn_lens.neurons.sites import Neuron, Neurons
@@ -214,11 +215,10 @@ def separated(
 ) -> Int[Tensor, "layer neuron"]:
     """How many classes each neuron tells apart from all other words.
 
-    A class counts where |d'| = |mean(class) - mean(rest)| / s is above what chance gives *any* neuron: under
-    shuffled labels the highest |d'| of all neurons is above the threshold in at most a share `level` of the cases, for
-    each class. s is pooled, s^2 = ((n1 - 1) s1^2 + (n2 - 1) s2^2) / (n1 + n2 - 2) with sample variances, that is, both
-    summed squared deviations over n - 2. A class is not counted where it, or the rest, has fewer than `min_words`
-    words; a dead neuron separates none. Shuffling treats word types as independent of each other.
+    A class counts where its |d'| (`saliency.signed_dprime`) is above what chance gives *any* neuron: under shuffled
+    labels the highest |d'| of all neurons is above the threshold in at most a share `level` of the cases, for each
+    class. A class is not counted where it, or the rest, has fewer than `min_words` words; a dead neuron separates none.
+    Shuffling treats word types as independent of each other.
 
     Raises:
         ValueError: statistics of other classes, site or words; or too few shuffles for the level (19 for 0.05).
@@ -237,21 +237,9 @@ def separated(
             raise ValueError("shuffled statistics are of other classes, another site or other words than stats")
     enough = (stats.count >= min_words) & (total - stats.count >= min_words)
     dead = is_dead(stats)
-    highest = torch.stack([_d_prime(other).abs().masked_fill(dead, 0.0).flatten(1).amax(1) for other in shuffled])
+    highest = torch.stack([dprime_of_each(other).abs().masked_fill(dead, 0.0).flatten(1).amax(1) for other in shuffled])
     # The rank that makes it exact: of n + 1 equally likely orders, a share `level` at most lies above it.
     rank = int(np.ceil((1 - level) * (len(shuffled) + 1) - 1e-9))
     threshold = highest.sort(0).values[rank - 1]
-    found = (_d_prime(stats).abs() > threshold[:, None, None]) & ~dead & enough[:, None, None]
+    found = (dprime_of_each(stats).abs() > threshold[:, None, None]) & ~dead & enough[:, None, None]
     return found.sum(0)
-
-
-def _d_prime(stats: ClassStats) -> Float[Tensor, "class layer neuron"]:
-    """Each class against all other words: difference of means over the pooled standard deviation; 0 without either."""
-    total = stats.total
-    n = stats.count.double()[:, None, None]
-    rest = (total.count - stats.count).double()[:, None, None]
-    # mean(class) - mean(rest), from mean(class) - mean(all)
-    difference = (stats.mean - total.mean) * (n + rest) / rest.clamp(min=1) * ((n > 0) & (rest > 0))
-    within = (total.m2 - difference.square() * n * rest / (n + rest)).clamp(min=0)
-    spread = (within / (n + rest - 2).clamp(min=1)).sqrt()
-    return torch.where(difference == 0, 0.0, difference / spread)
