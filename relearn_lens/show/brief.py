@@ -112,8 +112,8 @@ def sentence(run: Run) -> str:
             text += f" ({_steps(run.arms['never'], paths, run)} in a model that never had {_had(run)})"
     place = _where(run, -1)
     if place is not None:
-        part, enough, needed = place
-        text += f"; at the end, {part} is {_verdict_on(enough, needed)}"
+        part, enough, _ = place
+        text += f"; at the end, {part} alone brings back {_percent(enough)} of it"
     return text + "."
 
 
