@@ -20,7 +20,7 @@ from filelock import FileLock
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import experiment as experiment_module
 from relearn_lens.runs import files, store
-from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, Weighed
+from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, SeedDone, Weighed
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.files import write_whole
 from relearn_lens.runs.presets import settings_of
@@ -71,7 +71,7 @@ def replayed(made, monkeypatch) -> list[str]:
                 case ArmDone(trajectory=path):
                     event = ArmDone(there, None) if there else (done.append(path.arm) or event)
                     there = None
-                case Prepared() | Measured() | Paused() | Weighed():
+                case Prepared() | Measured() | Paused() | Weighed() | SeedDone():
                     pass
                 case _:
                     again = kept.result(type(event), event.seed) if kept else None
