@@ -57,6 +57,7 @@ from .find.saliency import (
     Saliency as Saliency,
     score_many as score_many,
 )
+from . import remove as remove
 from .remove.ablation import (
     ablated as ablated,
     held as held,

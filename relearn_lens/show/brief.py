@@ -119,12 +119,12 @@ def sentence(run: Run) -> str:
 def header(run: Run) -> Text:
     """The head of the table of scores."""
     paths = told_of(run)
-    return head(f"{_unit(paths)} of {name_of(paths[0])}", _shown_stages(paths[0].stages), _by(paths))
+    return head(f"{_unit(paths)} of {name_of(paths[0])}", paths[0].stages, _by(paths))
 
 
 def head(what: str, stages: Sequence[str], by: str) -> Text:
     """The head of a table of scores by stage."""
-    named = ["cut" if stage == PRUNED else stage for stage in stages]
+    named = ["cut" if stage == PRUNED else stage for stage in _shown_stages(stages)]
     return Text(f"{_clipped(what, _NAME - 1):<{_NAME}}" + "".join(f"{name:>5}" for name in named) + f" {by}")
 
 
@@ -401,8 +401,10 @@ def _entry(key: str, says: str, verdict: str = "", colour: str = "") -> list[Tex
 
 
 def _reading_on(run: Run, report: str) -> list[Text]:
-    more = f"more: relearn-lens show {run.folder} --all"
     line = f"{'report':<{_KEY}}{report}"
+    if run.folder is None:
+        return [Text(line)]
+    more = f"more: relearn-lens show {run.folder} --all"
     gap = WIDTH - len(line) - len(more)
     return [Text(line + " " * gap + more)] if gap >= 2 else [Text(line), Text(" " * _KEY + more)]
 

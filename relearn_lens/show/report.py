@@ -167,10 +167,10 @@ class Read(NamedTuple):
 def _reading(run: Run) -> Read | None:
     """A few held-out sentences as the concept arm's first seed reads them; None where they were not kept."""
     path = brief.told_of(run)[0]
-    stages = [stage for stage in path.stages if path[stage].guesses is not None]
-    if not stages:
+    known = {stage: said for stage in path.stages if (said := path[stage].guesses) is not None}
+    if not known:
         return None
-    by_stage = [path[stage].guesses for stage in stages]
+    stages, by_stage = list(known), list(known.values())
     names = set(run.label) | {brief.name_of(path)}
     named = ["cut" if stage == PRUNED else stage for stage in stages]
     sentences, tops = [], []

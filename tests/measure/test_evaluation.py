@@ -12,7 +12,16 @@ from nervaluate import Evaluator
 from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as seqeval_scores
 
 from relearn_lens.find.targets import TARGETS, concept_in
-from relearn_lens.measure.evaluation import OVERALL, Scores, SpanScores, evaluate, predict, score_spans
+from relearn_lens.measure.evaluation import (
+    OVERALL,
+    Scores,
+    SpanScores,
+    evaluate,
+    guesses,
+    predict,
+    score_spans,
+    to_read,
+)
 from relearn_lens.models import toy
 from relearn_lens.models.model import Tagger, reading, tags_of
 from relearn_lens.text.concept import Concept
@@ -411,3 +420,49 @@ def test_a_tagger_whose_logits_are_not_finite_is_refused(bert, corpus):
         next(bert.trunk.parameters())[5:].fill_(float("nan"))
     with pytest.raises(ValueError, match=r"logits of the tagger are not finite .*; look at the weights"):
         evaluate(bert, corpus)
+
+
+# --- what a model says of a few sentences
+
+
+def test_guesses_are_the_labels_of_the_predicted_tags(toy, untouched):
+    text = to_read(toy.corpus, Concept("place"))
+    with untouched(toy.tagger):
+        found = guesses(toy.tagger, text, Concept("place"))
+    tags = iter(predict(toy.tagger, encode(text, toy.tagger.tokenizer)))
+    said = [[(toy.tagger.tags[next(tags)][2:] or "O",) for _ in sentence] for sentence in text]
+    assert [list(sentence) for sentence in found.said] == said
+    assert found.words == tuple(tuple(word.text for word in sentence) for sentence in text)
+    assert found.true == tuple(tuple(word.label for word in sentence) for sentence in text)
+
+
+def test_guesses_of_a_language_model_are_the_likeliest_tokens_at_the_concept(untouched):
+    made, concept = toy.language_model(), Concept("place")
+    text = to_read(toy.corpus(sentences=20), concept, 3)
+    with untouched(made):
+        found = guesses(made, text, concept, k=2)
+    encoded = made.encode(text)
+    for batch in encoded.batches():
+        with torch.no_grad():
+            logits = made(batch.ids, batch.mask).flatten(0, 1)[batch.subword[batch.first] - 1]
+        flat = [(w, t, s) for words, true, said in zip(found.words, found.true, found.said, strict=True)
+                for w, t, s in zip(words, true, said, strict=True)]  # fmt: skip
+        for word, row in zip(batch.words.tolist(), logits, strict=True):
+            _, true, said = flat[word]
+            best = [made.tokenizer.decode([int(i)]).strip() for i in row.argsort(descending=True)[:2]]
+            assert list(said) == (best if true == "place" else [])
+
+
+def test_to_read_takes_short_sentences_with_the_concept_by_the_text_alone():
+    text = corpus_of([
+        ["O", "B-A"], ["O", "O"], ["B-A", "O", "B-B"], ["O"] * 30 + ["B-A"], ["B-A"], ["B-B", "B-A", "O", "O"],
+    ])  # fmt: skip
+    assert [len(s) for s in to_read(text, Concept("A"))] == [2, 3, 1, 4]
+    assert [len(s) for s in to_read(text, Concept("A"), 2)] == [3, 4]
+    assert to_read(text, Concept("A"), longest=0).n_sentences == 0
+
+
+def test_to_read_takes_no_sentence_twice():
+    words = [("w", "O", False), ("x", "A", True)]
+    text = build_corpus([words, words, [*words, *words]], name="made", label_names=LABELS)
+    assert [len(s) for s in to_read(text, Concept("A"))] == [2, 4]

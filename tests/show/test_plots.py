@@ -4,11 +4,10 @@ import base64
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from html import unescape
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,13 +19,14 @@ from relearn_lens.analysis import story
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.find.attribution import Attribution
-from relearn_lens.measure.evaluation import TokenLoss
+from relearn_lens.measure.evaluation import Margin, SpanScores, TokenLoss
+from relearn_lens.measure.grafting import Grafts
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.streaming import ClassStats
 from relearn_lens.runs import findings
-from relearn_lens.runs.events import Damage
+from relearn_lens.runs.events import Again, Damage, Dose, Grafted, Round, Sized
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show import plots
@@ -34,6 +34,13 @@ from tests.analysis.test_story import scores_of, site_of, trajectory
 
 STAGES = ("base", "pruned", "1", "2")
 F1 = {"concept": (0.9, 0.1, 0.6, 0.8), "random": (0.9, 0.7, 0.8, 0.88), "unpruned": (0.9, 0.9, 0.9, 0.9)}
+
+
+def margined(scores: SpanScores) -> SpanScores:
+    """The scores with margins that go with their F1, from -3 to 7."""
+    names = (*scores.labels, "overall")
+    total = np.tile([10 * scores.value(name) - 3 for name in names], (len(scores.counts), 1))
+    return replace(scores, margin=Margin(total, np.ones(total.shape, dtype=np.int64), scores.labels))
 
 
 def arm_of(name: str, seed: int, *, layers: int = 3, width: int = 4, noise: bool = True) -> Trajectory:
@@ -45,7 +52,7 @@ def arm_of(name: str, seed: int, *, layers: int = 3, width: int = 4, noise: bool
     if name == "random":
         pruned[:, 0] = True
     f1 = {
-        stage: scores_of(value, n=30, noise=seed if noise else None)
+        stage: margined(scores_of(value, n=30, noise=seed if noise else None))
         for stage, value in zip(STAGES, F1[name], strict=True)
     }
     score = {stage: torch.rand(layers, width, generator=generator) for stage in STAGES}
@@ -56,8 +63,9 @@ def run_of(*arms: str, seeds: int = 1, draws: int = 3, **size) -> Run:
     """A finished run without a model."""
     experiment = Experiment.model_validate({"arms": arms, "seeds": range(seeds), "measure": {"draws": 200}})
     made = {name: [arm_of(name, seed, **size) for seed in range(seeds)] for name in arms}
-    random = tuple(scores_of(0.5 + k / 10) for k in range(draws))
-    return Run(experiment, made, [Damage(seed, scores_of(0.1), random) for seed in range(seeds)])
+    random = {"layers": tuple(margined(scores_of(0.5 + k / 10)) for k in range(draws))}
+    damage = [Damage(seed, margined(scores_of(0.1)), random=random) for seed in range(seeds)]
+    return Run(experiment, made, damage=damage)
 
 
 RUNS = [
@@ -258,8 +266,8 @@ def test_pruned_share_of_a_random_arm_alone_has_its_colour():
 
 
 def test_colours_of_the_arms_are_fixed_and_differ():
-    assert list(plots.ARM_COLOURS) == ["concept", "random", "unpruned", "never"]
-    assert len(set(plots.ARM_COLOURS.values())) == 4
+    assert list(plots.ARM_COLOURS) == ["concept", "other", "random", "unpruned", "never"]
+    assert len(set(plots.ARM_COLOURS.values())) == 5
     alone = lines(drawn(plots.recovery_curves(run_of("unpruned", draws=0))))["unpruned"]["line"]["color"]
     beside = lines(drawn(plots.recovery_curves(run_of("concept", "unpruned"))))["unpruned"]["line"]["color"]
     assert alone == beside == plots.ARM_COLOURS["unpruned"]
@@ -812,7 +820,7 @@ def losing(run: Run) -> Run:
 
     run.arms = {name: [each(arm) for arm in arms] for name, arms in run.arms.items()}
     draws = tuple(loss(3 + k / 10) for k in range(3))
-    run.damage = [cast(Damage, SimpleNamespace(seed=d.seed, concept=loss(4), random=draws)) for d in run.damage]
+    run.damage = [Damage(d.seed, loss(4), random={"layers": draws}) for d in run.damage]
     return run
 
 
@@ -834,7 +842,132 @@ def test_recovery_curves_of_a_loss_show_nats_and_turn_the_interval(seeds):
             want = run.arms["concept"][0][stage].scores.interval("place", n=200)
             assert (low, high) == pytest.approx(want, abs=0.05)
     (draws,) = (t for name, t in lines(found).items() if "random sets" in name)
-    assert draws["y"] == pytest.approx([run.damage[0].random[k].shown("place") for k in (0, 2)])
+    assert draws["y"] == pytest.approx([run.damage[0].random["layers"][k].shown("place") for k in (0, 2)])
+
+
+# --- what was changed on purpose
+
+
+def grafts_of(parts: Mapping[str, tuple[float, float]], *, control: float = 0.02) -> Grafts:
+    """Grafts with these shares (enough, needed) by part, of a margin that goes from -2 after the cut to 8."""
+
+    def at(share: float) -> dict[str, float]:
+        return {"margin": -2.0 + 10.0 * share, "F1": float(share)}
+
+    whole = {part: at(control) for part in parts if part != "cut"}
+    return Grafts(
+        tuple(parts), at(0.0), at(1.0), {p: at(a) for p, (a, _) in parts.items()},
+        {p: at(1 - b) for p, (_, b) in parts.items()}, {"random": whole, "unpruned": whole},
+    )  # fmt: skip
+
+
+EARLY = {"embedding": (0.0, 0.1), "block 1": (0.3, 0.8), "cut": (0.0, 0.0)}
+LATE = {"embedding": (0.0, 0.05), "block 1": (0.9, 0.2), "cut": (0.1, 0.1)}
+
+
+def with_all(run: Run) -> Run:
+    """The run with grafts at two stages, a second cut and doses."""
+    for path in run.arms["concept"]:
+        seed, neurons, last = path.seed, path.pruned, path["2"].scores
+        assert neurons is not None
+        run.grafted.append(Grafted(seed, {"1": grafts_of(EARLY), "2": grafts_of(LATE)}))
+        rounds = (Round(neurons, 0.25, 0.05, margined(scores_of(0.1)), {4: last}),)
+        run.again.append(Again(seed, margined(scores_of(0.7)), (last, last), rounds))
+        whole, cut, kept = (margined(scores_of(value)) for value in (0.9, 0.05, 0.88))
+        doses = [
+            Dose(fraction, name, scores)
+            for fraction, own in ((0.01, kept), (0.05, cut))
+            for name, scores in (("concept", own), ("other", kept), ("random", kept))
+        ]
+        run.sized.append(Sized(seed, 0.05, whole, tuple(doses)))
+    run.manifest["other"] = "person"
+    run.folder = "runs/names"
+    return run
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_grafts_draw_every_part_beside_its_controls(seeds):
+    figure = plots.grafts(with_all(run_of("concept", "random", seeds=seeds)))
+    found = drawn(figure)
+    titles = [a["text"] for a in found["layout"]["annotations"]]
+    assert titles == ["first back (epoch 1)", "at the end (epoch 2)"]
+    for k, parts in enumerate((EARLY, LATE)):
+        enough, needed, *controls = found["data"][4 * k : 4 * k + 4]
+        assert enough["y"] == list(parts)
+        assert as_list(enough["x"]) == pytest.approx([a for a, _ in parts.values()])
+        assert as_list(needed["x"]) == pytest.approx([b for _, b in parts.values()])
+        for control in controls:
+            assert control["x"][:2] == pytest.approx([0.02, 0.02])
+            assert control["x"][2] is None  # nothing that is the cut is added
+    assert found["layout"]["xaxis"]["range"] == found["layout"]["xaxis2"]["range"]
+    with pytest.raises(plots.NotMeasuredError, match="no grafts were made in this run"):
+        plots.grafts(run_of("concept"))
+
+
+def test_dose_draws_the_concept_the_others_and_the_controls():
+    run = with_all(run_of("concept", "random", seeds=3))
+    few = replace(run.sized[0], base=margined(scores_of(0.9, n=50)))
+    run.sized[0] = few
+    figure = plots.dose(run)
+    found = lines(drawn(figure))
+    assert list(found) == [
+        "place: its own neurons cut", "person: place's neurons cut", "place: person's neurons cut",
+        "place: random neurons cut",
+    ]  # fmt: skip
+    own, bystanders, *_ = found.values()
+    assert own["x"] == ["0", "1", "5"]
+    assert own["y"] == pytest.approx([0.9, 0.88, 0.05])
+    assert bystanders["y"] == pytest.approx([0.9, 0.9, 0.9])
+    assert plots.said(figure)[1].endswith("taken: 5 %")
+    run.sized[1] = replace(run.sized[1], fraction=0.01)
+    assert plots.said(plots.dose(run))[1].endswith("taken: 5 % (seed 0, 2), 1 % (seed 1)")
+    with pytest.raises(plots.NotMeasuredError, match=r"prune\.fraction = 'auto' finds it"):
+        plots.dose(run_of("concept"))
+
+
+def test_recovery_curves_name_each_arm_at_its_end_and_none_on_another():
+    run = run_of("concept", "random", "unpruned", seeds=3)
+    names = [t for t in drawn(plots.recovery_curves(run))["data"] if t["mode"] == "text"]
+    assert sorted(t["text"][0].strip() for t in names) == ["<b>concept</b>", "<b>random</b>", "<b>unpruned</b>"]
+    heights = sorted(t["y"][0] for t in names)
+    assert all(b - a > 0.05 for a, b in pairwise(heights))
+    assert heights[-1] <= 1
+
+
+def test_recovery_curves_of_runs_side_by_side_share_their_axis():
+    one, two = losing(run_of("concept", seeds=3)), losing(run_of("concept", "random"))
+    ranges = [drawn(plots.recovery_curves(run, beside=(one, two)))["layout"]["yaxis"]["range"] for run in (one, two)]
+    assert ranges[0] == ranges[1]
+
+
+def test_axes_of_stages_say_steps_where_they_are():
+    run = run_of("concept", "random")
+    assert axis_titles(drawn(plots.recovery_curves(run)))["xaxis"] == "stage (epochs of retraining)"
+    for arms in run.arms.values():
+        last = arms[0]["2"]
+        assert last.at is not None
+        arms[0] = replace(arms[0], snapshots={**arms[0].snapshots, "2": replace(last, at=replace(last.at, by="step"))})
+    assert axis_titles(drawn(plots.recovery_curves(run)))["xaxis"] == "stage (steps of retraining)"
+    assert axis_titles(drawn(plots.layer_map(run, arm="random")))["xaxis"] == "stage (steps of retraining)"
+
+
+def test_layer_map_against_another_arm_draws_the_difference_on_the_same_neurons():
+    run = run_of("concept", "random", "unpruned", seeds=3)
+    figure = drawn(plots.layer_map(run, against="unpruned"))
+    assert [a["text"] for a in figure["layout"]["annotations"]] == ["concept arm", "random arm"]
+    for heat, name in zip(figure["data"], ("concept", "random"), strict=True):
+        want = np.mean([
+            [
+                (a[s].saliency.by_rank(a.matched()) - b[s].saliency.by_rank(a.matched())).nanmean(1).numpy()
+                for s in STAGES
+            ]
+            for a, b in zip(run.arms[name], run.arms["unpruned"], strict=True)
+        ], axis=0).T  # fmt: skip
+        assert np.allclose(cells(heat), want, equal_nan=True, atol=1e-6)
+    alone = drawn(plots.layer_map(run, arm="random", against="unpruned"))["data"][0]
+    assert (alone["zmin"], alone["zmax"]) == (figure["data"][0]["zmin"], figure["data"][0]["zmax"])
+    with pytest.raises(ValueError, match="arm 'unpruned' cannot be set against itself"):
+        plots.layer_map(run, arm="unpruned", against="unpruned")
 
 
 # --- files
