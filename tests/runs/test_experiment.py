@@ -46,9 +46,9 @@ from tests.made import arms_in, tiny
 
 
 @pytest.fixture(scope="module")
-def events() -> list[Event]:
-    """All events of one small run, with the weights as they were at each."""
-    return list(perform(tiny()))
+def events(made) -> list[Event]:
+    """All events of one small run."""
+    return made[2]
 
 
 def result_of(events: list[Event], kind: type) -> Any:

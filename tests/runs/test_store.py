@@ -24,7 +24,6 @@ from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Pre
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.files import write_whole
 from relearn_lens.runs.presets import settings_of
-from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import ARMS, Experiment
 from relearn_lens.runs.store import load_run
 from tests.interruptions import difference
@@ -35,13 +34,6 @@ RESULTS, AFTERWARDS = ("base", "sized", "cuts", "damage"), ("grafted", "again")
 
 class Stop(Exception):
     """What interrupts a run in a test."""
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory) -> tuple[Run, Path, list[Event]]:
-    """One finished run, its folder and its events; tests only read them."""
-    path, events = tmp_path_factory.mktemp("runs") / "toy", []
-    return store.run(tiny(), path, on_event=events.append), path, events
 
 
 @pytest.fixture
