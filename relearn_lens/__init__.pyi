@@ -1,5 +1,9 @@
 # The public names, told once: `lazy_loader` and type checkers read this file.
-from .methods import Training as Training
+from .methods import (
+    Attributing as Attributing,
+    Measuring as Measuring,
+    Training as Training,
+)
 from . import sources as sources
 from .text import facts as facts
 from .text.concept import Concept as Concept

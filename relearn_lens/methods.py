@@ -144,3 +144,75 @@ class Retraining(Training):
         description="train only low-rank adapters of this rank beside the blocks' matrices (alpha 16; needs peft: "
         "extra lora), and the head; none: train all weights",
     )  # fmt: skip
+
+
+Baseline = Literal["auto", "mask", "pad", "end", "mean", "zero"]
+"""The embedding that stands in place of each word where a path of integrated gradients begins."""
+MEMORY = 512
+"""MB that attribution, top words and activation similarity may each take, where nothing is said."""
+
+
+class Attributing(Method):
+    """What the neurons are asked for by integrated gradients, along which path and how finely.
+
+    Source: Sundararajan, Taly, Yan 2017; Dhamdhere, Sundararajan, Yan 2018.
+    """
+
+    target: Any = Field(
+        default="auto",
+        description="attribution: what the neurons are asked for; logit, logprob or margin; auto: logprob of a "
+        "language model, else margin",
+    )
+    baseline: Baseline = Field(
+        default="auto",
+        description="attribution: the input that the path begins at, in place of every word; auto: the first of mask, "
+        "pad and end that the tokenizer has; mean of all embeddings; zero is no text",
+    )
+    quadrature: Any = Field(default="gauss-legendre", description="attribution: gauss-legendre or riemann")
+    steps: int = Field(default=16, ge=2, le=1000, description="attribution: points of the quadrature")
+    sentences: AtMost | None = Field(
+        default=None, description="attribution: sentences that hold the concept, at most; none: all"
+    )
+    max_memory: Size = Field(
+        default=MEMORY, description="MB that attribution, top words and similarity may each take, beside the weights"
+    )
+
+    @property
+    def max_bytes(self) -> int:
+        """`max_memory` in bytes."""
+        return megabytes(self.max_memory)
+
+
+class Measuring(Attributing):
+    """What is measured at a pause, and how."""
+
+    what: tuple[str, ...] = Field(
+        default=(), description="scores (`relearn-lens scores`), conductance or layer_ig, top_words, similarity"
+    )
+    rank_bucket: int = Field(
+        default=1,
+        ge=1,
+        le=1_000_000,
+        description="neurons per step of rank saliency. Published: 100, so that up to 100 neurons share one value; "
+        "exact ranks lose nothing, and a small model has few buckets",
+    )
+    nulls: Literal["drop", "zero_then_drop"] = Field(
+        default="drop",
+        description="concept similarity of neurons whose top words mean nothing; drop: left out at every stage. "
+        "Published: zero_then_drop, 0 where the neuron was null at base and left out where it is null later, which "
+        "moves the means without any change of meaning",
+    )
+    sample_words: int = Field(
+        default=2000, ge=20, le=1_000_000, description="words that fitted and exact scores are made from"
+    )
+    shuffles: int = Field(
+        default=0, ge=0, le=1000, description="label shuffles of the base model behind null distributions"
+    )
+    max_tokens: int = Field(
+        default=4096, ge=16, le=1_000_000, description="tokens per batch when the model is only read"
+    )
+
+
+def megabytes(n: float | int) -> int:
+    """So many MB (2**20 bytes) in bytes."""
+    return int(n * 2**20)

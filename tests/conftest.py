@@ -20,6 +20,7 @@ importlib.import_module("beartype._check.code.codemain").getrandbits = random.Ra
 
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer  # noqa: E402
 
+from relearn_lens import progress  # noqa: E402
 from relearn_lens.models import toy as toy_module  # noqa: E402
 from relearn_lens.models.loading import load_tagger  # noqa: E402
 from relearn_lens.models.model import Model, Tagger  # noqa: E402
@@ -251,3 +252,19 @@ def _globals() -> dict[str, Any]:
         "optimiser hooks": len(_global_optimizer_post_hooks),
         "default dtype": str(torch.get_default_dtype()),
     }
+
+
+@contextmanager
+def ticks(stop: BaseException | None = None) -> Iterator[list[int]]:
+    """For a while, how much was done at each report of progress; `stop` is raised at the first that did something."""
+    counted, before = [], [0]
+
+    def take(what: str, done: int, total: int) -> None:
+        if stop is not None and done:
+            raise stop
+        if done > before[-1]:
+            counted.append(done - before[-1])
+            before.append(done)
+
+    with progress.reported(take), progress.task("a test", 10**9):
+        yield counted

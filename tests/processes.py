@@ -59,7 +59,7 @@ def study(model: Model, *, parts: int) -> dict[str, Tensor]:
     found |= _tensors(
         measure(
             model, corpus, PLACE, what=["auroc", "elastic_net", "conductance"], shuffles=2, max_tokens=40,
-            sample_words=20, attribution={"steps": 4, "max_memory": 2**20},
+            sample_words=20, steps=4, max_memory=1,
         )
     )  # fmt: skip
     found["word_values"] = top_words(model, corpus, max_tokens=40).value

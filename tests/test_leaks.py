@@ -10,9 +10,10 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from relearn_lens import progress
-from relearn_lens.find.attribution import _asked, _Run
+from relearn_lens.find.attribution import _Run
 from relearn_lens.measure import similarity
 from relearn_lens.measure.tracking import measure
+from relearn_lens.methods import Attributing
 from relearn_lens.models import gguf
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model, checkpointed, computing, hidden, reading, seeded
@@ -45,8 +46,8 @@ def chosen(model: Model) -> Any:
 
 
 def attributing(toy: Toy) -> AbstractContextManager[Any]:
-    asked = _asked(site="mlp_post", target="margin", reference="pad", steps=2, sentences=2)
-    return _Run(toy.tagger, toy.corpus, PLACE, asked).hooked()
+    how = Attributing(target="margin", baseline="pad", steps=2, sentences=2)
+    return _Run(toy.tagger, toy.corpus, PLACE, how, "mlp_post", "conductance", 0).hooked()
 
 
 CONTEXTS: dict[str, Callable[[Toy], AbstractContextManager[Any]]] = {
@@ -162,7 +163,7 @@ def test_measurement_that_is_stopped_leaves_nothing(toy, untouched, what):
         if calls == 3:
             raise Stop
 
-    settings: Any = {"attribution": {"sentences": 4, "steps": 2}}
+    settings: Any = {"sentences": 4, "steps": 2}
     with untouched(toy.tagger), progress.reported(stop), progress.task("measuring", 10**6), pytest.raises(Stop):
         measure(toy.tagger, toy.corpus, PLACE, site="mlp_post", what=what, max_tokens=64, **settings)
 

@@ -385,7 +385,7 @@ checks.check_conductance(conductance)
 # %% [code] id=conductance-compare
 owed = {i: conductance(partial(says_at, f"blocks.{i}.mlp.out.hook_in"), start, end, 32) for i in range(4)}
 library = rl.attribute(
-    tagger, few, place, site="mlp_post", reference="pad", quadrature="riemann", steps=32, target="margin"
+    tagger, few, place, site="mlp_post", baseline="pad", quadrature="riemann", steps=32, target="margin"
 )
 by_hand = torch.stack(list(owed.values())) / library.n_words
 torch.testing.assert_close(by_hand, library.score, rtol=1e-3, atol=1e-3)

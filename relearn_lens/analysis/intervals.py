@@ -15,14 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats as st
-from scipy.special import ndtr, ndtri
 from torch import Tensor
 
+from relearn_lens.measure import bootstrap
 from relearn_lens.measure.evaluation import Label, Scores
 
 Numbers = Sequence[float | int] | np.ndarray
@@ -143,7 +142,7 @@ def over_sentences(
         return np.broadcast_to(np.asarray(of(*values), dtype=float), len(sums))
 
     value = float(of(*(score.value(label) for score in scores)))
-    drawn = of_counts(_weights(n, draws, seed) @ table)
+    drawn = of_counts(bootstrap.weights(n, draws, seed) @ table)
     return _bootstrapped(value, drawn, lambda: [of_counts(table.sum(0) - table)], level, "sentences", n)
 
 
@@ -182,7 +181,11 @@ def over_neurons(
     chunk = max(1, 2**20 // n)
 
     def at(index: np.ndarray) -> np.ndarray:
-        found = statistic(_counted(index, n), *arrays) if weighted else statistic(*(array[index] for array in arrays))
+        found = (
+            statistic(bootstrap.counted(index, n), *arrays)
+            if weighted
+            else statistic(*(array[index] for array in arrays))
+        )
         return np.broadcast_to(np.asarray(found, dtype=float), len(index))
 
     def again(rows: int) -> np.ndarray:
@@ -369,20 +372,6 @@ def bonferroni(level: float | int, n: int) -> float:
     return 1 - (1 - level) / n
 
 
-@lru_cache(maxsize=2)
-def _weights(n: int, draws: int, seed: int) -> np.ndarray:
-    """How often each of `n` is drawn, `[draw, n]`: one matrix product then resamples any sum. Read only."""
-    weights = _counted(np.random.default_rng(seed).integers(n, size=(draws, n)), n)
-    weights.flags.writeable = False
-    return weights
-
-
-def _counted(index: np.ndarray, n: int) -> np.ndarray:
-    """How often each of `n` is in each row of `index`."""
-    flat = index + n * np.arange(len(index))[:, None]
-    return np.bincount(flat.ravel(), minlength=len(index) * n).reshape(len(index), n).astype(float)
-
-
 def _bootstrapped(
     value: float,
     drawn: np.ndarray,
@@ -391,41 +380,6 @@ def _bootstrapped(
     of_what: str,
     n: int,
 ) -> Estimate:
-    """The BCa interval of bootstrap draws, or where there is none the percentile interval, which `over` then says."""
-    tails = np.array([(1 - level) / 2, (1 + level) / 2])
-    ends = None if jackknife is None or math.isnan(value) else _bca(value, drawn, jackknife, tails)
-    if ends is not None:
-        return Estimate(value, *ends, f"{n} {of_what}", n=n)
-    known = drawn[~np.isnan(drawn)]
-    lost = f"; {len(drawn) - len(known)} of {len(drawn)} draws undefined" if len(known) < len(drawn) else ""
-    over = f"{n} {of_what} (percentile{lost})"
-    if math.isnan(value) or not len(known):
-        return Estimate(value, math.nan, math.nan, over, n=n)
-    # Between infinite draws nothing can be interpolated.
-    low, high = np.quantile(known, tails, method="linear" if np.isfinite(known).all() else "inverted_cdf")
-    return Estimate(value, float(low), float(high), over, n=n)
-
-
-def _bca(
-    value: float, drawn: np.ndarray, jackknife: Callable[[], list[np.ndarray]], tails: np.ndarray
-) -> tuple[float, float] | None:
-    """Efron's bias-corrected and accelerated interval; None where it is not defined.
-
-    The jackknife is one array per group that was drawn by itself.
-    """
-    bias = ndtri(((drawn < value).mean() + (drawn <= value).mean()) / 2)
-    if not np.isfinite(drawn).all() or not np.isfinite(bias) or np.ptp(drawn) == 0:
-        return None
-    square = cube = 0.0
-    for left in jackknife():
-        influence = (len(left) - 1) / len(left) * (left.mean() - left)
-        square += float((influence**2).sum())
-        cube += float((influence**3).sum())
-    if not square > 0:  # NaN too
-        return None
-    acceleration = cube / (6 * square**1.5)
-    z = bias + ndtri(tails)
-    if not (acceleration * z < 1).all():
-        return None
-    low, high = np.quantile(drawn, ndtr(bias + z / (1 - acceleration * z)))
-    return float(low), float(high)
+    """The interval of bootstrap draws; `over` says where it is not BCa."""
+    low, high, how = bootstrap.ends(value, drawn, jackknife, level)
+    return Estimate(value, low, high, f"{n} {of_what}" + (f" ({how})" if how else ""), n=n)

@@ -506,11 +506,10 @@ def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
 
 def _said(pool: Pool) -> dict[str, Any]:
     """A setting in words, and which cells it is made from."""
-    from relearn_lens.analysis import story
 
     run = pool.together()
     said = (
-        story.what_happened(run.arms, run.label, **run.interval)
+        run.numbers.what_happened
         if run
         else "No seed is there in every arm of this setting, so its arms cannot be compared."
     )

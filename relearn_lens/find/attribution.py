@@ -1,6 +1,6 @@
 """What the output owes to each neuron: integrated gradients of every neuron of every layer at once.
 
-1. Each word's token embeddings go on a straight line from a reference to their own: x(a) = x0 + a (x - x0).
+1. Each word's token embeddings go on a straight line from a baseline to their own: x(a) = x0 + a (x - x0).
 2. At each node of a quadrature one forward pass keeps the activations X of all layers in one graph, and one backward
    pass gives df/dX of all of them, where f is what the model says for the concept, summed over the concept's words.
 3. The conductance of a neuron is the integral of df/dX dX/da over the path. Every quadrature is a pair (nodes, W), and
@@ -15,9 +15,8 @@ LayerConductance and LayerIntegratedGradients compute the same for one layer at 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -26,11 +25,12 @@ from beartype import beartype as typechecker
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
-from relearn_lens import progress
-from relearn_lens.find.baselines import Reference, reference_of
+from relearn_lens import methods, progress
+from relearn_lens.find.baselines import baseline_of
 from relearn_lens.find.quadrature import QUADRATURES, Rule
 from relearn_lens.find.saliency import Saliency
-from relearn_lens.find.targets import Target, check_target, concept_in, target_of
+from relearn_lens.find.targets import check_target, concept_in, target_of
+from relearn_lens.methods import Attributing
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neuron, Site, site_of, streaming, token_site
@@ -39,8 +39,6 @@ from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Encoded
 
 Form = Literal["conductance", "layer"]
-
-MEMORY = 512 * 2**20
 
 
 @jaxtyped(typechecker=typechecker)
@@ -53,7 +51,7 @@ class Attribution:
     delta: Float[Tensor, " layer"]
     """Sum over the neurons of a layer minus `change`. See `is_cut_set` for what it says."""
     change: float
-    """f(x) - f(x0): from every word at the reference to the text as it is, per concept word."""
+    """f(x) - f(x0): from every word at the baseline to the text as it is, per concept word."""
     n_words: int
     """Words that carry the concept."""
     n_pieces: int
@@ -61,7 +59,7 @@ class Attribution:
     target: str
     unit: str
     """Unit of `score`, `delta` and `change`."""
-    reference: str
+    baseline: str
     """The one that was taken where `"auto"` was asked."""
     quadrature: str
     steps: int
@@ -105,7 +103,8 @@ class Plan:
     """Measured: one step of the longest piece, forward and backward."""
     peak_bytes: int
     """Tensors that live at the same time beside the model's weights, estimated from `bytes_per_row`."""
-    max_memory: int
+    max_bytes: int
+    """Asked for."""
     forwards: int
     """Forward passes, each of one chunk or more than one step of it."""
     backwards: int
@@ -114,11 +113,11 @@ class Plan:
 
     def __str__(self) -> str:
         mb = 2**20
-        over = f", above the {self.max_memory / mb:,.0f} asked for: one piece needs that much"
+        over = f", above the {self.max_bytes / mb:,.0f} asked for: one piece needs that much"
         return (
             f"{self.pieces:,} pieces at {self.steps} steps in {self.chunks:,} chunks of at most "
             f"{self.pieces_per_chunk:,}: {self.forwards:,} forward and {self.backwards:,} backward passes, about "
-            f"{self.peak_bytes / mb:,.0f} MiB{over if self.peak_bytes > self.max_memory else ''}"
+            f"{self.peak_bytes / mb:,.0f} MiB{over if self.peak_bytes > self.max_bytes else ''}"
         )
 
 
@@ -126,22 +125,19 @@ def attribute(
     model: Model,
     text: Corpus | Encoded,
     concept: Concept,
+    how: Attributing | None = None,
     *,
     site: str | Site = "resid",
-    target: str | Target | Callable = "auto",
-    reference: Reference = "auto",
-    quadrature: str | Callable[[int], Rule] = "gauss-legendre",
-    steps: int = 16,
     form: Form = "conductance",
-    max_memory: int = MEMORY,
-    sentences: int | None = None,
     seed: int = 0,
     on_plan: Callable[[Plan], object] | None = None,
+    **fields: Any,
 ) -> Attribution:
     """Attribute what the model says for a concept, on the words that carry it, to every neuron of a site.
 
-    A word's logits are those of its first sub-word: a tagger's there, a language model's on the token before. Only
-    sentences with a word of the concept are run; `sentences` takes a sample of so many of them, drawn by `seed`.
+    `how` says all about target, path and memory; its fields can be given as keywords too. A word's logits are those of
+    its first sub-word: a tagger's there, a language model's on the token before. Only sentences with a word of the
+    concept are run; `sentences` takes a sample of so many of them, drawn by `seed`.
 
     `target` is a name in `TARGETS`, a `Target`, or a function `(logits["word tag"], is_concept["tag"]) -> ["word"]`.
     `"auto"` is a language model's log-probability of the word, and a tagger's margin: it is what the tagger decides by,
@@ -149,7 +145,7 @@ def attribute(
     logit would. Its price is a kink where another tag becomes the best other one, so the smooth targets gain more
     accuracy from more steps.
 
-    `reference` is what stands in place of each word at the start of the path: the embedding of the tokenizer's mask,
+    `baseline` is what stands in place of each word at the start of the path: the embedding of the tokenizer's mask,
     padding or end token (separator, or end of text), or the `"mean"` of all embeddings. `"auto"` is the first of mask,
     padding and end that the tokenizer has and that is not all zeros. Special tokens and padding stay as they are.
     `"zero"` is there by name alone: no text is embedded as zeros, and a LayerNorm blows up the first step away from
@@ -157,15 +153,14 @@ def attribute(
 
     The quadrature, a name in `QUADRATURES` or a function, has `steps` nodes (`"gauss-legendre"`) or intervals (the
     others). More steps make `delta` small where it is an error; look at it before a close call. `max_memory` bounds the
-    bytes of tensors beside the weights; `on_plan` is called with the plan before the run. Progress is in the tokens of
+    MB of tensors beside the weights; `on_plan` is called with the plan before the run. Progress is in the tokens of
     each pass times its steps.
 
     Raises:
-        ValueError: a name that is not known, a concept or a reference that tagger, tokenizer or text lack, or an
+        ValueError: a name that is not known, a concept or a baseline that model, tokenizer or text lack, or an
             argument out of range; all before any forward pass. Attributions that are not finite, after it.
     """
-    asked = _Asked(site, target, reference, quadrature, steps, form, max_memory, sentences, seed)
-    run = _Run(model, text, concept, asked)
+    run = _Run(model, text, concept, methods.of(Attributing, how, fields), site, form, seed)
     with run.hooked():
         plan, chunks = run.plan()
         if on_plan:
@@ -179,56 +174,25 @@ def attribute(
     return run.attribution()
 
 
-def attribution_plan(model: Model, text: Corpus | Encoded, concept: Concept, **settings: Any) -> Plan:
-    """What `attribute` with the same keywords will cost, from one forward pass over the longest sentence.
+def attribution_plan(
+    model: Model,
+    text: Corpus | Encoded,
+    concept: Concept,
+    how: Attributing | None = None,
+    *,
+    site: str | Site = "resid",
+    form: Form = "conductance",
+    seed: int = 0,
+    **fields: Any,
+) -> Plan:
+    """What `attribute` with the same arguments will cost, from one forward pass over the longest sentence.
 
     Raises:
         ValueError: as `attribute` does.
     """
-    run = _Run(model, text, concept, _asked(**settings))
+    run = _Run(model, text, concept, methods.of(Attributing, how, fields), site, form, seed)
     with run.hooked():
         return run.plan()[0]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The settings of one attribution, as `attribute` explains them.
-
-    Raises:
-        ValueError: a name that is not known, or a number out of range.
-    """
-
-    site: str | Site
-    target: str | Target | Callable
-    reference: str
-    quadrature: str | Callable[[int], Rule]
-    steps: int
-    form: str
-    max_memory: int
-    sentences: int | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        for what, known in (("form", get_args(Form)), ("reference", get_args(Reference)), ("quadrature", QUADRATURES)):
-            asked = getattr(self, what)
-            if not callable(asked) and asked not in known:
-                raise ValueError(f"unknown {what} {asked!r}; known: {', '.join(known)}")
-        for what, least in (("steps", 2), ("max_memory", 1), ("sentences", 1)):
-            value = getattr(self, what)
-            if value is not None and value < least:
-                raise ValueError(f"{what} must be at least {least}, got {value}")
-
-    @property
-    def rule(self) -> Rule:
-        """The quadrature's nodes and weights."""
-        return (QUADRATURES[self.quadrature] if isinstance(self.quadrature, str) else self.quadrature)(self.steps)
-
-
-def _asked(**settings: Any) -> _Asked:
-    """Some settings, and what `attribute` takes where they say nothing."""
-    given = inspect.signature(attribute).bind(None, None, None, **settings)
-    given.apply_defaults()
-    return _Asked(**{field.name: given.arguments[field.name] for field in fields(_Asked)})
 
 
 def _pieces(
@@ -253,23 +217,31 @@ def _pieces(
 class _Run:
     """One attribution under way: its checked arguments, the path through the hooks, and running sums."""
 
-    def __init__(self, tagger: Model, text: Corpus | Encoded, concept: Concept, asked: _Asked):
-        self.tagger, self.concept, self.max_memory = tagger, concept.name, asked.max_memory
-        self.form, self.steps = asked.form, asked.steps
-        self.site, self.target = site_of(tagger.bridge, asked.site), target_of(asked.target, tagger)
+    def __init__(
+        self, model: Model, text: Corpus | Encoded, concept: Concept, how: Attributing, site: str | Site, form: str,
+        seed: int,
+    ):  # fmt: skip
+        rule = how.quadrature
+        for what, name, known in (("form", form, get_args(Form)), ("quadrature", rule, QUADRATURES)):
+            if not callable(name) and name not in known:
+                raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+        self.model, self.concept, self.max_bytes = model, concept.name, how.max_bytes
+        self.form = cast(Form, form)
+        self.steps = how.steps
+        self.site, self.target = site_of(model.bridge, site), target_of(how.target, model)
         corpus = text.corpus if isinstance(text, Encoded) else text
-        is_concept, self.carries = concept_in(tagger, corpus, concept, asked.target)
+        is_concept, self.carries = concept_in(model, corpus, concept, how.target)
         check_target(self.target, is_concept)
-        self.reference, self.start = reference_of(tagger, asked.reference)
-        self.encoded = encoded_for(tagger, text)
+        self.baseline, self.start = baseline_of(model, how.baseline)
+        self.encoded = encoded_for(model, text)
         self.carries = self.carries & np.isin(np.arange(len(self.carries)), self.encoded.read_words)
-        self.pieces = _pieces(self.encoded, self.carries, concept, asked.sentences, asked.seed)
+        self.pieces = _pieces(self.encoded, self.carries, concept, how.sentences, seed)
 
-        by = asked.quadrature
-        self.quadrature = by if isinstance(by, str) else getattr(by, "__name__", "quadrature")
-        device = tagger.device
+        self.quadrature = rule if isinstance(rule, str) else getattr(rule, "__name__", "quadrature")
+        points: Rule = (QUADRATURES[rule] if isinstance(rule, str) else rule)(how.steps)
+        device = model.device
         self.is_concept = is_concept.to(device)
-        self.nodes, self.weights = (t.to(device, torch.float32) for t in asked.rule)
+        self.nodes, self.weights = (t.to(device, torch.float32) for t in points)
         wide = widest(device)
         units = self.site.width * self.site.size
         self.total = torch.zeros(len(self.site.layers), units, dtype=wide, device=device)
@@ -280,15 +252,15 @@ class _Run:
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         """For a while: the model reads, its weights need no gradient, and the hooks are in place."""
-        tagger, bridge = self.tagger, self.tagger.bridge
-        weights = {id(p): p for part in (tagger, bridge.original_model) for p in part.parameters()}.values()
+        model, bridge = self.model, self.model.bridge
+        weights = {id(p): p for part in (model, bridge.original_model) for p in part.parameters()}.values()
         flags = [(weight, weight.requires_grad) for weight in weights]
         try:
             # Frozen weights cost neither their gradients nor the inputs that those would be made from.
             for weight, _ in flags:
                 weight.requires_grad_(False)
             with (
-                reading(tagger),
+                reading(model),
                 streaming(bridge, token_site(bridge), self._tokens),
                 streaming(bridge, self.site, self._layer, units=True),
             ):
@@ -315,7 +287,7 @@ class _Run:
         while i < len(lengths):
             # Memory grows at least in proportion to length, so for shorter pieces this errs on the safe side. A tenth
             # is left for what the estimate misses.
-            room = self.max_memory * 9 * int(lengths[0]) // (10 * int(lengths[i]))
+            room = self.max_bytes * 9 * int(lengths[0]) // (10 * int(lengths[i]))
             # Steps before pieces: the steps of a piece are alike in length and need no padding.
             at_once = max(k for k in range(1, n + 1) if k == 1 or peak(k) <= room)
             size = min(max(1, room // peak(at_once)), len(lengths) - i, -(-len(lengths) // processes.size()))
@@ -330,7 +302,7 @@ class _Run:
             pieces_per_chunk=max(len(pieces) for pieces, _ in chunks),
             bytes_per_row=row,
             peak_bytes=max(peaks),
-            max_memory=self.max_memory,
+            max_bytes=self.max_bytes,
             forwards=passes + len(chunks),
             backwards=passes,
             tokens=int(lengths.sum()) * n * layers,
@@ -352,7 +324,7 @@ class _Run:
         for x in self.seen:
             keep(x)
         self.seen = []
-        for weight in (*self.tagger.parameters(), *self.tagger.buffers()):
+        for weight in (*self.model.parameters(), *self.model.buffers()):
             kept.pop(weight.untyped_storage().data_ptr(), None)
         sizes = [storage.nbytes() for storage in kept.values()]
         # On top come the activations' gradients, and what one operation needs beside what it saves.
@@ -391,10 +363,10 @@ class _Run:
             n_pieces=len(self.pieces),
             target=self.target.name,
             unit=f"{self.target.unit} per word".strip(),
-            reference=self.reference,
+            baseline=self.baseline,
             quadrature=self.quadrature,
             steps=self.steps,
-            form=cast(Form, self.form),
+            form=self.form,
             concept=self.concept,
             site=self.site,
         )
@@ -450,10 +422,10 @@ class _Run:
         """f at some nodes of the path, in one forward pass; every layer's activations are in `seen`."""
         n, self.at, self.seen = len(nodes), nodes, []
         ids, mask = self.ids.repeat(n, 1), self.mask.repeat(n, 1)
-        if isinstance(self.tagger, LanguageModel):
-            words = self._own_and_others(self.tagger, hidden(self.tagger.bridge, ids, mask))
+        if isinstance(self.model, LanguageModel):
+            words = self._own_and_others(self.model, hidden(self.model.bridge, ids, mask))
         else:
-            words = self.tagger(ids, mask).float().unflatten(0, (n, -1)).flatten(1, 2)[:, self.words]
+            words = self.model(ids, mask).float().unflatten(0, (n, -1)).flatten(1, 2)[:, self.words]
         return self.target.of(words.flatten(0, 1), self.is_concept).view(n, -1).sum(1)
 
     def _own_and_others(

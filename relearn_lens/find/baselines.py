@@ -1,21 +1,20 @@
-"""References: the embedding that stands in place of each word where a path begins."""
+"""Baselines: the embedding that stands in place of each word where a path begins."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from relearn_lens.methods import Baseline
 from relearn_lens.models.model import Model, reading
 from relearn_lens.neurons.sites import token_vectors
 
-Reference = Literal["auto", "mask", "pad", "end", "mean", "zero"]
 
-
-def reference_of(model: Model, asked: str) -> tuple[str, Float[Tensor, " d_model"]]:
-    """The name and the vector, float32, of the reference that is asked for.
+def baseline_of(model: Model, asked: Baseline) -> tuple[str, Float[Tensor, " d_model"]]:
+    """The name and the vector, float32, of a baseline.
 
     Raises:
         ValueError: the model's tokenizer has no such token, or its embedding is all zeros.
@@ -45,9 +44,9 @@ def reference_of(model: Model, asked: str) -> tuple[str, Float[Tensor, " d_model
             if asked != "auto":
                 raise ValueError(
                     f"the embedding of the {asked} token is all zeros, which no text is near to; use another "
-                    "reference, or ask for reference='zero' by name"
+                    "baseline, or ask for baseline='zero' by name"
                 )
     raise ValueError(
-        f"reference {asked!r} was asked for, but the tokenizer of {tokenizer.name_or_path!r} has no such token with an "
-        f"embedding; it has {', '.join(tokens) or 'none of mask, pad, end'}: use one of these, or reference='mean'"
+        f"baseline {asked!r} was asked for, but the tokenizer of {tokenizer.name_or_path!r} has no such token with an "
+        f"embedding; it has {', '.join(tokens) or 'none of mask, pad, end'}: use one of these, or baseline='mean'"
     )

@@ -19,6 +19,7 @@ from nervaluate.loaders import ListLoader
 from torch import Tensor
 
 from relearn_lens.find.targets import TARGETS
+from relearn_lens.measure import bootstrap
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for, reading
 from relearn_lens.neurons.streaming import stream
@@ -78,21 +79,18 @@ class Scores(Protocol):
         interval too.
         """
         sums = self.sums(label)
-        draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n)
-        return self.of_sums(draws @ sums)
+        return self.of_sums(bootstrap.weights(len(sums), n, seed) @ sums)
 
     def shown(self, label: Label) -> float:
         """The number that people read."""
         return self.displayed(self.value(label))
 
     def interval(self, label: Label, *, level: float = 0.95, n: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """Percentile bootstrap interval of `shown` over sentences."""
-        drawn = self.resampled(label, n=n, seed=seed)
-        drawn = drawn[~np.isnan(drawn)]
-        if not len(drawn):
-            return float("nan"), float("nan")
-        ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-        low, high = sorted(self.displayed(float(end)) for end in ends)
+        """BCa bootstrap interval of `shown` over sentences: the one of `over_sentences`, from the same draws."""
+        sums, drawn = self.sums(label), self.resampled(label, n=n, seed=seed)
+        without_each = [self.of_sums(sums.sum(0) - sums)]
+        *ends, _ = bootstrap.ends(self.value(label), drawn, lambda: without_each, level)
+        low, high = sorted(self.displayed(end) for end in ends)
         return low, high
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens import progress
+from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
@@ -116,7 +117,7 @@ def activation_similarity(
     *,
     concept: Concept | None = None,
     site: str | Site = "resid",
-    max_memory: int = 1 << 30,
+    max_memory: float | int = MEMORY,
     max_tokens: int = 4096,
     on_plan: Callable[[Plan], object] | None = None,
 ) -> dict[str, ActivationSimilarity]:
@@ -127,8 +128,8 @@ def activation_similarity(
 
     Memory: with L layers of N neurons, at most W words a batch, r neurons before a pass, and G = 2 with a concept (its
     words have sums of their own), else 1: `4 G (N ((L + 2) r + 64 L) + W (r + 4 N + 384))` bytes beside the models,
-    never more than `max_memory`. r is as many as fit; ceil(L N / r) passes are made. `on_plan` gets the `Plan` before
-    the first forward pass. Progress is in tokens, of each model and each pass.
+    never more than `max_memory` MB. r is as many as fit; ceil(L N / r) passes are made. `on_plan` gets the `Plan`
+    before the first forward pass. Progress is in tokens, of each model and each pass.
 
     Accuracy: words are centred by their batch, whose mean then counts by its distance from that of all words before, so
     that neither a large mean nor a first batch unlike the rest swallows the variance (Chan, Golub, LeVeque 1979).
@@ -157,7 +158,7 @@ def activation_similarity(
                 f"a correlation needs at least 3 words, and {encoded.corpus.name!r} has {n} ({which} words; those that "
                 "the context cut off are not measured); use a larger text"
             )
-    plan = _plan(place, encoded, len(chosen), max_memory, max_tokens)
+    plan = _plan(place, encoded, len(chosen), megabytes(max_memory), max_tokens)
     device = next(_bridge(after).original_model.parameters()).device
     parts: dict[Which, list[_Part]] = {which: [] for which in chosen}
     if on_plan:
@@ -355,15 +356,15 @@ def _mask(similarity: ActivationSimilarity, neurons: Neurons) -> Tensor:
     return neurons.mask
 
 
-def _plan(site: Site, encoded: Encoded, groups: int, max_memory: int, max_tokens: int) -> Plan:
+def _plan(site: Site, encoded: Encoded, groups: int, max_bytes: int, max_tokens: int) -> Plan:
     layers, width = len(site.layers), site.width
     words = min(encoded.corpus.n_words, max(max_tokens, int(encoded.lengths.max())))
     fixed = 4 * groups * (width * PROBES * layers + words * (4 * width + 6 * PROBES))
     each = 4 * groups * (width * (layers + 2) + words)
-    fits = min(site.n_neurons, (max_memory - fixed) // each)
+    fits = min(site.n_neurons, (max_bytes - fixed) // each)
     if fits < 1:
         raise ValueError(
-            f"max_memory of {max_memory:,} bytes does not hold the products of a single neuron of {site.name} with all "
+            f"max_memory of {max_bytes:,} bytes does not hold the products of a single neuron of {site.name} with all "
             f"others: {fixed + each:,} bytes are needed with up to {words:,} words a batch; allow more, or a smaller "
             "max_tokens"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.neurons.sites import Neurons, Site, site_of
@@ -137,7 +138,7 @@ def top_words(
     stats: ClassStats | None = None,
     k: int = 5,
     keep: float | int = 0.1,
-    max_memory: int = 256 * 2**20,
+    max_memory: float | int = MEMORY,
     max_tokens: int = 4096,
     on_plan: Callable[[TopWordsPlan], object] | None = None,
 ) -> TopWords:
@@ -148,7 +149,7 @@ def top_words(
     Words that the model's context cut off are left out.
 
     `stats` are class statistics of the same model, text and site, of whatever classes; they save a pass. The table of
-    word types by neurons takes 4 bytes a cell and never more than `max_memory` bytes: what does not fit is done in
+    word types by neurons takes 4 bytes a cell and never more than `max_memory` MB: what does not fit is done in
     further passes over the text. `on_plan` is called with a `TopWordsPlan` before the first one. Memory depends
     on the text's word types, not on its length.
 
@@ -173,11 +174,11 @@ def top_words(
     types, of_seen = np.unique(corpus.word[seen], return_inverse=True)
     of_word = np.zeros(corpus.n_words, dtype=np.int64)
     of_word[seen] = of_seen
-    fits = max_memory // (4 * len(types))
+    fits = megabytes(max_memory) // (4 * len(types))
     if not fits:
         raise ValueError(
-            f"max_memory={max_memory:,} bytes cannot hold the {len(types):,} word types of {corpus.name!r} for one "
-            f"neuron; give at least {4 * len(types):,}"
+            f"max_memory={max_memory:g} MB cannot hold the {len(types):,} word types of {corpus.name!r} for one "
+            f"neuron; give at least {4 * len(types) / 2**20:.2g}"
         )
     tables = -(-place.n_neurons // fits)
     size = -(-place.n_neurons // tables)  # the passes share the neurons evenly

@@ -14,14 +14,16 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from relearn_lens import methods
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import meaning
 from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, judge_of
-from relearn_lens.measure.meaning import Nulls, concept_similarity, similarity_to
+from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
 from relearn_lens.measure.vectors import WordVectors, input_embeddings
+from relearn_lens.methods import Measuring
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, site_of
@@ -48,7 +50,8 @@ class Snapshot:
     """Where in training; None before any."""
     also: Mapping[str, Saliency] = field(default_factory=dict)
     """The other scores that were measured, by name."""
-    attribution: Attribution | None = None
+    attributions: Mapping[str, Attribution] = field(default_factory=dict)
+    """By `Saliency.kind`: `"conductance"`, `"layer_ig"`."""
     words: TopWords | None = None
     """Top words of every neuron."""
     meaning: Float[Tensor, "layer neuron"] | None = None
@@ -66,18 +69,23 @@ class Snapshot:
     """What the model says of a few held-out sentences; None where it was not asked."""
 
     def by(self, name: str) -> Saliency:
-        """The saliency of a score, or of the attribution, by name.
+        """The saliency of a score or of an attribution by name; `"attribution"` is the first of these.
 
         Raises:
             ValueError: it was not measured.
         """
         known = {self.saliency.kind: self.saliency, **self.also}
+        known |= {kind: each.saliency() for kind, each in self.attributions.items()}
         if self.attribution is not None:
-            found = self.attribution.saliency()
-            known["attribution"] = known[found.kind] = found
+            known["attribution"] = self.attribution.saliency()
         if name not in known:
             raise ValueError(f"{name!r} was not measured at this stage; measured: {', '.join(known)}")
         return known[name]
+
+    @property
+    def attribution(self) -> Attribution | None:
+        """The first of `attributions`; None without any."""
+        return next(iter(self.attributions.values()), None)
 
     @property
     def f1(self) -> dict[str, float]:
@@ -236,7 +244,7 @@ FORMS: dict[str, Form] = {"conductance": "conductance", "layer_ig": "layer"}
 """The measurements that are attributions, and the form of each."""
 
 MEASURES: dict[str, str] = {
-    "conductance": "attribution of every neuron of every layer: conductance along the path from a reference input",
+    "conductance": "attribution of every neuron of every layer: conductance along the path from a baseline input",
     "layer_ig": "attribution by integrated gradients in each layer's own activations; a pass per layer",
     "top_words": "top words of every neuron, concept similarity to base, polysemy",
     "similarity": "activation similarity of base and last stage: correlation, best match, flow, CKA (a run only)",
@@ -258,42 +266,38 @@ def measure(
     model: Model,
     probe: Corpus | Encoded,
     concept: Concept,
+    how: Measuring | None = None,
     *,
     validation: Corpus | Encoded | None = None,
     site: str | Site = "resid",
     score: str | Score | Callable = "probeless",
     contrast: Contrast = "rest",
-    what: Sequence[str] = (),
     base: Snapshot | None = None,
     vectors: WordVectors | None = None,
-    shuffles: int = 0,
-    rank_bucket: int = 1,
-    nulls: Nulls = "drop",
-    attribution: Mapping[str, Any] | None = None,
-    sample_words: int = 2000,
-    max_memory: int = 512 * 2**20,
     seed: int = 0,
     at: Checkpoint | None = None,
-    max_tokens: int = 4096,
+    **fields: Any,
 ) -> Snapshot:
     """Saliency of every neuron for a concept over the probe corpus, and span F1 on `validation` (or on the probe); of a
     language model the loss there.
 
-    `what` names further measurements: scores (from the same pass), `"conductance"` or `"layer_ig"` (with the keywords
-    of `attribute` in `attribution`), `"top_words"` (with `base` and `vectors`, concept similarity too; by default the
-    vectors are the model's own input embeddings as they are now). With `shuffles`, the main score under so many
-    shuffles of the labels, from the same pass. `rank_bucket` is the `Saliency.bucket` of every score, `nulls` is for
-    `concept_similarity`. The model is read only: mode, gradients, weights and random state are
-    as before.
+    `how` says what is measured besides and how; its fields can be given as keywords too. `what` names further
+    measurements: scores (from the same pass), `"conductance"` and `"layer_ig"` (always on the same sentences),
+    `"top_words"` (with `base` and `vectors`, concept similarity too; by default the vectors are the model's own input
+    embeddings as they are now). With `shuffles`, the main score under so many shuffles of the labels, from the same
+    pass. `rank_bucket` is the `Saliency.bucket` of every score, `nulls` is for `concept_similarity`, `seed` for
+    shuffles and samples of words. The model is read only: mode, gradients, weights and random state are as before.
 
     Raises:
-        ValueError: an unknown site, score, measurement or label; a concept that no word of the probe corpus carries.
+        ValueError: an unknown site, score, measurement, field or label; a concept that no word of the probe corpus
+            carries.
     """
+    how = methods.of(Measuring, how, fields)
     encoded = encoded_for(model, probe)
     classes = concept.classes(encoded.corpus)
     main = score_of(score, contrast)
-    check_measures(what)
-    if "similarity" in what:
+    check_measures(how.what)
+    if "similarity" in how.what:
         raise ValueError(
             "similarity compares two models, and measure() has one: use activation_similarity(before, after, ...), or "
             "the setting measure.what of a run"
@@ -301,40 +305,41 @@ def measure(
     scored = encoded if validation is None else encoded_for(model, validation)
     place = site_of(model.bridge, site)
 
-    others = [score_of(name) for name in what if name in SCORES and name != main.name]
+    others = [score_of(name) for name in how.what if name in SCORES and name != main.name]
     judge = judge_of(model, scored, concept)
-    together = scored is encoded  # then one pass does for both
+    one_pass = scored is encoded
     gathered = gather(
-        model, encoded, classes, {"stats", *(how.needs for how in (main, *others))}, site=place,
-        relabelled=meaning.shuffles(classes, encoded.corpus.word, shuffles, seed=seed), sample_words=sample_words,
-        seed=seed, readers=[judge] if together else (), max_tokens=max_tokens,
+        model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
+        relabelled=meaning.shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
+        sample_words=how.sample_words, seed=seed, readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
     )  # fmt: skip
-    if not together:
-        stream(model, scored, (), readers=[judge], max_tokens=max_tokens)
+    if not one_pass:
+        stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
     stats, by_chance = gathered.stats, gathered.shuffled
     assert stats is not None
     carries = torch.from_numpy(classes.carries)
-    attributed = [name for name in what if name in FORMS]
     words = None
-    if "top_words" in what:
-        words = top_words(model, encoded, site=place, stats=stats, max_memory=max_memory, max_tokens=max_tokens)
+    if "top_words" in how.what:
+        words = top_words(model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens)
         vectors = vectors or input_embeddings(model)
     spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
 
-    def scored_by(how: Score, of: Gathered | ClassStats = gathered) -> Saliency:
-        return replace(saliency(of, concept, carries, score=how, contrast=contrast), bucket=rank_bucket)
+    def scored_by(score: Score, of: Gathered | ClassStats = gathered) -> Saliency:
+        return replace(saliency(of, concept, carries, score=score, contrast=contrast), bucket=how.rank_bucket)
 
     return Snapshot(
         saliency=scored_by(main),
         scores=judge.scores(),
         stats=stats,
         at=at,
-        also={how.name: scored_by(how) for how in others},
-        attribution=attribute(model, encoded, concept, site=place, form=FORMS[attributed[0]], **(attribution or {}))
-        if attributed
-        else None,
+        also={each.name: scored_by(each) for each in others},
+        attributions={
+            name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
+            for name in how.what
+            if name in FORMS
+        },
         words=words,
-        meaning=concept_similarity(base.words, words, vectors, nulls=nulls)
+        meaning=concept_similarity(base.words, words, vectors, nulls=how.nulls)
         if base and base.words and words and vectors
         else None,
         near_concept=similarity_to(spoken, words, vectors) if words and vectors else None,
@@ -349,6 +354,7 @@ def track(
     probe: Corpus | Encoded,
     concept: Concept,
     checkpoints: Iterable[Checkpoint],
+    how: Measuring | None = None,
     *,
     before: Snapshot | None = None,
     pruned: Neurons | None = None,
@@ -363,8 +369,8 @@ def track(
 
     `checkpoints` is `retrain_(...)` or any loop that yields `Checkpoint`. `before` is the snapshot from before
     pruning (stage `"base"`), `pruned` the set that was pruned, `compare` the neurons of matched comparisons where they
-    are not the survivors. Other keywords are those of `measure`; `on_measured` is called with each stage's name and
-    snapshot as it comes.
+    are not the survivors. `how` and other keywords are those of `measure`; `on_measured` is called with each
+    stage's name and snapshot as it comes.
 
     Warns where two stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
     under two names, draw a flat line that means nothing.
@@ -377,7 +383,7 @@ def track(
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
 
     def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = measure(model, probe, concept, validation=validation, at=at, **measuring)
+        snapshots[stage] = measure(model, probe, concept, how, validation=validation, at=at, **measuring)
         if on_measured:
             on_measured(stage, snapshots[stage])
 

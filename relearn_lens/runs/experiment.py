@@ -55,7 +55,7 @@ from relearn_lens.runs.events import (
     Sized,
     Weighed,
 )
-from relearn_lens.runs.preparation import adapters, attribution_settings, load, megabytes, precision_of, prepare
+from relearn_lens.runs.preparation import adapters, load, precision_of, prepare
 from relearn_lens.runs.protocol import placed
 from relearn_lens.runs.settings import Experiment
 
@@ -390,7 +390,7 @@ class _Seed:
         with progress.task(what, 2 * ready.probe.n_tokens):
             return activation_similarity(
                 base.weights, ready.model, ready.probe, concept=ready.concept, site=ready.site,
-                max_memory=megabytes(how.max_memory), max_tokens=how.max_tokens,
+                max_memory=how.max_memory, max_tokens=how.max_tokens,
             )  # fmt: skip
 
     def _is_dear(self, arm: Arm | None) -> bool:
@@ -420,14 +420,13 @@ class _Seed:
             or (name == "top_words" and ends_or_all)
         ]
         scored = ready.scored
+        now = how.model_copy(update={"what": tuple(wanted), "shuffles": how.shuffles if ends else 0})
         total = ready.probe.n_tokens * (2 if "top_words" in wanted else 1) + scored.n_tokens
         with progress.task(what, total):
             snapshot = measure(
-                ready.model, ready.probe, ready.concept, validation=scored, site=ready.site, score=settings.score,
-                contrast=settings.contrast, what=wanted, base=base.snapshot if base else None,
-                vectors=base.vectors if base else None, shuffles=how.shuffles if ends else 0, seed=self.seed,
-                rank_bucket=how.rank_bucket, nulls=how.nulls, attribution=attribution_settings(settings),
-                sample_words=how.sample_words, max_memory=megabytes(how.max_memory), at=at, max_tokens=how.max_tokens,
+                ready.model, ready.probe, ready.concept, now, validation=scored, site=ready.site, score=settings.score,
+                contrast=settings.contrast, base=base.snapshot if base else None,
+                vectors=base.vectors if base else None, seed=self.seed, at=at,
             )  # fmt: skip
         if self.seed != settings.seeds[0] or (arm is not None and arm.name != "concept"):
             return snapshot

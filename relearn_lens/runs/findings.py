@@ -40,15 +40,15 @@ def claims_of(run: Run) -> list[Claim]:
 def findings(run: Run) -> dict[str, Any]:
     """Everything here as plain values."""
     return {
-        "claims": [asdict(claim) for claim in claims_of(run)],
-        "migration": migration_of(run),
-        "recovery_speed": {name: _speeds(run, arms) for name, arms in run.arms.items()},
+        "claims": [asdict(claim) for claim in run.numbers.claims],
+        "migration": run.numbers.migration,
+        "recovery_speed": {name: _speeds(found) for name, found in run.numbers.speeds.items()},
         "savings": _savings(run),
-        "attribution": _by_stage(run, lambda arm, stage: _attribution(arm, stage)),
-        "scores_agreement": agreement(run),
+        "attribution": _by_stage(run, _attribution),
+        "scores_agreement": run.numbers.agreement,
         "similarity": {name: [_similarity(arm) for arm in arms] for name, arms in run.arms.items()},
-        "meaning": _by_stage(run, lambda arm, stage: _meaning(arm, stage)),
-        "heirs": {name: heirs(run, name) for name in run.arms},
+        "meaning": _by_stage(run, _meaning),
+        "heirs": {name: [str(row) for row in rows] for name, rows in run.numbers.heirs.items()},
         "probe_quality": {kind: asdict(s.quality) for kind, s in _base(run).also.items() if s.quality is not None},
     }
 
@@ -63,7 +63,7 @@ def migration_of(run: Run) -> dict[str, Any]:
 
     def told(**how: Any) -> dict[str, Any]:
         try:
-            moved = migration.migration(run.arms, **how)
+            moved = migration.migration(run.arms, level=run.interval["level"], **how)
         except ValueError as error:
             return {"says": f"Not measured: {error}."}
         return {**asdict(moved), "says": str(moved)}
@@ -81,14 +81,12 @@ def last(arm: Trajectory) -> str:
 
 def agreement(run: Run) -> dict[str, float]:
     """Spearman correlation over neurons of the ranking score with every other score, at base, mean over seeds."""
-    first = next(iter(run.arms.values()))
-    found: dict[str, float] = {}
-    kinds = [*first[0][BASE].also, *(["attribution"] if first[0][BASE].attribution else [])]
-    for kind in kinds:
-        # What takes long was measured for the first seed alone, unless the settings say otherwise.
-        measured = [arm for arm in first if kind != "attribution" or arm[BASE].attribution is not None]
-        found[arm_kind(first[0], kind)] = float(np.mean([_rank_correlation(arm[BASE], kind) for arm in measured]))
-    return found
+    bases = [arm[BASE] for arm in next(iter(run.arms.values()))]
+    # What takes long was measured for the first seed alone, unless the settings say otherwise.
+    return {
+        kind: float(np.mean([_rank_correlation(s, kind) for s in bases if kind in s.also or kind in s.attributions]))
+        for kind in (*bases[0].also, *bases[0].attributions)
+    }
 
 
 def _rank_correlation(snapshot: Snapshot, kind: str) -> float:
@@ -98,11 +96,6 @@ def _rank_correlation(snapshot: Snapshot, kind: str) -> float:
         return float("nan")
     found: Any = st.spearmanr(mine, other)  # stubs and scipy do not agree on what this is
     return float(found.statistic)
-
-
-def arm_kind(arm: Trajectory, kind: str) -> str:
-    """The name of a score; of an attribution, its form."""
-    return arm[BASE].by(kind).kind
 
 
 def heirs(run: Run, name: str, k: int = 8) -> list[str]:
@@ -136,18 +129,22 @@ def _by_stage(run: Run, of: Any) -> dict[str, Any]:
 
 
 def _attribution(arm: Trajectory, stage: str) -> dict[str, Any] | None:
-    found = arm[stage].attribution
-    if found is None:
-        return None
-    return {
-        "layer_share": migration.layer_share(found.saliency()),
-        "score_by_layer": found.score.sum(1).tolist(),
-        "delta": found.delta.tolist(),
-        "delta_is_error": found.is_cut_set,
-        "change": found.change,
-        "unit": found.unit,
-        **{key: getattr(found, key) for key in ("form", "target", "reference", "quadrature", "steps", "n_words")},
-    }
+    each = [
+        {
+            "layer_share": migration.layer_share(attribution.saliency()),
+            "score_by_layer": attribution.score.sum(1).tolist(),
+            "delta": attribution.delta.tolist(),
+            "delta_is_error": attribution.is_cut_set,
+            "change": attribution.change,
+            "unit": attribution.unit,
+            **{
+                key: getattr(attribution, key)
+                for key in ("form", "target", "baseline", "quadrature", "steps", "n_words")
+            },
+        }
+        for attribution in arm[stage].attributions.values()
+    ]
+    return None if not each else {**each[0], "also": each[1:]} if each[1:] else each[0]
 
 
 def _similarity(arm: Trajectory) -> dict[str, Any]:
@@ -177,8 +174,7 @@ def _meaning(arm: Trajectory, stage: str) -> dict[str, Any] | None:
     }
 
 
-def _speeds(run: Run, arms: Sequence[Trajectory]) -> dict[str, Any]:
-    found = recovery.speeds(arms, run.label, unpruned=run.arms.get("unpruned"), **run.interval)
+def _speeds(found: recovery.Speeds) -> dict[str, Any]:
     return {
         "reached": {f"{share:g}": asdict(when) for share, when in found.reached.items()},
         "area": None if found.area is None else asdict(found.area),
@@ -229,7 +225,7 @@ def speed_rows(run: Run) -> Table:
     for name, arms in run.arms.items():
         if arms[0].pruned is None:
             continue
-        found = recovery.speeds(arms, run.label, unpruned=run.arms.get("unpruned"), **run.interval)
+        found = run.numbers.speeds[name]
         area = "within noise" if found.area is None else _interval(found.area)
         rows.append([name, *(_interval(when.epochs) or "not reached" for when in found.reached.values()), area])
     shares = [f"epochs to {share:.0%}" for share in recovery.SHARES]
@@ -238,22 +234,27 @@ def speed_rows(run: Run) -> Table:
 
 def attribution_rows(run: Run) -> Table:
     """Share of the attribution in each layer, its change of the output and the largest completeness error."""
-    rows, layers = [], list(next(iter(run.arms.values()))[0].site.layers)
-    shown_base = False
-    for name, arms in run.arms.items():
-        for stage in arms[0].stages:
-            found = [arm[stage].attribution for arm in arms]
-            again = (stage == BASE and shown_base and name != "never") or (stage == PRUNED and arms[0].pruned is None)
-            if again or all(each is None for each in found):
-                continue
-            shown_base = shown_base or stage == BASE
-            known = [each for each in found if each is not None]
-            shares = np.mean([migration.layer_share(each.saliency()) for each in known], axis=0)
-            error = max(float((each.delta / each.change).abs().max()) for each in known)
-            said = f"{error:.1%}" if known[0].is_cut_set else "no cut set"
-            change = float(np.mean([each.change for each in known]))
-            who = "all arms" if stage == BASE and name != "never" else name
-            rows.append([who, stage, *_by_column(layers, shares, np.sum), f"{change:.2f}", said])
+    first = next(iter(run.arms.values()))[0]
+    rows, layers = [], list(first.site.layers)
+    kinds = list(dict.fromkeys(kind for snapshot in first.snapshots.values() for kind in snapshot.attributions))
+    for kind in kinds:
+        shown_base = False
+        for name, arms in run.arms.items():
+            for stage in arms[0].stages:
+                known = [arm[stage].attributions[kind] for arm in arms if kind in arm[stage].attributions]
+                again = (stage == BASE and shown_base and name != "never") or (
+                    stage == PRUNED and arms[0].pruned is None
+                )
+                if again or not known:
+                    continue
+                shown_base = shown_base or stage == BASE
+                shares = np.mean([migration.layer_share(each.saliency()) for each in known], axis=0)
+                largest = max(float((each.delta / each.change).abs().max()) for each in known)
+                error = f"{largest:.1%}" if known[0].is_cut_set else "no cut set"
+                change = float(np.mean([each.change for each in known]))
+                who = "all arms" if stage == BASE and name != "never" else name
+                who += f", {kind}" if len(kinds) > 1 else ""
+                rows.append([who, stage, *_by_column(layers, shares, np.sum), f"{change:.2f}", error])
     return ["arm", "stage", *(name for name, _ in layer_columns(layers)), "output change", "completeness error"], rows
 
 
@@ -285,7 +286,7 @@ def agreement_rows(run: Run) -> Table:
     """Rank correlation of the ranking score with the others, at base; fitted scores with their held-out quality."""
     rows = []
     also = _base(run).also
-    for name, value in agreement(run).items():
+    for name, value in run.numbers.agreement.items():
         quality = also[name].quality if name in also else None
         rows.append([name, _number(value), "" if quality is None else str(quality)])
     return ["score", f"Spearman with {_base(run).saliency.kind}", "held-out quality, beside its controls"], rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -57,27 +56,27 @@ def prepare(experiment: Experiment) -> Prepared:
     concept.classes(drawn[2])
     with progress.task("loading the model", 1), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
-        tagger = load(experiment, drawn[0].label_names)
-    site = site_of(tagger.bridge, experiment.site)
-    with adapters(tagger, experiment.retrain.lora_rank, seed=0):
+        model = load(experiment, drawn[0].label_names)
+    site = site_of(model.bridge, experiment.site)
+    with adapters(model, experiment.retrain.lora_rank, seed=0):
         pass  # peft, and layers to adapt, are there
     decided = list(dict.fromkeys(str(each.message) for each in warned if each.category is UserWarning))
     if set(experiment.arms) - {"unpruned"}:
-        experiment, decided = resolved(experiment, tagger.bridge, site)
-    train, validation, probe = (tagger.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
-    experiment, fits = _fitted(experiment, tagger, train, validation, probe)
+        experiment, decided = resolved(experiment, model.bridge, site)
+    train, validation, probe = (model.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
+    experiment, fits = _fitted(experiment, model, train, validation, probe)
     decided += fits
     notes = [*dict.fromkeys(note for part in (train, validation, probe) for note in part.notes()), *decided]
-    notes += _plans(experiment, tagger, probe, concept, site)
+    notes += _plans(experiment, model, probe, concept, site)
     other = other_concept(experiment, probe.corpus)
     if "other" in experiment.arms and other is None:
         notes.append(
             f"other = 'auto': no other label of the text has {FEWEST_SPANS} spans in the {probe.corpus.n_sentences:,} "
             "sentences that are scored, so there is no arm 'other', and whether the cut was specific stays open"
         )
-    notes.append(f"precision: {str(precision_of(experiment, tagger.device)).removeprefix('torch.')}")
+    notes.append(f"precision: {str(precision_of(experiment, model.device)).removeprefix('torch.')}")
     return Prepared(
-        experiment, tagger, site, concept, other, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
+        experiment, model, site, concept, other, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
     )
 
 
@@ -125,24 +124,9 @@ def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0, know
     return load_tagger(experiment.model, labels, seed=seed, device=device, head=experiment.head)
 
 
-def adapters(tagger: Model, rank: int | None, *, seed: int) -> contextlib.AbstractContextManager[None]:
+def adapters(model: Model, rank: int | None, *, seed: int) -> contextlib.AbstractContextManager[None]:
     """Low-rank adapters for a while, if a rank is set."""
-    return adapted(tagger, rank=rank, seed=seed) if rank else contextlib.nullcontext()
-
-
-def attribution_settings(experiment: Experiment) -> dict[str, Any]:
-    """The settings of attribution, as `attribute` takes them."""
-    asked = experiment.measure
-    return {
-        **{name: getattr(asked, name) for name in ("target", "reference", "quadrature", "steps", "sentences")},
-        "max_memory": megabytes(asked.max_memory),
-        "seed": experiment.data.split_seed,
-    }
-
-
-def megabytes(n: float) -> int:
-    """So many MB (2**20 bytes) in bytes."""
-    return int(n * 2**20)
+    return adapted(model, rank=rank, seed=seed) if rank else contextlib.nullcontext()
 
 
 def _check_device(device: str) -> None:
@@ -175,13 +159,13 @@ def _hashes(experiment: Experiment, drawn: list[Corpus]) -> dict[str, str]:
     return found
 
 
-def _fitted(experiment: Experiment, tagger: Model, train: Encoded, *read: Encoded) -> tuple[Experiment, list[str]]:
+def _fitted(experiment: Experiment, model: Model, train: Encoded, *read: Encoded) -> tuple[Experiment, list[str]]:
     """The settings, within `max_memory` for this model and these texts."""
-    config = tagger.bridge.cfg
+    config = model.bridge.cfg
     sizes = int(config.n_layers), int(config.d_model), int(config.n_heads)
-    shape = Shape(*sizes, sum(value.numel() for value in tagger.weights().values()), int(config.d_vocab))
+    shape = Shape(*sizes, sum(value.numel() for value in model.weights().values()), int(config.d_vocab))
     # On a GPU the run has the device's memory to itself, but for the one copy of the weights that is there.
-    taken = shape.bytes / 2**20 if tagger.device.type == "cuda" else psutil.Process().memory_info().rss / 2**20
+    taken = shape.bytes / 2**20 if model.device.type == "cuda" else psutil.Process().memory_info().rss / 2**20
     longest = int(train.lengths.max())
     return fitted(
         experiment, shape, taken_mb=taken, longest_train=longest,
@@ -189,13 +173,11 @@ def _fitted(experiment: Experiment, tagger: Model, train: Encoded, *read: Encode
     )  # fmt: skip
 
 
-def _plans(experiment: Experiment, tagger: Model, probe: Encoded, concept: Concept, site: Site) -> list[str]:
+def _plans(experiment: Experiment, model: Model, probe: Encoded, concept: Concept, site: Site) -> list[str]:
     """What the costly measurements will take, and an error now if their settings cannot work."""
-    said = []
-    for name in experiment.measure.what:
-        if name in FORMS:
-            plan = attribution_plan(
-                tagger, probe, concept, site=site, form=FORMS[name], **attribution_settings(experiment)
-            )
-            said.append(f"{name}: {plan}")
-    return said
+    how = experiment.measure
+    return [
+        f"{name}: {attribution_plan(model, probe, concept, how, site=site, form=FORMS[name])}"
+        for name in how.what
+        if name in FORMS
+    ]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.tracking import BASE, Trajectory
 from relearn_lens.runs.events import Again, ArmDone, Blocked, Cuts, Damage, Event, Grafted, Sized
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.text import markup
+
+if TYPE_CHECKING:
+    import relearn_lens.runs.numbers
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Run:
 
     def take(self, event: Event) -> None:
         """Put what an event brings to the rest; events that pass by change nothing."""
+        self.__dict__.pop("numbers", None)
         match event:
             case ArmDone(trajectory=path):
                 self.arms.setdefault(path.arm, []).append(path)
@@ -52,6 +57,13 @@ class Run:
     def interval(self) -> dict[str, Any]:
         """Coverage and bootstrap draws of every interval, as `analysis.estimate` takes them."""
         return {"level": self.experiment.measure.level, "draws": self.experiment.measure.draws}
+
+    @cached_property
+    def numbers(self) -> relearn_lens.runs.numbers.Numbers:
+        """All that is told of the run, each number computed once."""
+        from relearn_lens.runs.numbers import Numbers  # which reads runs
+
+        return Numbers(self)
 
     def to_dataframe(self) -> Any:
         """All arms' `Trajectory.to_dataframe` below each other."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from relearn_lens.methods import AtMost, Finetuning, Method, Retraining, Size
+from relearn_lens.methods import AtMost, Finetuning, Measuring, Method, Retraining, Size
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -122,12 +122,12 @@ class Prune(Method):
     )
 
 
-class Measure(Method):
+class Measure(Measuring):
     """What is measured, and how. A list alone stands for `what`: `measure = ["probeless", "dprime"]`."""
 
     what: tuple[str, ...] = Field(
         default=("dprime", "probeless", "auroc", "conductance", "top_words", "similarity"),
-        description="scores (`relearn-lens scores`), conductance or layer_ig, top_words, similarity",
+        description=Measuring.model_fields["what"].description,
     )
     on: Literal["probe", "validation"] = Field(
         default="probe",
@@ -146,48 +146,23 @@ class Measure(Method):
         description="where a word's activations are read; word: its own sub-words, averaged; before: the token before "
         "its first one, which predicts it; auto: before for task next_token, else word",
     )
-    target: str = Field(
-        default="auto",
-        description="attribution: what the neurons are asked for; logit, logprob or margin; auto: logprob for task "
-        "next_token, else margin",
-    )
-    reference: str = Field(
-        default="auto", description="attribution: the reference input; auto, mask, pad, end, mean (or zero)"
-    )
-    quadrature: str = Field(default="gauss-legendre", description="attribution: gauss-legendre or riemann")
-    steps: int = Field(default=16, ge=2, le=1000, description="attribution: points of the quadrature")
     sentences: AtMost = Field(default=24, description="attribution: sentences that hold the concept, at most")
-    rank_bucket: int = Field(
-        default=1,
-        ge=1,
-        le=1_000_000,
-        description="neurons per step of rank saliency. Published: 100, so that up to 100 neurons share one value; "
-        "exact ranks lose nothing, and a small model has few buckets",
-    )
-    nulls: Literal["drop", "zero_then_drop"] = Field(
-        default="drop",
-        description="concept similarity of neurons whose top words mean nothing; drop: left out at every stage. "
-        "Published: zero_then_drop, 0 where the neuron was null at base and left out where it is null later, which "
-        "moves the means without any change of meaning",
-    )
     selection: Literal["matched", "published"] = Field(
         default="matched",
         description="the comparison of layers that comes first; matched: the same surviving neurons at base and later. "
         "Published: all neurons at base with the survivors later, which looks like a move to early layers because "
         "pruning takes late ones",
     )
-    sample_words: int = Field(
-        default=2000, ge=20, le=1_000_000, description="words that fitted and exact scores are made from"
-    )
-    shuffles: int = Field(
-        default=19, ge=0, le=1000, description="label shuffles of the base model behind null distributions"
-    )
-    max_memory: Size = Field(default=512, description="MB that attribution, top words and similarity may each take")
-    max_tokens: int = Field(
-        default=4096, ge=16, le=1_000_000, description="tokens per batch when the model is only read"
-    )
+    shuffles: int = Field(default=19, ge=0, le=1000, description=Measuring.model_fields["shuffles"].description)
     draws: int = Field(default=1000, ge=100, le=100_000, description="bootstrap draws behind an interval")
     level: float = Field(default=0.95, gt=0.5, le=0.9999, description="coverage of the intervals")
+
+    @field_validator("target", "quadrature")
+    @classmethod
+    def _by_name(cls, name: Any) -> Any:
+        if not isinstance(name, str):
+            raise ValueError("a name; a function can be given in Python alone, to attribute()")
+        return name
 
 
 class Grafting(Method):

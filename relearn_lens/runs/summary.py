@@ -13,7 +13,6 @@ from relearn_lens.analysis import story
 from relearn_lens.analysis.migration import Selection, sides
 from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
-from relearn_lens.runs.answers import answers
 from relearn_lens.runs.events import Again, Grafted, Sized
 from relearn_lens.runs.files import plain_settings
 from relearn_lens.runs.findings import findings
@@ -95,8 +94,8 @@ def summary(result: Run) -> dict[str, Any]:
         "score_by_layer": {
             name: mean([_score_by_stage(arm) for arm in arms]) for name, arms in result.arms.items()
         },
-        "what_happened": story.what_happened(result.arms, label, **interval),
-        "questions": [asdict(question) for question in answers(result)],
+        "what_happened": result.numbers.what_happened,
+        "questions": [asdict(question) for question in result.numbers.questions],
         "grafts": [_grafts(grafted) for grafted in result.grafted],
         "again": [_again(again, label) for again in result.again],
         "doses": [_doses(sized) for sized in result.sized],

@@ -17,7 +17,6 @@ from relearn_lens.analysis import migration, priming, story
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import FEWEST_SEEDS
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
-from relearn_lens.runs import findings
 from relearn_lens.runs.results import Run
 
 TOP = 0.1
@@ -159,7 +158,7 @@ def neuron_map(run: Run) -> str:
 
 def migrated(run: Run, score: str = "saliency") -> str:
     """The matched comparison in words, then the unmatched one."""
-    found = findings.migration_of(run)
+    found = run.numbers.migration
     if score == "attribution":
         return f"{found['attribution']['says']} Attribution and the ranking score need not agree."
     return f"{found['matched']['says']} {found['published']['says']}"

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from relearn_lens.analysis import intervals
 from relearn_lens.analysis.intervals import Estimate
+from relearn_lens.measure import bootstrap
 from relearn_lens.measure.evaluation import SpanScores
 from tests.analysis.test_story import LABEL, scores_of
 
@@ -128,7 +129,7 @@ def test_over_sentences_with_infinite_draws_has_an_infinite_end():
 def test_over_sentences_moves_no_global_generator():
     state, torch_state = repr(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
     first = intervals.over_sentences(np.asarray, LABEL, spans(40, 0.7), seed=5)
-    intervals._weights.cache_clear()
+    bootstrap.weights.cache_clear()
     assert intervals.over_sentences(np.asarray, LABEL, spans(40, 0.7), seed=5) == first
     assert intervals.over_sentences(np.asarray, LABEL, spans(40, 0.7), seed=6) != first
     intervals.over_neurons(lambda x: x.mean(-1), np.arange(9.0))
@@ -418,3 +419,12 @@ def test_estimate_refuses_columns_of_different_seeds():
         intervals.estimate(np.subtract, LABEL, [scores_of(1)], [scores_of(1)] * 2)
     with pytest.raises(ValueError, match=r"one score per seed, got \[0\]"):
         intervals.estimate(np.asarray, LABEL, [])
+
+
+@pytest.mark.parametrize("noise", [1, 2])
+def test_a_score_and_an_estimate_have_one_interval(noise):
+    scores = scores_of(0.8, n=60, noise=noise)
+    found = intervals.over_sentences(np.asarray, "place", scores, draws=500, level=0.9)
+    assert scores.interval("place", n=500, level=0.9) == pytest.approx((found.low, found.high))
+    tails = np.quantile(scores.resampled("place", n=500), [0.05, 0.95])
+    assert (found.low, found.high) != pytest.approx(tuple(tails), abs=1e-6)  # BCa is not the percentile one

@@ -126,7 +126,7 @@ def test_migration_names_the_only_layer_where_it_can_come_back(
     text = encode(trainable.corpus, tagger.tokenizer, context=tagger.context)
     planted = Neurons.of(site_of(tagger.bridge, SITE), trainable.planted)
     weights = {name: weight.clone() for name, weight in tagger.weights().items()}
-    measured = {"site": SITE, "what": ["conductance"], "attribution": {"steps": 6, "sentences": 16}}
+    measured = {"site": SITE, "what": ["conductance"], "steps": 6, "sentences": 16}
     base = measure(tagger, text, PLACE, **measured)
     for name, weight in tagger.named_parameters():
         weight.requires_grad_(f"layers.{block}." in name and ".mlp." in name)

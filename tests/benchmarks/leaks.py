@@ -55,7 +55,8 @@ def leaks(measurements: int = MEASUREMENTS) -> None:
             place,
             site="mlp_post",
             what=what,
-            attribution={"sentences": 4, "steps": 2},
+            sentences=4,
+            steps=2,
             seed=i,
         )
         if i % every == 0 or i == 1:

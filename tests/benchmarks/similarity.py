@@ -26,7 +26,7 @@ def similarity(sentences: int = 60) -> None:
         "all words, weights kept from before": {
             "before": {name: value.clone() for name, value in after.weights().items()}
         },
-        "all words, in parts": {"max_memory": int(1.7 * matrix)},
+        "all words, in parts": {"max_memory": 1.7 * matrix / 2**20},
     }
     plans: dict[str, Plan] = {}
 

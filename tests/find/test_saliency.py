@@ -37,8 +37,7 @@ from relearn_lens.neurons.streaming import BinCounts, ClassStats, ClassSums, Wor
 from relearn_lens.text.concept import Classes, Concept
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Batch, encode
-from tests.conftest import LABELS, Untouched, sentences_of, unchecked
-from tests.made import counted
+from tests.conftest import LABELS, Untouched, sentences_of, ticks, unchecked
 
 PLACE = Concept("place", labels=("LOC",))
 
@@ -109,7 +108,7 @@ def test_class_stats_agree_with_a_slow_loop(bert, plain, tokenizer, corpus, enco
 
 def test_class_stats_take_a_bridge_and_report_every_token(bert_model, corpus, encoded, untouched: Untouched):
     classes = PLACE.classes(corpus)
-    with untouched(bert_model), counted() as seen:
+    with untouched(bert_model), ticks() as seen:
         stats = class_stats(bert_model.bridge, encoded, classes, max_tokens=60)
     close(stats, class_stats(bert_model, encoded, classes), 1e-5)
     assert len(seen) > 2
@@ -195,11 +194,8 @@ def test_class_stats_name_the_layer_whose_activations_are_not_finite(bert, corpu
 
 
 def test_class_stats_leave_no_hook_after_an_error(bert, corpus, encoded, untouched: Untouched):
-    def stop(tokens: int) -> None:
-        raise KeyboardInterrupt
-
     bert.train()
-    with untouched(bert), pytest.raises(KeyboardInterrupt), counted(stop):
+    with untouched(bert), pytest.raises(KeyboardInterrupt), ticks(KeyboardInterrupt()):
         class_stats(bert, encoded, PLACE.classes(corpus))
 
 
@@ -511,7 +507,7 @@ def test_score_many_is_one_pass_for_every_score(toy_model, untouched: Untouched)
         return stats.mean.amax(0) - stats.mean.amin(0)
 
     scores = [*SCORES, spread]
-    with untouched(toy_model.tagger), counted() as seen:
+    with untouched(toy_model.tagger), ticks() as seen:
         many = score_many(
             toy_model.tagger, encoded, concept, classes, scores, site="mlp_post", contrast="rest", sample_words=500,
             seed=2,
@@ -555,7 +551,7 @@ def test_score_many_refuses_before_any_pass(bert_model, corpus, encoded):
     classes = PLACE.classes(corpus)
 
     def run(scores: list, **options: Any) -> None:
-        with counted(lambda n: pytest.fail("ran")):
+        with ticks(KeyError("a pass")):
             unchecked(score_many)(bert_model, encoded, PLACE, classes, scores, **options)
 
     with pytest.raises(ValueError, match="unknown score 'magic'; known: probeless, difference, dprime"):

@@ -27,7 +27,7 @@ from relearn_lens.models.model import Tagger, reading, tags_of
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
-from tests.made import counted
+from tests.conftest import ticks
 
 LABELS = ("O", "A", "B", "never")
 TAGS = tags_of(LABELS)
@@ -283,11 +283,11 @@ def test_predict_calls_words_outside_that_truncation_cut_off(tagger):
 
 def test_predict_does_not_depend_on_the_batches(tagger):
     text = encode(toy.corpus(sentences=30), tagger.tokenizer, context=tagger.context)
-    with counted() as ticks:
+    with ticks() as counted:
         small = predict(tagger, text, max_tokens=16)
     assert (small == predict(tagger, text)).all()
-    assert len(ticks) > 10
-    assert sum(ticks) == text.n_tokens
+    assert len(counted) > 10
+    assert sum(counted) == text.n_tokens
 
 
 def test_evaluate_refuses_labels_that_the_tagger_does_not_know(tagger):
@@ -369,7 +369,7 @@ def test_margin_is_the_one_that_attribution_takes(toy):
 def test_margin_comes_from_the_pass_that_predicts(toy):
     evaluate(toy.tagger, toy.corpus)
     seen: list[int] = []
-    handle = toy.tagger.trunk.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    handle = toy.tagger.bridge.blocks[0].register_forward_hook(lambda *_: seen.append(1))
     scores = evaluate(toy.tagger, toy.corpus, max_tokens=64)
     handle.remove()
     assert len(seen) == len(toy.tagger.encode(toy.corpus).cuts(max_tokens=64))

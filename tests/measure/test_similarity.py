@@ -25,9 +25,8 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Encoded
-from tests.conftest import PIECES, Untouched, sentences_of
+from tests.conftest import PIECES, Untouched, sentences_of, ticks
 from tests.find.test_saliency import site, slow_words
-from tests.made import counted
 
 PLACE = Concept("place", labels=("LOC",))
 CPU = torch.device("cpu")
@@ -317,9 +316,9 @@ def test_several_passes_give_the_same_within_the_bound(bert_model, bert, encoded
     plans: list[Plan] = []
     whole = activation_similarity(bert_model, bert, encoded, concept=PLACE, max_tokens=60)
     for bound in (345_000, 450_000, 700_000):
-        with counted() as seen:
+        with ticks() as seen:
             parts = activation_similarity(
-                bert_model, bert, encoded, concept=PLACE, max_tokens=60, max_memory=bound, on_plan=plans.append
+                bert_model, bert, encoded, concept=PLACE, max_tokens=60, max_memory=bound / 2**20, on_plan=plans.append
             )
         assert plans[-1].n_bytes <= bound
         assert sum(seen) == 2 * plans[-1].passes * encoded.n_tokens
@@ -365,11 +364,7 @@ def test_weights_kept_from_before_do_as_well_as_a_second_model(bert_model, bert,
 def test_an_error_in_the_middle_leaves_the_weights_of_after(bert, encoded, untouched: Untouched):
     was = kept(bert)
     shaken(bert)
-
-    def stop(_: int) -> None:
-        raise KeyboardInterrupt
-
-    with untouched(bert), pytest.raises(KeyboardInterrupt), counted(stop):
+    with untouched(bert), pytest.raises(KeyboardInterrupt), ticks(KeyboardInterrupt()):
         activation_similarity(was, bert, encoded)
 
 
@@ -469,7 +464,7 @@ def test_similarity_refuses_a_bound_that_holds_nothing(bert_model, encoded):
     plans: list[Plan] = []
     said = r"max_memory of 1,000 bytes does not hold .* a single neuron of resid .*: [\d,]+ bytes are needed with up to"
     with pytest.raises(ValueError, match=said):
-        activation_similarity(bert_model, bert_model, encoded, max_memory=1000, on_plan=plans.append)
+        activation_similarity(bert_model, bert_model, encoded, max_memory=1000 / 2**20, on_plan=plans.append)
     assert not plans
 
 

@@ -16,9 +16,8 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
-from tests.conftest import CONTEXT, D_MLP, D_MODEL, N_LAYERS, Untouched, sentences_of
+from tests.conftest import CONTEXT, D_MLP, D_MODEL, N_LAYERS, Untouched, sentences_of, ticks
 from tests.find.test_saliency import slow_words
-from tests.made import counted
 
 PLACE = Concept("place", labels=("LOC",))
 
@@ -156,7 +155,7 @@ def test_top_words_do_not_depend_on_passes_or_batches(bert_model, encoded, max_m
     monkeypatch.setattr(topwords, "stream", watched)
     plans: list[TopWordsPlan] = []
     parts = top_words(
-        bert_model, encoded, site="mlp_post", max_memory=max_memory, max_tokens=max_tokens, on_plan=plans.append
+        bert_model, encoded, site="mlp_post", max_memory=max_memory / 2**20, max_tokens=max_tokens, on_plan=plans.append
     )  # fmt: skip
     same(parts, whole)
     assert whole.n_types == 25
@@ -167,10 +166,10 @@ def test_top_words_do_not_depend_on_passes_or_batches(bert_model, encoded, max_m
 def test_top_words_with_stats_take_one_pass_less(bert_model, corpus, encoded, untouched: Untouched):
     stats = class_stats(bert_model, encoded, PLACE.classes(corpus))
     plans = []
-    with untouched(bert_model), counted() as ticks:
+    with untouched(bert_model), ticks() as once:
         given = top_words(bert_model, encoded, stats=stats, on_plan=plans.append)
-    assert sum(ticks) == encoded.n_tokens
-    with counted() as twice:
+    assert sum(once) == encoded.n_tokens
+    with ticks() as twice:
         same(given, top_words(bert_model.bridge, corpus, on_plan=plans.append))
     assert sum(twice) == 2 * encoded.n_tokens
     assert [str(plan) for plan in plans] == [
@@ -253,10 +252,6 @@ def test_top_words_of_planted_neurons_are_what_was_planted(toy_model, untouched:
 # --- errors, before any forward pass
 
 
-def refuse(tokens: int) -> None:
-    pytest.fail(f"{tokens} tokens were read")
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -264,22 +259,27 @@ def refuse(tokens: int) -> None:
         ({"keep": 1.0}, "keep from 0 to below 1, got k=5, keep=1.0"),
         ({"keep": -0.1}, "keep from 0 to below 1"),
         ({"site": "magic"}, "unknown site 'magic'; known: resid, mlp_post"),
-        ({"max_memory": 99}, "max_memory=99 bytes cannot hold the 25 word types of 'tiny' .*; give at least 100"),
+        (
+            {"max_memory": 99 / 2**20},
+            r"max_memory=9\.44\S+ MB cannot hold the 25 word types of 'tiny' .*; give at least 9\.5e-05",
+        ),
     ],
 )
 def test_top_words_refuse_what_is_out_of_range(bert_model, encoded, arguments, said):
-    with pytest.raises(ValueError, match=said), counted(refuse):
+    with pytest.raises(ValueError, match=said), ticks(KeyError("a pass")):
         top_words(bert_model, encoded, **arguments)
 
 
 def test_top_words_refuse_stats_of_something_else(bert_model, corpus, encoded, tokenizer):
     stats = class_stats(bert_model, encoded, PLACE.classes(corpus), site="mlp_post")
     said = "86 words at site 'mlp_post', and top words are asked of the 86 words of 'tiny' at site 'resid'"
-    with pytest.raises(ValueError, match=said), counted(refuse):
+    with pytest.raises(ValueError, match=said), ticks(KeyError("a pass")):
         top_words(bert_model, encoded, stats=stats)
     half = encode(corpus.take(range(4)), tokenizer, context=CONTEXT)
-    said = "pass those of the same model, text and site, or leave stats= out"
-    with pytest.raises(ValueError, match=said), counted(refuse):
+    with (
+        pytest.raises(ValueError, match="pass those of the same model, text and site, or leave stats= out"),
+        ticks(KeyError("a pass")),
+    ):
         top_words(bert_model, half, site="mlp_post", stats=stats)
 
 

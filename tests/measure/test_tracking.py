@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from relearn_lens.find.attribution import attribute
 from relearn_lens.measure import tracking
 from relearn_lens.measure.tracking import Snapshot, Trajectory, measure, track
+from relearn_lens.methods import Measuring
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, random_neurons, site_of
@@ -299,3 +301,35 @@ def test_a_pruned_neuron_is_never_shown_as_the_most_salient(toy):
     first, last = (str(next(iter(x))) for x in (cut, after.top(1, among=path.there("pruned"))))
     base, pruned = path._repr_html_().split("<tr>")[-2:]
     assert (first in base, first in pruned, last in pruned) == (True, False, True)
+
+
+def test_every_attribution_that_is_named_is_measured(toy_model):
+    how = Measuring(what=("layer_ig", "conductance", "dprime"), steps=3, sentences=3)
+    text = toy_model.corpus
+    shot = measure(toy_model.tagger, text, PLACE, how, site="mlp_post")
+    alone = {
+        "conductance": attribute(toy_model.tagger, text, PLACE, how, site="mlp_post"),
+        "layer_ig": attribute(toy_model.tagger, text, PLACE, site="mlp_post", form="layer", steps=3, sentences=3),
+    }
+    assert list(shot.attributions) == ["layer_ig", "conductance"]
+    for kind, found in alone.items():
+        torch.testing.assert_close(shot.attributions[kind].score, found.score)
+        torch.testing.assert_close(shot.by(kind).score, found.score.abs())
+    assert not torch.allclose(alone["conductance"].score, alone["layer_ig"].score)
+    assert shot.attribution is shot.attributions["layer_ig"]
+    assert shot.by("attribution").kind == "layer_ig"
+    assert set(shot.also) == {"dprime"}
+
+
+def test_measure_takes_its_settings_as_an_object_or_as_keywords(toy_model):
+    how = Measuring(what=("auroc",), shuffles=2, rank_bucket=7)
+    shots = [
+        measure(toy_model.tagger, toy_model.corpus, PLACE, how),
+        measure(toy_model.tagger, toy_model.corpus, PLACE, what=["auroc"], shuffles=2, rank_bucket=7),
+        measure(toy_model.tagger, toy_model.corpus, PLACE, how.model_copy(update={"shuffles": 0}), shuffles=2),
+    ]
+    for shot in shots:
+        assert (list(shot.also), len(shot.shuffled), shot.saliency.bucket) == (["auroc"], 2, 7)
+        assert torch.equal(shot.saliency.score, shots[0].saliency.score)
+    with pytest.raises(ValueError, match="Measuring has no field 'shuffels'; it has target, baseline"):
+        measure(toy_model.tagger, toy_model.corpus, PLACE, shuffels=2)

@@ -235,7 +235,7 @@ def test_other_ways_to_train_and_to_measure_work_in_the_block(bert, corpus):
     with computing(bert, torch.bfloat16), adapted(bert, rank=RANK):
         for _ in retrain_(bert, corpus, epochs=2, every=1, restart=True, checkpointing=True, accumulate=2, lr=1e-3):
             what = ["auroc", "conductance", "top_words"]
-            shot = measure(bert, corpus, place, what=what, attribution={"sentences": 4, "steps": 2})
+            shot = measure(bert, corpus, place, what=what, sentences=4, steps=2)
             assert shot.attribution is not None
             assert shot.attribution.score.abs().sum() > 0
 

@@ -23,7 +23,6 @@ from relearn_lens.runs.events import (
     Again,
     ArmDone,
     Base,
-    Blocked,
     Cuts,
     Damage,
     Event,

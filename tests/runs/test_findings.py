@@ -144,7 +144,7 @@ def test_agreement_with_a_score_that_is_the_same_everywhere_is_left_open(run: Ru
     def flat(arm: Trajectory) -> Trajectory:
         base = arm["base"]
         also = {"dprime": replace(base.also["dprime"], score=torch.ones_like(base.saliency.score))}
-        return replace(arm, snapshots={**arm.snapshots, "base": replace(base, also=also, attribution=None)})
+        return replace(arm, snapshots={**arm.snapshots, "base": replace(base, also=also, attributions={})})
 
     odd = replace(run, arms={name: [flat(arm) for arm in arms] for name, arms in run.arms.items()})
     assert math.isnan(module.agreement(odd)["dprime"])
@@ -241,3 +241,41 @@ def test_findings_where_no_neuron_survived(run: Run):
     told = as_json(findings(odd))
     assert "no neuron survived in both arms" in told["migration"]["matched"]["says"]
     assert told["heirs"] == {"concept": [], "random": []}
+
+
+def test_intervals_of_the_migration_have_the_level_of_the_run(run: Run):
+    """Three seeds, made of two: only then there is an interval."""
+    again = replace(run, arms={name: [*arms, replace(arms[0], seed=2)] for name, arms in run.arms.items()})
+    wide, narrow = (
+        module.migration_of(
+            replace(
+                again,
+                experiment=run.experiment.model_copy(
+                    update={"measure": run.experiment.measure.model_copy(update={"level": level})}
+                ),
+            )
+        )["matched"]["moved"]["gap"]
+        for level in (0.99, 0.6)
+    )
+    assert wide["value"] == narrow["value"]
+    assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"]) > 0
+
+
+def test_every_attribution_that_was_measured_is_told(run: Run):
+    def both(arm: Trajectory) -> Trajectory:
+        snapshots = {
+            stage: s
+            if s.attribution is None
+            else replace(s, attributions=s.attributions | {"layer_ig": replace(s.attribution, form="layer")})
+            for stage, s in arm.snapshots.items()
+        }
+        return replace(arm, snapshots=snapshots)
+
+    odd = replace(run, arms={name: [both(arm) for arm in arms] for name, arms in run.arms.items()})
+    told = as_json(findings(odd))
+    (base, *_) = told["attribution"]["concept"]
+    assert [base["base"]["form"], *(each["form"] for each in base["base"]["also"])] == ["conductance", "layer"]
+    assert "layer_ig" in told["scores_agreement"]
+    arms = {row[0] for row in module.attribution_rows(odd)[1]}
+    assert {"all arms, conductance", "all arms, layer_ig"} <= arms
+    assert not any("," in row[0] for row in module.attribution_rows(run)[1])

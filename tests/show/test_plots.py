@@ -331,7 +331,8 @@ def _measured(arm: Trajectory, words: bool) -> Trajectory:
         meaning = (numbers(*shape) / 4).clamp(-1, 1)
         meaning[0, 0] = torch.nan
         return replace(
-            snapshot, stats=stats, attribution=made, words=top if words else None, meaning=meaning if words else None,
+            snapshot, stats=stats, attributions={"conductance": made}, words=top if words else None,
+            meaning=meaning if words else None,
             concept_words=("word1",),
         )  # fmt: skip
 

@@ -13,7 +13,6 @@ from plotly.subplots import make_subplots
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neuron
-from relearn_lens.runs.findings import claims_of
 from relearn_lens.runs.results import Run
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
@@ -186,7 +185,7 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
     Raises:
         ValueError: there is no claim (a run without a concept arm).
     """
-    found = claims_of(data) if isinstance(data, Run) else list(data)
+    found = data.numbers.claims if isinstance(data, Run) else list(data)
     if not found:
         raise NotMeasuredError("claims are about pruning a concept, and this run has no concept arm")
     height = dict(zip([claim.id for claim in found], range(len(found), 0, -1), strict=True))
