@@ -23,6 +23,7 @@ from relearn_lens.runs.events import (
     Again,
     ArmDone,
     Base,
+    Blocked,
     Cuts,
     Damage,
     Event,
