@@ -1,6 +1,7 @@
 """The command line: what is printed, and that every mistake is one message and exit code 1."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -205,12 +206,16 @@ def test_a_table_folds_what_is_long(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_a_run_is_printed_whatever_the_encoding(encoding, folder, tmp_path):
+def test_a_run_is_printed_whatever_the_encoding(encoding, folder, tmp_path, monkeypatch):
     place = shutil.copytree(folder, tmp_path / "Łódź 東 😀")
-    env = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-m", "relearn_lens", "show", str(place)], capture_output=True, env=env)
-    assert done.returncode == 0, done.stderr
-    text = done.stdout.decode(encoding)
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=encoding, errors="strict"))
+    monkeypatch.setattr(sys, "argv", ["relearn-lens", "show", str(place)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    sys.stdout.flush()
+    text = screen.getvalue().decode(encoding)
     assert "claims of the paper" in text
     # What the encoding lacks is written as JSON would, so that --json stays JSON.
     last = text.splitlines()[-1].rpartition("folder ")[2]

@@ -690,7 +690,7 @@ print(rl.migration.migration({arm: [path] for arm, path in paths.items()}))
 #
 # With one training seed there is no telling: another seed may draw another picture, and there is no interval. The
 # sentence gives the move, the control's move on the same neurons, and says that it is a description. With three or more
-# seeds it has an interval and a p-value. `relearn-lens run names-seeds` does that on a real model.
+# seeds it has an interval and a p-value. `relearn-lens run names` does that on a real model.
 
 # %% [markdown] id=wrap-up minutes=10 title="Wrap-up"
 # ## What to take home

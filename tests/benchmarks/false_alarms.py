@@ -83,7 +83,7 @@ def world(sentences: int = 80) -> World:
             pass
         snapshot = measure(tagger, probe, CONCEPT, validation=validation, site=SITE, what=["top_words"])
         weights = {name: weight.clone() for name, weight in tagger.weights().items()}
-        bases.append(Base(seed, weights, snapshot, snapshot.saliency.top(fraction=FRACTION), input_embeddings(tagger)))
+        bases.append(Base(seed, weights, snapshot, input_embeddings(tagger)))
     return World(tagger, train, validation, probe, tuple(bases))
 
 
@@ -154,8 +154,9 @@ def random(here: World, fresh: int, rate: float) -> Told:
     sets = []
     for base in here.bases:
         draw = fresh + 1_000 * base.seed
-        mine, other, *more = (random_neurons(like=base.chosen, seed=draw + i) for i in range(2 + SETS))
-        same = random_neurons(like=base.chosen, seed=fresh + 999)
+        chosen = base.snapshot.saliency.top(fraction=FRACTION)
+        mine, other, *more = (random_neurons(like=chosen, seed=draw + i) for i in range(2 + SETS))
+        same = random_neurons(like=chosen, seed=fresh + 999)
         for name, pruned in (("concept", mine), ("one set", same), ("random", other)):
             arms[name].append(arm_of(here, base, name, pruned, draw, rate))
         sets.append(damage_of(here, base, more))

@@ -50,13 +50,11 @@ def tracking() -> None:
 def _trainings(ready: Prepared) -> float:
     """Seconds of the run's trainings, nothing measured in between."""
     experiment = ready.experiment
-    names = ("epochs", "lr", "batch_size")
     began = time.perf_counter()
-    for _ in finetune_(ready.tagger, ready.train, **{k: getattr(experiment.finetune, k) for k in names}):
+    for _ in finetune_(ready.model, ready.train, experiment.finetune):
         pass
     for _ in experiment.arms:
-        settings = {k: getattr(experiment.retrain, k) for k in names}
-        for _ in retrain_(ready.tagger, ready.train, every=experiment.retrain.every, **settings):
+        for _ in retrain_(ready.model, ready.train, experiment.retrain):
             pass
     return time.perf_counter() - began
 

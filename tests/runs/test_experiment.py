@@ -23,6 +23,7 @@ from relearn_lens.runs.events import (
     Again,
     ArmDone,
     Base,
+    Blocked,
     Cuts,
     Damage,
     Event,
@@ -30,6 +31,7 @@ from relearn_lens.runs.events import (
     Measured,
     Paused,
     Prepared,
+    SeedDone,
     Sized,
     Weighed,
 )
@@ -44,9 +46,9 @@ from tests.made import arms_in, tiny
 
 
 @pytest.fixture(scope="module")
-def events() -> list[Event]:
-    """All events of one small run, with the weights as they were at each."""
-    return list(perform(tiny()))
+def events(made) -> list[Event]:
+    """All events of one small run."""
+    return made[2]
 
 
 def result_of(events: list[Event], kind: type) -> Any:
@@ -236,7 +238,7 @@ def test_events_come_in_order(events):
     stages = ("base", "pruned", "8", "16")
     arm = [*((Measured, stage) for stage in stages), (ArmDone, None)]
     want = [(Prepared, None), (Base, None), (Sized, None), (Cuts, None), (Damage, None), *arm * 5]
-    want += [(Grafted, None), (Again, None)]
+    want += [(Grafted, None), (Again, None), (SeedDone, None)]
     told = [event for event in events if not isinstance(event, Paused | Weighed)]
     assert [(type(e), e.stage if isinstance(e, Measured) else None) for e in told] == want
     arms = [e.arm if isinstance(e, Measured) else e.trajectory.arm for e in events if isinstance(e, Measured | ArmDone)]

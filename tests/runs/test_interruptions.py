@@ -53,6 +53,7 @@ def test_a_run_goes_on_after_any_event_and_ends_in_the_same_bits(tmp_path, whole
     assert stops == [
         "Prepared", "Paused base", "Base", "Sized", "Cuts", "Damage", "Measured", "Paused concept", "Weighed",
         "ArmDone", "Paused unpruned", "Paused never-fine", "Paused never", "Grafted", "Again", "Blocked",
+        "SeedDone",
     ]  # fmt: skip
     assert difference(whole[0], tmp_path / "run") == ""
     assert not {path.name for path in whole[0].iterdir()} & {"state", "stages", "weights"}

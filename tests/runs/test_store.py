@@ -20,11 +20,10 @@ from filelock import FileLock
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import experiment as experiment_module
 from relearn_lens.runs import files, store
-from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, Weighed
+from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, SeedDone, Weighed
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.files import write_whole
 from relearn_lens.runs.presets import settings_of
-from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import ARMS, Experiment
 from relearn_lens.runs.store import load_run
 from tests.interruptions import difference
@@ -35,13 +34,6 @@ RESULTS, AFTERWARDS = ("base", "sized", "cuts", "damage"), ("grafted", "again")
 
 class Stop(Exception):
     """What interrupts a run in a test."""
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory) -> tuple[Run, Path, list[Event]]:
-    """One finished run, its folder and its events; tests only read them."""
-    path, events = tmp_path_factory.mktemp("runs") / "toy", []
-    return store.run(tiny(), path, on_event=events.append), path, events
 
 
 @pytest.fixture
@@ -71,7 +63,7 @@ def replayed(made, monkeypatch) -> list[str]:
                 case ArmDone(trajectory=path):
                     event = ArmDone(there, None) if there else (done.append(path.arm) or event)
                     there = None
-                case Prepared() | Measured() | Paused() | Weighed():
+                case Prepared() | Measured() | Paused() | Weighed() | SeedDone():
                     pass
                 case _:
                     again = kept.result(type(event), event.seed) if kept else None

@@ -26,7 +26,7 @@ def sealed(path: Path) -> Path:
 def finished(tmp_path_factory) -> Path:
     """One finished run of the toy; tests only read it."""
     path = tmp_path_factory.mktemp("runs") / "toy"
-    store.run(tiny(measure__what=["probeless"], keep="last"), path)
+    store.run(tiny(measure__what=[], keep="last", arms=["concept", "random"], grafts__skip=True), path)
     return sealed(path)
 
 
