@@ -23,7 +23,7 @@ from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
 from relearn_lens.measure.vectors import WordVectors, input_embeddings
-from relearn_lens.methods import Measuring
+from relearn_lens.methods import Measuring, megabytes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, site_of
