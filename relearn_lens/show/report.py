@@ -104,7 +104,7 @@ def render(run: Run) -> str:
         command=_command(run),
         versions=manifest.get("versions", {}),
         inputs=manifest.get("inputs", {}),
-        notes=[*manifest.get("text", []), *manifest.get("notes", [])],
+        notes=[*manifest.get("text", []), *findings.notes(run)],
         seconds=manifest.get("seconds", {}),
         memory=manifest.get("peak_rss_mb"),
     )
