@@ -89,6 +89,8 @@ def _run(experiment: Experiment, folder: Path, fresh: bool) -> None:
         store.run(experiment, folder, fresh=fresh)
         return
     shown = not fresh and store.is_complete(folder)
+    what = f"{experiment.model}, {experiment.corpus}, concept {'+'.join(experiment.labels)}, site {experiment.site}"
+    print(f"{what} > {folder}")
     try:
         with _following(experiment) as follow:
             result = store.run(experiment, folder, fresh=fresh, progress=follow.progress, on_event=follow.take)
@@ -269,7 +271,7 @@ def presets(
     for name in groups if all_ else [group] if group else []:
         _table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
     if group is None and not all_:
-        print(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
+        _prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
 
 
 @app.command(name="sources")
@@ -345,13 +347,8 @@ def doctor() -> None:
     rows.append(["devices", ", ".join(devices), ""])
     cache = sources.cache_dir()
     room = next(p for p in (cache, *cache.parents) if p.exists())
-    rows.append(
-        [
-            "cache",
-            str(cache),
-            f"{shutil.disk_usage(room).free / 1e9:.0f} GB free; RELEARN_LENS_CACHE moves it",
-        ]
-    )
+    rows.append(["cache", str(cache), ""])
+    rows.append(["", f"{shutil.disk_usage(room).free / 1e9:.0f} GB free", "RELEARN_LENS_CACHE moves it"])
     for name in sources.SOURCES:
         there = sources.is_cached(name)
         rows.append(
@@ -363,7 +360,11 @@ def doctor() -> None:
         )
     _table("doctor", ["what", "found", "note"], rows)
     rows = needs.doctor_rows(has_gpu=torch.cuda.is_available() or torch.backends.mps.is_available())
-    _table("presets on this machine", needs.HEADER, rows)
+    has, free = rows[0][2], rows[0][4]  # the same for each
+    _table(
+        f"presets on this machine (free: {has} of memory, {free} of disk)",
+        [needs.HEADER[k] for k in (0, 1, 3, 5)], [[row[k] for k in (0, 1, 3, 5)] for row in rows],
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -526,7 +527,7 @@ def _print_scores(result: Run) -> None:
     from relearn_lens.show import tables
 
     print()
-    _table(tables.score_title(result), *tables.score_rows(result))
+    _table(tables.score_title(result), *tables.score_rows(result), piped=80)
     if result.damage:
         _prose(tables.draws_row(result))
 
@@ -536,7 +537,7 @@ def _print_layers(result: Run) -> None:
     from relearn_lens.show import tables
 
     print()
-    _table("by layer: pruned share; mean rank saliency (1 highest)", *tables.layer_rows(result))
+    _table("by layer: pruned share; mean rank saliency (1 highest)", *tables.layer_rows(result), piped=80)
 
 
 def _print_story(result: Run) -> None:
@@ -599,7 +600,7 @@ def _print_findings(result: Run) -> None:
         ("activations, base against the last stage", findings.similarity_rows(result)),
     ):
         if rows:
-            _table(title, header, rows)
+            _table(title, header, rows, piped=80)
     for name in result.arms:
         if lines := findings.heirs(result, name):
             _prose(f"top words at base > at the end, of neurons new in the top tenth ({name} arm, gained most first)")
@@ -619,7 +620,7 @@ def _print_claims(result: Run) -> None:
         shown = [k for k, name in enumerate(header) if name not in ("claim", "concept", "control")]
         _table(
             "claims of the paper, against the controls", [header[k] for k in shown],
-            [[row[k] for k in shown] for row in rows],
+            [[row[k] for k in shown] for row in rows], piped=80,
         )  # fmt: skip
         for claim in found:
             _prose(f"{claim.id}. {claim.says}: {claim.verdict}. {claim.why}")
@@ -639,17 +640,18 @@ def _width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
 
 
-def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A table; what is wider than the terminal (or 80 columns) is printed in pieces, each with the first columns."""
+def _table(title: str, header: list[str], rows: list[list[str]], *, piped: int = 200) -> None:
+    """A table; what is wider than the terminal (or `piped` columns) is printed in pieces, each with the first columns
+    again."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=_width())
+    console = Console(width=None if sys.stdout.isatty() else piped)
     for i, columns in enumerate(_pieces(header, rows, console.width)):
         table = Table(title=title if i == 0 else None, title_justify="left", box=None, pad_edge=False)
         for k in columns:
-            table.add_column(header[k], no_wrap=_widest(header, rows, k) <= _PROSE)
+            table.add_column(header[k], no_wrap=_widest(header, rows, k) <= _PROSE, overflow="fold")
         for row in rows:
             table.add_row(*(Text(row[k]) for k in columns))
         console.print(table)

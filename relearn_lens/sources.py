@@ -244,6 +244,15 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     return folder
 
 
+def unwritable(error: BaseException | None) -> OSError | None:
+    """The error of a folder that cannot be written, or of a full disk, from which another error came; None if none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (*_DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _source(name: str) -> Source:
     if name not in SOURCES:
         raise ValueError(f"no source is called {name!r}; the sources are {sorted(SOURCES)}")

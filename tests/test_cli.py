@@ -187,10 +187,19 @@ def test_doctor_says_what_is_there_and_what_is_missing(tmp_path, monkeypatch):
     for name in store.PACKAGES:
         assert f"{name} {version(name)}" in text
     assert "cpu (" in text
-    assert str(tmp_path / "cache") in text
+    assert str(tmp_path / "cache") in text.replace(" ", "")
     for name in SOURCES:
         assert f"source {name} not fetched relearn-lens fetch {name}" in text
+    assert text.count(" of disk)") == 1
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_table_folds_what_is_long(monkeypatch):
+    system = "Linux-" + "x86" * 40
+    monkeypatch.setattr("platform.platform", lambda: system)
+    text = CliRunner().invoke(app, ["doctor"]).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert system in "".join(text.split())
 
 
 # --- a run

@@ -103,8 +103,9 @@ def claims(
 ) -> list[Claim]:
     """C1 to C9 of a run's arms (name to one trajectory per seed).
 
-    `random_sets` are, per seed, the scores of the base model with random sets of neurons ablated. A claim whose
-    measurements were not taken is inconclusive and says what to measure.
+    `random_sets` are, per seed, the scores of the base model with random sets of neurons ablated, as many in every
+    layer; without them the damage is beside the random arm's own set. A claim whose measurements were not taken is
+    inconclusive and says what to measure.
 
     Raises:
         ValueError: a concept arm without retraining, or arms whose seeds do not pair.
@@ -273,7 +274,7 @@ def _collapse(run: Evidence) -> Claim:
             beside += ", so the collapse is not specific to the concept's neurons"
     return Claim(
         "C1", says, effect, measures, bar, verdict_of(effect, bar), f"{_said(beside)}.", effect.value, control,
-        "random sets of the same size per layer",
+        run.sets,
     )  # fmt: skip
 
 
@@ -321,7 +322,7 @@ def _random_costs_more(run: Evidence) -> Claim:
     control = float(np.mean([np.mean(each) for each in theirs]))
     row = Claim(
         id, says, gap.effect, measures, bar, "inconclusive", "", float(np.mean(ours)), control,
-        "random sets of the same size per layer",
+        run.sets,
     )  # fmt: skip
     if same_end(ours, np.concatenate(theirs)):
         what = "everything" if np.mean(ours) > 0.5 else "nothing"

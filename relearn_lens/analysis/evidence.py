@@ -109,9 +109,23 @@ class Evidence:
         return [of(arm, among) for arm, among in zip(arms, self.shared(), strict=True)]
 
     def random_sets_of(self, i: int) -> list[Scores]:
-        """The scores of a seed's random sets, that of the random arm right after pruning among them."""
-        found = list(self.random_sets[i]) if i < len(self.random_sets) else []
-        return [*found, self.random[i][PRUNED].scores] if i < len(self.random) else found
+        """The scores of a seed's random sets; without any, that of the random arm right after pruning.
+
+        The arm's set may be of another kind than the sets are, so it is never counted among them.
+        """
+        if self.has_sets:
+            return list(self.random_sets[i])
+        return [self.random[i][PRUNED].scores] if i < len(self.random) else []
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether every seed has random sets besides the random arm."""
+        return len(self.random_sets) >= len(self.concept) and all(self.random_sets)
+
+    @property
+    def sets(self) -> str:
+        """What the concept's damage is beside."""
+        return "random sets of the same size per layer" if self.has_sets else "the random arm's set"
 
     def random_losses(self) -> list[list[float]]:
         """Per seed, the share of the base score that each random set takes; nothing is trained."""

@@ -288,7 +288,8 @@ def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, l
        own spread over seeds would count it.
     3. `least`, half the width of a paired interval over sentences: nothing is told more finely than the text allows.
 
-    Values without any spread say nothing of one more: then there is an interval by `least` alone, or none.
+    Values without any spread say nothing of one more: then there is an interval by `least` alone, or none. Of a single
+    value the spread is not known, so there is none either.
     """
     means = [float(np.mean(values)) for values in control]
     gaps, n, seeds = np.subtract(ours, means), sum(map(len, control)), len(control)
@@ -304,7 +305,7 @@ def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, l
                 found.append((float(st.sem(gaps)), seeds - 1, f"{seeds} seeds"))
     elif seeds > 1 and (spread := float(gaps.std(ddof=1))) > still:
         found.append((spread * math.sqrt(1 + 1 / seeds), seeds - 1, f"{seeds} seeds"))
-    if least is not None and least > still:
+    if least is not None and least > still and n > 1:
         found.append((least / float(st.norm.ppf((1 + level) / 2)), math.inf, SENTENCES))
     p_flips = paired(ours, means, level=level).p
     if not found:

@@ -411,7 +411,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove(cell: Path) -> None:
     """Remove a cell's run, if it is one and nobody is running into it."""
-    from relearn_lens.runs.store import MANIFEST
+    from relearn_lens.runs.verify import MANIFEST
 
     if (cell / MANIFEST).is_file():
         with _locked(cell):
@@ -420,7 +420,7 @@ def _remove(cell: Path) -> None:
 
 def _manifest(cell: Path) -> dict[str, Any]:
     """A cell's manifest; empty where it has none, or one that cannot be read (its own run will say so)."""
-    from relearn_lens.runs.store import MANIFEST
+    from relearn_lens.runs.verify import MANIFEST
 
     try:
         found = json.loads((cell / MANIFEST).read_text(encoding="utf-8"))
@@ -507,9 +507,11 @@ def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
 def _said(pool: Pool) -> dict[str, Any]:
     """A setting in words, and which cells it is made from."""
 
+    from relearn_lens.runs import findings
+
     run = pool.together()
     said = (
-        run.numbers.what_happened
+        findings.what_happened(run)
         if run
         else "No seed is there in every arm of this setting, so its arms cannot be compared."
     )

@@ -366,7 +366,7 @@ class _Run:
             baseline=self.baseline,
             quadrature=self.quadrature,
             steps=self.steps,
-            form=self.form,
+            form=cast(Form, self.form),
             concept=self.concept,
             site=self.site,
         )

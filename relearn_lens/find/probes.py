@@ -3,7 +3,8 @@
 1. Sentences are split in two: no sentence has words on both sides. (The same word can still occur on both.)
 2. Neurons are standardised by the training words.
 3. A probe is fitted to the training words of all layers together.
-4. Its AUROC on the held-out words stands beside that of the same probe fitted to shuffled labels.
+4. Its AUROC on the held-out words stands beside that of the same probe for labels dealt anew to the word types: what
+   it would say of labels that mean nothing, by knowing words that it has met.
 
 A probe shows that a concept can be read there, not that the model uses it.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 from relearn_lens.neurons.streaming import ROUNDING, WordSample
+from relearn_lens.text.concept import Classes, label_shuffles
 
 HELD_OUT = 0.3
 """Share of the words that are held out, as near as whole sentences allow."""
@@ -44,7 +46,8 @@ class Quality:
     held_out: float
     """Chance that a held-out concept word scores above another held-out word: 0.5 is chance, 1 perfect."""
     control: float
-    """The same for probes fitted to shuffled labels, their mean."""
+    """The same for labels dealt anew to word types (`label_shuffles`), mean of the probes fitted to them; NaN where
+    too few types are as frequent as each other to deal labels between."""
     average_precision: float
     """On the held-out words; a probe without anything to find has `base_rate`."""
     base_rate: float
@@ -117,8 +120,8 @@ def elastic_net(
 
     The regression minimises the mean loss in nats per word, both classes weighing the same, plus
     strength * (l1_ratio |w| + (1 - l1_ratio) |w|^2 / 2). Weights that the L1 part holds at 0 tie; the L2 part gives
-    neurons that say the same equal weights. For the control, labels are shuffled among the training words and among
-    the held-out words. `contrast` is not used: it is always the concept against all other words.
+    neurons that say the same equal weights. For the control, labels are dealt anew to the word types, of training
+    and held-out words alike. `contrast` is not used: it is always the concept against all other words.
 
     Raises:
         ValueError: as `split`; l1_ratio is not 0 to 1, strength is not above 0, or there is no shuffle.
@@ -147,34 +150,40 @@ def elastic_net(
         return probe, probe.decision_function(x_held_out)
 
     probe, logits = fit(y)
-    rng = np.random.default_rng([sample.seed, 1])
-    control = []
-    for _ in range(n_shuffles):
-        shuffled = _shuffled(y, train, held_out, rng)
-        control.append(float(roc_auc_score(shuffled[held_out], fit(shuffled)[1])))
+    dealt = _dealt(sample, y, n_shuffles, [np.isin(np.arange(len(y)), side) for side in (train, held_out)])
+    control = [float(roc_auc_score(labels[held_out], fit(labels)[1])) for labels in dealt]
     weight = torch.from_numpy(np.abs(probe.coef_[0])).float().view(sample.activations.shape[1:])
     n_iter = int(probe.n_iter_[0])
     done = "converged after" if n_iter < max_iter else "stopped, perhaps before it converged, after"
     quality = Quality(
         held_out=float(roc_auc_score(y[held_out], logits)),
-        control=float(np.mean(control)),
+        control=float(np.mean(control)) if control else float("nan"),
         average_precision=float(average_precision_score(y[held_out], logits)),
         base_rate=float(y[held_out].mean()),
         n_train=len(train),
         n_held_out=len(held_out),
         says=f"elastic net of strength {strength:g}, {l1_ratio:g} of it L1: {int((weight > 0).sum()):,} of "
         f"{weight.numel():,} weights are not 0; {done} {n_iter} passes over the training words; control: "
-        f"{n_shuffles} label shuffle(s)",
+        f"{len(control)} label shuffle(s) over word types",
     )
     return weight, quality
 
 
-def _shuffled(y: np.ndarray, train: np.ndarray, held_out: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Labels shuffled over the training words, and over the held-out words: both kinds stay on both sides."""
-    shuffled = y.copy()
-    for side in (train, held_out):
-        shuffled[side] = rng.permutation(y[side])
-    return shuffled
+def _dealt(sample: WordSample, y: np.ndarray, n: int, sides: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+    """`n` times, labels dealt anew to the word types; fewer where both kinds of words seldom come to be on all sides,
+    and, as for the labels themselves, in two sentences."""
+    classes = Classes(("rest", "concept"), y.astype(np.int64), np.array([False, True]))
+    rng = np.random.default_rng([sample.seed, 1])
+    group, found = sample.group.numpy(), []
+    for _ in range(5 * n):
+        (of_word,) = label_shuffles(classes, sample.types.numpy(), 1, seed=int(rng.integers(2**32)))
+        labels = of_word == 1
+        spread = all(len(np.unique(group[which])) > 1 for which in (labels, ~labels))
+        if spread and all(labels[side].any() and not labels[side].all() for side in sides):
+            found.append(labels)
+        if len(found) == n:
+            break
+    return found
 
 
 def k_sparse(
@@ -191,16 +200,17 @@ def k_sparse(
     A probe of k neurons takes those whose means on the training words differ most, in standard deviations, so a smaller
     probe's neurons are all in a larger one's. Neurons beyond the largest k are in the same order, though no probe was
     fitted with them; constant neurons score 0. What the probes add is `Quality.by_k`: how few neurons suffice. The
-    controls are those of the source, k neurons drawn at random and labels shuffled over the training words (then tested
-    on the true labels); `ks` larger than the number of neurons are left out. `contrast` is not used.
+    controls are k neurons drawn at random, and the same choice and fit for labels dealt anew to the word types; `ks`
+    larger than the number of neurons are left out. `contrast` is not used.
 
     Source: Gurnee et al. 2023 (neurons in a haystack), by mean difference; fitted by TransformerLens `sparse_probing`.
-    Standardising before the choice is ours.
+    Standardising before the choice is ours, and the deal over word types (there the labels of the training words are
+    shuffled, and probes tested on the true ones).
 
     Raises:
         ValueError: as `split`; ks are not ascending, or there is no repeat of a control.
     """
-    from transformer_lens.tools.analysis.sparse_probing import sweep_sparse_probe
+    from transformer_lens.tools.analysis.sparse_probing import SparseProbeConvergenceError, sweep_sparse_probe
 
     n_neurons = sample.activations[0].numel()
     if not ks or list(ks) != sorted(set(ks)) or not 0 < ks[0] <= n_neurons or n_shuffles < 1 or n_random < 1:
@@ -209,20 +219,26 @@ def k_sparse(
             f"1; got ks={tuple(ks)}, n_shuffles={n_shuffles}, n_random={n_random}"
         )
     parts = split(sample, carries)
-    sweep = sweep_sparse_probe(
-        parts.x,
-        parts.y,
-        ks=[k for k in ks if k <= n_neurons],
-        test_fraction=HELD_OUT,
-        groups=sample.group,
-        n_random_subsets=n_random,
-        n_label_shuffles=n_shuffles,
-        seed=sample.seed,
-    )
+    how: dict[str, Any] = {
+        "ks": [k for k in ks if k <= n_neurons],
+        "test_fraction": HELD_OUT,
+        "groups": sample.group,
+        "seed": sample.seed,
+    }
+    sweep = sweep_sparse_probe(parts.x, parts.y, n_random_subsets=n_random, **how)
+    control, n_failed = [], len(sweep.rejections)
+    for labels in _dealt(sample, parts.y.numpy(), n_shuffles):
+        try:
+            by_chance = sweep_sparse_probe(parts.x, torch.from_numpy(labels), **how)
+        except SparseProbeConvergenceError:
+            n_failed += 1
+        else:
+            control.append([one.metrics.roc_auc for one in by_chance.results])
+    shuffled = np.mean(control, axis=0).tolist() if control else [float("nan")] * len(sweep.ks)
     by_k = tuple(
-        AtK(k, one.metrics.roc_auc, float(shuffled.roc_auc.mean()), float(random.roc_auc.mean()))
-        for k, one, shuffled, random in zip(
-            sweep.ks, sweep.results, sweep.label_shuffle_controls, sweep.random_coordinate_controls, strict=True
+        AtK(k, one.metrics.roc_auc, chance, float(random.roc_auc.mean()))
+        for k, one, chance, random in zip(
+            sweep.ks, sweep.results, shuffled, sweep.random_coordinate_controls, strict=True
         )
     )
     largest = sweep.results[-1]
@@ -230,7 +246,7 @@ def k_sparse(
     place = difference.argsort(descending=True, stable=True).argsort()
     score = torch.where(difference > 0, 1 / (place + 1), 0.0).float().view(sample.activations.shape[1:])
     found = ", ".join(f"{at.k}: {at.held_out:.3f}" for at in by_k)
-    failed = f"; {len(sweep.rejections)} control fit(s) did not converge and are left out" if sweep.rejections else ""
+    failed = f"; {n_failed} control fit(s) did not converge and are left out" if n_failed else ""
     quality = Quality(
         held_out=by_k[-1].held_out,
         control=by_k[-1].control,
@@ -238,8 +254,8 @@ def k_sparse(
         base_rate=largest.test_positive_count / len(largest.test_indices),
         n_train=len(largest.train_indices),
         n_held_out=len(largest.test_indices),
-        says=f"logistic probes of k neurons, every fit converged; AUROC by k: {found}; controls: {n_shuffles} label "
-        f"shuffles and {n_random} random sets each{failed}",
+        says=f"logistic probes of k neurons, every fit converged; AUROC by k: {found}; controls: {len(control)} label "
+        f"shuffles over word types and {n_random} random sets each{failed}",
         random_neurons=by_k[-1].random_neurons,
         by_k=by_k,
     )

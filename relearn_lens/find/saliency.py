@@ -39,8 +39,13 @@ from relearn_lens.text.concept import Classes, Concept
 from relearn_lens.text.encoding import Encoded
 
 Contrast = Literal["classes", "rest"]
-Needs = Literal["stats", "histograms", "sample"]
-"""What a score is computed from: `ClassStats`, `Histograms` or a `WordSample`."""
+Needs = Literal["stats", "histograms", "sample", "words"]
+"""What a score is computed from: `ClassStats`, `Histograms`, a `WordSample`, or every word of a small text.
+
+"words" is a `WordSample` of all words where the text is small enough to be kept, and `Histograms` where it is not.
+"""
+MEMORY = 512 * 2**20
+"""Bytes up to which the words of a text are kept."""
 
 
 @jaxtyped(typechecker=typechecker)
@@ -179,6 +184,18 @@ def signed_dprime(
     return torch.where(_constant(stats), 0.0, (concept.mean - rest.mean)[0] / torch.maximum(sd, least))
 
 
+def dprime_of_each(stats: ClassStats) -> Float[Tensor, "class layer neuron"]:
+    """`signed_dprime` of each class against all other words; 0 where it has no words or all of them."""
+    total = int(stats.count.sum())
+    nothing = torch.zeros_like(stats.mean[0])
+    return torch.stack(
+        [
+            signed_dprime(stats, torch.arange(len(stats.count)) == k) if 0 < n < total else nothing
+            for k, n in enumerate(stats.count.tolist())
+        ]
+    )
+
+
 def dprime(
     stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
 ) -> Float[Tensor, "layer neuron"]:
@@ -204,14 +221,17 @@ def point_biserial(
 
 
 def auroc(
-    histograms: Histograms, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
+    words: WordSample | Histograms, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
 ) -> Float[Tensor, "layer neuron"]:
     """AUROC of the neuron as a detector of concept words, in whichever direction detects; 0.5 to 1.
 
-    From histograms of all words: `Histograms.auroc_error` bounds the error, `Histograms.auroc` has the direction. The
-    histograms know which words are the concept's, so `carries` is not used.
+    Exact (as `auroc_exact`) where all words of the text were kept, and else from histograms of all words:
+    `Histograms.auroc_error` bounds the error, `Histograms.auroc` has the direction. The histograms know which words are
+    the concept's, so `carries` is not used with them. The unit of the `Saliency` says which it is.
     """
-    return torch.maximum(histograms.auroc, 1 - histograms.auroc)
+    if isinstance(words, WordSample):
+        return auroc_exact(words, carries)
+    return torch.maximum(words.auroc, 1 - words.auroc)
 
 
 def auroc_exact(
@@ -221,14 +241,16 @@ def auroc_exact(
 
     Exact on the sample's words; its error is that of having sampled. A constant neuron has 0.5.
     """
-    is_concept = carries[sample.of_word]
-    n, m = int(is_concept.sum()), int((~is_concept).sum())
+    is_concept = carries[sample.of_word].numpy()
+    few, many = sorted((is_concept, ~is_concept), key=np.count_nonzero)
     found = []
-    for words in sample.activations.float().unbind(1):
-        rank = torch.from_numpy(rankdata(words.numpy(), axis=0)[is_concept.numpy()])
-        a = (rank.sum(0) - n * (n + 1) / 2) / (n * m)
-        spread, largest = words.amax(0) - words.amin(0), words.abs().amax(0)
-        constant = spread <= ROUNDING * largest
+    for activations in sample.activations.float().unbind(1):
+        words = activations.numpy()
+        # The smaller side's words find their places among the sorted words of the other.
+        small, large = (torch.from_numpy(np.sort(np.ascontiguousarray(words[side].T))) for side in (few, many))
+        places = [torch.searchsorted(large, small, right=right).sum(1) for right in (False, True)]
+        a = (places[0] + places[1]).double() / (2 * small.shape[1] * large.shape[1])
+        constant = torch.from_numpy(np.ptp(words, axis=0) <= ROUNDING * np.abs(words).max(axis=0))
         found.append(torch.where(constant, 0.5, torch.maximum(a, 1 - a)))
     return torch.stack(found)
 
@@ -273,9 +295,9 @@ SCORES: dict[str, Score] = {
         Score(
             "auroc",
             "AUROC 0.5 to 1",
-            "how well the neuron alone, in either direction, tells the concept's words; from histograms of all words",
+            "how well the neuron alone, in either direction, tells the concept's words; of all words",
             auroc,
-            "histograms",
+            "words",
         ),
         Score(
             "auroc_exact",
@@ -309,6 +331,8 @@ class Gathered:
     stats: ClassStats | None = None
     histograms: Histograms | None = None
     sample: WordSample | None = None
+    words: WordSample | None = None
+    """Every word; None of a text that is too large, which `histograms` then stand for."""
     shuffled: tuple[ClassStats, ...] = ()
     """Class statistics under each relabelling."""
 
@@ -322,11 +346,15 @@ def gather(
     site: str | Site = "resid",
     relabelled: Sequence[Int[np.ndarray, " word"]] = (),
     sample_words: int = 2000,
+    max_memory: int = MEMORY,
     seed: int = 0,
     readers: Sequence[Reader] = (),
     max_tokens: int = 4096,
 ) -> Gathered:
     """What scores need, in one pass over a text; `sample_words` words and `seed` are the sample's (`WordDraw`).
+
+    Where "words" are needed, all of them are kept if they take at most `max_memory` bytes (words x layers x neurons x
+    4), and histograms are made of them if not.
 
     `relabelled` are further ways to cut the words into classes (label shuffles), for class statistics alone; `readers`
     take the last hidden states of the same pass.
@@ -338,12 +366,18 @@ def gather(
         raise ValueError(f"unknown need {unknown[0]!r} of a score; known: {', '.join(get_args(Needs))}")
     place = site_of(model.bridge if isinstance(model, Model) else model, site)
     sums = ClassSums(place, classes, relabelled) if "stats" in needs or relabelled else None
-    bins = BinCounts(place, classes) if "histograms" in needs else None
+    n_words = len(encoded.read_words)
+    keep = "words" in needs and 1 < n_words <= max_memory // (4 * place.n_neurons)
+    bins = BinCounts(place, classes) if "histograms" in needs or ("words" in needs and not keep) else None
     draw = WordDraw(place, encoded, classes, sample_words, seed) if "sample" in needs else None
-    collectors: list[Collector] = [c for c in (sums, bins, draw) if c is not None]
+    every = WordDraw(place, encoded, classes, n_words, seed) if keep else None
+    collectors: list[Collector] = [c for c in (sums, bins, draw, every) if c is not None]
     stream(model, encoded, collectors, readers=readers, site=place, max_tokens=max_tokens)
     stats, *shuffled = sums.all() if sums else [None]
-    return Gathered(stats, bins and bins.histograms(), draw and draw.sample(), tuple(s for s in shuffled if s))
+    return Gathered(
+        stats, bins and bins.histograms(), draw and draw.sample(), every and every.sample(),
+        tuple(s for s in shuffled if s),
+    )  # fmt: skip
 
 
 def saliency(
@@ -364,6 +398,8 @@ def saliency(
     how = score_of(score, contrast)
     given = vars(gathered) if isinstance(gathered, Gathered) else {_need(gathered): gathered}
     thing = given.get(how.needs)
+    if thing is None and how.needs == "words":
+        thing = given.get("histograms")
     if thing is None:
         there = [repr(need) for need in get_args(Needs) if given.get(need) is not None]
         raise ValueError(
@@ -379,7 +415,9 @@ def saliency(
             )
     found = how.of(thing, carries, contrast)
     values, quality = found if isinstance(found, tuple) else (found, None)
-    return Saliency(values.float().cpu(), how.name, how.unit, concept.name, thing.site, quality)
+    exact = {WordSample: ", exact", Histograms: ", from histograms"}.get(type(thing), "")
+    unit = how.unit + exact if how.needs == "words" else how.unit
+    return Saliency(values.float().cpu(), how.name, unit, concept.name, thing.site, quality)
 
 
 def _need(thing: ClassStats | Histograms | WordSample) -> Needs:
@@ -405,13 +443,14 @@ def score_many(
     site: str | Site = "resid",
     contrast: Contrast = "rest",
     sample_words: int = 2000,
+    max_memory: int = MEMORY,
     seed: int = 0,
     max_tokens: int = 4096,
 ) -> dict[str, Saliency]:
     """Several scores of every neuron for a concept, by name, from one pass over a text.
 
     `classes` is `concept.classes(encoded.corpus)`; `sample_words` and `seed` are for scores that need a sample of words
-    (`WordDraw`). The model is read only.
+    (`WordDraw`), and `max_memory` for those of all words (`gather`). The model is read only.
 
     Raises:
         ValueError: a score, the contrast or the site is not known; no score, or two of one name.
@@ -421,8 +460,8 @@ def score_many(
     if not how or len(set(names)) < len(names):
         raise ValueError(f"scores must be at least one, each with a name of its own, got {names}")
     gathered = gather(
-        model, encoded, classes, {score.needs for score in how}, site=site, sample_words=sample_words, seed=seed,
-        max_tokens=max_tokens,
+        model, encoded, classes, {score.needs for score in how}, site=site, sample_words=sample_words,
+        max_memory=max_memory, seed=seed, max_tokens=max_tokens,
     )  # fmt: skip
     carries = torch.from_numpy(classes.carries)
     return {s.name: saliency(gathered, concept, carries, score=s, contrast=contrast) for s in how}

@@ -18,12 +18,13 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 from torch.nn import functional as F
 
+from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.topwords import TopWords, is_dead
 from relearn_lens.measure.vectors import WordVectors, look_up
 from relearn_lens.neurons.sites import Neuron, Neurons
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.text.concept import Classes, Concept
-from relearn_lens.text.corpus import Corpus
+from relearn_lens.text.concept import Concept
+from relearn_lens.text.corpus import Corpus, printable
 
 Nulls = Literal["drop", "zero_then_drop"]
 
@@ -119,7 +120,8 @@ class Meaning:
     gained: float
 
     def __str__(self) -> str:
-        return f"{self.neuron}: {', '.join(self.before)} > {', '.join(self.now)}"
+        before, now = (", ".join(map(printable, words)) for words in (self.before, self.now))
+        return f"{self.neuron}: {before} > {now}"
 
 
 @jaxtyped(typechecker=typechecker)
@@ -208,46 +210,15 @@ def concept_words(corpus: Corpus, concept: Concept) -> frozenset[str]:
     return frozenset(corpus.vocab[i] for i in np.flatnonzero((2 * hits >= seen) & (seen > 0)))
 
 
-def shuffles(classes: Classes, types: Int[np.ndarray, " word"], n: int, *, seed: int) -> list[Int[np.ndarray, " word"]]:
-    """The classes dealt anew to the word types, `n` times: what `ClassSums` takes as `relabelled`, for a null.
-
-    `types` is the word type of each word, as in `Corpus.word`. Labels belong to word types ("Rome" is a place
-    wherever it stands), so a null that shuffled single words would have far more independent words than there are: what
-    is merely alike among the occurrences of a word would pass for a class. A type takes over the labels of another that
-    is as frequent (up to a factor of 2), with their mixture where it has several; so classes keep about their numbers
-    of words, and their numbers of types. A type that no other is as frequent as keeps its labels.
-
-    Source: ours; permutation within blocks that are exchangeable. For probes see Hewitt and Liang 2019 (control tasks).
-    """
-    rng = np.random.default_rng(seed)
-    _, type_of, count = np.unique(types, return_inverse=True, return_counts=True)
-    block = np.frexp(count)[1]  # by powers of 2
-    start = np.cumsum(count) - count
-    found = []
-    for _ in range(n):
-        # The words of a type stand together, in a random order; those of one block change places with each other.
-        order = np.lexsort((rng.random(len(type_of)), type_of))
-        within = np.lexsort((rng.random(len(count)), block))
-        donor = np.empty(len(count), dtype=np.int64)
-        donor[np.argsort(block, kind="stable")] = within
-        donor = donor[type_of[order]]
-        place = np.arange(len(order)) - start[type_of[order]]
-        dealt = np.empty_like(classes.of_word)
-        dealt[order] = classes.of_word[order][start[donor] + place % count[donor]]
-        found.append(dealt)
-    return found
-
-
 def separated(
     stats: ClassStats, shuffled: Sequence[ClassStats], *, level: float = 0.05, min_words: int = 10
 ) -> Int[Tensor, "layer neuron"]:
     """How many classes each neuron tells apart from all other words.
 
-    A class counts where |d'| = |mean(class) - mean(rest)| / s is above what chance gives *any* neuron: under
-    shuffled labels the highest |d'| of all neurons is above the threshold in at most a share `level` of the cases, for
-    each class. s is pooled, s^2 = ((n1 - 1) s1^2 + (n2 - 1) s2^2) / (n1 + n2 - 2) with sample variances, that is, both
-    summed squared deviations over n - 2. A class is not counted where it, or the rest, has fewer than `min_words`
-    words; a dead neuron separates none. Shuffling treats word types as independent of each other.
+    A class counts where its |d'| (`saliency.signed_dprime`) is above what chance gives *any* neuron: under shuffled
+    labels the highest |d'| of all neurons is above the threshold in at most a share `level` of the cases, for each
+    class. A class is not counted where it, or the rest, has fewer than `min_words` words; a dead neuron separates none.
+    Shuffling treats word types as independent of each other.
 
     Raises:
         ValueError: statistics of other classes, site or words; or too few shuffles for the level (19 for 0.05).
@@ -257,28 +228,18 @@ def separated(
     if not needed:
         raise ValueError(f"level must be above 0 and below 1, got {level}")
     if len(shuffled) < needed:
-        raise ValueError(f"a level of {level} needs at least {needed} shuffles, got {len(shuffled)}; see shuffles()")
+        raise ValueError(
+            f"a level of {level} needs at least {needed} shuffles, got {len(shuffled)}; see label_shuffles()"
+        )
     total = int(stats.count.sum())
     for other in shuffled:
         if (other.class_names, other.site, int(other.count.sum())) != (stats.class_names, stats.site, total):
             raise ValueError("shuffled statistics are of other classes, another site or other words than stats")
     enough = (stats.count >= min_words) & (total - stats.count >= min_words)
     dead = is_dead(stats)
-    highest = torch.stack([_d_prime(other).abs().masked_fill(dead, 0.0).flatten(1).amax(1) for other in shuffled])
+    highest = torch.stack([dprime_of_each(other).abs().masked_fill(dead, 0.0).flatten(1).amax(1) for other in shuffled])
     # The rank that makes it exact: of n + 1 equally likely orders, a share `level` at most lies above it.
     rank = int(np.ceil((1 - level) * (len(shuffled) + 1) - 1e-9))
     threshold = highest.sort(0).values[rank - 1]
-    found = (_d_prime(stats).abs() > threshold[:, None, None]) & ~dead & enough[:, None, None]
+    found = (dprime_of_each(stats).abs() > threshold[:, None, None]) & ~dead & enough[:, None, None]
     return found.sum(0)
-
-
-def _d_prime(stats: ClassStats) -> Float[Tensor, "class layer neuron"]:
-    """Each class against all other words: difference of means over the pooled standard deviation; 0 without either."""
-    total = stats.total
-    n = stats.count.double()[:, None, None]
-    rest = (total.count - stats.count).double()[:, None, None]
-    # mean(class) - mean(rest), from mean(class) - mean(all)
-    difference = (stats.mean - total.mean) * (n + rest) / rest.clamp(min=1) * ((n > 0) & (rest > 0))
-    within = (total.m2 - difference.square() * n * rest / (n + rest)).clamp(min=0)
-    spread = (within / (n + rest - 2).clamp(min=1)).sqrt()
-    return torch.where(difference == 0, 0.0, difference / spread)

@@ -110,6 +110,25 @@ class Plan:
         )
 
 
+def compared_words(encoded: Encoded, concept: Concept | None) -> dict[Which, np.ndarray]:
+    """Which words of a text are compared: `"all"` and, with a concept, those of `"concept"`.
+
+    Raises:
+        ValueError: fewer than 3 of either.
+    """
+    chosen: dict[Which, np.ndarray] = {"all": np.ones(encoded.corpus.n_words, dtype=bool)}
+    if concept is not None:
+        classes = concept.classes(encoded.corpus)
+        chosen["concept"] = classes.carries[classes.of_word]
+    for which, words in chosen.items():
+        if (n := int(words[encoded.read_words].sum())) < 3:
+            raise ValueError(
+                f"a correlation needs at least 3 words, and {encoded.corpus.name!r} has {n} ({which} words; those that "
+                "the context cut off are not measured); use a larger text"
+            )
+    return chosen
+
+
 def activation_similarity(
     before: Model | TransformerBridge | Mapping[str, Tensor],
     after: Model | TransformerBridge,
@@ -148,16 +167,7 @@ def activation_similarity(
     place, first = _checked(before, after, site)
     context = min(int(_bridge(model).cfg.n_ctx) for model in (first, after))
     encoded = encoded_for(after, text, context=context)
-    chosen: dict[Which, np.ndarray] = {"all": np.ones(encoded.corpus.n_words, dtype=bool)}
-    if concept is not None:
-        classes = concept.classes(encoded.corpus)
-        chosen["concept"] = classes.carries[classes.of_word]
-    for which, words in chosen.items():
-        if (n := int(words[encoded.read_words].sum())) < 3:
-            raise ValueError(
-                f"a correlation needs at least 3 words, and {encoded.corpus.name!r} has {n} ({which} words; those that "
-                "the context cut off are not measured); use a larger text"
-            )
+    chosen = compared_words(encoded, concept)
     plan = _plan(place, encoded, len(chosen), megabytes(max_memory), max_tokens)
     device = next(_bridge(after).original_model.parameters()).device
     parts: dict[Which, list[_Part]] = {which: [] for which in chosen}

@@ -23,13 +23,13 @@ from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
 from relearn_lens.measure.vectors import WordVectors, input_embeddings
-from relearn_lens.methods import Measuring
+from relearn_lens.methods import Measuring, megabytes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, label_shuffles
 from relearn_lens.text.corpus import Corpus, Strings
 from relearn_lens.text.encoding import Encoded
 
@@ -310,8 +310,9 @@ def measure(
     one_pass = scored is encoded
     gathered = gather(
         model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
-        relabelled=meaning.shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
-        sample_words=how.sample_words, seed=seed, readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
+        relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
+        sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
+        readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
     )  # fmt: skip
     if not one_pass:
         stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)

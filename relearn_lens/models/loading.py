@@ -225,6 +225,12 @@ def _in_our_words(where: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         if Path(where).is_dir():
             raise OSError(f"cannot load the model in {where!r}: {reason}") from error
+        if full := sources.unwritable(error):
+            raise OSError(
+                full.errno,
+                f"cannot load model {where!r} from the hub: its cache cannot be written ({full}); set HF_HOME to a "
+                "folder that can, or give a local folder",
+            ) from error
         raise OSError(
             f"cannot load model {where!r}: it is no source ({', '.join(sources.SOURCES)}), no local folder, and the "
             f"hub did not give it ({reason}). Download it once where there is a network "

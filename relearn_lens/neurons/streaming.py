@@ -411,6 +411,8 @@ class WordSample:
     activations: Float[Tensor, "word layer neuron"]
     words: Int[Tensor, " word"]
     """Index of each word in the corpus, ascending."""
+    types: Int[Tensor, " word"]
+    """Word type of each word, as in `Corpus.word`."""
     of_word: Int[Tensor, " word"]
     """Class of each word, an index into `class_names`."""
     group: Int[Tensor, " word"]
@@ -456,6 +458,7 @@ class WordDraw:
             for side, size in ((concept, n_concept), (rest, min(len(rest), n - n_concept)))
         ]
         self.words = np.sort(np.concatenate(parts))
+        self.types = encoded.corpus.word[self.words].astype(np.int64)
         self.of_word = of_word[self.words]
         self.group = np.searchsorted(encoded.corpus.start, self.words, side="right").astype(np.int64) - 1
         self.slot_of = np.full(encoded.corpus.n_words, -1, dtype=np.int64)
@@ -488,8 +491,9 @@ class WordDraw:
         for name, words in zip(self.site.layers, self.drawn.unbind(1), strict=True):
             if not words.isfinite().all():
                 raise _not_finite(self.site, name)
-        words, of_word, group = (torch.from_numpy(a) for a in (self.words, self.of_word, self.group))
-        return WordSample(self.drawn, words, of_word, group, self.names, self.site, self.seed)
+        of_each = (self.words, self.types, self.of_word, self.group)
+        words, types, of_word, group = (torch.from_numpy(a) for a in of_each)
+        return WordSample(self.drawn, words, types, of_word, group, self.names, self.site, self.seed)
 
 
 def class_stats(

@@ -18,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model, wearing
 from relearn_lens.neurons.sites import Neurons, Sever, Site, parameter, site_of
+from relearn_lens.neurons.streaming import ROUNDING
 
 Parts = Mapping[str, tuple[str, ...]]
 """Named parts of a model, from its input to its output: the plain names of the weights of each."""
@@ -241,6 +242,28 @@ def check_prunable(model: Model | TransformerBridge, neurons: Site | Neurons, se
         + (f"{has}, or " if has else "")
         + f"site {'mlp_post' if site.name != 'mlp_post' else 'resid'!r}"
     )
+
+
+def severed(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever = "out") -> Neurons:
+    """Which of these neurons are still cut: all of the weights that `sever` names are where they have no effect.
+
+    A neuron that is cut off from what reads it may stay as salient as it was; it carries nothing until training has
+    moved those weights again. A neuron without such weights is not severed, and neither is one whose weights have a
+    low-rank adapter.
+    """
+    bridge, site = bridge_of(model), same_site(model, neurons)
+    still = neurons.mask.clone()
+    for row, of_layer in zip(still, site.parts(sever), strict=True):
+        if not of_layer:
+            row[:] = False
+        for part in of_layer if row.any() else ():
+            weight = parameter(bridge, part)
+            others = [axis for axis in range(weight.ndim) if axis != part.axis]
+            # What is below the rounding of the weights beside it changes nothing.
+            moved = (weight.detach() - part.nothing).abs() > ROUNDING * weight.detach().abs().max()
+            moved = moved.sum(others) if others else moved
+            row &= ~moved.bool().cpu().view(site.width, site.size).any(1) & (not wearing(bridge, weight))
+    return Neurons(still, site)
 
 
 def parts(model: Model, *, bands: int | None = None, within: Iterable[int] = ()) -> dict[str, tuple[str, ...]]:

@@ -14,9 +14,10 @@ from relearn_lens.measure.grafting import CUT
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.runs.preparation import FEWEST_SPANS
-from relearn_lens.runs.results import Run
+from relearn_lens.runs.results import Run, once
 
 
+@once
 def answers(run: Run) -> list[Question]:
     """The questions of a run in their order, one Holm family; those that were not measured say so."""
     if "concept" not in run.arms:

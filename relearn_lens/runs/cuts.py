@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +81,8 @@ def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
     chosen: float | None = None
     with progress.task("dose and response", total):
         before = _scores(ready, on=ready.validation)
+        if not _interval(ready, before)[0] > 0:
+            raise ValueError(_nothing_to_take(ready, base, before))
         for fraction in sorted(how.grid):
             sets = sets_of(ready, base.snapshot, fraction)
             if whole:
@@ -132,6 +133,21 @@ def interval_of(ready: Prepared) -> dict[str, Any]:
     return {"level": ready.experiment.measure.level, "draws": ready.experiment.measure.draws}
 
 
+def _nothing_to_take(ready: Prepared, base: Base, before: Scores) -> str:
+    label, (low, high) = ready.experiment.labels, _interval(ready, before)
+    return (
+        f"prune.fraction = 'auto': the base model of seed {base.seed} does not know {'+'.join(label)!r}, so there is "
+        f"nothing to take from it: its F1 on the {ready.validation.corpus.n_sentences:,} validation sentences is "
+        f"{before.shown(label):.2f} [{low:.2f}, {high:.2f}]; train it longer or faster (finetune.epochs, finetune.lr, "
+        "data.train_sentences), or give a size: --set prune.fraction=0.05"
+    )
+
+
+def _interval(ready: Prepared, scores: Scores) -> tuple[float, float]:
+    how = ready.experiment.measure
+    return scores.interval(ready.experiment.labels, level=how.level, n=how.draws)
+
+
 def _no_dose(ready: Prepared, base: Base, before: Scores, doses: list[Dose]) -> str:
     how, label = ready.experiment.prune, ready.experiment.labels
     others = bystanders(before, label)
@@ -164,6 +180,7 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
         progress.advance()
         return result
 
+    natural = None if ready.natural is None else _scores(ready, on=ready.natural)
     with progress.task("cutting without training", 1 + ("other" in sets) + draws * len(KINDS)):
         first, other = cut(concept), cut(sets["other"]) if "other" in sets else None
         for kind in KINDS:
@@ -180,6 +197,7 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
         other,
         {kind: tuple(each) for kind, each in scores.items()},
         {kind: tuple(each) for kind, each in overlap.items()},
+        natural,
     )
 
 
@@ -200,9 +218,3 @@ def _without(ready: Prepared, base: Base, neurons: Neurons) -> Iterator[None]:
             yield
         finally:
             ready.model.load_weights(base.weights)
-
-
-def rest_of(snapshot: Snapshot, removed: Neurons) -> Saliency:
-    """A snapshot's ranking without neurons that were removed: they come last."""
-    found = snapshot.saliency
-    return replace(found, score=found.score.masked_fill(removed.mask, float(found.score.min()) - 1))

@@ -40,6 +40,8 @@ class Prepared:
     """What the user should know: sentences cut, words lost, what was decided by the model's family."""
     inputs: Mapping[str, str]
     """Hash of every input."""
+    natural: Encoded | None = None
+    """As many sentences as are scored, as they come from the same part of the text; None where the scored ones are."""
 
     @property
     def scored(self) -> Encoded:
@@ -104,6 +106,9 @@ class Damage:
     `"disjoint"` the same, but none of the cut; `"scale"` the same, matched on how much each neuron varies."""
     overlap: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Share of each random set that is in the cut too."""
+    natural: Any = None
+    """`Scores` of the base model, nothing cut, on sentences as they come (`Prepared.natural`), beside which those on
+    drawn ones, of which more hold the concept, are to be read."""
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ from relearn_lens.models.model import computing
 from relearn_lens.models.training import Checkpoint, cross_entropy, train_
 from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.neurons.sites import Neurons, random_neurons
-from relearn_lens.neurons.weights import WeightMask, parts
+from relearn_lens.neurons.weights import WeightMask, parts, severed
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.runs.arms import Arm, arms_of
-from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, rest_of, size
+from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
 from relearn_lens.runs.events import (
     Again,
     ArmDone,
@@ -273,7 +273,7 @@ class _Seed:
         yield grafted
         yield again or self._again(end, cuts, path)
         for held in experiment.block.held:
-            yield self._result(Blocked, held) or self._blocked(held, base, cuts, path, grafted)
+            yield self._result(Blocked, held) or self._blocked(held, base, end, cuts, path, grafted)
 
     def _cut_weights(self, base: Base, neurons: Neurons) -> dict[str, Tensor]:
         """Weights of the base model after a cut; the model holds them too."""
@@ -332,11 +332,12 @@ class _Seed:
         model.load_weights(end)
         snapshot, ever = path[path.stages[-1]], old
         for k in range(self.experiment.rounds):
-            new = snapshot.saliency.top(len(old))
+            there = ~self._severed(ever)
+            new = snapshot.saliency.top(min(len(old), len(there)), among=there)
             prune_(model, placed(new, prune.embedding), sever=prune.sever)
             cut = self._evaluated()
             course = self._course(f"retraining (round {k + 2})", path, "again", k)
-            per_layer = ever.mask.float().mean(1)
+            per_layer = (ever & there).mask.sum(1) / there.mask.sum(1).clamp(min=1)
             by_chance = float((new.mask.sum(1) * per_layer).sum() / len(new))
             rounds.append(Round(new, share_old(new, ever), by_chance, cut, course))
             ever = ever | new
@@ -357,7 +358,15 @@ class _Seed:
                 break
         return course
 
-    def _blocked(self, held: str, base: Base, cuts: Cuts, path: Trajectory, grafted: Grafted) -> Blocked:
+    def _severed(self, neurons: Neurons) -> Neurons:
+        """Those of some cut neurons that the model as it is now does without: however salient, they carry nothing."""
+        prune = self.experiment.prune
+        assert prune.sever != "auto"
+        return severed(self.ready.model, neurons | placed(neurons, prune.embedding), sever=prune.sever)
+
+    def _blocked(
+        self, held: str, base: Base, end: Mapping[str, Tensor], cuts: Cuts, path: Trajectory, grafted: Grafted
+    ) -> Blocked:
         """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
         model, old = self.ready.model, cuts.sets["concept"]
         known_parts = parts(model, bands=self.experiment.grafts.bands)
@@ -369,10 +378,11 @@ class _Seed:
                 return Blocked(self.seed, held, {})
             mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=known_parts)
         else:
-            n = min(len(old), old.mask.numel() - len(old))
-            if not n:
+            model.load_weights(end)
+            heirs = ~(self._severed(old) | old)
+            if not len(heirs):
                 return Blocked(self.seed, held, {})
-            which = rest_of(path[path.stages[-1]], old).top(n)
+            which = path[path.stages[-1]].saliency.top(min(len(old), len(heirs)), among=heirs)
             if held == "random":
                 which = random_neurons(like=which, seed=draw_seed(self.seed, 99), apart=which | old)
             prune = self.experiment.prune
@@ -436,7 +446,10 @@ class _Seed:
 
 
 def first_back(path: Trajectory) -> str | None:
-    """The first stage at which the concept has `BACK` of what it was before the cut; None while it has not."""
+    """The first stage at which the concept has `BACK` of what it was before the cut; None while it has not, and where
+    the base model did not know it."""
     label, reference = path.label, path[BASE].scores.value(path.label)
+    if not reference > 0:
+        return None
     stages = [stage for stage in path.stages if stage not in (BASE, PRUNED)]
     return next((stage for stage in stages if path[stage].scores.value(label) >= BACK * reference), None)

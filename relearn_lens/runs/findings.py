@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from scipy import stats as st
 
-from relearn_lens.analysis import migration, priming, recovery
+from relearn_lens.analysis import migration, priming, recovery, story
 from relearn_lens.analysis.claims import Claim, claims
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.measure import meaning
+from relearn_lens.measure.evaluation import Scores, SpanScores
 from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory
-from relearn_lens.runs.results import Run
+from relearn_lens.runs.preparation import FEWEST_SPANS
+from relearn_lens.runs.results import Run, once
 
 CORRECTED = (
     "An effect is positive in the direction of the claim. Each verdict holds at the level of the run's intervals by "
@@ -29,6 +31,7 @@ CORRECTED = (
 Table = tuple[list[str], list[list[str]]]
 
 
+@once
 def claims_of(run: Run) -> list[Claim]:
     """C1 to C9 of a run."""
     return claims(
@@ -37,22 +40,24 @@ def claims_of(run: Run) -> list[Claim]:
     )  # fmt: skip
 
 
+@once
 def findings(run: Run) -> dict[str, Any]:
     """Everything here as plain values."""
     return {
-        "claims": [asdict(claim) for claim in run.numbers.claims],
-        "migration": run.numbers.migration,
-        "recovery_speed": {name: _speeds(found) for name, found in run.numbers.speeds.items()},
+        "claims": [asdict(claim) for claim in claims_of(run)],
+        "migration": migration_of(run),
+        "recovery_speed": {name: _speeds(found) for name, found in speeds_of(run).items()},
         "savings": _savings(run),
         "attribution": _by_stage(run, _attribution),
-        "scores_agreement": run.numbers.agreement,
+        "scores_agreement": agreement(run),
         "similarity": {name: [_similarity(arm) for arm in arms] for name, arms in run.arms.items()},
         "meaning": _by_stage(run, _meaning),
-        "heirs": {name: [str(row) for row in rows] for name, rows in run.numbers.heirs.items()},
+        "heirs": {name: [str(row) for row in rows] for name, rows in heirs_of(run).items()},
         "probe_quality": {kind: asdict(s.quality) for kind, s in _base(run).also.items() if s.quality is not None},
     }
 
 
+@once
 def migration_of(run: Run) -> dict[str, Any]:
     """Where the concept went, by the main score and by attribution, all three selections.
 
@@ -79,6 +84,7 @@ def last(arm: Trajectory) -> str:
     return arm.stages[-1]
 
 
+@once
 def agreement(run: Run) -> dict[str, float]:
     """Spearman correlation over neurons of the ranking score with every other score, at base, mean over seeds."""
     bases = [arm[BASE] for arm in next(iter(run.arms.values()))]
@@ -104,14 +110,23 @@ def heirs(run: Run, name: str, k: int = 8) -> list[str]:
 
 
 def heir_rows(run: Run, name: str, k: int = 8) -> list[meaning.Meaning]:
-    """The words of the neurons that are new in the top tenth of the survivors, those that gained most first."""
-    arm = run.arms[name][0]
+    """The words of the neurons that are new in the top tenth of the survivors, most gained first; up to 8."""
+    return heirs_of(run)[name][:k]
+
+
+@once
+def heirs_of(run: Run) -> dict[str, list[meaning.Meaning]]:
+    """`heir_rows` of every arm."""
+    return {name: _heirs(arms[0]) for name, arms in run.arms.items()}
+
+
+def _heirs(arm: Trajectory) -> list[meaning.Meaning]:
     base, now = arm[BASE], arm[last(arm)]
     if base.words is None or now.words is None or not len(arm.matched()):
         return []
     among = arm.matched()
     new = priming.heirs(base.saliency, now.saliency, max(1, len(among) // 10), among)
-    return meaning.polysemy(base.words, now.words, base.concept_words, neurons=new).rows(k)
+    return meaning.polysemy(base.words, now.words, base.concept_words, neurons=new).rows(8)
 
 
 def _base(run: Run) -> Any:
@@ -174,6 +189,21 @@ def _meaning(arm: Trajectory, stage: str) -> dict[str, Any] | None:
     }
 
 
+@once
+def speeds_of(run: Run) -> dict[str, recovery.Speeds]:
+    """How fast each arm came back."""
+    return {
+        name: recovery.speeds(arms, run.label, unpruned=run.arms.get("unpruned"), **run.interval)
+        for name, arms in run.arms.items()
+    }
+
+
+@once
+def what_happened(run: Run) -> str:
+    """The run in two sentences."""
+    return story.what_happened(run.arms, run.label, **run.interval)
+
+
 def _speeds(found: recovery.Speeds) -> dict[str, Any]:
     return {
         "reached": {f"{share:g}": asdict(when) for share, when in found.reached.items()},
@@ -187,6 +217,45 @@ def _savings(run: Run) -> dict[str, Any] | None:
     found = recovery.savings(run.arms["concept"], run.arms["never"], run.label, **run.interval)
     saved = {f"{share:g}": None if each is None else asdict(each) for share, each in found.saved.items()}
     return {"saved": saved, "area": asdict(found.area)}
+
+
+HARDLY = 0.1
+"""F1 of a base model below which a label has hardly anything that a cut could take."""
+
+
+def notes(run: Run) -> list[str]:
+    """What a reader should know first: the run's notes, labels that the base model hardly knows, and natural scores."""
+    told = list(run.manifest.get("notes", []))
+    seeds = _bases(run)
+    if seeds and isinstance(seeds[0], SpanScores):
+        support = seeds[0].support()
+        for label in seeds[0].labels:
+            f1 = float(np.mean([scores.value(label) for scores in seeds]))
+            if support[label] >= FEWEST_SPANS and f1 < HARDLY:
+                told.append(
+                    f"the base model hardly knows {label!r} (F1 {f1:.2f}): it has nothing to lose, and says nothing of "
+                    "what a cut takes; fine-tune for longer, or with a larger finetune.lr"
+                )
+    if pairs := natural_scores(run):
+        drawn = np.mean([scores.shown(run.label) for _, scores, _ in pairs])
+        plain = np.mean([scores.shown(run.label) for _, _, scores in pairs])
+        told.append(
+            f"{pairs[0][1].metric} of {'+'.join(run.label)} before any cut: {drawn:.3f} on the sentences that are "
+            f"scored, drawn by data.labelled_only and data.concept_share; {plain:.3f} on as many as they come"
+        )
+    return told
+
+
+def natural_scores(run: Run) -> list[tuple[int, Scores, Scores]]:
+    """Seed, and scores of the base model on the drawn sentences and on sentences as they come, where both are known."""
+    pairs = zip(run.damage, _bases(run), strict=False)
+    return [(damage.seed, drawn, damage.natural) for damage, drawn in pairs if damage.natural is not None]
+
+
+def _bases(run: Run) -> list[Scores]:
+    """Scores of the base model of each seed."""
+    arms: Sequence[Trajectory] = next((arms for name, arms in run.arms.items() if name != "never"), [])
+    return [arm[BASE].scores for arm in arms]
 
 
 MOST_LAYERS = 14
@@ -225,7 +294,7 @@ def speed_rows(run: Run) -> Table:
     for name, arms in run.arms.items():
         if arms[0].pruned is None:
             continue
-        found = run.numbers.speeds[name]
+        found = speeds_of(run)[name]
         area = "within noise" if found.area is None else _interval(found.area)
         rows.append([name, *(_interval(when.epochs) or "not reached" for when in found.reached.values()), area])
     shares = [f"epochs to {share:.0%}" for share in recovery.SHARES]
@@ -286,7 +355,7 @@ def agreement_rows(run: Run) -> Table:
     """Rank correlation of the ranking score with the others, at base; fitted scores with their held-out quality."""
     rows = []
     also = _base(run).also
-    for name, value in run.numbers.agreement.items():
+    for name, value in agreement(run).items():
         quality = also[name].quality if name in also else None
         rows.append([name, _number(value), "" if quality is None else str(quality)])
     return ["score", f"Spearman with {_base(run).saliency.kind}", "held-out quality, beside its controls"], rows

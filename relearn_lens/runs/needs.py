@@ -157,6 +157,9 @@ def estimate(experiment: Experiment) -> Estimate | None:
         measuring = asked.sentences * asked.steps * text.longest * shape.layers * token
     if "top_words" in asked.what:  # a table of word types by neurons
         measuring = max(measuring, 4.0 * 5000 * (shape.layers + 1) * shape.d_model)
+    if "auroc" in (experiment.score, *asked.what):  # every word, where a sentence is a quarter of the longest
+        n_words = experiment.data.probe_sentences * text.longest / 4
+        measuring = max(measuring, 4.0 * n_words * (shape.layers + 1) * shape.d_model)
     measuring = min(measuring, asked.max_memory * _MB)
     memory = BASELINE_MB + text.megabytes + (COPIES * shape.bytes + training + measuring) / _MB
     return Estimate(math.ceil(memory), _disk(experiment, shape, text), _fetch(experiment, shape))

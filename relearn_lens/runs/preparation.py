@@ -12,6 +12,7 @@ import torch
 from relearn_lens import progress, sources
 from relearn_lens.find.attribution import attribution_plan
 from relearn_lens.find.saliency import score_of
+from relearn_lens.measure.similarity import compared_words
 from relearn_lens.measure.tracking import FORMS, check_measures
 from relearn_lens.models import toy
 from relearn_lens.models.loading import load_language_model, load_tagger
@@ -22,7 +23,7 @@ from relearn_lens.runs.events import Prepared
 from relearn_lens.runs.needs import Shape, fitted
 from relearn_lens.runs.protocol import resolved
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.runs.texts import draw, read_texts
+from relearn_lens.runs.texts import draw, natural, read_texts
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import OUTSIDE, Corpus, Splits
 from relearn_lens.text.encoding import Encoded, Reading
@@ -53,20 +54,25 @@ def prepare(experiment: Experiment) -> Prepared:
     data = experiment.data
     sizes = (data.train_sentences, data.validation_sentences, data.probe_sentences)
     drawn = [draw(part, size, concept, experiment) for part, size in zip(splits, sizes, strict=True)]
-    concept.classes(drawn[2])
+    for part in (drawn[0], drawn[2]):
+        concept.classes(part)
+    dose_notes = _check_dose(experiment, drawn[1])
     with progress.task("loading the model", 1), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         model = load(experiment, drawn[0].label_names)
     site = site_of(model.bridge, experiment.site)
     with adapters(model, experiment.retrain.lora_rank, seed=0):
         pass  # peft, and layers to adapt, are there
+    _check_bands(experiment, len(model.bridge.blocks))
     decided = list(dict.fromkeys(str(each.message) for each in warned if each.category is UserWarning))
     if set(experiment.arms) - {"unpruned"}:
-        experiment, decided = resolved(experiment, model.bridge, site)
+        experiment, by_family = resolved(experiment, model.bridge, site)
+        decided += by_family
     train, validation, probe = (model.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
     experiment, fits = _fitted(experiment, model, train, validation, probe)
     decided += fits
     notes = [*dict.fromkeys(note for part in (train, validation, probe) for note in part.notes()), *decided]
+    notes += dose_notes
     notes += _plans(experiment, model, probe, concept, site)
     other = other_concept(experiment, probe.corpus)
     if "other" in experiment.arms and other is None:
@@ -75,9 +81,15 @@ def prepare(experiment: Experiment) -> Prepared:
             "sentences that are scored, so there is no arm 'other', and whether the cut was specific stays open"
         )
     notes.append(f"precision: {str(precision_of(experiment, model.device)).removeprefix('torch.')}")
+    scored = 1 if experiment.measure.on == "validation" else 2
+    as_they_come = natural(splits[scored], sizes[scored], concept, experiment)
+    plain = None
+    if as_they_come is not None:
+        plain = model.encode(as_they_come, long=data.long, reading=_reading(experiment))
     return Prepared(
-        experiment, model, site, concept, other, train, validation, probe, tuple(notes), _hashes(experiment, drawn)
-    )
+        experiment, model, site, concept, other, train, validation, probe, tuple(notes), _hashes(experiment, drawn),
+        plain,
+    )  # fmt: skip
 
 
 FEWEST_SPANS = 30
@@ -95,9 +107,35 @@ def other_concept(experiment: Experiment, corpus: Corpus) -> Concept | None:
         if experiment.other not in labels:
             raise ValueError(f"other = {experiment.other!r}: the other labels of the text are {', '.join(labels)}")
         return Concept(experiment.other)
-    spans = {name: int(corpus.begins[corpus.label == corpus.label_names.index(name)].sum()) for name in labels}
-    most = max(spans, key=spans.__getitem__, default=None)
+    spans = _spans(corpus)
+    most = max(labels, key=spans.__getitem__, default=None)
     return Concept(most) if most is not None and spans[most] >= FEWEST_SPANS and not experiment.words else None
+
+
+def _spans(corpus: Corpus) -> dict[str, int]:
+    """Spans of every label in a text."""
+    names = enumerate(corpus.label_names)
+    return {name: int(corpus.begins[corpus.label == i].sum()) for i, name in names if name != OUTSIDE}
+
+
+def _check_dose(experiment: Experiment, validation: Corpus) -> list[str]:
+    """Refuse to find the size of the cut on a text too small for it; what else to know of it, in words."""
+    if experiment.prune.fraction != "auto":
+        return []
+    spans, labels = _spans(validation), experiment.labels
+    if (n := sum(spans.get(name, 0) for name in labels)) < FEWEST_SPANS:
+        raise ValueError(
+            f"prune.fraction = 'auto': the size of the cut is found by the F1 of {'+'.join(labels)!r} on the "
+            f"validation sentences ({validation.n_sentences:,}, with {n} spans of it, {FEWEST_SPANS} are needed); "
+            "give more text, more of it to validation (data.parts, data.validation_sentences), or a size: "
+            "--set prune.fraction=0.05"
+        )
+    if any(count >= FEWEST_SPANS for name, count in spans.items() if name not in labels):
+        return []
+    return [
+        f"prune.fraction = 'auto': no other label has {FEWEST_SPANS} spans in the {validation.n_sentences:,} "
+        "validation sentences, so the size of the cut is found by what it takes of the concept alone"
+    ]
 
 
 def precision_of(experiment: Experiment, device: torch.device) -> torch.dtype:
@@ -139,6 +177,16 @@ def _check_device(device: str) -> None:
         raise ValueError("device = 'mps': this machine has none; use device=cpu or auto")
 
 
+def _check_bands(experiment: Experiment, blocks: int) -> None:
+    """Refuse more groups of blocks than there are blocks."""
+    bands = experiment.grafts.bands
+    if bands is not None and bands > blocks and not experiment.grafts.skip:
+        raise ValueError(
+            f"grafts.bands = {bands}: the model has {blocks} blocks, and no more groups of them; "
+            "--set grafts.bands=none takes each for itself"
+        )
+
+
 def _reading(experiment: Experiment) -> Reading | None:
     """Where words are read; None for what suits the model."""
     return None if experiment.measure.reading == "auto" else experiment.measure.reading
@@ -176,6 +224,8 @@ def _fitted(experiment: Experiment, model: Model, train: Encoded, *read: Encoded
 def _plans(experiment: Experiment, model: Model, probe: Encoded, concept: Concept, site: Site) -> list[str]:
     """What the costly measurements will take, and an error now if their settings cannot work."""
     how = experiment.measure
+    if "similarity" in how.what:
+        compared_words(probe, concept)
     return [
         f"{name}: {attribution_plan(model, probe, concept, how, site=site, form=FORMS[name])}"
         for name in how.what

@@ -40,11 +40,11 @@ FOR_A_GPU = frozenset({"lo2024", "smollm2-places-gpu"})
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "names": (
-        "MiniLM and named entities of the New Testament, concept place, three seeds; 8 minutes on 2 cores",
+        "MiniLM and named entities of the New Testament, concept place, three seeds",
         {},
     ),
     "names-quick": (
-        "one seed of it, without the arms that verdicts need; 90 seconds",
+        "one seed of it, without the arms that verdicts need",
         {"seeds": [0], "arms": ["concept", "random", "unpruned"], "measure": {"what": ["dprime", "top_words"]}},
     ),
     "names-blocked": (
@@ -77,7 +77,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "smollm2-places": (
-        "SmolLM2-135M predicts the next token of the New Testament, concept place; 10 minutes on 2 cores",
+        "SmolLM2-135M predicts the next token of the New Testament, concept place",
         {**_NEXT_TOKEN, "seeds": [0]},
     ),
     "smollm2-places-gpu": (
@@ -94,7 +94,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "toy": (
-        "a planted concept in a toy model, three seeds, no download; seconds",
+        "a planted concept in a toy model, three seeds, no download",
         {
             **_TOY,
             # Decoys that nothing uses tell places apart as well; what is used has the larger difference of means.
@@ -105,7 +105,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "toy-next-token": (
-        "a toy language model learns the toy's text, concept place, three seeds, no download; seconds",
+        "a toy language model learns the toy's text, concept place, three seeds, no download",
         {
             **_TOY,
             "task": "next_token",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.tracking import BASE, Trajectory
@@ -12,8 +13,7 @@ from relearn_lens.runs.events import Again, ArmDone, Blocked, Cuts, Damage, Even
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.text import markup
 
-if TYPE_CHECKING:
-    import relearn_lens.runs.numbers
+T = TypeVar("T")
 
 
 @dataclass
@@ -38,10 +38,12 @@ class Run:
     manifest: dict[str, Any] = field(default_factory=dict)
     """Versions, seeds, hashes of inputs, notes, seconds, memory."""
     folder: str | None = None
+    numbers: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What functions that are computed `once` have said of this run."""
 
     def take(self, event: Event) -> None:
         """Put what an event brings to the rest; events that pass by change nothing."""
-        self.__dict__.pop("numbers", None)
+        self.numbers.clear()
         match event:
             case ArmDone(trajectory=path):
                 self.arms.setdefault(path.arm, []).append(path)
@@ -57,13 +59,6 @@ class Run:
     def interval(self) -> dict[str, Any]:
         """Coverage and bootstrap draws of every interval, as `analysis.estimate` takes them."""
         return {"level": self.experiment.measure.level, "draws": self.experiment.measure.draws}
-
-    @cached_property
-    def numbers(self) -> relearn_lens.runs.numbers.Numbers:
-        """All that is told of the run, each number computed once."""
-        from relearn_lens.runs.numbers import Numbers  # which reads runs
-
-        return Numbers(self)
 
     def to_dataframe(self) -> Any:
         """All arms' `Trajectory.to_dataframe` below each other."""
@@ -96,3 +91,15 @@ class Run:
     def __repr__(self) -> str:
         arms = "\n  ".join(repr(t) for arm in self.arms.values() for t in arm)
         return f"Run({self.experiment.model}, {self.experiment.corpus}, {self.experiment.site})\n  {arms}"
+
+
+def once(of: Callable[[Run], T]) -> Callable[[Run], T]:
+    """A function of a run that is computed when it is first asked for, and kept in `Run.numbers`."""
+
+    @wraps(of)
+    def kept(run: Run) -> T:
+        if of not in run.numbers:
+            run.numbers[of] = of(run)
+        return run.numbers[of]
+
+    return kept

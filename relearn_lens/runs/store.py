@@ -60,9 +60,10 @@ from relearn_lens.runs.files import as_json, plain_settings, read_json, read_ten
 from relearn_lens.runs.needs import peak_rss_mb
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.runs.summary import layers_table
+from relearn_lens.runs.summary import layers_table, summary
+from relearn_lens.runs.verify import MANIFEST
 
-MANIFEST, SUMMARY, SETTINGS = "manifest.json", "summary.json", "settings.toml"
+SUMMARY, SETTINGS = "summary.json", "settings.toml"
 PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accelerate", "nervaluate", "numpy")
 
 
@@ -454,7 +455,7 @@ class RunFolder:
         the hash of every file beside it."""
         write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
         write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
-        write_whole(self.path / SUMMARY, as_json(result.numbers.summary))
+        write_whole(self.path / SUMMARY, as_json(summary(result)))
         for name in ("state", "stages", *(["weights"] if self._keeps == "none" else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
         final = {**self.manifest, "outputs": verify.hashes_of(self.path), "complete": True}

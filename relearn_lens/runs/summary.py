@@ -13,12 +13,14 @@ from relearn_lens.analysis import story
 from relearn_lens.analysis.migration import Selection, sides
 from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
+from relearn_lens.runs.answers import answers
 from relearn_lens.runs.events import Again, Grafted, Sized
 from relearn_lens.runs.files import plain_settings
-from relearn_lens.runs.findings import findings
-from relearn_lens.runs.results import Run
+from relearn_lens.runs.findings import findings, natural_scores, notes, what_happened
+from relearn_lens.runs.results import Run, once
 
 
+@once
 def summary(result: Run) -> dict[str, Any]:
     """The numbers of a run as plain values; lists by layer and means over seeds where the name says so."""
     label, interval = result.label, result.interval
@@ -44,6 +46,7 @@ def summary(result: Run) -> dict[str, Any]:
             "saliency_by_layer": "mean rank saliency, 1 the most salient neuron and 0 the least, mean over seeds",
             "score_by_layer": f"mean score of the matched neurons, {first.snapshots[first.stages[0]].saliency.unit}",
             "seconds": "seconds per phase",
+            "natural": "scores of the base model on the drawn sentences, and on sentences as they come",
             "claims": "effect and bar as `measures` says, positive in the direction of the claim",
             "migration": "shares of the model's depth, positive towards later layers; `share`: shares of the score",
             "recovery_speed": "epochs and tokens of retraining",
@@ -52,7 +55,7 @@ def summary(result: Run) -> dict[str, Any]:
             "meaning": "means over a layer's neurons; cosines; counts",
         },
         "text": result.manifest.get("text"),
-        "notes": result.manifest.get("notes"),
+        "notes": notes(result),
         "arms": {
             name: [
                 {
@@ -70,6 +73,10 @@ def summary(result: Run) -> dict[str, Any]:
             ]
             for name, arms in result.arms.items()
         },
+        "natural": [
+            {"seed": seed, "drawn": _each(drawn), "natural": _each(plain)}
+            for seed, drawn, plain in natural_scores(result)
+        ],
         "random_draws": [
             {
                 "seed": d.seed,
@@ -94,8 +101,8 @@ def summary(result: Run) -> dict[str, Any]:
         "score_by_layer": {
             name: mean([_score_by_stage(arm) for arm in arms]) for name, arms in result.arms.items()
         },
-        "what_happened": result.numbers.what_happened,
-        "questions": [asdict(question) for question in result.numbers.questions],
+        "what_happened": what_happened(result),
+        "questions": [asdict(question) for question in answers(result)],
         "grafts": [_grafts(grafted) for grafted in result.grafted],
         "again": [_again(again, label) for again in result.again],
         "doses": [_doses(sized) for sized in result.sized],

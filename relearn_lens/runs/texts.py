@@ -103,3 +103,20 @@ def draw(corpus: Corpus, sentences: int, concept: Concept, experiment: Experimen
         without = rng.permutation(usable[~holds[usable]])[: sentences - len(with_it)]
         chosen = np.concatenate([with_it, without])
     return corpus.take(np.sort(chosen))
+
+
+def natural(corpus: Corpus, sentences: int, concept: Concept, experiment: Experiment) -> Corpus | None:
+    """At most so many sentences of a part as they come: what a score of drawn ones is to be read beside.
+
+    None where `draw` takes them so too, or where none of them holds the concept.
+    """
+    data = experiment.data
+    if not data.labelled_only and data.concept_share is None:
+        return None
+    rng = np.random.default_rng(data.split_seed)
+    chosen = corpus.take(np.sort(rng.permutation(corpus.n_sentences)[:sentences]))
+    try:
+        concept.classes(chosen)
+    except ValueError:
+        return None
+    return chosen

@@ -26,6 +26,7 @@ from relearn_lens.runs.answers import answers, curve, heirs, outcome
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show.plots.style import ARM_COLOURS, VERDICT_COLOURS, measured_by
+from relearn_lens.text.corpus import printable
 
 WIDTH = 80
 """Columns of a line."""
@@ -111,8 +112,8 @@ def sentence(run: Run) -> str:
             text += f" ({_steps(run.arms['never'], paths, run)} in a model that never had {_had(run)})"
     place = _where(run, -1)
     if place is not None:
-        part, enough, needed = place
-        text += f"; at the end, {part} is {_verdict_on(enough, needed)}"
+        part, enough, _ = place
+        text += f"; at the end, {part} alone brings back {_percent(enough)} of it"
     return text + "."
 
 
@@ -235,7 +236,8 @@ def took_over(run: Run) -> Text | None:
     neuron = found[0]
     text = Text(f"{'now':<{_KEY}}")
     text.append(str(neuron.neuron), style=f"bold {ARM_COLOURS['concept']}")
-    text.append(f"  {', '.join(neuron.before[:3])} > {', '.join(neuron.now[:3])}")
+    before, now = (", ".join(map(printable, words[:3])) for words in (neuron.before, neuron.now))
+    text.append(f"  {before} > {now}")
     text.truncate(WIDTH, overflow="ellipsis")
     return text
 

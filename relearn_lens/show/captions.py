@@ -17,6 +17,7 @@ from relearn_lens.analysis import migration, priming, story
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import FEWEST_SEEDS
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
+from relearn_lens.runs import findings
 from relearn_lens.runs.results import Run
 
 TOP = 0.1
@@ -158,7 +159,7 @@ def neuron_map(run: Run) -> str:
 
 def migrated(run: Run, score: str = "saliency") -> str:
     """The matched comparison in words, then the unmatched one."""
-    found = run.numbers.migration
+    found = findings.migration_of(run)
     if score == "attribution":
         return f"{found['attribution']['says']} Attribution and the ranking score need not agree."
     return f"{found['matched']['says']} {found['published']['says']}"

@@ -193,7 +193,9 @@ def _reading(run: Run) -> Read | None:
                 (s, [(token, bool(token) and words[at].startswith(token)) for token in each.said[i][at]])
                 for s, each in zip(named, by_stage, strict=True)
             ]
-            tops.append((" ".join(words[:at]) + f" [{words[at]}]", guesses))
+            prompt = " ".join(words[:at]) + f" [{words[at]}]"
+            if prompt not in dict(tops):
+                tops.append((prompt, guesses))
     return Read(named, sentences, tops)
 
 

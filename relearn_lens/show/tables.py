@@ -8,7 +8,7 @@ from relearn_lens.analysis import story
 from relearn_lens.measure.tracking import BASE
 from relearn_lens.runs.findings import layer_columns
 from relearn_lens.runs.results import Run
-from relearn_lens.runs.summary import selections
+from relearn_lens.runs.summary import selections, summary
 
 
 def score_title(run: Run) -> str:
@@ -42,7 +42,7 @@ def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 def layer_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the layer table: pruned share, then mean rank saliency per layer, matched and all."""
     layers = list(next(iter(run.arms.values()))[0].site.layers)
-    numbers, columns = run.numbers.summary, layer_columns(layers)
+    numbers, columns = summary(run), layer_columns(layers)
 
     def cells(values: list[float]) -> list[str]:
         """Means over the layers of each column that have a value."""

@@ -70,3 +70,35 @@ class Concept:
                 "compares words that carry it with words that do not, so use a larger or another probe corpus"
             )
         return Classes(names, of_word, carries)
+
+
+def label_shuffles(
+    classes: Classes, types: Int[np.ndarray, " word"], n: int, *, seed: int
+) -> list[Int[np.ndarray, " word"]]:
+    """The classes dealt anew to the word types, `n` times: what `ClassSums` takes as `relabelled`, for a null.
+
+    `types` is the word type of each word, as in `Corpus.word`. Labels belong to word types ("Rome" is a place
+    wherever it stands), so a null that shuffled single words would have far more independent words than there are: what
+    is merely alike among the occurrences of a word would pass for a class. A type takes over the labels of another that
+    is as frequent (up to a factor of 2), with their mixture where it has several; so classes keep about their numbers
+    of words, and their numbers of types. A type that no other is as frequent as keeps its labels.
+
+    Source: ours; permutation within blocks that are exchangeable. For probes see Hewitt and Liang 2019 (control tasks).
+    """
+    rng = np.random.default_rng(seed)
+    _, type_of, count = np.unique(types, return_inverse=True, return_counts=True)
+    block = np.frexp(count)[1]  # by powers of 2
+    start = np.cumsum(count) - count
+    found = []
+    for _ in range(n):
+        # The words of a type stand together, in a random order; those of one block change places with each other.
+        order = np.lexsort((rng.random(len(type_of)), type_of))
+        within = np.lexsort((rng.random(len(count)), block))
+        donor = np.empty(len(count), dtype=np.int64)
+        donor[np.argsort(block, kind="stable")] = within
+        donor = donor[type_of[order]]
+        place = np.arange(len(order)) - start[type_of[order]]
+        dealt = np.empty_like(classes.of_word)
+        dealt[order] = classes.of_word[order][start[donor] + place % count[donor]]
+        found.append(dealt)
+    return found

@@ -7,6 +7,7 @@ sentence an offset. Nothing here knows of a model; `encoding.py` turns words int
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -286,6 +287,15 @@ def _check_strings(words: Iterable[Any], labels: Iterable[Any], name: str) -> No
                     f"corpus {name!r} has the {what} {text!r} with half a character (a lone surrogate), which is no "
                     "text; read the file with its own encoding="
                 )
+            if what == "label" and printable(text) != text:
+                raise ValueError(f"corpus {name!r} has the label {text!r} with a control character, which is no name")
+
+
+def printable(text: str) -> str:
+    """A word with its control characters and line breaks as Python writes them: printed raw they steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def bio(labels: Sequence[str], begins: Sequence[bool]) -> list[str]:

@@ -441,9 +441,10 @@ def load_hf(name: str, config: str | None) -> Any:
     """A data set, or a dictionary of its parts, by its name on the hub or a local folder; none of its code is run.
 
     Raises:
-        ConnectionError, ValueError: as `read_hf`.
+        ConnectionError, OSError, ValueError: as `read_hf`.
     """
     import datasets  # slow to import, and only this reader needs it
+    from datasets import config as of_datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 
     folder = Path(name).expanduser()
@@ -469,6 +470,14 @@ def load_hf(name: str, config: str | None) -> Any:
             "files (hf:FOLDER), or a file (conll:PATH)"
         ) from error
     except Exception as error:  # a damaged folder ends in any error that there is
+        full = sources.unwritable(error)
+        if full is not None and not Path(str(full.filename)).is_relative_to(folder):
+            raise OSError(
+                full.errno,
+                f"data set {name!r} cannot be loaded: the package datasets keeps tables in "
+                f"{of_datasets.HF_DATASETS_CACHE}, and that cannot be written ({full}); set HF_HOME to a folder "
+                "that can, or give a file (conll:PATH)",
+            ) from error
         raise ValueError(
             f"data set {name!r} with configuration {config!r} cannot be loaded: {_why(error)}. Give its name on "
             "the hub and its configuration (hf:NAME:CONFIG), or a folder"

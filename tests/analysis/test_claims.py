@@ -586,6 +586,18 @@ def test_random_set_of_one_seed_has_no_interval():
     assert "prune.control_draws" in found.why
 
 
+@pytest.mark.parametrize("id", ["C1", "C3a"])
+def test_random_sets_are_never_counted_with_the_random_arms_of_another_kind(id):
+    arms = arms_of(3)
+    sets = [[scores_of(f1) for f1 in (0.7, 0.72, 0.74, 0.76)] for _ in range(3)]
+    found = row(id, arms, random_sets=sets)
+    assert found.control_is == "random sets of the same size per layer"
+    assert found == row(id, {name: paths for name, paths in arms.items() if name != "random"}, random_sets=sets)
+    alone = row(id, arms)
+    assert alone.control_is == "the random arm's set"
+    assert alone.control != pytest.approx(found.control)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize(("slope", "verdict"), [(3.0, "supported"), (1 / 3, "reversed"), (1.0, "not supported")])
 def test_depth_before_pruning_against_shuffled_labels(n, slope, verdict):

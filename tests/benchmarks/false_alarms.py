@@ -27,7 +27,6 @@ from scipy import stats as st
 from relearn_lens.analysis import migration, story
 from relearn_lens.analysis.claims import claims
 from relearn_lens.find.saliency import gather, saliency
-from relearn_lens.measure import meaning
 from relearn_lens.measure.evaluation import SpanScores, evaluate
 from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
@@ -38,7 +37,7 @@ from relearn_lens.neurons.sites import Neurons, random_neurons
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import ablated, prune_
 from relearn_lens.runs.events import Base
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, label_shuffles
 from relearn_lens.text.encoding import Encoded, encode
 
 SEEDS, SHUFFLES, SETS = 3, 19, 3
@@ -124,7 +123,7 @@ def shuffled_base(here: World, base: Base, draw: int, own: int) -> Trajectory:
     here.tagger.load_weights(base.weights)
     classes = CONCEPT.classes(here.probe.corpus)
     types = here.probe.corpus.word
-    relabelled = meaning.shuffles(classes, types, 1, seed=draw) + meaning.shuffles(classes, types, SHUFFLES, seed=own)
+    relabelled = label_shuffles(classes, types, 1, seed=draw) + label_shuffles(classes, types, SHUFFLES, seed=own)
     gathered = gather(here.tagger, here.probe, classes, site=SITE, relabelled=relabelled)
     scored = [saliency(s, CONCEPT, torch.from_numpy(classes.carries)) for s in gathered.shuffled]
     snapshot = replace(base.snapshot, saliency=scored[0], shuffled=tuple(scored[1:]))

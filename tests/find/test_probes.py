@@ -25,7 +25,8 @@ def sample_of(x: Tensor, is_concept: Tensor, group: Tensor | None = None, seed: 
     layers = x.shape[1]
     site = Site("resid", tuple(map(str, range(layers))), ("",) * layers, x.shape[2], ((),) * layers, ((),) * layers)
     words = torch.arange(len(x))
-    return WordSample(x, words, is_concept.long(), words // 3 if group is None else group, ("O", "A"), site, seed)
+    group = words // 3 if group is None else group
+    return WordSample(x, words, words, is_concept.long(), group, ("O", "A"), site, seed)
 
 
 def noise(n: int = 300, layers: int = 2, width: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ def test_split_refuses_words_of_a_single_sentence(which, said):
 
 
 @FITTED
-def test_probe_finds_the_planted_neurons_and_its_controls_find_nothing(toy_model, toy_sample, fitted, untouched):
+def test_probe_finds_the_planted_neurons_and_its_controls_need_many(toy_model, toy_sample, fitted, untouched):
     with untouched(toy_model.tagger):
         score, quality = fitted(toy_sample, CARRIES, **({"n_shuffles": 3} if fitted is elastic_net else {"ks": (1, 8)}))
     expected = Neurons.of(toy_sample.site, toy_model.planted + toy_model.decoys)
@@ -106,7 +107,9 @@ def test_probe_finds_the_planted_neurons_and_its_controls_find_nothing(toy_model
     assert set(score.flatten().topk(8).indices.tolist()) == set(expected.mask.flatten().nonzero()[:, 0].tolist())
     assert quality.held_out > 0.99
     assert quality.average_precision > 0.99
-    assert 0.3 < quality.control < 0.7
+    # The toy knows its few words by heart, so many of its neurons together tell any labels of them; none does alone.
+    assert quality.control > 0.9
+    assert all(at.control < 0.8 < 0.99 < at.held_out for at in quality.by_k if at.k == 1)
     assert quality.n_train + quality.n_held_out == 600
     parts = split(toy_sample, CARRIES)
     assert quality.n_held_out == len(parts.held_out)
@@ -264,7 +267,7 @@ def test_k_sparse_reports_every_k_beside_its_controls():
     assert all(0.3 < at.control < 0.7 for at in quality.by_k)
     assert (quality.held_out, quality.control, quality.random_neurons) == every[1:]
     assert "AUROC by k: 1: 0." in quality.says
-    assert "10 label shuffles and 5 random sets each" in quality.says
+    assert "10 label shuffles over word types and 5 random sets each" in quality.says
 
 
 @pytest.mark.parametrize("wrong", [{"ks": ()}, {"ks": (2, 1)}, {"ks": (0, 1)}, {"ks": (21,)}, {"n_random": 0}])
@@ -272,3 +275,25 @@ def test_k_sparse_refuses_what_is_out_of_range(wrong):
     x, y = noise(30)
     with pytest.raises(ValueError, match=r"ks must ascend from at least 1 \(the site has 20 neurons\)"):
         unchecked(k_sparse)(sample_of(x, y), CARRIES, **wrong)
+
+
+# --- labels belong to word types
+
+
+@FITTED
+def test_control_of_a_probe_deals_labels_to_word_types(fitted):
+    """Neurons that know words and nothing of the concept: a probe of any labels of those words does as well."""
+    rng = np.random.default_rng(0)
+    types = torch.from_numpy(np.repeat(np.arange(20), 30))
+    y = types < 8
+    sentence = torch.from_numpy(rng.permutation(len(types)) // 3)
+    x = torch.from_numpy(rng.normal(size=(20, 2, 30)))[types] + 0.1 * torch.from_numpy(rng.normal(size=(600, 2, 30)))
+    sample = replace(sample_of(x.float(), y, group=sentence), types=types)
+    options: dict = {"n_shuffles": 3} if fitted is elastic_net else {"ks": (1, 16), "n_shuffles": 3, "n_random": 1}
+    _, quality = fitted(sample, CARRIES, **options)
+    assert quality.held_out > 0.95
+    assert quality.control > 0.9  # by single words, it would be 0.5, and the probe would seem to have found a concept
+    assert "3 label shuffle" in quality.says
+    assert "over word types" in quality.says
+    _, by_word = fitted(replace(sample, types=torch.arange(600)), CARRIES, **options)
+    assert by_word.control < 0.7

@@ -12,7 +12,6 @@ from relearn_lens.measure.meaning import (
     concept_words,
     polysemy,
     separated,
-    shuffles,
     similarity_to,
 )
 from relearn_lens.measure.topwords import TopWords, top_words
@@ -20,7 +19,7 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.models.toy import PERSON_NEURONS, PLACES
 from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.neurons.streaming import ClassStats, ClassSums, stream
-from relearn_lens.text.concept import Classes, Concept
+from relearn_lens.text.concept import Classes, Concept, label_shuffles
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import encode
 from tests.conftest import Untouched, sentences_of, unchecked
@@ -128,6 +127,11 @@ def test_similarity_on_the_toy_finds_the_planted_neurons(toy_model, untouched: U
 # --- polysemy
 
 
+def test_words_with_control_characters_are_printed_as_python_writes_them():
+    odd = polysemy(tops("\x1b[31m naïve"), tops("\U0001f469\u200d\U0001f467 \x07"), {"naïve"})
+    assert odd.table() == "L0N0: \\x1b[31m, naïve > \U0001f469\u200d\U0001f467, \\x07"
+
+
 def test_polysemy_by_hand():
     before = tops("Isaac Adam", "Rome", "Isaac Paris", "Isaac", "Rome", "Isaac")
     now = tops("Rome Paris Isaac", "Rome", "Isaac", "Rome", "", "Rome", null=[5])
@@ -202,7 +206,7 @@ def shuffled_stats(
     """Under shuffled labels; every word its own type unless they are given."""
     types = np.arange(len(words)) if types is None else types
     cut = Classes(tuple("OAB"[:classes]), of_word, np.zeros(classes, dtype=bool))
-    return [stats_by_numpy(words, other, classes) for other in shuffles(cut, types, n, seed=seed)]
+    return [stats_by_numpy(words, other, classes) for other in label_shuffles(cut, types, n, seed=seed)]
 
 
 def test_separated_counts_the_classes_above_the_highest_neuron_under_shuffled_labels():
@@ -226,7 +230,7 @@ def test_separated_counts_the_classes_above_the_highest_neuron_under_shuffled_la
     expected = np.zeros(6, dtype=int)
     for k in range(3):
         # the 38th of 39 highest: one of 40 is above it, and one at it
-        threshold = sorted(d_prime(other, k).max() for other in shuffles(cut, np.arange(120), 39, seed=0))[37]
+        threshold = sorted(d_prime(other, k).max() for other in label_shuffles(cut, np.arange(120), 39, seed=0))[37]
         expected[:5] += d_prime(of_word, k) > threshold
     found = separated(stats, shuffled)
     same(found, expected.tolist())
@@ -294,7 +298,7 @@ def test_shuffles_deal_labels_to_word_types_and_depend_on_the_seed_alone(untouch
     of_word[types == 12] = [0, 1, 1, 1]
     classes = Classes(("O", "A"), of_word, np.array([False, True]))
     with untouched():
-        one, two, other = (shuffles(classes, types, 200, seed=seed) for seed in (1, 1, 2))
+        one, two, other = (label_shuffles(classes, types, 200, seed=seed) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert not np.array_equal(one[0], one[1])
     assert not np.array_equal(one[0], other[0])
@@ -311,14 +315,16 @@ def test_shuffles_deal_labels_to_word_types_and_depend_on_the_seed_alone(untouch
 
 def test_shuffles_of_words_that_occur_once_are_plain_permutations():
     of_word = np.repeat([0, 1, 2], [30, 20, 10])
-    for made in shuffles(Classes(("O", "A", "B"), of_word, np.array([False, True, False])), np.arange(60), 5, seed=0):
+    for made in label_shuffles(
+        Classes(("O", "A", "B"), of_word, np.array([False, True, False])), np.arange(60), 5, seed=0
+    ):
         assert np.bincount(made).tolist() == [30, 20, 10]
 
 
 def test_separated_finds_what_was_planted(toy_model, untouched: Untouched):
     classes = Concept("place").classes(toy_model.corpus)
     place = site_of(toy_model.tagger.bridge, "mlp_post")
-    sums = ClassSums(place, classes, shuffles(classes, toy_model.corpus.word, 19, seed=0))
+    sums = ClassSums(place, classes, label_shuffles(classes, toy_model.corpus.word, 19, seed=0))
     encoded = encode(toy_model.corpus, toy_model.tagger.tokenizer)
     with untouched(toy_model.tagger):
         stream(toy_model.tagger, encoded, [sums], site=place)
@@ -333,7 +339,7 @@ def test_separated_finds_what_was_planted(toy_model, untouched: Untouched):
 @pytest.mark.parametrize(
     ("level", "n", "said"),
     [
-        (0.05, 18, r"a level of 0\.05 needs at least 19 shuffles, got 18; see shuffles\(\)"),
+        (0.05, 18, r"a level of 0\.05 needs at least 19 shuffles, got 18; see label_shuffles\(\)"),
         (0.01, 98, "needs at least 99 shuffles, got 98"),
         (0.0, 19, r"level must be above 0 and below 1, got 0\.0"),
         (1.0, 19, r"level must be above 0 and below 1, got 1\.0"),

@@ -1,5 +1,6 @@
 """Every way in which loading a model can fail, and what comes of one that does not."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -138,6 +140,15 @@ def test_load_refuses_a_path_that_does_not_exist(path):
 def test_load_says_what_to_do_about_a_name_that_nothing_gives(name):
     with pytest.raises(OSError, match=rf"cannot load model '{name}': it is no source \(minilm, .* pass the folder"):
         load_tagger(name, LABELS)
+
+
+def test_load_says_where_to_put_a_cache_of_the_hub_that_cannot_be_written(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("not from the hub") from OSError(errno.EROFS, "of the system", "/home/.cache/huggingface")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(OSError, match=r"'a/b' from the hub: its cache cannot be written .*of the system.*set HF_HOME"):
+        load_tagger("a/b", LABELS)
 
 
 @pytest.mark.parametrize(("config", "kind"), [(ViTConfig(), "vit"), (T5Config(), "t5")])

@@ -11,7 +11,7 @@ from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model
 from relearn_lens.neurons.sites import Neurons, Site, site_of
-from relearn_lens.neurons.weights import WeightMask, parts
+from relearn_lens.neurons.weights import WeightMask, entries, parts, severed
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import held, prune_
 from tests.conftest import Untouched, unchecked
@@ -257,3 +257,38 @@ def test_masks_know_the_plain_weights_under_adapters(bert, corpus):
             ValueError, match=r"trunk.encoder.layer.0.attention.self.query.weight has a low-rank adapter now"
         ):
             prune_(bert, WeightMask.of_parts(bert, "block 0"))
+
+
+# --- what is still cut
+
+
+def test_pruned_neurons_are_severed_until_training_moves_what_reads_them(toy, untouched: Untouched):
+    model, chosen = toy.tagger, Neurons.of(site_of(toy.tagger.bridge, "mlp_post"), toy.planted)
+    everything = chosen | ~chosen
+    idle = severed(model, everything)  # the decoys, which nothing reads
+    assert not len(idle & chosen)
+    before = copies(model)
+    prune_(model, chosen)
+    with untouched(model):
+        assert severed(model, everything) == chosen | idle
+        assert severed(model, ~chosen) == idle
+    one = next(iter(chosen))
+    layer, index = int(one[0]), one[1]
+    ((weight, mask, _),) = entries(model, Neurons.of(chosen.site, [one]))
+    with torch.no_grad():
+        weight[mask] = 1e-9  # lost beside the others
+        assert severed(model, chosen) == chosen
+        weight[mask] = 1e-3
+    assert severed(model, chosen) == chosen - Neurons.of(chosen.site, [(str(layer), index)])
+    model.load_weights(before)
+
+
+def test_neurons_without_the_weights_that_would_be_cut_are_not_severed(bert):
+    everything = some_of(bert, "resid")
+    everything = everything | ~everything
+    assert not len(severed(bert, everything, sever="writes"))  # the family has none of that kind
+    cut = some_of(bert, "mlp_post")
+    prune_(bert, cut)
+    assert severed(bert, cut | ~cut) == cut
+    with adapted(bert, rank=2):
+        assert not len(severed(bert, cut))

@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from relearn_lens.measure.evaluation import SpanScores
 from relearn_lens.models import toy
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.runs import cuts
-from relearn_lens.runs.cuts import draw_seed, rest_of, sets_of, size
+from relearn_lens.runs.cuts import draw_seed, sets_of, size
 from relearn_lens.runs.events import Base, Dose, Prepared, Sized
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.protocol import choose
@@ -189,11 +188,3 @@ def test_without_another_label_there_is_no_other_set(started):
 def test_draws_of_one_seed_are_none_of_another():
     seeds = [draw_seed(seed, draw) for seed in range(50) for draw in range(100)]
     assert len(set(seeds)) == len(seeds)
-
-
-def test_what_was_removed_comes_last(started):
-    _, base = started
-    removed = choose(base.snapshot.saliency, 0.1)
-    rest = rest_of(base.snapshot, removed)
-    assert not rest.top(rest.site.n_neurons - len(removed)) & removed
-    assert torch.equal(rest.score[~removed.mask], base.snapshot.saliency.score[~removed.mask])

@@ -153,7 +153,7 @@ def test_an_encoder_is_refused_before_any_training(bert_folder):
 
 
 def test_the_twin_that_never_had_the_concept_can_be_the_only_arm():
-    """No token of the concept was in its loss, so it loses to one that had it where the concept is, and only there."""
+    """No token of the concept was in its loss, so it is worse than a model that had it, and only there."""
     with_it = store.run(small('arms=["unpruned"]', "measure.what=[]", "grafts.skip=true"))
     run = store.run(small('arms=["never"]', "measure.what=[]", "grafts.skip=true"))
     assert list(run.arms) == ["never"]

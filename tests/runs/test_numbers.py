@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 
-from relearn_lens.analysis import recovery, story
+from relearn_lens.analysis import migration, questions, recovery, story
 from relearn_lens.measure.tracking import Trajectory
-from relearn_lens.runs import answers, findings, store, summary
+from relearn_lens.runs import findings, store, summary
 from relearn_lens.runs.events import ArmDone
 from relearn_lens.runs.presets import settings_of
-from relearn_lens.show import captions, plots, tables
+from relearn_lens.show import captions, plots, report, tables
 from tests.made import TINY
 
 SMALL = {
@@ -34,8 +34,8 @@ def counts(monkeypatch) -> Counter[str]:
         monkeypatch.setattr(module, name, counting)
 
     for module, name in (
-        (findings, "claims"), (answers, "answers"), (findings, "migration_of"), (findings, "agreement"),
-        (findings, "heir_rows"), (story, "what_happened"), (summary, "summary"), (recovery, "speeds"),
+        (findings, "claims"), (questions, "family"), (migration, "migration"), (recovery, "speeds"),
+        (findings, "_heirs"), (story, "what_happened"), (summary, "plain_settings"),
     ):  # fmt: skip
         count(module, name)
     return counted
@@ -44,31 +44,23 @@ def counts(monkeypatch) -> Counter[str]:
 def test_each_number_of_a_run_is_computed_once(counts, tmp_path):
     run = store.run(settings_of("toy", SMALL), tmp_path / "run")
     captions.migrated(run)
-    for table in (tables.layer_rows, findings.speed_rows, findings.agreement_rows):
-        assert table(run)[1] or table is findings.agreement_rows
+    assert tables.layer_rows(run)[1]
+    assert findings.speed_rows(run)[1]
+    assert findings.claims_of(run) is findings.claims_of(run)
+    assert findings.heir_rows(run, "concept", 1) == findings.heirs_of(run)["concept"][:1]
     plots.verdicts(run)
-    assert run.numbers.summary["what_happened"] == run.numbers.what_happened
-    per_arm = {"speeds": 2, "heir_rows": 2}
+    report.render(run)
+    assert summary.summary(run)["what_happened"] == findings.what_happened(run)
+    arms, selections = 2, 3  # and the figure of the migration draws two, beside a control of its own
     assert counts == {
-        name: per_arm.get(name, 1)
-        for name in (
-            "claims",
-            "answers",
-            "migration_of",
-            "agreement",
-            "heir_rows",
-            "what_happened",
-            "summary",
-            "speeds",
-        )
-    }
+        "claims": 1, "family": 1, "migration": selections + 2, "speeds": arms, "_heirs": arms, "what_happened": 1,
+        "plain_settings": 1,
+    }  # fmt: skip
 
 
 def test_a_run_that_takes_more_is_told_anew():
     run = store.run(settings_of("toy", SMALL | {"arms": ["concept"]}))
-    before = run.numbers
-    assert run.numbers is before
-    assert list(before.speeds) == ["concept"]
+    assert list(findings.speeds_of(run)) == ["concept"]
     (path,) = run.arms["concept"]
     run.take(ArmDone(Trajectory(path.snapshots, path.pruned, "random", path.seed, path.concept), None))
-    assert list(run.numbers.speeds) == ["concept", "random"]
+    assert list(findings.speeds_of(run)) == ["concept", "random"]

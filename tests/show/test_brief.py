@@ -120,7 +120,7 @@ def test_took_over_shows_words_before_and_after(run):
 def test_sentence_is_one_and_holds_the_numbers(run):
     said = brief.sentence(run)
     assert said.startswith("Without 12 of 36 neurons, place falls from F1 ")
-    assert said.endswith("at the end, block 1 is enough, not needed.")
+    assert said.endswith("at the end, block 1 alone brings back 90 % of it.")
     assert "no concept arm" in brief.sentence(run_of("unpruned", seeds=2))
 
 

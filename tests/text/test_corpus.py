@@ -238,6 +238,7 @@ def test_bio_opens_each_span_with_b():
         ("Rome", None, "has the label None; every label must be a string"),
         ("Rome", b"LOC", "has the label b'LOC'; every label must be"),
         ("R\udfff", "LOC", r"the word 'R\\udfff' with half a character"),
+        ("R", "L\x1b[31m", r"the label 'L\\x1b\[31m' with a control character"),
     ],
 )
 def test_build_corpus_refuses_what_is_no_text(word, label, message):

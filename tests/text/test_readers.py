@@ -1,5 +1,6 @@
 """Small files with their reading worked out by hand; seqeval as oracle for spans; every error by message."""
 
+import errno
 import json
 import re
 from collections import Counter
@@ -561,6 +562,25 @@ def test_read_hf_says_what_to_do_without_a_network(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", raises(ConnectionError("Couldn't reach the Hub")))
     with pytest.raises(ConnectionError, match=r"'a/b' cannot be reached: Couldn't.*give a folder.*conll:PATH"):
         read_hf("a/b", seed=0)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_read_hf_says_where_to_put_a_cache_that_cannot_be_written(tmp_path, monkeypatch, number):
+    (tmp_path / "set").mkdir()
+    error = ValueError("cannot prepare")
+    error.__cause__ = OSError(number, "of the system", str(tmp_path / "home" / ".cache"))
+    monkeypatch.setattr(datasets, "load_dataset", raises(error))
+    with pytest.raises(OSError, match=r"set' cannot be loaded: .*of the system.*; set HF_HOME to a folder.*conll:PATH"):
+        read_hf(str(tmp_path / "set"), seed=0)
+
+
+def test_read_hf_does_not_blame_the_cache_for_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    error = PermissionError(errno.EACCES, "of the system", str(tmp_path / "set" / "train.json"))
+    monkeypatch.setattr(datasets, "load_dataset", raises(error))
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*of the system.*train.json") as refusal:
+        read_hf(str(tmp_path / "set"), seed=0)
+    assert "HF_HOME" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

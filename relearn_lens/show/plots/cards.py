@@ -11,8 +11,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from relearn_lens.analysis.claims import Claim
+from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neuron
+from relearn_lens.runs.findings import claims_of
 from relearn_lens.runs.results import Run
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
@@ -140,20 +142,9 @@ def neuron_of(path: Trajectory, neuron: str | tuple[str, int]) -> Neuron:
 def separations(snapshot: Snapshot, layer: int, index: int) -> tuple[list[str], list[float | None]]:
     """Signed d' of each class of words against all others, for one neuron; None for a class without words."""
     stats = snapshot.stats
-    count = stats.count.double().numpy()
-    mean, m2 = (part[:, layer, index].double().numpy() for part in (stats.mean, stats.m2))
-    values: list[float | None] = []
-    for k in range(len(count)):
-        rest = np.arange(len(count)) != k
-        n, others = count[k], count[rest].sum()
-        if not n or not others:
-            values.append(None)
-            continue
-        theirs = (count[rest] * mean[rest]).sum() / others
-        within = m2[k] + (m2[rest] + count[rest] * (mean[rest] - theirs) ** 2).sum()
-        spread = np.sqrt(within / max(n + others - 2, 1))
-        values.append(float((mean[k] - theirs) / spread) if spread > 0 else 0.0)
-    return list(stats.class_names), values
+    both = (stats.count > 0) & (stats.count < stats.count.sum())
+    signed = dprime_of_each(stats)[:, layer, index]
+    return list(stats.class_names), [float(d) if known else None for d, known in zip(signed, both, strict=True)]
 
 
 def _draw_examples(figure: go.Figure, examples: Sequence[Example]) -> None:
@@ -185,7 +176,7 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
     Raises:
         ValueError: there is no claim (a run without a concept arm).
     """
-    found = data.numbers.claims if isinstance(data, Run) else list(data)
+    found = claims_of(data) if isinstance(data, Run) else list(data)
     if not found:
         raise NotMeasuredError("claims are about pruning a concept, and this run has no concept arm")
     height = dict(zip([claim.id for claim in found], range(len(found), 0, -1), strict=True))
