@@ -197,7 +197,7 @@ def test_every_context_of_the_package_is_tried_here():
     tried |= {"_without", "quiet", "silent", "_learning", "_others_still", "adapted", "on"}
     # What touches no model; _fused_attention is in test_models, where there is a model that has it.
     elsewhere = {
-        "_progress",
+        "_following",
         "_in_our_words",
         "_sharing",
         "_locked",

@@ -266,7 +266,7 @@ def test_every_attribution_that_was_measured_is_told(run: Run):
         snapshots = {
             stage: s
             if s.attribution is None
-            else replace(s, attributions=s.attributions | {"layer_ig": replace(s.attribution, form="layer")})
+            else replace(s, attributions={**s.attributions, "layer_ig": replace(s.attribution, form="layer")})
             for stage, s in arm.snapshots.items()
         }
         return replace(arm, snapshots=snapshots)

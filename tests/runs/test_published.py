@@ -29,9 +29,10 @@ def run_of(
         "lo2024", {"prune.embedding": embedding, **{key.replace("__", "."): value for key, value in settings.items()}}
     )
     arm = trajectory({stage: F1[stage] for stage in stages}, score)
+    assert made.prune.fraction != "auto"
     pruned = placed(choose(arm["base"].saliency, made.prune.fraction), embedding)
     arm = replace(arm, pruned=pruned)
-    return Run(made, {"concept": [arm]}, sized=[Sized(0, float(made.prune.fraction), None)]), arm
+    return Run(made, {"concept": [arm]}, sized=[Sized(0, made.prune.fraction, None)]), arm
 
 
 def numbers(run: Run, what: str, stage: str) -> list[float | None]:
