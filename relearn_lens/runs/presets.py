@@ -59,7 +59,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "concept": "LOC",
             "score": "probeless",
             "precision": "float32",
-            "seeds": [0, 1, 2],
+            "arms": ["concept", "random", "unpruned"],
             "data": {
                 "train_sentences": 1_000_000,
                 "validation_sentences": 1_000_000,
