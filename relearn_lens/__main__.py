@@ -358,12 +358,12 @@ def doctor() -> None:
                 "" if there else f"relearn-lens fetch {name}",
             ]
         )
-    _table("doctor", ["what", "found", "note"], rows)
+    _table("doctor", ["what", "found", "note"], rows, piped=80)
     rows = needs.doctor_rows(has_gpu=torch.cuda.is_available() or torch.backends.mps.is_available())
     has, free = rows[0][2], rows[0][4]  # the same for each
     _table(
         f"presets on this machine (free: {has} of memory, {free} of disk)",
-        [needs.HEADER[k] for k in (0, 1, 3, 5)], [[row[k] for k in (0, 1, 3, 5)] for row in rows],
+        [needs.HEADER[k] for k in (0, 1, 3, 5)], [[row[k] for k in (0, 1, 3, 5)] for row in rows], piped=80,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_a_damaged_model_folder_is_refused_in_our_words(model_folder, name, cont
     assert outcome(lambda: load_tagger(model_folder, ["O", "LOC"])) in ("valid", "ValueError", "OSError")
 
 
-@pytest.mark.parametrize("label", ["<script>alert(1)</script>", "地名", "a\tb", "&amp;", "\u202eLOC", "x" * 500])
+@pytest.mark.parametrize("label", ["<script>alert(1)</script>", "地名", "&amp;", "\u202eLOC", "x" * 500])
 def test_odd_label_names_are_shown_and_not_run(bert_folder, label):
     corpus = build_corpus([[("Rome", label, True), ("the", "O", False)]] * 3, name="odd <b>")
     tagger = load_tagger(bert_folder, corpus.label_names)

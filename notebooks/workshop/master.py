@@ -66,7 +66,7 @@ def show(values: Float[Tensor, "layer neuron"], title: str, unit: str) -> None:
     px.imshow(values, labels=names, title=title, aspect="auto", color_continuous_scale="Blues", height=320).show()
 
 
-before = rl.measure(tagger, text.probe, place, site="mlp_post")
+before = rl.measure(tagger, text.probe, place, site="mlp_post", contrast="classes")
 show(before.saliency.score, "Which neurons tell places from other words?", "activation")
 
 # %% [notice] id=notice-first-picture

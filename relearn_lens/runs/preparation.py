@@ -81,7 +81,7 @@ def prepare(experiment: Experiment) -> Prepared:
             "sentences that are scored, so there is no arm 'other', and whether the cut was specific stays open"
         )
     notes.append(f"precision: {str(precision_of(experiment, model.device)).removeprefix('torch.')}")
-    scored = 1 if experiment.measure.on == "validation" else 2
+    scored = 1 if experiment.measure.on == "validation" or experiment.probe_corpus is not None else 2
     as_they_come = natural(splits[scored], sizes[scored], concept, experiment)
     plain = None
     if as_they_come is not None:

@@ -196,7 +196,7 @@ def test_attribution_is_of_the_words_log_probability(kind, tmp_path, corpus, unt
         for at in range(2, len(ids)):
             if words[at] != words[at - 1] and corpus.label_names[corpus.label[words[at]]] == "LOC":
                 start += float(said[at - 1, ids[at]])
-    assert found.reference == "pad"
+    assert found.baseline == "pad"
     assert found.change == pytest.approx((nats - start) / n, abs=1e-4)
     assert float(found.delta.abs().max()) < 0.05 * abs(found.change)
     odds = attribute(model, encoded, PLACE, site="resid", steps=24, target="margin")

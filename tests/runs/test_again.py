@@ -7,7 +7,7 @@ import pytest
 from relearn_lens.runs.events import Again, Blocked, Cuts, Measured
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
-from tests.runs.test_cuts import first
+from tests.runs.test_damage import first
 
 TINY = {
     "data.train_sentences": 64, "data.validation_sentences": 40, "data.probe_sentences": 40, "seeds": (0,),
@@ -39,4 +39,4 @@ def test_what_has_grown_back_is_found_again():
     assert again.found == old
     assert again.share_old == 1
     assert again.share_by_chance == pytest.approx(len(old) / 64 / 1, abs=0.1)
-    assert not blocked  # there is no heir
+    assert [each.held for each in blocked] == ["heirs"]  # others than those of the cut

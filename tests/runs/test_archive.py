@@ -31,7 +31,7 @@ EVERYTHING = {
     "measure.what": ["dprime", "elastic_net", "layer_ig", "top_words", "similarity"],
     "measure.shuffles": 19, "measure.sample_words": 60, "measure.sentences": 4, "measure.steps": 2,
     "arms": ["concept", "random"], "retrain.steps": [4], "prune.fraction": "auto", "prune.grid": [4 / 256],
-    "block.held": ["random"], "data.train_sentences": 16, "data.validation_sentences": 16,
+    "block.held": ["random"], "data.train_sentences": 16, "data.validation_sentences": 60,
     "data.probe_sentences": 24, "finetune.epochs": 0.5, "prune.control_draws": 1, "threads": 1,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from relearn_lens.runs.findings import notes
 from relearn_lens.runs.preparation import prepare
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.summary import summary
-from tests.runs.test_cuts import TINY, first, run_of
+from tests.runs.test_damage import TINY, first, run_of
 
 
 @pytest.mark.parametrize("on", ["probe", "validation"])
