@@ -36,8 +36,10 @@ def saliency_of(ready: Prepared, snapshot: Snapshot, concept: Concept) -> Salien
 
 
 def sets_of(ready: Prepared, snapshot: Snapshot, fraction: float) -> dict[str, Neurons]:
-    """The neurons of the concept and, where there is an arm for it, as many of the other label, by name; those that both
-    want go to neither, unless that would leave none."""
+    """The neurons of the concept and, where there is an arm for it, as many of the other label, by name.
+
+    Those that both want go to neither, unless that would leave none.
+    """
     which = ready.experiment.prune.which
     sets = {"concept": choose(snapshot.saliency, fraction, which)}
     if ready.other is not None and "other" in ready.experiment.arms:

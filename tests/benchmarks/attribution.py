@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relearn_lens.find.attribution import _asked, _Run, attribute
+from relearn_lens.find.attribution import _Run, attribute
 from relearn_lens.find.targets import TARGETS
+from relearn_lens.methods import Attributing
 from relearn_lens.neurons.sites import site_of, streaming, token_site, token_vectors
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import encode
@@ -30,7 +31,7 @@ def attribution(sentences: int = 16) -> None:
     tagger, text = _model_and_text(8 * sentences)
     place = Concept("place")
     encoded = encode(text, tagger.tokenizer, context=tagger.context)
-    run = _Run(tagger, encoded, place, _asked(steps=STEPS, sentences=sentences))
+    run = _Run(tagger, encoded, place, Attributing(steps=STEPS, sentences=sentences), "resid", "conductance", 0)
     with run.hooked():
         plan, chunks = run.plan()
 

@@ -315,7 +315,8 @@ def test_the_default_contrast_does_not_rank_other_concepts_neurons(toy_model):
     classes = Concept("place").classes(toy_model.corpus)
     text = encode(toy_model.corpus, toy_model.tagger.tokenizer)
     top = {}
-    for how in ({}, {"contrast": "classes"}):
+    hows: tuple[dict[str, Any], ...] = ({}, {"contrast": "classes"})
+    for how in hows:
         made = score_many(
             toy_model.tagger, text, Concept("place"), classes, ["probeless"], site="mlp_post", **how
         )["probeless"]  # fmt: skip
@@ -360,7 +361,7 @@ class Words:
         sums, bins = ClassSums(self.site, classes), BinCounts(self.site, classes)
         words = torch.arange(len(self.x))
         for collector in (sums, bins):
-            collector.begin(Batch(words[None], words[None], *[words] * 8, words[:1]))
+            collector.begin(Batch(words[None], words[None], *[words] * 8, words[:1]))  # pyright: ignore[reportCallIssue]
             for layer in range(self.x.shape[1]):
                 collector.add(layer, self.x[:, layer])
         of_word = torch.from_numpy(self.of_word)
@@ -605,7 +606,7 @@ def test_saliency_says_what_a_score_needs_and_what_it_was_given():
     with pytest.raises(ValueError, match="score 'probeless' needs 'stats', and 'histograms' was gathered"):
         saliency(got.histograms, PLACE, carries)  # pyright: ignore[reportArgumentType]
     for name in ("dprime", "auroc", "auroc_exact"):
-        thing = got.histograms if name == "auroc" else getattr(got, SCORES[name].needs)
+        thing: Any = got.histograms if name == "auroc" else getattr(got, SCORES[name].needs)
         assert torch.equal(
             saliency(thing, PLACE, carries, score=name).score, saliency(got, PLACE, carries, score=name).score
         )

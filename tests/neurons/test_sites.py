@@ -228,7 +228,7 @@ def test_a_family_of_decoders(kind, tmp_path, untouched: Untouched):
 
 def test_the_families_that_loading_names_are_those_that_have_sites():
     classes = {
-        kinds[transformers.CONFIG_MAPPING[kind]].__name__
+        kinds[transformers.CONFIG_MAPPING[kind]].__name__  # pyright: ignore[reportAttributeAccessIssue]
         for kind in families.TYPES
         for kinds in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING)
         if transformers.CONFIG_MAPPING[kind] in kinds

@@ -29,7 +29,8 @@ def two_classes(is_concept: np.ndarray) -> Classes:
 def batch_of(words: np.ndarray) -> Batch:
     """A batch that holds nothing but which words of the corpus it has."""
     some = torch.zeros(len(words), dtype=torch.int64)
-    return Batch(some[None], some[None], torch.from_numpy(words), *[some] * 7, some[:1])
+    rest = *[some] * 7, some[:1]
+    return Batch(some[None], some[None], torch.from_numpy(words), *rest)  # pyright: ignore[reportCallIssue]
 
 
 def feed(collector: Collector, x: Tensor, cuts: tuple[int, ...] = ()) -> None:

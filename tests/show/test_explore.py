@@ -1,5 +1,8 @@
 """The view for notebooks, with and without what it needs, and example sentences of a neuron."""
 
+# plotly makes the attributes of a figure as it goes
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+
 import importlib
 import sys
 from html import escape

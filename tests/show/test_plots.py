@@ -1,5 +1,8 @@
 """Figures of made-up runs: what is drawn equals what was measured."""
 
+# plotly makes the attributes of a figure as it goes
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+
 import base64
 import json
 import re

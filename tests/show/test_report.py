@@ -1,5 +1,8 @@
 """The page: one file that loads nothing, escapes what users named, and holds the numbers."""
 
+# plotly makes the attributes of a figure as it goes
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+
 import json
 import re
 import shutil
