@@ -18,7 +18,7 @@ How a verdict is made, the same for every row:
 A verdict holds at the level of the run's intervals, each by itself; `holm` corrects the p-values over all rows, and a
 verdict that does not survive that says so. Verdicts rest on Student's t (4.3 standard errors for three seeds), not on
 sign flips, whose smallest p-value of three seeds is .25.
-Source: the claims are those of Lo et al. 2024 (METHODS 7 numbers them), the effects, bars and controls are ours.
+Source: the claims are those of Lo et al. 2024, the effects, bars and controls are ours.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def prune_(model: Model | TransformerBridge, neurons: Neurons | WeightMask, *, s
     matrices of attention and MLP); what earlier blocks wrote stays. Of the embedding's output: the coordinate of the
     token and position embeddings, which a tied vocabulary head reads too.
 
-    Source: Lo et al. 2024, section 3, and METHODS section 4.
+    Source: Lo et al. 2024, section 3; "both" and "writes" are ours.
 
     Raises:
         ValueError: the model family has no such weights for one of the neurons, or they have a low-rank adapter now, or
