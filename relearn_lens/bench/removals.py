@@ -10,6 +10,7 @@ there, and is computed again only where its settings have changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -99,7 +100,7 @@ def _cell(folder: Path, name: str, seed: int, subject: Callable[[], removals.Sub
     if name not in (BASE, NEVER):
         settings |= removals.fields_of(recipe(KIND, name))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError):  # no file, or a damaged one
         values = read_json(path)
         if values.get("digest") == digest:
             return Cell(name, seed, values, True)
