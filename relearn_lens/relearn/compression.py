@@ -126,7 +126,9 @@ class Matrix(NamedTuple):
 def _matrices(model: Model, what: str) -> list[Matrix]:
     """The linear layers of the blocks, each once."""
     if wearing(model.bridge):
-        raise ValueError(f"{what}: this model has low-rank adapters now; attack it when the block of `adapted` has ended")
+        raise ValueError(
+            f"{what}: this model has low-rank adapters now; attack it when the block of `adapted` has ended"
+        )
     modules = {id(module): module for module in model.bridge.blocks.modules() if isinstance(module, nn.Linear | Conv1D)}
     if not modules:
         raise ValueError(

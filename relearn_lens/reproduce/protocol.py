@@ -6,23 +6,40 @@ the models; each seed is one file of the folder, whole or absent, so that the sa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from scipy import stats as st
+from torch import Tensor
+
 from relearn_lens import progress
-from relearn_lens.analysis.intervals import Estimate, over_seeds, over_seeds_and_neurons
+from relearn_lens.analysis.intervals import Estimate, over_seeds, over_seeds_and_neurons, over_sentences
+from relearn_lens.find.localisers import localiser_of
+from relearn_lens.find.localising import Localiser
+from relearn_lens.find.saliency import Saliency
+from relearn_lens.measure.answers import AnswerAccuracy, Answered, answer, choose
+from relearn_lens.measure.evaluation import OVERALL, Scores
 from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
+from relearn_lens.neurons.weights import WeightMask
+from relearn_lens.relearn.attack import Attack
+from relearn_lens.remove.calibration import calibrate, mixed_
+from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.recipes import Recipe, recipe
 from relearn_lens.reproduce.claims import CLAIMS, Claim, Verdict, verdict_of
+from relearn_lens.runs import removals
 from relearn_lens.runs.files import as_json, read_json, write_whole
-from relearn_lens.text.facts import Facts
+from relearn_lens.runs.stages import StageRecipe, Stages
+from relearn_lens.text.facts import TRAINED, Facts
 
 Scale = Literal["toy", "real"]
 SEEDS = (0, 1, 2)
@@ -42,32 +59,197 @@ class Reading:
     note: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class State:
+    """Weights of the one model of a lab, and what they are."""
+
+    weights: Mapping[str, Tensor]
+    digest: str
+    """Of all that they depend on."""
+    share: float = 1.0
+    """Of the way from the base that calibration left, 0 to 1."""
+
+
 @dataclass(frozen=True)
 class Lab:
-    """What a paper measures with: the facts, the model that was taught them, and its twin."""
+    """What a paper measures one seed with: facts, a model that was taught them, its twin, and what is made of them."""
 
     scale: Scale
     seed: int
     folder: Path
-    """Where stages that several papers share may be kept."""
+    """Removed models are kept there, for all papers."""
 
     @cached_property
-    def taught(self) -> taught.Taught:
-        """Trained once for each seed, by whoever needs it first."""
+    def _taught(self) -> taught.Taught:
         return taught.load(recipe=taught.Recipe(seed=self.seed))
 
     @property
     def facts(self) -> Facts:
         """Invented people, in roles."""
-        return self.taught.facts
+        return self._taught.facts
 
-    def model(self) -> LanguageModel:
-        """A fresh copy of the model that was taught everything."""
-        return taught.load(recipe=taught.Recipe(seed=self.seed)).model
+    @cached_property
+    def base(self) -> State:
+        """The model that was taught everything."""
+        return State(_copied(self._taught.model), "base")
 
-    def never(self) -> LanguageModel:
-        """A fresh copy of its twin."""
-        return taught.load(recipe=taught.Recipe(seed=self.seed)).never
+    @cached_property
+    def never(self) -> State:
+        """Its twin, which never saw what is to be forgotten."""
+        return State(_copied(self._taught.never), "never")
+
+    @contextlib.contextmanager
+    def loaded(self, state: State) -> Iterator[LanguageModel]:
+        """The lab's model with some weights, for a while."""
+        model = self._taught.model
+        model.load_weights(state.weights)
+        try:
+            yield model
+        finally:
+            model.load_weights(self.base.weights)
+
+    def removed(
+        self,
+        remover: str,
+        *,
+        where: str | Localiser | None = None,
+        calibrated: bool = True,
+        tau: float = 0.95,
+        **fields: Any,
+    ) -> State:
+        """The base after a remover's recipe for the toy with some fields changed, by default calibrated: as far from
+        the base as `tau` of its accuracy near by allows. Computed once for all papers.
+
+        `where` is a localiser: a training moves only the weights that it gives, pruning takes its neurons.
+
+        Raises:
+            ValueError: as the recipe, the localiser and the remover say.
+        """
+        removal = recipe("toy", remover, fields)
+        localiser = None if where is None else localiser_of(where)
+        with self.loaded(self.base) as model:
+            kept = {
+                "facts": self.facts.sha256(), "seed": self.seed, "base": removals.weights_sha256(model),
+                "how": removals.fields_of(removal),
+                "where": None if localiser is None else [localiser.name, localiser.model_dump()],
+            }  # fmt: skip
+            stage = self._stages.made(
+                StageRecipe("removed", kept), lambda: ({}, self._remove(model, removal, localiser))
+            )
+            name, share = self._stages.folder(StageRecipe("removed", kept)).name, 1.0
+            if calibrated:
+                how = StageRecipe("calibrated", {"from": name, "tau": tau})
+                share = self._stages.made(
+                    how, lambda: ({"share": self._share(model, stage.tensors, tau)}, None)
+                ).numbers["share"]
+            model.load_weights(stage.tensors)
+            mixed_(model, self.base.weights, share)
+            return State(_copied(model), f"{name}-{share}", share)
+
+    @cached_property
+    def _stages(self) -> Stages:
+        return Stages(self.folder / "stages")
+
+    def _remove(self, model: LanguageModel, removal: Recipe, localiser: Localiser | None) -> Mapping[str, Tensor]:
+        if localiser is None:
+            place = removals.located(model, self.facts, removal, seed=self.seed)
+        else:
+            place = localiser(model, self.facts, seed=self.seed)
+            if isinstance(place, Saliency):
+                place = place.top(fraction=removal.fraction or 0.05)
+                place = place if isinstance(removal.remover, Prune) else WeightMask.of(model, place)
+        for _ in removal(model, self.facts, place, seed=self.seed):
+            pass
+        return _copied(model)
+
+    def _share(self, model: LanguageModel, weights: Mapping[str, Tensor], tau: float) -> float:
+        near = self.facts.passages("retain_near", forms=TRAINED)
+        model.load_weights(weights)
+        ability = calibrate(
+            model, self.base.weights, lambda m: answer(m, near).accuracy.value(OVERALL), tau=tau, points=64
+        )
+        return ability.share
+
+    def asked(
+        self, state: State, *roles: str, forms: Iterable[str] = TRAINED, attack: Attack | None = None
+    ) -> Answered:
+        """What some weights answer of some roles' passages; with an attack in the prompt, as it asks them."""
+        with self.loaded(state) as model:
+            return self._asked(model, roles, forms, attack)
+
+    def course(self, state: State, attack: Attack, *roles: str, forms: Iterable[str] = TRAINED) -> dict[int, Answered]:
+        """What is answered of some roles (by default V) before an attack, at step 0, and at each of its checkpoints."""
+        roles = roles or ("forget_held_out",)
+        with self.loaded(state) as model:
+            courses = {0: self._asked(model, roles, forms, None)}
+            for pause in attack(model, self.facts, seed=self.seed):
+                courses[pause.step or 1] = self._asked(model, roles, forms, attack)
+            return courses
+
+    def chosen(self, state: State, *roles: str, form: str) -> AnswerAccuracy:
+        """How often some weights prefer the right one of the choices."""
+        with self.loaded(state) as model:
+            return choose(model, self.facts.passages(*roles, forms=(form,)))
+
+    def towards(self, state: State, share: float) -> State:
+        """Only a share of the way from the base to some weights."""
+        with self.loaded(state) as model:
+            mixed_(model, self.base.weights, share)
+            return State(_copied(model), f"{state.digest}*{share}", state.share * share)
+
+    @property
+    def n_weights(self) -> int:
+        """Parameters of the model."""
+        return sum(value.numel() for value in self._taught.model.parameters())
+
+    def _asked(
+        self, model: LanguageModel, roles: Sequence[str], forms: Iterable[str], attack: Attack | None
+    ) -> Answered:
+        passages = self.facts.passages(*roles, forms=forms)
+        if attack is not None:
+            passages = attack.asked(passages, self.facts, seed=self.seed)
+        return answer(model, passages, closed=self.facts.answers())
+
+
+def _copied(model: LanguageModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.weights().items()}
+
+
+def over_keys(of: Callable[..., Any], *scores: Scores) -> Estimate:
+    """A function of what several models answer, with its interval over keys; the same keys are drawn for all."""
+    return over_sentences(of, OVERALL, *scores)
+
+
+def averaged(each: Sequence[Estimate]) -> Estimate:
+    """The mean of several numbers over the same keys; its interval is that of the least certain of them."""
+    value = sum(one.value for one in each) / len(each)
+    half = max(max(one.high - one.value, one.value - one.low) for one in each)
+    return Estimate(value, value - half, value + half, each[0].over, n=each[0].n)
+
+
+def rank_correlation(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
+    """Spearman's."""
+    return float(st.spearmanr(ours, theirs).statistic)
+
+
+def kendall(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
+    """Kendall's tau."""
+    return float(st.kendalltau(ours, theirs).statistic)
+
+
+def distance(ours: State, theirs: State, since: State) -> float:
+    """How far apart two models are that came from one, relative to the way of the second; L2 over all weights."""
+    way = sum(float((theirs.weights[name] - value).float().square().sum()) for name, value in since.weights.items())
+    apart = sum(float((ours.weights[name] - value).float().square().sum()) for name, value in theirs.weights.items())
+    return math.sqrt(apart / way) if way > 0 else math.nan
+
+
+def recovered(base: Scores, removed: Scores, attacked: Scores, never: Scores, never_attacked: Scores) -> Estimate:
+    """The share of what was removed that is back, less what the same attack teaches the twin, over keys."""
+    return over_keys(
+        lambda b, r, a, n, t: ((a - r) - (t - n)) / np.where(b - r > 0, b - r, np.nan),
+        base, removed, attacked, never, never_attacked,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +300,7 @@ class Reproduction:
         }  # fmt: skip
 
 
-PAPERS: tuple[str, ...] = ()
+PAPERS: tuple[str, ...] = ("che2025", "deeb2024", "fan2025", "guo2024", "hu2024", "lynch2024", "wang2024")
 """Names, each a module of this package with a `PAPER`."""
 
 
