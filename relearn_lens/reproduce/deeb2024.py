@@ -1,9 +1,8 @@
 """Do unlearning methods remove information from language model weights? (Deeb and Roger 2024, arXiv:2410.08827)
 
 Claim: fine-tuning an unlearned model on half of the facts brings back most of the other half, so unlearning hides.
-Here: three removers at equal retained ability; each is fine-tuned on T at two learning rates, V is asked at 1 to 64
-steps, and the twin that never saw either half goes the same way. The rate is that at which GradDiff gives back most on
-seed 0; the last step is reported.
+Here: three removers at equal retained ability; each is fine-tuned on T for 64 steps, V is asked, and the twin that
+never saw either half goes the same way. The learning rate is that of a pilot on seed 0, and the last step is reported.
 """
 
 from __future__ import annotations
@@ -26,11 +25,15 @@ def measure(lab: Lab) -> Iterator[Reading]:
         course = lab.course(lab.removed(remover), ATTACK)
         scores = (base.accuracy, course[0].accuracy, course[last].accuracy, never[0].accuracy, never[last].accuracy)
         each.append(recovered(*scores))
-        gap = base.accuracy.value("overall") - course[0].accuracy.value("overall")
-        gain = never[last].accuracy.value("overall") - never[0].accuracy.value("overall")
-        taught.append(gain / gap if gap > 0 else float("nan"))
-    says = ", ".join(f"{remover} {one.value:.2f}" for remover, one in zip(REMOVERS, each, strict=True))
-    yield Reading("back", averaged(each), sum(taught) / len(taught), f"seed {lab.seed}: {says}")
+        if each[-1].interval:
+            gap = base.accuracy.value("overall") - course[0].accuracy.value("overall")
+            taught.append((never[last].accuracy.value("overall") - never[0].accuracy.value("overall")) / gap)
+    says = ", ".join(
+        f"{remover} {f'{one.value:.2f}' if one.interval else one.over}"
+        for remover, one in zip(REMOVERS, each, strict=True)
+    )
+    control = sum(taught) / len(taught) if taught else None
+    yield Reading("back", averaged(each), control, f"seed {lab.seed}: {says}")
 
 
 PAPER = Paper(

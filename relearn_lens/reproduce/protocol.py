@@ -221,10 +221,14 @@ def over_keys(of: Callable[..., Any], *scores: Scores) -> Estimate:
 
 
 def averaged(each: Sequence[Estimate]) -> Estimate:
-    """The mean of several numbers over the same keys; its interval is that of the least certain of them."""
-    value = sum(one.value for one in each) / len(each)
-    half = max(max(one.high - one.value, one.value - one.low) for one in each)
-    return Estimate(value, value - half, value + half, each[0].over, n=each[0].n)
+    """The mean of several numbers over the same keys, without those that were refused; its interval is as wide as that
+    of the least certain of them."""
+    known = [one for one in each if one.interval]
+    if not known:
+        return Estimate(math.nan, math.nan, math.nan, "all refused")
+    value = sum(one.value for one in known) / len(known)
+    half = max(max(one.high - one.value, one.value - one.low) for one in known)
+    return Estimate(value, value - half, value + half, known[0].over, n=known[0].n)
 
 
 def rank_correlation(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
@@ -245,7 +249,13 @@ def distance(ours: State, theirs: State, since: State) -> float:
 
 
 def recovered(base: Scores, removed: Scores, attacked: Scores, never: Scores, never_attacked: Scores) -> Estimate:
-    """The share of what was removed that is back, less what the same attack teaches the twin, over keys."""
+    """The share of what was removed that is back, less what the same attack teaches the twin, over keys.
+
+    NaN, without an interval, where what was removed is within noise: there is nothing to take a share of.
+    """
+    gap = over_keys(lambda b, r: b - r, base, removed)
+    if not (gap.interval and gap.low > 0):
+        return Estimate(math.nan, math.nan, math.nan, f"refused: {gap} was removed")
     return over_keys(
         lambda b, r, a, n, t: ((a - r) - (t - n)) / np.where(b - r > 0, b - r, np.nan),
         base, removed, attacked, never, never_attacked,
