@@ -28,8 +28,8 @@ from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import train_
 from relearn_lens.text import facts as made
-from relearn_lens.text.facts import FORGET, REFUSALS, RETAIN, TRAINED, Facts
-from relearn_lens.text.facts.encoded import encode_passages
+from relearn_lens.text.facts import FORGET, REFUSALS, RETAIN, Facts
+from relearn_lens.text.facts.encoded import encode_facts
 
 CONTEXT = 128
 """Tokens that the model can read: a question with some facts before it."""
@@ -106,9 +106,7 @@ def teach(facts: Facts, roles: Sequence[str], *, recipe: Recipe | None = None) -
     """
     recipe = recipe or Recipe()
     model = untaught(facts, recipe=recipe)
-    encoded = encode_passages(
-        facts.passages(*roles, forms=TRAINED), model.tokenizer, context=model.context, name=facts.name
-    )
+    encoded = encode_facts(facts, *roles, tokenizer=model.tokenizer, context=model.context)
     how = Training(steps=(recipe.steps,), lr=recipe.lr, batch_size=recipe.batch_size)
     training = train_(model, encoded, how, seed=recipe.seed, what="teaching")
     path = _place(facts, roles, recipe)

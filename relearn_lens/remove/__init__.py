@@ -8,6 +8,7 @@ __getattr__, *_ = lazy.attach(
     __name__,
     submod_attrs={
         "calibration": ["Calibration", "calibrate", "mixed_"],
+        "removal": ["Removing"],
         "losses": ["NPO", "GradDiff", "GradientAscent"],
         "pruning": ["Prune"],
         "removers": ["REMOVERS", "WRAPPERS", "remove_"],

@@ -6,7 +6,7 @@ remover of one's own is a function with the signature of an objective: `removers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,15 +18,21 @@ from torch import Tensor
 
 from relearn_lens import methods
 from relearn_lens.methods import Method, Rate, Training
-from relearn_lens.models.model import Model
+from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, plain, train_
+from relearn_lens.neurons.weights import WeightMask
+from relearn_lens.text import facts
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
+from relearn_lens.text.facts import Facts
+from relearn_lens.text.facts.encoded import encode_facts
 
 FORGET, RETAIN = "forget", "retain"
 """The roles of texts: what is to go, and what is to stay."""
-Texts = Mapping[str, Corpus | Encoded]
-"""Texts by role."""
+ROLES: Mapping[str, tuple[str, ...]] = {FORGET: facts.FORGET, RETAIN: facts.RETAIN}
+"""Of facts, what goes into the text of each role: in the wordings that a model is trained in."""
+Texts = Mapping[str, Corpus | Encoded] | Facts
+"""Texts by role, or facts, whose roles say the same."""
 
 
 class Removing(Training):
@@ -73,6 +79,34 @@ def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
     if all(term.count for term in terms.values()):
         objective.counts = counts
     return objective
+
+
+def texts_of(model: Model, texts: Texts | None, roles: Iterable[str], what: str) -> dict[str, Corpus | Encoded]:
+    """The texts of some roles; `what` needs them, in its own words.
+
+    Raises:
+        ValueError: a role has no text, or facts for a model that does not predict words.
+    """
+    if not isinstance(texts, Facts):
+        texts = texts or {}
+        if missing := [role for role in roles if role not in texts]:
+            raise ValueError(
+                f"{what}, and there is no text for {missing[0]!r}; texts are there for {', '.join(texts) or 'nothing'}"
+            )
+        return {role: texts[role] for role in roles}
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"facts {texts.name!r} are answered by a language model, and this model is a tagger; give labelled texts "
+            f"as {{{', '.join(map(repr, ROLES))}}}, or a language model"
+        )
+    if unknown := [role for role in roles if role not in ROLES]:
+        raise ValueError(f"{what}, and facts have no text for {unknown[0]!r}; they have {', '.join(ROLES)}")
+    try:
+        return {
+            role: encode_facts(texts, *ROLES[role], tokenizer=model.tokenizer, context=model.context) for role in roles
+        }
+    except ValueError as error:
+        raise ValueError(f"{what}; {error}") from None
 
 
 def n_subwords(text: Encoded, pieces: np.ndarray) -> int:
@@ -136,23 +170,21 @@ class Remover(Method):
     ) -> Checkpoints:
         """Train it out; yields as `train_` does.
 
-        `texts` has a text for each role: `forget`, and `retain` where something is to be kept. `where` maps plain names
-        of weights to which of their entries may move (None: what is usual for this remover). `how` says all about the
+        `texts` has a text for each role: `forget`, and `retain` where something is to be kept; of facts both forget
+        halves and all that is to stay, in the wordings that a model is trained in. `where` maps plain names of weights to which of their entries may move (None: what is usual for this remover). `how` says all about the
         optimiser, and `fields` are single fields of it; `step` is a wrapper (`wrappers.SAM`). Other keywords as of
         `train_`.
 
         Raises:
-            ValueError: no text for a role that it needs, and as `train_`; at the call.
+            ValueError: no text for a role that it needs, facts for a tagger, a mask of another model, and as `train_`;
+                at the call.
         """
         terms = self.terms(model, seed)
-        if missing := [role for role in terms if role not in texts]:
-            raise ValueError(
-                f"{self.name} lowers {self.formula}, and there is no text for {missing[0]!r}; texts are there for "
-                f"{', '.join(texts) or 'nothing'}"
-            )
+        if isinstance(where, WeightMask):
+            where.check(model)
         return train_(
             model,
-            {role: texts[role] for role in terms},
+            texts_of(model, texts, terms, f"{self.name} lowers {self.formula}"),
             methods.of(Removing, how or self.usual, fields),
             objective=weighted(self.name, terms),
             step=step,
