@@ -65,6 +65,8 @@ class Stepped:
     """The weights that train, by plain name; no copies."""
     memory: dict[str, Tensor]
     """What is known from one step to the next, of objective and step together: part of the training's state."""
+    reference: Any
+    """What the objective compares with."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ class Checkpoints(Iterator[Checkpoint]):
         self._checkpoints.close()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts of the optimiser, and what objective and step remember, no copies: what `resume` takes
-        beside the checkpoint. Empty before the first step."""
+        """Moments and step counts of the optimiser, and what objective and step remember, no copies: what `resume`
+        takes beside the checkpoint. Empty before the first step."""
         if self._loop.optimizer is None:
             return {}
         state = self._loop.optimizer.state_dict()["state"]
@@ -173,8 +175,8 @@ def train_(
 
     `only` maps plain names of weights (`Model.plain`) to which of their entries may move; weights that it does not name
     stand still. `beside` maps a role to the one whose pieces it is gone through with, number by number, where two texts
-    say something of the same things. `reference` is what the objective compares with, where it is not to be taken from the model as it is
-    now. `what` is the name under which progress is reported.
+    say something of the same things. `reference` is what the objective compares with, where it is not to be taken from
+    the model as it is now. `what` is the name under which progress is reported.
 
     With `accumulate` every batch goes through the model in so many parts, and with `checkpointing` every block is
     computed again in the backward pass: both need less memory for the same gradient. Where several processes share the
@@ -186,8 +188,9 @@ def train_(
 
     Raises:
         ValueError: a setting out of range, labels that the tagger does not know, an entry of `only` that the model does
-            not have, a text with other pieces than the one that it is beside, an objective that does not count and is to be taken in parts, or a `resume` that is none of this
-            training's pauses, of another model or without its reference; at the call.
+            not have, a text with other pieces than the one that it is beside, an objective that does not count and is
+            to be taken in parts, or a `resume` that is none of this training's pauses, of another model or without its
+            reference; at the call.
         FloatingPointError: the loss is no longer finite.
     """
     how = methods.of(Training, how, fields)
@@ -442,7 +445,7 @@ class _Loop:
         moving = {name: weight for name, weight in self.model.plain().items() if id(weight) in trains}
         for hook in hooks:
             with torch.no_grad(), self._others_still():
-                hook(self.model, Stepped(step, last, step / self.per_epoch, parts, moving, self.memory))
+                hook(self.model, Stepped(step, last, step / self.per_epoch, parts, moving, self.memory, self.reference))
 
     @contextlib.contextmanager
     def _others_still(self) -> Iterator[None]:
