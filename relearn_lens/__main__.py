@@ -379,6 +379,7 @@ def remove(
     """
     from dataclasses import replace
 
+    from relearn_lens.find.localisers import localiser_of
     from relearn_lens.progress import reported
     from relearn_lens.runs import removals
 
@@ -387,7 +388,7 @@ def remove(
     removal = replace(removal, where=where or removal.where)
     removals.check_free(out)
     if removal.where is not None:
-        removals.localiser_of(removal.where, of_where)
+        localiser_of(removal.where, **of_where)
     elif of_where:
         raise ValueError(f"--set where.{next(iter(of_where))}: there is no localiser; name one as --where")
     says = {"model": model, "facts": facts, "retain": retain, "general": general, "recipe": recipe}
