@@ -310,7 +310,9 @@ class Reproduction:
         }  # fmt: skip
 
 
-PAPERS: tuple[str, ...] = ("che2025", "deeb2024", "fan2025", "guo2024", "hu2024", "lynch2024", "wang2024")
+PAPERS: tuple[str, ...] = (
+    "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024",
+)  # fmt: skip
 """Names, each a module of this package with a `PAPER`."""
 
 
