@@ -19,7 +19,7 @@ from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import course, meaning
 from relearn_lens.measure.asking import Asked, Metric, Reference
-from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, judge_of
+from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, evaluate, judge_of
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
@@ -124,6 +124,8 @@ class Trajectory:
     neurons that survive in the concept arm, or choosing those by their score at base would look like a move."""
     similarity: Mapping[str, ActivationSimilarity] = field(default_factory=dict)
     """Activations at base against those at the last stage: over `"all"` words and over the `"concept"`'s."""
+    ends: course.Ends | None = field(default=None, init=False, compare=False)
+    """The weights of its start and end, where `track` kept them; no file holds them."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -426,6 +428,7 @@ def track_text(
     validation: Corpus | Encoded | None = None,
     arm: str = "",
     seed: int = 0,
+    keep_weights: bool = False,
     on_measured: Callable[[str, Snapshot], object] | None = None,
     **measuring,
 ) -> Trajectory:
@@ -434,7 +437,8 @@ def track_text(
     `checkpoints` is `retrain_(...)` or any loop that yields `Checkpoint`. `before` is the snapshot from before
     pruning (stage `"base"`), `pruned` the set that was pruned, `compare` the neurons of matched comparisons where they
     are not the survivors. `how` and other keywords are those of `measure`; `on_measured` is called with each
-    stage's name and snapshot as it comes.
+    stage's name and snapshot as it comes. With `keep_weights` the trajectory holds copies of the weights after pruning
+    and at its end, for `grafts`.
 
     Warns where two stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
     under two names, draw a flat line that means nothing.
@@ -452,13 +456,22 @@ def track_text(
             on_measured(stage, snapshots[stage])
 
     take(PRUNED, None)
+    start = course.copied(model) if keep_weights else None
     for checkpoint in checkpoints:
         stage = checkpoint.stage
         if stage in snapshots:
             raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
         take(stage, checkpoint)
         _warn_of_twins(snapshots, stage)
-    return Trajectory(snapshots, pruned, arm, seed, concept, compare)
+    path = Trajectory(snapshots, pruned, arm, seed, concept, compare)
+    if start is not None:
+
+        def outcomes(model: Model) -> dict[str, Scores]:
+            scores = evaluate(model, validation, concept=concept)
+            return {scores.margin.quantity: scores.margin, scores.metric: scores}
+
+        object.__setattr__(path, "ends", course.Ends(model, start, course.copied(model), outcomes, path.label))
+    return path
 
 
 def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:
