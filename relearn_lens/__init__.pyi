@@ -67,12 +67,24 @@ from .remove.ablation import (
     held as held,
     prune_ as prune_,
 )
+from . import relearn as relearn
 from .relearn.retraining import retrain_ as retrain_
 from .measure.answers import (
     answer as answer,
     choose as choose,
     known as known,
 )
+from .measure.asking import (
+    Asked as Asked,
+    Metric as Metric,
+    Reference as Reference,
+    ask as ask,
+)
+from .measure.course import (
+    FactsSnapshot as FactsSnapshot,
+    FactsTrajectory as FactsTrajectory,
+)
+from .measure.metrics import METRICS as METRICS
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,
