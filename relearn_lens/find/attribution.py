@@ -33,8 +33,9 @@ from relearn_lens.find.targets import check_target, concept_in, target_of
 from relearn_lens.methods import Attributing
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading, widest
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neuron, Site, site_of, streaming, token_site
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, concept_of
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Encoded
 
@@ -124,7 +125,7 @@ class Plan:
 def attribute(
     model: Model,
     text: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     how: Attributing | None = None,
     *,
     site: str | Site = "resid",
@@ -160,7 +161,7 @@ def attribute(
         ValueError: a name that is not known, a concept or a baseline that model, tokenizer or text lack, or an
             argument out of range; all before any forward pass. Attributions that are not finite, after it.
     """
-    run = _Run(model, text, concept, methods.of(Attributing, how, fields), site, form, seed)
+    run = _Run(model, text, concept_of(concept), methods.of(Attributing, how, fields), site, form, seed)
     with run.hooked():
         plan, chunks = run.plan()
         if on_plan:
@@ -177,7 +178,7 @@ def attribute(
 def attribution_plan(
     model: Model,
     text: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     how: Attributing | None = None,
     *,
     site: str | Site = "resid",
@@ -190,7 +191,7 @@ def attribution_plan(
     Raises:
         ValueError: as `attribute` does.
     """
-    run = _Run(model, text, concept, methods.of(Attributing, how, fields), site, form, seed)
+    run = _Run(model, text, concept_of(concept), methods.of(Attributing, how, fields), site, form, seed)
     with run.hooked():
         return run.plan()[0]
 
@@ -224,7 +225,7 @@ class _Run:
         rule = how.quadrature
         for what, name, known in (("form", form, get_args(Form)), ("quadrature", rule, QUADRATURES)):
             if not callable(name) and name not in known:
-                raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+                raise ValueError(unknown(what, name, known))
         self.model, self.concept, self.max_bytes = model, concept.name, how.max_bytes
         self.form = cast(Form, form)
         self.steps = how.steps

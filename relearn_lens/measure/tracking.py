@@ -26,10 +26,11 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring, megabytes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.models.training import Checkpoint
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
-from relearn_lens.text.concept import Concept, label_shuffles
+from relearn_lens.text.concept import Concept, concept_of, label_shuffles
 from relearn_lens.text.corpus import Corpus, Strings
 from relearn_lens.text.encoding import Encoded
 
@@ -161,8 +162,10 @@ class Trajectory:
         """The neurons that a matched comparison looks at, on both sides."""
         return self.survivors() if self.compare is None else self.compare
 
-    def __getitem__(self, stage: str) -> Snapshot:
-        return self.snapshots[stage]
+    def __getitem__(self, stage: str | int) -> Snapshot:
+        if str(stage) not in self.snapshots:
+            raise KeyError(f"no stage {str(stage)!r}; the stages are {', '.join(self.stages)}")
+        return self.snapshots[str(stage)]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per stage and label: epoch, step, tokens seen, loss in training (nats per sub-word), and F1,
@@ -258,14 +261,14 @@ def check_measures(what: Sequence[str]) -> None:
     Raises:
         ValueError: it is no score and none of `MEASURES`.
     """
-    if unknown := [name for name in what if name not in SCORES and name not in MEASURES]:
-        raise ValueError(f"unknown measurement {unknown[0]!r}; known: {', '.join([*SCORES, *MEASURES])}")
+    if strange := [name for name in what if name not in SCORES and name not in MEASURES]:
+        raise ValueError(unknown("measurement", strange[0], [*SCORES, *MEASURES]))
 
 
 def measure(
     model: Model,
     probe: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     how: Measuring | None = None,
     *,
     validation: Corpus | Encoded | None = None,
@@ -293,7 +296,7 @@ def measure(
             carries.
     """
     how = methods.of(Measuring, how, fields)
-    encoded = encoded_for(model, probe)
+    encoded, concept = encoded_for(model, probe), concept_of(concept)
     classes = concept.classes(encoded.corpus)
     main = score_of(score, contrast)
     check_measures(how.what)
@@ -353,7 +356,7 @@ def measure(
 def track(
     model: Model,
     probe: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     checkpoints: Iterable[Checkpoint],
     how: Measuring | None = None,
     *,
@@ -379,7 +382,7 @@ def track(
     Raises:
         ValueError: as `measure`; or two checkpoints of one epoch.
     """
-    probe = encoded_for(model, probe)
+    probe, concept = encoded_for(model, probe), concept_of(concept)
     validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
 

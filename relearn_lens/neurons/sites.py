@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens.names import unknown
+
 Sever = Literal["out", "both", "gain", "writes"]
 """Which weights of a neuron are cut; `relearn_lens.remove.ablation.prune_` says what each does."""
 
@@ -219,7 +221,7 @@ def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     if isinstance(site, Site):
         return site
     if site not in SITES:
-        raise ValueError(f"unknown site {site!r}; known: {', '.join(SITES)}")
+        raise ValueError(unknown("site", site, SITES))
     plan = _family(bridge)[site]
     size = int(getattr(bridge.cfg, plan.size)) if plan.size else 1
     width = int(getattr(bridge.cfg, plan.width))

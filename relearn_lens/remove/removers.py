@@ -12,6 +12,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Objective, train_
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent
 from relearn_lens.remove.pruning import Prune
@@ -48,7 +49,7 @@ def remove_(
     """
     if isinstance(remover, str):
         if remover not in REMOVERS:
-            raise ValueError(f"unknown remover {remover!r}; known: {', '.join(REMOVERS)}")
+            raise ValueError(unknown("remover", remover, REMOVERS))
         remover = REMOVERS[remover]()
     if isinstance(remover, Prune):
         if how is not None or keywords:
