@@ -168,8 +168,9 @@ def attribute(
             on_plan(plan)
         shared = processes.is_shared(len(chunks))
         times = processes.size() if shared else 1
-        for pieces, at_once in processes.share(chunks):
-            run.add(pieces, at_once, times)
+        with progress.task("attribution", plan.tokens):
+            for pieces, at_once in processes.share(chunks):
+                run.add(pieces, at_once, times)
         if shared:
             run.together()
     return run.attribution()

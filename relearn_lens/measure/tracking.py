@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from relearn_lens import methods
+from relearn_lens import methods, progress
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import meaning
@@ -311,21 +311,31 @@ def measure(
     others = [score_of(name) for name in how.what if name in SCORES and name != main.name]
     judge = judge_of(model, scored, concept)
     one_pass = scored is encoded
-    gathered = gather(
-        model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
-        relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
-        sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
-        readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
-    )  # fmt: skip
-    if not one_pass:
-        stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
-    stats, by_chance = gathered.stats, gathered.shuffled
-    assert stats is not None
-    carries = torch.from_numpy(classes.carries)
-    words = None
-    if "top_words" in how.what:
-        words = top_words(model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens)
-        vectors = vectors or input_embeddings(model)
+    passes = encoded.n_tokens * (2 if "top_words" in how.what else 1) + (0 if one_pass else scored.n_tokens)
+    with progress.task("measuring", passes):
+        gathered = gather(
+            model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
+            relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
+            sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
+            readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
+        )  # fmt: skip
+        if not one_pass:
+            stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
+        stats = gathered.stats
+        assert stats is not None
+        words = None
+        if "top_words" in how.what:
+            words = top_words(
+                model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens
+            )
+            vectors = vectors or input_embeddings(model)
+    attributed = [kind for kind in how.what if kind in FORMS]
+    attributions = {
+        name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
+        for name in how.what
+        if name in FORMS
+    }
+    by_chance, carries = gathered.shuffled, torch.from_numpy(classes.carries)
     spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
 
     def scored_by(score: Score, of: Gathered | ClassStats = gathered) -> Saliency:
@@ -337,11 +347,7 @@ def measure(
         stats=stats,
         at=at,
         also={each.name: scored_by(each) for each in others},
-        attributions={
-            name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
-            for name in how.what
-            if name in FORMS
-        },
+        attributions=attributions,
         words=words,
         meaning=concept_similarity(base.words, words, vectors, nulls=how.nulls)
         if base and base.words and words and vectors

@@ -19,6 +19,7 @@ in the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import shutil
@@ -83,8 +84,8 @@ def run(
     as a dictionary: `run("toy", seeds=[0], prune={"fraction": 0.02})`.
 
     A folder that holds a finished run of the same settings is read and not run again. `fresh` removes the run that
-    the folder holds first. `progress` is called with (what, done, of how much); `on_event` with every event of
-    `perform` as it comes.
+    the folder holds first. `progress` is called with (what, done, of how much), in the place of the bar that a
+    notebook shows; `on_event` with every event of `perform` as it comes.
 
     Raises:
         FileExistsError: the folder holds a run with other settings (and not `fresh`), or something that is no run.
@@ -92,7 +93,7 @@ def run(
         ValueError, OSError: as `settings_of` and `experiment.prepare`; OSError with ENOSPC if the disk is full.
     """
     experiment = settings_of(experiment, changes) if changes or not isinstance(experiment, Experiment) else experiment
-    with processes.joined(), reported(progress):
+    with processes.joined(), reported(progress) if progress else contextlib.nullcontext():
         return _run(experiment, out, fresh, on_event)
 
 
