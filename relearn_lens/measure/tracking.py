@@ -329,7 +329,6 @@ def measure(
                 model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens
             )
             vectors = vectors or input_embeddings(model)
-    attributed = [kind for kind in how.what if kind in FORMS]
     attributions = {
         name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
         for name in how.what
