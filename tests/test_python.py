@@ -189,3 +189,50 @@ def test_a_model_by_nearly_its_name_is_said_at_once(monkeypatch, splits, name, s
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match=says):
         rl.load_tagger(name, labels=splits.train.label_names)
+
+
+# --- what they print
+
+
+def test_objects_print_in_a_line_with_their_units(toy_model, before):
+    tagger = toy_model.tagger
+    assert repr(tagger) == (
+        "Tagger(TransformerLensNative: 4 blocks of 32, 37,286 weights, labels O, person, place; on cpu)"
+    )
+    top = before.saliency.top(20)
+    counts = ", ".join(f"{layer}: {n}" for layer, n in top.per_layer().items() if n)
+    assert repr(top) == f"Neurons(mlp_post, 20 of 256; by layer {counts})"
+    assert repr(before).startswith("Snapshot(F1 person 1.000, place 1.000, overall 1.000; probeless highest L1N")
+    pause = rl.Checkpoint(epoch=1 / 3, step=12, tokens_seen=1728, loss=0.464912345, parts={"loss": 0.464912345})
+    assert repr(pause) == "Checkpoint(step 12, epoch 0.333, 1,728 tokens, loss 0.4649 nats per sub-word)"
+    assert repr(rl.Checkpoint(1, 3, 9, 2.0, {"forget": 1.5, "retain": 0.5})).endswith("loss 2, forget 1.5, retain 0.5)")
+    assert repr(rl.preset("toy")) == (
+        "Experiment(toy, toy, concept place, site mlp_post; arms concept, other, random, unpruned, never; 3 seeds; "
+        "11 more changed)"
+    )
+
+
+def test_objects_show_the_same_in_a_notebook(toy_model, before):
+    owes = rl.attribute(toy_model.tagger, toy_model.corpus, "place", site="mlp_post", sentences=8, steps=4)
+    best = next(iter(owes.saliency().top(1)))
+    layer = owes.site.layers.index(best.layer)
+    for shown, parts in (
+        (before, ("strict span F1, 0 to 1", "1.000 to 1.000", "place")),
+        (before.saliency.top(4), ("layer", "neurons", "L1N")),
+        (owes, (str(best), f"{owes.score[layer, best.index]:+.4g}", "logit per word")),
+        (rl.settings_of("toy", {"seeds": [7, 9]}), ("seeds", "7, 9", "0, 1, 2", "retrain.lr")),
+    ):
+        html = shown._repr_html_()
+        assert all(part in html for part in parts), html
+
+
+def test_corpus_shows_each_span_once_in_its_labels_colour():
+    corpus = rl.build_corpus(
+        [[("Simon", "person", True), ("Peter", "person", False), ("Paul", "person", True), ("in", "O", False),
+          ("Rome", "place", True)]], name="tiny",
+    )  # fmt: skip
+    spans = [("Simon Peter", "person"), ("Paul", "person"), ("in", "O"), ("Rome", "place")]
+    assert corpus.spans(0) == spans
+    html = corpus._repr_html_()
+    assert html.count("border-bottom:2px solid #D55E00") == 2
+    assert html.count("border-bottom:2px solid #0072B2") == 1

@@ -105,7 +105,26 @@ class Snapshot:
         return {label: self.scores.shown(label) for label in (*self.scores.labels, OVERALL)}
 
     def __repr__(self) -> str:
-        return f"Snapshot({self.saliency!r}, {self.scores!r})"
+        where = f"stage {self.at.stage}: " if self.at else ""
+        shown = ", ".join(f"{label} {value:.3f}" for label, value in self.shown.items())
+        best = next(iter(self.saliency.top(1)))
+        most = f"{self.saliency.score.max():.3g} {self.saliency.unit}"
+        return f"Snapshot({where}{self.scores.metric} {shown}; {self.saliency.kind} highest {best} at {most})"
+
+    def _repr_html_(self) -> str:
+        """Scores with their intervals over sentences, and the saliency."""
+        rows = [
+            [
+                label,
+                f"{value:.3f}",
+                "{:.3f} to {:.3f}".format(*self.scores.interval(label)),
+                self.scores.support()[label],
+            ]
+            for label, value in self.shown.items()
+        ]
+        title = "before retraining" if self.at is None else repr(self.at)
+        header = ["label", self.scores.unit, "95 % interval over sentences", "of"]
+        return markup.box(title, markup.table(header, rows), self.saliency._repr_html_())
 
 
 @dataclass(frozen=True, eq=False)

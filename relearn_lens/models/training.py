@@ -49,7 +49,7 @@ Step = Callable[[Model, Gradient], object]
 """Leaves in the parameters the gradient that the optimiser takes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """Training stands still here."""
 
@@ -66,6 +66,14 @@ class Checkpoint:
     """The parts of the loss, which sum to it."""
     by: Literal["epoch", "step"] = "epoch"
     """What this training is measured in, and so what its stages are named by."""
+
+    def __repr__(self) -> str:
+        unit = " nats per sub-word" if self.parts.keys() <= {"loss"} else ""
+        parts = "".join(f", {name} {value:.4g}" for name, value in self.parts.items() if name != "loss")
+        return (
+            f"Checkpoint(step {self.step:,}, epoch {self.epoch:.3g}, {self.tokens_seen:,} tokens, "
+            f"loss {self.loss:.4g}{unit}{parts})"
+        )
 
     @property
     def stage(self) -> str:

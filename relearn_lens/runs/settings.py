@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from relearn_lens.methods import AtMost, Finetuning, Measuring, Method, Retraining, Size
 from relearn_lens.names import meant, unknown
+from relearn_lens.text import markup
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -284,6 +285,31 @@ class Experiment(Method):
         except ValidationError as error:
             raise ValueError(_lines(error)) from None
 
+    def changes(self) -> dict[str, Any]:
+        """The settings, by key, that are not the default ones."""
+        mine = {name: getattr(self, name) for name in type(self).model_fields}
+        flat = {
+            f"{name}.{key}" if isinstance(value, Method) else name: inner
+            for name, value in mine.items()
+            for key, inner in (value if isinstance(value, Method) else [(name, value)])
+        }
+        usual = {key: default for key, default, _ in fields()}
+        return {key: value for key, value in flat.items() if value != usual[key]}
+
+    def __repr__(self) -> str:
+        what = f"{self.model}, {self.corpus}, concept {'+'.join(self.labels)}, site {self.site}"
+        changed = len(self.changes().keys() - {"model", "corpus", "concept", "site"})
+        n = len(self.seeds)
+        return f"Experiment({what}; arms {', '.join(self.arms)}; {n} seed{'s' * (n > 1)}; {changed} more changed)"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """The settings that are not the default ones."""
+        usual = {key: default for key, default, _ in fields()}
+        rows = [[key, _plainly(value), _plainly(usual[key])] for key, value in self.changes().items()]
+        return markup.box(repr(self), markup.table(["setting", "value", "default"], rows))
+
     @model_validator(mode="before")
     @classmethod
     def _protocol(cls, values: Any) -> Any:
@@ -498,6 +524,10 @@ def _said(error: dict[str, Any]) -> str:
     if error["type"].startswith(("greater_than", "less_than", "int_parsing_size")):
         message += f"; the range is {_range(error['loc'])}"
     return f"{key} = {_shown(error['input'])}: {message}" if key else message
+
+
+def _plainly(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _range(where: Sequence[Any]) -> str:

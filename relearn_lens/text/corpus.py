@@ -106,6 +106,17 @@ class Corpus:
             Word(self.vocab[w], self.label_names[k]) for w, k in zip(self.word[span], self.label[span], strict=True)
         ]
 
+    def spans(self, index: int) -> list[tuple[str, str]]:
+        """One sentence cut at its spans, each with its label; words without a label are `"O"`, one by one."""
+        begins = self.begins[self.start[index] : self.start[index + 1]]
+        cut: list[tuple[str, str]] = []
+        for (text, label), opens in zip(self.sentence(index), begins, strict=True):
+            if cut and label != OUTSIDE and not opens and cut[-1][1] == label:
+                cut[-1] = (f"{cut[-1][0]} {text}", label)
+            else:
+                cut.append((text, label))
+        return cut
+
     @property
     def title(self) -> str:
         """The name of the whole text, where this is a part of a split."""
@@ -231,7 +242,8 @@ class Corpus:
     def _repr_html_(self) -> str:
         """Words of each label, and the first sentences."""
         rows = [[label, f"{count:,}"] for label, count in self.words_per_label().items()]
-        first = [markup.sentence(self.sentence(i), OUTSIDE) for i in range(min(3, self.n_sentences))]
+        colour = markup.colours(self.label_names[1:])
+        first = [markup.sentence(self.spans(i), OUTSIDE, colour) for i in range(min(5, self.n_sentences))]
         said = [markup.line(note) for note in self.notes]
         return markup.box(repr(self), *said, markup.table(["label", "words"], rows), *first)
 
