@@ -108,6 +108,12 @@ class Lab:
         finally:
             model.load_weights(self.base.weights)
 
+    def model_of(self, state: State) -> LanguageModel:
+        """A model of its own with some weights, to compare with."""
+        model = taught.untaught(self.facts, recipe=taught.Recipe(seed=self.seed))
+        model.load_weights(state.weights)
+        return model
+
     def removed(
         self,
         remover: str,
@@ -311,7 +317,7 @@ class Reproduction:
 
 
 PAPERS: tuple[str, ...] = (
-    "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024",
+    "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024", "uds2026",
 )  # fmt: skip
 """Names, each a module of this package with a `PAPER`."""
 
