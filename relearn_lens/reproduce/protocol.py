@@ -239,12 +239,12 @@ def averaged(each: Sequence[Estimate]) -> Estimate:
 
 def rank_correlation(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
     """Spearman's."""
-    return float(st.spearmanr(ours, theirs).statistic)
+    return float(st.spearmanr(ours, theirs)[0])  # pyright: ignore[reportArgumentType]
 
 
 def kendall(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
     """Kendall's tau."""
-    return float(st.kendalltau(ours, theirs).statistic)
+    return float(st.kendalltau(ours, theirs)[0])  # pyright: ignore[reportArgumentType]
 
 
 def distance(ours: State, theirs: State, since: State) -> float:

@@ -2,8 +2,8 @@
 
 Claims: extraction strength keeps its order of models under relearning where other metrics do not, and removers rank
 differently once they are compared at equal retained ability.
-Here: five removers, as they are and calibrated; for the metrics each at three shares of its way from the base, fine-tuned
-on T for 16 steps; V is asked before and after. Of answers that are one token extraction strength is their accuracy.
+Here: five removers, as they are and calibrated; for the metrics each at three shares of its way from the base,
+fine-tuned on T for 16 steps; V is asked before and after. Of one-token answers extraction strength is accuracy.
 """
 
 from __future__ import annotations
