@@ -19,8 +19,8 @@ import typer
 if TYPE_CHECKING:
     from relearn_lens.bench.engines import Done
     from relearn_lens.bench.sweeps import Swept
-    from relearn_lens.reproduce.protocol import Reproduction
     from relearn_lens.remove.recipes import Recipe
+    from relearn_lens.reproduce.protocol import Reproduction
     from relearn_lens.runs.events import Event
     from relearn_lens.runs.removals import Removed, Subject
     from relearn_lens.runs.results import Run
