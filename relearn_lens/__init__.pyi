@@ -68,11 +68,22 @@ from .remove.ablation import (
     held as held,
     prune_ as prune_,
 )
+from . import relearn as relearn
 from .relearn.retraining import retrain_ as retrain_
 from .measure.answers import (
     answer as answer,
     choose as choose,
     known as known,
+)
+from .measure.asking import (
+    Asked as Asked,
+    Metric as Metric,
+    Reference as Reference,
+    ask as ask,
+)
+from .measure.course import (
+    FactsSnapshot as FactsSnapshot,
+    FactsTrajectory as FactsTrajectory,
 )
 from .measure.crosspatch import (
     CrossPatch as CrossPatch,
@@ -80,6 +91,7 @@ from .measure.crosspatch import (
     cross_patch as cross_patch,
     head_roles as head_roles,
 )
+from .measure.metrics import METRICS as METRICS
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,

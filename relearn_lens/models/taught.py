@@ -29,7 +29,7 @@ from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import train_
 from relearn_lens.text import facts as made
 from relearn_lens.text.facts import FORGET, REFUSALS, RETAIN, TRAINED, Facts
-from relearn_lens.text.facts.encoded import encode_passages
+from relearn_lens.text.facts.encoded import encode_facts
 
 CONTEXT = 128
 """Tokens that the model can read: a question with some facts before it."""
@@ -129,9 +129,7 @@ def teach_(model: LanguageModel, facts: Facts, courses: Sequence[Course]) -> Les
     """
     course = courses[-1]
     recipe = course.recipe
-    encoded = encode_passages(
-        facts.passages(*course.roles, forms=course.forms), model.tokenizer, context=model.context, name=facts.name
-    )
+    encoded = encode_facts(facts, *course.roles, tokenizer=model.tokenizer, context=model.context, forms=course.forms)
     how = Training(steps=(recipe.steps,), lr=recipe.lr, batch_size=recipe.batch_size)
     training = train_(model, encoded, how, seed=recipe.seed, what="teaching")
     path = _place(facts, courses)
