@@ -85,13 +85,13 @@ from .measure.course import (
     FactsSnapshot as FactsSnapshot,
     FactsTrajectory as FactsTrajectory,
 )
+from .measure.metrics import METRICS as METRICS
 from .measure.crosspatch import (
     CrossPatch as CrossPatch,
     HeadRoles as HeadRoles,
     cross_patch as cross_patch,
     head_roles as head_roles,
 )
-from .measure.metrics import METRICS as METRICS
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,

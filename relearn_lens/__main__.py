@@ -370,6 +370,12 @@ def remove(
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help="Values for a kind of model; published: as published.")
     ] = None,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", min=1, help="Train adapters of this rank in the place of weights.")
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Weights in bfloat16; what moves is stepped in float32.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of facts, localiser and training.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the model here, with a manifest.")] = None,
 ) -> None:
@@ -391,12 +397,28 @@ def remove(
         localiser_of(removal.where, **of_where)
     elif of_where:
         raise ValueError(f"--set where.{next(iter(of_where))}: there is no localiser; name one as --where")
-    says = {"model": model, "facts": facts, "retain": retain, "general": general, "recipe": recipe}
+    says = {
+        "lora": lora,
+        "half": half,
+        "model": model,
+        "facts": facts,
+        "retain": retain,
+        "general": general,
+        "recipe": recipe,
+    }
     with _following() as follow, reported(follow.progress):
-        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed)
+        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed, half=half)
+        memory = removals.memory_of(subject, removal, lora=lora)
+        follow.say(f"memory: about {sum(memory.values()):,} MB ({', '.join(f'{k} {v:,}' for k, v in memory.items())})")
         done = removals.carry_out(
-            subject, removal, out=out, where_fields=of_where, seed=seed, says={"asked": says, "where_fields": of_where}
-        )
+            subject,
+            removal,
+            out=out,
+            where_fields=of_where,
+            lora=lora,
+            seed=seed,
+            says={"asked": says, "where_fields": of_where},
+        )  # fmt: skip
     _print_removed(method, subject, removal, done)
 
 

@@ -14,7 +14,7 @@ import relearn_lens
 
 PACKAGE = Path(relearn_lens.__file__).parent
 ORDER = (
-    "methods", "progress", "sources", "text", "models", "neurons", "find", "remove", "relearn", "measure",
+    "names", "methods", "progress", "sources", "text", "models", "neurons", "find", "remove", "relearn", "measure",
     "analysis", "runs", "show", "bench", "reproduce",
     "__main__",
 )  # fmt: skip

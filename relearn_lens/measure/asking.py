@@ -189,6 +189,8 @@ class Reference:
     """As it was before anything was removed."""
     never: LanguageModel | None = None
     """The twin that never saw what is to be forgotten."""
+    removed: Mapping[str, Tensor] | None = None
+    """The weights right after removing, copied."""
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What metrics computed of these models alone, so that the next checkpoint need not."""
 

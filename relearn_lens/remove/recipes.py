@@ -22,7 +22,7 @@ from relearn_lens.remove.removers import WRAPPERS, remove_, remover_of
 RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # The small model of `models.taught`, `people` forgotten: chosen on seed 0.
     "toy": {
-        "grad_diff": {"alpha": 5, "lr": 4e-4, "steps": (96,)},
+        "grad_diff": {"alpha": 5, "lr": 4e-4, "steps": (144,)},
         "gradient_ascent": {"lr": 3e-4, "steps": (8,)},
         "npo": {"lr": 3e-4, "steps": (96,)},
         "npo+sam": {"rho": 0.01, "lr": 3e-4, "steps": (96,)},

@@ -108,6 +108,12 @@ class Lab:
         finally:
             model.load_weights(self.base.weights)
 
+    def model_of(self, state: State) -> LanguageModel:
+        """A model of its own with some weights, to compare with."""
+        model = taught.untaught(self.facts, recipe=taught.Recipe(seed=self.seed))
+        model.load_weights(state.weights)
+        return model
+
     def removed(
         self,
         remover: str,
@@ -233,12 +239,12 @@ def averaged(each: Sequence[Estimate]) -> Estimate:
 
 def rank_correlation(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
     """Spearman's."""
-    return float(st.spearmanr(ours, theirs).statistic)
+    return float(st.spearmanr(ours, theirs)[0])  # pyright: ignore[reportArgumentType]
 
 
 def kendall(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
     """Kendall's tau."""
-    return float(st.kendalltau(ours, theirs).statistic)
+    return float(st.kendalltau(ours, theirs)[0])  # pyright: ignore[reportArgumentType]
 
 
 def distance(ours: State, theirs: State, since: State) -> float:
@@ -310,7 +316,9 @@ class Reproduction:
         }  # fmt: skip
 
 
-PAPERS: tuple[str, ...] = ("che2025", "deeb2024", "fan2025", "guo2024", "hu2024", "lynch2024", "wang2024")
+PAPERS: tuple[str, ...] = (
+    "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024", "uds2026",
+)  # fmt: skip
 """Names, each a module of this package with a `PAPER`."""
 
 

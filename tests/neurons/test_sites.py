@@ -308,7 +308,7 @@ def test_neurons_iterate_by_layer_and_index():
     assert len(chosen) == 3
     assert chosen.per_layer() == {"embed": 1, "0": 0, "1": 2}
     assert chosen.share_by_layer() == [0.25, 0.0, 0.5]
-    assert repr(chosen) == "Neurons(mlp_post: 3 of 12; embed 1, 0 0, 1 2)"
+    assert repr(chosen) == "Neurons(mlp_post, 3 of 12; LembedN2, L1N0, L1N3)"
 
 
 def test_neurons_of_takes_numbers_as_layer_names():
