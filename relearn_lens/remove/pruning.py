@@ -16,7 +16,15 @@ from relearn_lens.neurons.weights import check_prunable
 from relearn_lens.remove.ablation import prune_
 
 
-class Prune(Method):
+class Pruner(Method):
+    """Takes something out of a model at once, without training: an iterator of one checkpoint, at step 0."""
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+
+
+class Prune(Pruner):
     """Sets the weights of neurons to what has no effect (`ablation.prune_`); trains nothing, so it needs no text.
 
     Source: Lo et al. 2024, section 3.
