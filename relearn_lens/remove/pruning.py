@@ -12,7 +12,7 @@ from relearn_lens.methods import Method
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Sever
-from relearn_lens.neurons.weights import check_prunable
+from relearn_lens.neurons.weights import WeightMask, check_prunable
 from relearn_lens.remove.ablation import prune_
 
 
@@ -37,20 +37,27 @@ class Prune(Pruner):
     sever: Sever = Field(default="out", description="which weights of a neuron are cut, as `prune_` says")
 
     def __call__(
-        self, model: Model, texts: Any = None, where: Neurons | None = None, *, seed: int = 0
+        self, model: Model, texts: Any = None, where: Neurons | WeightMask | None = None, *, seed: int = 0
     ) -> Iterator[Checkpoint]:
-        """Prune the neurons `where`, once the iterator is asked; yields then, at step 0, with no loss (nan).
+        """Prune the neurons, or the entries of a mask, `where`, once the iterator is asked; yields then, at step 0,
+        with no loss (nan).
 
         `texts` and `seed` are what other removers take; nothing here depends on them.
 
         Raises:
             ValueError: no neurons, or weights that the model does not have; at the call.
         """
-        if where is None or not len(where):
+        if isinstance(where, WeightMask):
+            where.check(model)
+            empty = not where.n_entries
+        else:
+            empty = where is None or not len(where)
+        if where is None or empty:
             raise ValueError("prune: no neurons to prune; give a set of them as where=")
-        check_prunable(model, where, self.sever)
+        if isinstance(where, Neurons):
+            check_prunable(model, where, self.sever)
         return self._pruned(model, where)
 
-    def _pruned(self, model: Model, neurons: Neurons) -> Iterator[Checkpoint]:
+    def _pruned(self, model: Model, neurons: Neurons | WeightMask) -> Iterator[Checkpoint]:
         prune_(model, neurons, sever=self.sever)
         yield Checkpoint(epoch=0.0, step=0, tokens_seen=0, loss=math.nan)

@@ -16,12 +16,14 @@ from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.arithmetic import TaskVector
 from relearn_lens.remove.distillation import UNDIAL, Undo, WhoIs
+from relearn_lens.remove.edits import DINM
 from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent, SimNPO
 from relearn_lens.remove.masks import SelectivePrune, SetDifferencePrune
 from relearn_lens.remove.preference import DPO, IDK, AltPO
 from relearn_lens.remove.pruning import Prune, Pruner
 from relearn_lens.remove.removal import ROLES, Remover, Removing, Texts, texts_of
 from relearn_lens.remove.representations import RMU, CircuitBreaker, RepNoise
+from relearn_lens.remove.routing import SGTM, GradientRoute
 from relearn_lens.remove.weighting import CEU, PDU, WGA, SatImp
 from relearn_lens.remove.wrappers import SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
 from relearn_lens.text.facts import Facts
@@ -33,7 +35,7 @@ REMOVERS: dict[str, type[Remover] | type[Pruner]] = {
     for kind in (
         *(Prune, SelectivePrune, SetDifferencePrune),
         *(GradientAscent, GradDiff, NPO, SimNPO, IDK, DPO, AltPO, WGA, SatImp, CEU, PDU, UNDIAL),
-        *(RMU, CircuitBreaker, RepNoise, WhoIs, TaskVector, Undo),
+        *(RMU, CircuitBreaker, RepNoise, WhoIs, TaskVector, Undo, DINM, GradientRoute, SGTM),
     )
 }
 """Removers by name. Each has `name`, `formula`, `source` and, with unit and origin, `model_fields`."""
