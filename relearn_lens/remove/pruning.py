@@ -16,7 +16,15 @@ from relearn_lens.neurons.weights import WeightMask, check_prunable
 from relearn_lens.remove.ablation import prune_
 
 
-class Prune(Method):
+class Pruner(Method):
+    """Takes something out of a model at once, without training: an iterator of one checkpoint, at step 0."""
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+
+
+class Prune(Pruner):
     """Sets the weights of neurons to what has no effect (`ablation.prune_`); trains nothing, so it needs no text.
 
     Source: Lo et al. 2024, section 3.
@@ -31,19 +39,22 @@ class Prune(Method):
     def __call__(
         self, model: Model, texts: Any = None, where: Neurons | WeightMask | None = None, *, seed: int = 0
     ) -> Iterator[Checkpoint]:
-        """Prune the neurons `where`, or the entries of a mask, once the iterator is asked; yields then, at step 0, with
-        no loss (nan).
+        """Prune the neurons, or the entries of a mask, `where`, once the iterator is asked; yields then, at step 0,
+        with no loss (nan).
 
         `texts` and `seed` are what other removers take; nothing here depends on them.
 
         Raises:
             ValueError: no neurons, or weights that the model does not have; at the call.
         """
-        if where is None or not (where.n_entries if isinstance(where, WeightMask) else len(where)):
-            raise ValueError("prune: no neurons to prune; give a set of them as where=")
         if isinstance(where, WeightMask):
             where.check(model)
+            empty = not where.n_entries
         else:
+            empty = where is None or not len(where)
+        if where is None or empty:
+            raise ValueError("prune: no neurons to prune; give a set of them as where=")
+        if isinstance(where, Neurons):
             check_prunable(model, where, self.sever)
         return self._pruned(model, where)
 
