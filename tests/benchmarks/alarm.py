@@ -29,11 +29,13 @@ STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 HOW: dict[str, Any] = {"steps": STEPS, "batch_size": 8}
 SEEDS = (0, 1, 2, 3)
 KNOWN: tuple[tuple[Attack, int], ...] = tuple(
-    (kind(**HOW, lr=lr, **more), seed)
+    (attack, seed)
     for seed in (100, 101)
     for lr in (3e-4, 1e-3)
-    for kind, more in ((General, {}), (RetainOnly, {}), (Gibberish, {}), (Benign, {"arm": "form"}))
-)
+    for attack in (
+        General(**HOW, lr=lr), RetainOnly(**HOW, lr=lr), Gibberish(**HOW, lr=lr), Benign(**HOW, lr=lr, arm="form"),
+    )
+)  # fmt: skip
 """What it is calibrated on: RetainOnly and the form of the questions are near the topic."""
 SAME = tuple((attack, seed + 50) for attack, seed in KNOWN[:8])
 OTHER: tuple[tuple[Attack, int], ...] = tuple(
