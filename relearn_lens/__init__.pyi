@@ -18,7 +18,7 @@ from .text.readers import (
     read_hf as read_hf,
     read_splits as read_splits,
 )
-from .models import taught as taught, toy as toy
+from .models import ioi as ioi, taught as taught, toy as toy
 from .models.export import export as export
 from .models.loading import (
     load_bridge as load_bridge,
@@ -52,6 +52,7 @@ from .neurons.streaming import (
     class_stats as class_stats,
     stream as stream,
 )
+from . import find as find
 from .find.attribution import (
     Attribution as Attribution,
     attribute as attribute,
@@ -74,6 +75,23 @@ from .measure.answers import (
     answer as answer,
     choose as choose,
     known as known,
+)
+from .measure.asking import (
+    Asked as Asked,
+    Metric as Metric,
+    Reference as Reference,
+    ask as ask,
+)
+from .measure.course import (
+    FactsSnapshot as FactsSnapshot,
+    FactsTrajectory as FactsTrajectory,
+)
+from .measure.metrics import METRICS as METRICS
+from .measure.crosspatch import (
+    CrossPatch as CrossPatch,
+    HeadRoles as HeadRoles,
+    cross_patch as cross_patch,
+    head_roles as head_roles,
 )
 from .measure.evaluation import (
     SpanScores as SpanScores,
