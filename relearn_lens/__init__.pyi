@@ -18,7 +18,7 @@ from .text.readers import (
     read_hf as read_hf,
     read_splits as read_splits,
 )
-from .models import taught as taught, toy as toy
+from .models import ioi as ioi, taught as taught, toy as toy
 from .models.export import export as export
 from .models.loading import (
     load_bridge as load_bridge,
@@ -52,6 +52,7 @@ from .neurons.streaming import (
     class_stats as class_stats,
     stream as stream,
 )
+from . import find as find
 from .find.attribution import (
     Attribution as Attribution,
     attribute as attribute,
@@ -67,6 +68,7 @@ from .remove.ablation import (
     held as held,
     prune_ as prune_,
 )
+from . import relearn as relearn
 from .relearn.retraining import retrain_ as retrain_
 from .measure.answers import (
     answer as answer,
@@ -86,6 +88,12 @@ from .measure.course import (
     FactsTrajectory as FactsTrajectory,
 )
 from .measure.metrics import METRICS as METRICS
+from .measure.crosspatch import (
+    CrossPatch as CrossPatch,
+    HeadRoles as HeadRoles,
+    cross_patch as cross_patch,
+    head_roles as head_roles,
+)
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,

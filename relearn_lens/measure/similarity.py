@@ -35,7 +35,7 @@ from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, concept_of
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -114,7 +114,7 @@ class Plan:
         )
 
 
-def compared_words(encoded: Encoded, concept: Concept | None) -> dict[Which, np.ndarray]:
+def compared_words(encoded: Encoded, concept: Concept | str | None) -> dict[Which, np.ndarray]:
     """Which words of a text are compared: `"all"` and, with a concept, those of `"concept"`.
 
     Raises:
@@ -122,7 +122,7 @@ def compared_words(encoded: Encoded, concept: Concept | None) -> dict[Which, np.
     """
     chosen: dict[Which, np.ndarray] = {"all": np.ones(encoded.corpus.n_words, dtype=bool)}
     if concept is not None:
-        classes = concept.classes(encoded.corpus)
+        classes = concept_of(concept).classes(encoded.corpus)
         chosen["concept"] = classes.carries[classes.of_word]
     for which, words in chosen.items():
         if (n := int(words[encoded.read_words].sum())) < 3:
@@ -138,7 +138,7 @@ def activation_similarity(
     after: Model | TransformerBridge,
     text: Corpus | Encoded,
     *,
-    concept: Concept | None = None,
+    concept: Concept | str | None = None,
     site: str | Site = "resid",
     max_memory: float | int = MEMORY,
     max_tokens: int = 4096,

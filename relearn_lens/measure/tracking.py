@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from relearn_lens import methods
+from relearn_lens import methods, progress
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import course, meaning
@@ -27,10 +27,11 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring, megabytes
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
-from relearn_lens.text.concept import Concept, label_shuffles
+from relearn_lens.text.concept import Concept, concept_of, label_shuffles
 from relearn_lens.text.corpus import Corpus, Strings
 from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import Facts
@@ -106,7 +107,26 @@ class Snapshot:
         return {label: self.scores.shown(label) for label in (*self.scores.labels, OVERALL)}
 
     def __repr__(self) -> str:
-        return f"Snapshot({self.saliency!r}, {self.scores!r})"
+        where = f"stage {self.at.stage}: " if self.at else ""
+        shown = ", ".join(f"{label} {value:.3f}" for label, value in self.shown.items())
+        best = next(iter(self.saliency.top(1)))
+        most = f"{self.saliency.score.max():.3g} {self.saliency.unit}"
+        return f"Snapshot({where}{self.scores.metric} {shown}; {self.saliency.kind} highest {best} at {most})"
+
+    def _repr_html_(self) -> str:
+        """Scores with their intervals over sentences, and the saliency."""
+        rows = [
+            [
+                label,
+                f"{value:.3f}",
+                "{:.3f} to {:.3f}".format(*self.scores.interval(label)),
+                self.scores.support()[label],
+            ]
+            for label, value in self.shown.items()
+        ]
+        title = "before retraining" if self.at is None else repr(self.at)
+        header = ["label", self.scores.unit, "95 % interval over sentences", "of"]
+        return markup.box(title, markup.table(header, rows), self.saliency._repr_html_())
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +185,10 @@ class Trajectory:
         """The neurons that a matched comparison looks at, on both sides."""
         return self.survivors() if self.compare is None else self.compare
 
-    def __getitem__(self, stage: str) -> Snapshot:
-        return self.snapshots[stage]
+    def __getitem__(self, stage: str | int) -> Snapshot:
+        if str(stage) not in self.snapshots:
+            raise KeyError(f"no stage {str(stage)!r}; the stages are {', '.join(self.stages)}")
+        return self.snapshots[str(stage)]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per stage and label: epoch, step, tokens seen, loss in training (nats per sub-word), and F1,
@@ -262,8 +284,8 @@ def check_measures(what: Sequence[str]) -> None:
     Raises:
         ValueError: it is no score and none of `MEASURES`.
     """
-    if unknown := [name for name in what if name not in SCORES and name not in MEASURES]:
-        raise ValueError(f"unknown measurement {unknown[0]!r}; known: {', '.join([*SCORES, *MEASURES])}")
+    if strange := [name for name in what if name not in SCORES and name not in MEASURES]:
+        raise ValueError(unknown("measurement", strange[0], [*SCORES, *MEASURES]))
 
 
 @overload
@@ -294,7 +316,7 @@ def measure(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
 def measure_text(
     model: Model,
     probe: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     how: Measuring | None = None,
     *,
     validation: Corpus | Encoded | None = None,
@@ -322,7 +344,7 @@ def measure_text(
             carries.
     """
     how = methods.of(Measuring, how, fields)
-    encoded = encoded_for(model, probe)
+    encoded, concept = encoded_for(model, probe), concept_of(concept)
     classes = concept.classes(encoded.corpus)
     main = score_of(score, contrast)
     check_measures(how.what)
@@ -337,21 +359,30 @@ def measure_text(
     others = [score_of(name) for name in how.what if name in SCORES and name != main.name]
     judge = judge_of(model, scored, concept)
     one_pass = scored is encoded
-    gathered = gather(
-        model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
-        relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
-        sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
-        readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
-    )  # fmt: skip
-    if not one_pass:
-        stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
-    stats, by_chance = gathered.stats, gathered.shuffled
-    assert stats is not None
-    carries = torch.from_numpy(classes.carries)
-    words = None
-    if "top_words" in how.what:
-        words = top_words(model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens)
-        vectors = vectors or input_embeddings(model)
+    passes = encoded.n_tokens * (2 if "top_words" in how.what else 1) + (0 if one_pass else scored.n_tokens)
+    with progress.task("measuring", passes):
+        gathered = gather(
+            model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
+            relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
+            sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
+            readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
+        )  # fmt: skip
+        if not one_pass:
+            stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
+        stats = gathered.stats
+        assert stats is not None
+        words = None
+        if "top_words" in how.what:
+            words = top_words(
+                model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens
+            )
+            vectors = vectors or input_embeddings(model)
+    attributions = {
+        name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
+        for name in how.what
+        if name in FORMS
+    }
+    by_chance, carries = gathered.shuffled, torch.from_numpy(classes.carries)
     spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
 
     def scored_by(score: Score, of: Gathered | ClassStats = gathered) -> Saliency:
@@ -363,11 +394,7 @@ def measure_text(
         stats=stats,
         at=at,
         also={each.name: scored_by(each) for each in others},
-        attributions={
-            name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
-            for name in how.what
-            if name in FORMS
-        },
+        attributions=attributions,
         words=words,
         meaning=concept_similarity(base.words, words, vectors, nulls=how.nulls)
         if base and base.words and words and vectors
@@ -418,7 +445,7 @@ def track(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
 def track_text(
     model: Model,
     probe: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     checkpoints: Iterable[Checkpoint],
     how: Measuring | None = None,
     *,
@@ -446,7 +473,7 @@ def track_text(
     Raises:
         ValueError: as `measure`; or two checkpoints of one epoch.
     """
-    probe = encoded_for(model, probe)
+    probe, concept = encoded_for(model, probe), concept_of(concept)
     validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
 

@@ -23,6 +23,7 @@ from relearn_lens import progress
 from relearn_lens.find.saliency import SCORES
 from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
 from relearn_lens.measure.grafting import Grafts, grafts, share_old
+from relearn_lens.measure.prefixes import recorded, resumed, unchanged_before
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
@@ -58,6 +59,7 @@ from relearn_lens.runs.events import (
 from relearn_lens.runs.preparation import adapters, load, precision_of, prepare
 from relearn_lens.runs.protocol import placed
 from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.stages import StageRecipe
 
 COMPARED = ("concept", "random", "unpruned")
 """The arms whose neurons and weights are compared with each other."""
@@ -159,6 +161,36 @@ class _Seed:
             model.load_weights(load(self.experiment, labels, seed=self.seed, knows=knows).weights())
         if how.epochs == 0:
             return
+        shared = self.kept.shared if self.kept and processes.size() == 1 else None
+        if shared is None:
+            yield from self._trained(role, training, resume)
+            return
+        recipe = self._recipe(role)
+        with shared.locked(recipe):
+            stage = shared.read(recipe) if resume is None else None
+            if stage is not None:
+                model.load_weights({name: value.to(model.device) for name, value in stage.tensors.items()})
+                return
+            yield from self._trained(role, training, resume)
+            shared.keep(recipe, {"role": role, "seed": self.seed}, model.weights())
+
+    def _recipe(self, role: str) -> StageRecipe:
+        """What the fine-tuned model depends on, of all that a run's settings say."""
+        ready, experiment = self.ready, self.experiment
+        fields = experiment.model_dump(mode="json", include={"model", "task", "head", "threads", "finetune"})
+        hashes = {name: each for name, each in ready.inputs.items() if name.startswith(("model:", "sentences:train"))}
+        precision = precision_of(experiment, ready.model.device)
+        where = {"seed": self.seed, "device": ready.model.device.type, "precision": str(precision)}
+        if role == "never":
+            fields |= {"never": experiment.never, "concept": [*experiment.labels], "words": [*experiment.words]}
+        long = {"long": experiment.data.long, "labels": [*ready.train.corpus.label_names]}
+        return StageRecipe(role, {**fields, **where, **long, "inputs": hashes})
+
+    def _trained(
+        self, role: str, training: str, resume: tuple[Checkpoint, Mapping[str, Tensor]] | None
+    ) -> Generator[Event, None, None]:
+        """Fine-tune the model as it is, from its last pause if there is one."""
+        ready, model, how = self.ready, self.ready.model, self.experiment.finetune
         text, objective, what = ready.train, cross_entropy, "fine-tuning"
         if role == "never":
             what = "fine-tuning the twin that never had it"
@@ -302,6 +334,7 @@ class _Seed:
             return grafts(
                 model, cut, retrained, self._outcomes, parts=parts(model, bands=how.bands), cut=mask,
                 controls=controls, cumulative=how.cumulative, label=label,
+                max_memory=self.experiment.measure.max_memory,
             )  # fmt: skip
 
     def _outcomes(self, _: object = None) -> dict[str, Scores]:
@@ -322,11 +355,15 @@ class _Seed:
         model.load_weights(end)
         drawn = [random_neurons(like=old, seed=draw_seed(self.seed, 1 + k)) for k in range(prune.control_draws)]
         after = []
+        with recorded(model, max_bytes=self.experiment.measure.max_bytes) as states:
+            self._evaluated()
         with progress.task("cutting again", 1 + len(drawn)):
             for neurons in (old, *drawn):
                 model.load_weights(end)
-                prune_(model, placed(neurons, prune.embedding), sever=prune.sever)
-                after.append(self._evaluated())
+                again = placed(neurons, prune.embedding)
+                prune_(model, again, sever=prune.sever)
+                with resumed(model, states, unchanged_before(model, WeightMask.of(model, again, sever=prune.sever))):
+                    after.append(self._evaluated())
                 progress.advance()
         rounds: list[Round] = []
         model.load_weights(end)
