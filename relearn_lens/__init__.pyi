@@ -82,6 +82,8 @@ from .measure.asking import (
     Reference as Reference,
     ask as ask,
 )
+from .measure.battery import Battery as Battery, battery as battery
+from .measure.edits import Edited as Edited, edited as edited
 from .measure.course import (
     FactsSnapshot as FactsSnapshot,
     FactsTrajectory as FactsTrajectory,
@@ -129,6 +131,7 @@ from .analysis import claims as claims
 from .analysis import migration as migration
 from .analysis import priming as priming
 from .analysis import recovery as recovery
+from .analysis import relearned as relearned
 from .runs import published as published
 from .runs.presets import (
     preset as preset,

@@ -18,13 +18,14 @@ from relearn_lens.measure.extraction import (
 )
 from relearn_lens.measure.geometry import Moved, Rank, Returned
 from relearn_lens.measure.inside import KnownInside
+from relearn_lens.measure.utility import Repetition
 from relearn_lens.models.model import LanguageModel
 
 METRICS: dict[str, type[Metric]] = {
     kind.name: kind
     for kind in (
         Accuracy, Loss, Choice, Probability, TruthRatio, Familiarity, ExtractionStrength, UnlearningDepth, KnownInside,
-        Moved, Rank, Returned,
+        Moved, Rank, Returned, Repetition,
     )
 }  # fmt: skip
 """Metrics by name. Each has `name`, `unit`, `formula`, `source` and, with unit and origin, `model_fields`."""
