@@ -141,7 +141,7 @@ def test_a_browser_shows_curve_maps_and_card(run, tmp_path):
     assert BROWSER is not None
     path = run.arms["concept"][0]
     dom = shown_by(BROWSER, explore.explore(run, neuron="L1N4", stage="2").save(tmp_path / "view.html"))
-    assert dom.count("<polyline") == 3
+    assert dom.count('<polyline fill="none" stroke="#') == 3
     assert dom.count("<canvas") == 2 * len(path.site.layers)
     card = dom[dom.index('class="card"') : dom.index('class="data"')]
     text = unescape(re.sub(r"<[^>]+>", " ", card))
