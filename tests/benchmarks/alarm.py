@@ -1,4 +1,4 @@
-"""How early the alarm is, and how often it is false: `python -m tests.benchmarks.alarm` prints the table (15 minutes).
+"""How early the alarm is, and how often it is false: `python -m tests.benchmarks.alarm` prints the table (minutes).
 
 Small models are taught invented facts, of which NPO removes some. The alarm is calibrated on fine-tunings that bring
 nothing back; false alarms are counted in others, of the same kinds with other seeds and of kinds that it has not seen;
@@ -27,7 +27,7 @@ from relearn_lens.text.facts import FORGET, RETAIN, people
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 HOW: dict[str, Any] = {"steps": STEPS, "batch_size": 8}
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1)
 KNOWN: tuple[tuple[Attack, int], ...] = tuple(
     (attack, seed)
     for seed in (100, 101)
