@@ -16,10 +16,11 @@ from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.removal import Remover, Removing
 from relearn_lens.remove.removers import REMOVERS, WRAPPERS, remove_
 from relearn_lens.remove.representations import RMU
+from relearn_lens.remove.routing import SGTM, GradientRoute
 from relearn_lens.remove.wrappers import SAM
 
 TRAINED = [
-    *(kind() for kind in REMOVERS.values() if issubclass(kind, Remover)),
+    *(kind() for kind in REMOVERS.values() if issubclass(kind, Remover) and kind not in (GradientRoute, SGTM)),
     *(kind(retain="kl") for kind in (GradDiff, NPO)),
 ]
 
