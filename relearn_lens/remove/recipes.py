@@ -37,6 +37,7 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "idk": {"lr": 3e-4, "epochs": 5},
         "npo": {"lr": 3e-4, "steps": (96,)},
         "npo+sam": {"rho": 0.01, "lr": 3e-4, "steps": (96,)},
+        "pdu": {"gamma": 0.1, "eps": 0.05, "warmup_epochs": 1, "lr": 3e-4, "epochs": 5},
         "prune": {"where": "attribution_patching", "fraction": 0.35},
         "rmu": {"layer": 2, "coefficient": 20, "alpha": 3, "reading": "before", "lr": 1e-2, "steps": (96,)},
         "simnpo": {"gamma": 1, "lr": 3e-4, "epochs": 5},
