@@ -16,10 +16,10 @@ from torch import Tensor
 from relearn_lens import progress
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, pairs_of
 from relearn_lens.find.patching import (
-    Asked,
     Kept,
-    Metric,
     Pairs,
+    Prompts,
+    Readout,
     kept,
     mean_by_length,
     refusal,
@@ -90,12 +90,15 @@ class Paths:
     all, below 0 where the head works against the answer. NaN where refused."""
     mlps: Float[Tensor, " block"]
     """The same of each MLP through the kept heads; 0 where there is none after it."""
+    direct: Float[Tensor, "block head"]
+    """Of each head straight to the logits, F_clean - F_patched: in the metric's own unit, mean over passages."""
     site: Site
     threshold: float
     clean: float
     """The metric, mean over passages."""
     corrupt: float
     """The same for the contrasting prompts."""
+    metric: str
     unit: str
     """Of the metric."""
     n_passages: int
@@ -120,7 +123,7 @@ def path_patching(
     passages: Sequence[Passage],
     corrupt: Sequence[Passage],
     *,
-    metric: Metric = "auto",
+    metric: Readout = "auto",
     threshold: float = 0.02,
 ) -> Paths:
     """Which heads act on the answer directly, and which MLPs act through those?
@@ -148,8 +151,8 @@ def _paths(pairs: Pairs, threshold: float) -> Paths:
         by_mlp = _through(pairs, site, heads.abs() > threshold, f_clean)
     mlps = shares(f_clean - by_mlp, gap, refused)
     return Paths(
-        heads, mlps, site, threshold, float(f_clean.mean()), float(f_corrupt.mean()), clean.unit, n, pairs.n_left_out,
-        refused,
+        heads, mlps, torch.from_numpy((f_clean - by_head).mean(-1)).float(), site, threshold, float(f_clean.mean()),
+        float(f_corrupt.mean()), clean.name, clean.unit, n, pairs.n_left_out, refused,
     )  # fmt: skip
 
 
@@ -243,7 +246,7 @@ def faithfulness(
     reference: Sequence[Passage],
     heads: Neurons,
     *,
-    metric: Metric = "auto",
+    metric: Readout = "auto",
 ) -> Faithfulness:
     """How much of what a model does on some passages do these heads do, with all others at their mean?
 
@@ -251,12 +254,12 @@ def faithfulness(
     same sentences, in which nothing says the answer). MLPs stay. Source: Wang et al. 2023, section 4.
 
     Raises:
-        ValueError: neurons that are no heads, or of another model; a length that no reference has; as `Asked`.
+        ValueError: neurons that are no heads, or of another model; a length that no reference has; as `Prompts`.
     """
     if heads.site.name != HEADS:
         raise ValueError(f"a circuit is a set of heads ({HEADS}), and these are neurons of {heads.site.name}")
     site = same_site(model, heads)
-    asked, asked_reference = Asked(model, passages, metric), Asked(model, reference, "logprob")
+    asked, asked_reference = Prompts(model, passages, metric), Prompts(model, reference, "logprob")
     if lacking := sorted(set(asked.lengths.tolist()) - set(asked_reference.lengths.tolist())):
         raise ValueError(
             f"no reference passage has {lacking[0]} tokens, as some of the passages have, so there is no mean of their "

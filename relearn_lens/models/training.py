@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -71,7 +73,7 @@ class Stepped:
     """What the objective compares with."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """Training stands still here."""
 
@@ -88,6 +90,14 @@ class Checkpoint:
     """The parts of the loss, which sum to it."""
     by: Literal["epoch", "step"] = "epoch"
     """What this training is measured in, and so what its stages are named by."""
+
+    def __repr__(self) -> str:
+        unit = " nats per sub-word" if self.parts.keys() <= {"loss"} else ""
+        parts = "".join(f", {name} {value:.4g}" for name, value in self.parts.items() if name != "loss")
+        return (
+            f"Checkpoint(step {self.step:,}, epoch {self.epoch:.3g}, {self.tokens_seen:,} tokens, "
+            f"loss {self.loss:.4g}{unit}{parts})"
+        )
 
     @property
     def stage(self) -> str:
@@ -114,6 +124,10 @@ def plain(model: Model, gradient: Gradient) -> None:
     gradient()
 
 
+ITERATE = "it trains while it is gone through, `for pause in ...: ...`, or by `track`"
+"""What to do with a training."""
+
+
 class Checkpoints(Iterator[Checkpoint]):
     """A training under way: asks for its next `Checkpoint` train on to there.
 
@@ -125,9 +139,23 @@ class Checkpoints(Iterator[Checkpoint]):
         self.how = how
         self._loop = loop
         self._checkpoints = loop.checkpoints()
+        self._begun = False
 
     def __next__(self) -> Checkpoint:
+        self._begun = True
         return next(self._checkpoints)
+
+    def __repr__(self) -> str:
+        if self._begun:
+            return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, under way)"
+        return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, not begun: {ITERATE})"
+
+    def __del__(self) -> None:
+        if not self._begun and self._loop.pauses and not sys.is_finalizing():
+            warnings.warn(
+                f"this {self._loop.what} was made and never begun, so nothing was trained: {ITERATE}",
+                RuntimeWarning, source=self, stacklevel=2,
+            )  # fmt: skip
 
     @property
     def reference(self) -> Any:
@@ -137,10 +165,11 @@ class Checkpoints(Iterator[Checkpoint]):
     @property
     def last_step(self) -> int:
         """Optimiser steps at the end."""
-        return max(self._loop.pauses)
+        return max(self._loop.pauses, default=0)
 
     def close(self) -> None:
         """Stop here; the model is put back into its mode."""
+        self._begun = True
         self._checkpoints.close()
 
     def state(self) -> dict[str, Tensor]:
