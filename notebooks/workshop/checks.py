@@ -186,8 +186,8 @@ def check_probeless(probeless: Callable) -> None:
                 (right / len(away), "You took the mean over the other classes; probeless is their sum."),
                 (right.div(weights.sum()), "You divided by a number of words; the means are divided already."),
                 (sum(w * d.abs() for w, d in zip(weights, away, strict=True)) / weights.sum(), "You weighted the "
-                 "classes by how many words they have (a count-weighted mean), so the largest class decides. Here every "
-                 "other class counts once, and they are summed."),
+                 "classes by how many words they have (a count-weighted mean), so the largest class decides. Every "
+                 "other class counts once here, and they are summed."),
                 (sum(w * d.abs() for w, d in zip(weights, away, strict=True)), "You multiplied each distance by the "
                  "class's number of words; every other class counts once."),
                 ((means[concept] - rest).abs(), "You pooled all other words into one class. That is the two-class form "
