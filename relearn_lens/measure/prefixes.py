@@ -1,8 +1,8 @@
 """Blocks that need no computing again: what a model computes before the first block that changed.
 
 Models that differ from some block on alone share all that goes on before it. `recorded` keeps every block's output
-while a model reads a text; `resumed` gives it back to another reading of it by a model that is the same up to there, which
-then computes from that block on: to the bit what computing all of it gives.
+while a model reads a text; `resumed` gives it back to another reading of it by a model that is the same up to there,
+which then computes from that block on: to the bit what computing all of it gives.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class States:
     """Passes beyond this are not kept, and are computed again in full."""
     passes: list[_Pass] = field(default_factory=list)
     whole: bool = True
-    """False where the passes are not ones to be shared: with gradients or dropout, or seen by hooks that the reading set."""
+    """False where passes cannot be shared: with gradients or dropout, or seen by hooks that the reading set."""
     n_bytes: int = 0
 
 

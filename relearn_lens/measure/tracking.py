@@ -373,7 +373,8 @@ def track(
     are not the survivors. `how` and other keywords are those of `measure`; `on_measured` is called with each
     stage's name and snapshot as it comes.
 
-    Warns where two stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
+    Warns where there is nothing to lose: a label that the model of `before` does not know beyond noise. And where two
+    stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
     under two names, draw a flat line that means nothing.
 
     Raises:
@@ -388,6 +389,8 @@ def track(
         if on_measured:
             on_measured(stage, snapshots[stage])
 
+    if before is not None:
+        _warn_of_unknown(before.scores)
     take(PRUNED, None)
     for checkpoint in checkpoints:
         stage = checkpoint.stage
@@ -396,6 +399,20 @@ def track(
         take(stage, checkpoint)
         _warn_of_twins(snapshots, stage)
     return Trajectory(snapshots, pruned, arm, seed, concept, compare)
+
+
+def _warn_of_unknown(scores: Scores) -> None:
+    """Warn of labels that a model does not know, so that no cut can take them."""
+    if not isinstance(scores, SpanScores):
+        return
+    support = scores.support()
+    if unknown := [name for name in scores.labels if support[name] and not scores.interval(name)[0] > 0]:
+        shown = ", ".join(f"{name} ({scores.f1[name]:.2f} over {support[name]} spans)" for name in unknown)
+        warnings.warn(
+            f"before the cut the model does not know {shown}, so there is nothing to lose and nothing to come back; "
+            "train it longer, faster or on more text (finetune_ with epochs=, lr=)",
+            stacklevel=3,
+        )
 
 
 def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:

@@ -166,11 +166,12 @@ def neuron_map(
     One row per layer, one cell per neuron; dark orange is the most salient neuron and dark purple the least, by rank.
     Within a layer neurons stand in the order of their saliency at base, most salient first (`order="index"`: by
     number), at every stage: the smooth row of base breaks up where other neurons take over. A grey cell was pruned
-    (`matched` ranks survivors only, on both sides; `published` draws all at base, `all` always). Hover for the neuron's
-    name, score and top words at base and at the last stage. In a large model a cell is the mean of a block of
-    neighbours; the title says of how many, and the hover text is that of its most salient neuron at base. Of several
-    seeds one is drawn (`seed`, by default the first), as neurons have no counterpart in another training. `stage` is
-    where the slider stands at first.
+    (`matched` ranks survivors only, on both sides; `published` draws all at base; so does `all`, which later ranks the
+    others among all neurons): cut off from what reads it, it may stay as salient as it was, and carries nothing. Hover
+    for the neuron's name, score and top words at base and at the last stage. In a large model a cell is the mean of a
+    block of neighbours; the title says of how many, and the hover text is that of its most salient neuron at base. Of
+    several seeds one is drawn (`seed`, by default the first), as neurons have no counterpart in another training.
+    `stage` is where the slider stands at first.
 
     Raises:
         ValueError: no arm of that name, no such seed or no such stage.
@@ -192,7 +193,8 @@ def neuron_map(
     ranks, scores = {}, {}
     for name in stages:
         found = path[name].saliency
-        ranks[name] = _rounded(_means(found.by_rank(_among(path, name, selection)).gather(1, place), block), 3)
+        ranked = found.by_rank(_among(path, name, selection)).where(path.there(name).mask, torch.nan)
+        ranks[name] = _rounded(_means(ranked.gather(1, place), block), 3)
         # Of a block, the score is that of the neuron that is named.
         scores[name] = _rounded(found.score.gather(1, place).gather(1, lead), 4)
     figure = go.Figure(
