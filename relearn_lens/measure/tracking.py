@@ -19,6 +19,7 @@ from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import meaning
 from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, judge_of
+from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
@@ -122,6 +123,8 @@ class Trajectory:
     neurons that survive in the concept arm, or choosing those by their score at base would look like a move."""
     similarity: Mapping[str, ActivationSimilarity] = field(default_factory=dict)
     """Activations at base against those at the last stage: over `"all"` words and over the `"concept"`'s."""
+    examples: Examples | None = None
+    """What some neurons do at the words of a few sentences at the last stage, where that was kept."""
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from relearn_lens import progress
 from relearn_lens.find.saliency import SCORES
 from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
+from relearn_lens.measure.examples import Examples, examples
 from relearn_lens.measure.grafting import CUT, Grafts, grafts, share_old
 from relearn_lens.measure.prefixes import recorded, resumed, unchanged_before
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
@@ -64,6 +65,8 @@ COMPARED = ("concept", "random", "unpruned")
 """The arms whose neurons and weights are compared with each other."""
 BACK = 0.9
 """Share of what it was at which a concept counts as back: where grafts are taken first."""
+EXAMPLES = 50
+"""Neurons whose activations at a few sentences are kept: half of them cut, half of them carriers at the end."""
 
 
 def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Event]:
@@ -248,7 +251,8 @@ class _Seed:
                 yield Paused(name, self.seed, checkpoint, weights, training.state())
         compare = ~placed(cuts.sets["concept"], prune.embedding) if pruned is None and cuts.sets else None
         similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
-        return Trajectory(snapshots, pruned, name, self.seed, ready.concept, compare, similarity)
+        path = Trajectory(snapshots, pruned, name, self.seed, ready.concept, compare, similarity)
+        return replace(path, examples=self._examples(path)) if name == "concept" and self._is_dear(arm) else path
 
     def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
@@ -433,6 +437,14 @@ class _Seed:
         self._cut_weights(base, old)
         course = self._course(f"retraining ({held} held)", path, "retrain", only=~mask)
         return Blocked(self.seed, held, course)
+
+    def _examples(self, path: Trajectory) -> Examples | None:
+        """What the neurons that were cut, and those that carry the concept at the end, do at a few sentences' words."""
+        cut, there = path.pruned or ~path.survivors(), path.survivors()
+        groups = ((path[BASE], cut), (path[path.stages[-1]], there))
+        chosen = [at.saliency.top(min(EXAMPLES // 2, len(among)), among=among) for at, among in groups if len(among)]
+        both = chosen[0] if len(chosen) == 1 else chosen[0] | chosen[1]
+        return examples(self.ready.model, self.ready.scored.corpus, self.ready.concept, both)
 
     def _similarity(self, base: Base, what: str, arm: Arm) -> dict[str, ActivationSimilarity]:
         """Activations of the base model against those of the model as it is now."""

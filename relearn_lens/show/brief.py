@@ -113,7 +113,8 @@ def sentence(run: Run) -> str:
     place = _where(run, -1)
     if place is not None:
         part, enough, _ = place
-        text += f"; at the end, {part} alone brings back {_percent(enough)} of it"
+        brings = "bring" if part.startswith("blocks ") else "brings"
+        text += f"; at the end, {part} alone {brings} back {_percent(enough)} of it"
     return text + "."
 
 
@@ -295,7 +296,8 @@ def _sits(run: Run, which: int, verdict: str) -> str | None:
     control = float(np.mean([np.mean([max(by.values()) for by in _controls(each).values()]) for each in made]))
     when = ("first back, " if which == 0 else "") + f"{_by(run.arms['concept'])[:-1]} {' or '.join(stages)}"
     lost = f"{_percent(needed)} is lost" if round(100 * needed) > 0 else "nothing is lost"
-    text = f"{when}: {part} alone brings back {_percent(enough)} (controls {_percent(control)}), without it {lost}"
+    brings = "bring" if part.startswith("blocks ") else "brings"
+    text = f"{when}: {part} alone {brings} back {_percent(enough)} (controls {_percent(control)}), without it {lost}"
     text += _within(run, part) if which == -1 else ""
     # Where an interval reaches across a bar, which side the mean is on says nothing.
     return text if verdict == "inconclusive" else f"{text}: {_verdict_on(enough, needed)}"

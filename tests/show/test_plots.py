@@ -697,7 +697,7 @@ def test_neuron_card_lists_top_words_and_says_what_is_missing(whole):
     assert list(table.cells.values[0]) == ["base", "2"]
     said = unescape(table.cells.values[1][1])
     assert said == ", ".join(w if len(w) <= 18 else w[:17] + "…" for w in top.of(("1", 7)))
-    assert "without example sentences: a run folder keeps no activations" in plots.said(figure)[1]
+    assert "without example sentences: the run keeps activations of 50 neurons" in plots.said(figure)[1]
     (bare,) = (t for t in plots.neuron_card(run_of("concept"), "L1N2").data if t.type == "table")
     assert bare.cells.values[1][0] == "top words were not measured (measure.what with top_words)"
 
