@@ -146,7 +146,7 @@ def test_a_browser_shows_curve_maps_and_card(run, tmp_path):
     card = dom[dom.index('class="card"') : dom.index('class="data"')]
     text = unescape(re.sub(r"<[^>]+>", " ", card))
     assert "L1N4 in the concept arm" in text
-    rank = path["2"].saliency.by_rank(path.there("2"))[1, 4]
+    rank = path["2"].saliency.by_rank(path.there("2"))[path.site.layers.index("1"), 4]
     assert f" 2  {rank:.2f} " in re.sub(r"\s\s+", "  ", text)
     assert path["2"].words is not None
     for word in path["2"].words.of(("1", 4)):
