@@ -15,7 +15,7 @@ import relearn_lens
 PACKAGE = Path(relearn_lens.__file__).parent
 ORDER = (
     "names", "methods", "progress", "sources", "text", "models", "neurons", "find", "remove", "relearn", "measure",
-    "analysis", "runs", "show", "bench",
+    "analysis", "runs", "show", "bench", "reproduce",
     "__main__",
 )  # fmt: skip
 APART = ({"find", "remove"}, {"find", "relearn"}, {"remove", "relearn"})

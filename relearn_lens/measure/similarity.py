@@ -9,6 +9,10 @@
 
 Source of CKA: Kornblith, Norouzi, Lee, Hinton 2019 ("Similarity of neural network representations revisited"). The
 best match of one neuron among all of another network is the maximum matching of Li et al. 2015; ours goes over layers.
+
+Similar activations do not tell whether something is still known: of the measures of unlearning compared in the paper of
+the unlearning depth score (2026), CKA was among the least robust (.013, where depth had .900). For facts, measure
+`"depth"` or `"inside"`.
 """
 
 from __future__ import annotations
@@ -67,7 +71,7 @@ class ActivationSimilarity:
     """Share of a layer's neurons (constant ones left out) whose best match is in each layer after; rows sum to 1."""
     cka: Float[Tensor, "before after"]
     """Linear centred kernel alignment of a layer before and a layer after, 0 to 1. It is the biased estimator: with
-    fewer words than neurons in a layer it is near 1 whatever the models."""
+    fewer words than neurons in a layer it is near 1 whatever the models. It says little of what is still known."""
     chance: float
     """Mean over some neurons before of the best |correlation| they reach with their words paired at random."""
     chance_high: float

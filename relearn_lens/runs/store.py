@@ -50,6 +50,7 @@ from relearn_lens.runs.events import (
     Event,
     Grafted,
     Measured,
+    Own,
     Paused,
     Prepared,
     SeedDone,
@@ -62,6 +63,7 @@ from relearn_lens.runs.needs import peak_rss_mb
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.stages import Stages
 from relearn_lens.runs.summary import layers_table, summary
 from relearn_lens.runs.verify import MANIFEST
 
@@ -74,6 +76,7 @@ def run(
     out: str | Path | None = None,
     *,
     fresh: bool = False,
+    shared: str | Path | None = None,
     progress: Progress | None = None,
     on_event: Callable[[Event], object] | None = None,
     **changes: Any,
@@ -84,8 +87,10 @@ def run(
     as a dictionary: `run("toy", seeds=[0], prune={"fraction": 0.02})`.
 
     A folder that holds a finished run of the same settings is read and not run again. `fresh` removes the run that
-    the folder holds first. `progress` is called with (what, done, of how much), in the place of the bar that a
-    notebook shows; `on_event` with every event of `perform` as it comes.
+    the folder holds first. `shared` is a folder in which runs keep their fine-tuned models for each other: of equal
+    recipes (model, text, training, seed, versions) the first is computed and the others read. `progress` is called with
+    (what, done, of how much), in the place of the bar that a notebook shows; `on_event` with every event of `perform`
+    as it comes.
 
     Raises:
         FileExistsError: the folder holds a run with other settings (and not `fresh`), or something that is no run.
@@ -94,7 +99,7 @@ def run(
     """
     experiment = settings_of(experiment, changes) if changes or not isinstance(experiment, Experiment) else experiment
     with processes.joined(), reported(progress) if progress else contextlib.nullcontext():
-        return _run(experiment, out, fresh, on_event)
+        return _run(experiment, out, fresh, on_event, shared)
 
 
 def _run(
@@ -102,6 +107,7 @@ def _run(
     out: str | Path | None,
     fresh: bool,
     on_event: Callable[[Event], object] | None,
+    shared: str | Path | None,
 ) -> Run:
     if out is None:
         return _drive(experiment, None, on_event)
@@ -121,6 +127,7 @@ def _run(
         ) from None
     try:
         folder = RunFolder.open(path, experiment, fresh=fresh)
+        folder.shared = Stages(shared) if shared is not None else None
         processes.wait()
         return _in_folder(folder, experiment, on_event)
     finally:
@@ -229,6 +236,7 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
+        self.shared: Stages | None = None
         self._frozen: frozenset[Path] | None = None
 
     @classmethod
@@ -301,7 +309,8 @@ class RunFolder:
         arms = [arm.name for arm in arms_of(experiment, other=self.manifest.get("other"))]
         where = [] if experiment.grafts.skip or "concept" not in arms or experiment.retrain.lora_rank else AFTERWARDS
         held = [f"blocked-{name}-{seed}" for name in experiment.block.held] if where else []
-        return [f"{name}-{seed}" for name in ("sized", "cuts", "damage", *arms, *where)] + held
+        own = [f"own-{name}" for name in experiment.arm] if where else []
+        return [f"{name}-{seed}" for name in ("sized", "cuts", "damage", *arms, *own, *where)] + held
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
@@ -504,7 +513,7 @@ def _are_of(kept: Any, experiment: Experiment) -> bool:
 
 AFTERWARDS = ("grafted", "again")
 """What follows when the arms of a seed are done."""
-KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Grafted, Again, Blocked)}
+KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Own, Grafted, Again, Blocked)}
 """What a file of results holds, by the first word of its name; the others hold an arm."""
 
 
@@ -512,7 +521,7 @@ def name_of(event: Any) -> str:
     """The name of a result's file: its kind, what tells it from others of its kind, and its seed."""
     if isinstance(event, Trajectory):
         return f"{event.arm}-{event.seed}"
-    held = f"-{event.held}" if isinstance(event, Blocked) else ""
+    held = f"-{event.held}" if isinstance(event, Blocked) else f"-{event.arm}" if isinstance(event, Own) else ""
     return f"{type(event).__name__.lower()}{held}-{event.seed}"
 
 

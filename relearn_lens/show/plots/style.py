@@ -7,6 +7,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import plotly.graph_objects as go
@@ -17,11 +18,31 @@ from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs.results import Run
 
+
+class _Looks(dict[str, str]):
+    """What the usual arms look like; one of one's own has another look, always the same by its name."""
+
+    def __init__(self, usual: Mapping[str, str], others: Sequence[str]):
+        super().__init__(usual)
+        self.others = others
+
+    def __missing__(self, name: str) -> str:
+        return self.others[crc32(name.encode()) % len(self.others)]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `[name]`: every arm has a look."""
+        return self[name]
+
+
 # Okabe-Ito: told apart with every common kind of colour blindness, on white and on black.
-ARM_COLOURS = {
-    "concept": "#D55E00", "other": "#CC79A7", "random": "#0072B2", "unpruned": "#999999", "never": "#009E73",
-}  # fmt: skip
-ARM_DASHES = {"concept": "solid", "other": "longdash", "random": "dash", "unpruned": "dot", "never": "dashdot"}
+ARM_COLOURS = _Looks(
+    {"concept": "#D55E00", "other": "#CC79A7", "random": "#0072B2", "unpruned": "#999999", "never": "#009E73"},
+    ("#56B4E9", "#E69F00", "#8C6BB1", "#6B8E23", "#B5651D"),
+)
+ARM_DASHES = _Looks(
+    {"concept": "solid", "other": "longdash", "random": "dash", "unpruned": "dot", "never": "dashdot"},
+    ("longdashdot", "6px,2px", "2px,6px"),
+)
 """Arms differ in their line too, for print and for eyes that see no colour."""
 
 VERDICT_COLOURS = {
