@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -106,10 +106,15 @@ def arms_of(data: Paths, arm: str | None = None) -> dict[str, list[Trajectory]]:
     return found
 
 
-def colour_of(arm: str, among: Mapping[str, Any]) -> str:
-    """The colour of an arm: its own, or for arms of other names by their place among all that are drawn."""
-    spare = [colour for name, colour in ARM_COLOURS.items() if name not in among]
-    return ARM_COLOURS.get(arm) or (spare or list(ARM_COLOURS.values()))[list(among).index(arm) % max(len(spare), 1)]
+def colour_of(arm: str, among: Iterable[str]) -> str:
+    """The colour of an arm: its own, or a free one where another arm of the figure has that."""
+    taken: dict[str, str] = {}
+    for name in among:
+        colour = ARM_COLOURS[name]
+        if colour in taken.values():
+            colour = next((free for free in ARM_COLOURS.others if free not in taken.values()), colour)
+        taken[name] = colour
+    return taken[arm]
 
 
 def about(data: Paths, arms: Sequence[Trajectory]) -> str:
