@@ -9,17 +9,20 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
 if TYPE_CHECKING:
     from relearn_lens.bench.engines import Done
     from relearn_lens.bench.sweeps import Swept
+    from relearn_lens.remove.recipes import Recipe
+    from relearn_lens.reproduce.protocol import Reproduction
     from relearn_lens.runs.events import Event
+    from relearn_lens.runs.removals import Removed, Subject
     from relearn_lens.runs.results import Run
     from relearn_lens.runs.settings import Experiment
 
@@ -64,6 +67,9 @@ def run(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Any setting; can be given again."),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run that the folder holds first.")] = False,
+    shared: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where runs keep fine-tuned models for each other.")
+    ] = None,
 ) -> None:
     """Find the concept's neurons, prune them, retrain, and follow the concept, with controls.
 
@@ -76,10 +82,10 @@ def run(
     from relearn_lens.models import processes
 
     with processes.joined():
-        _run(experiment, folder, fresh)
+        _run(experiment, folder, fresh, shared)
 
 
-def _run(experiment: Experiment, folder: Path, fresh: bool) -> None:
+def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None) -> None:
     """Run, and print what happened; in one of the processes that share a run."""
     from relearn_lens.models import processes
     from relearn_lens.runs import store
@@ -93,7 +99,9 @@ def _run(experiment: Experiment, folder: Path, fresh: bool) -> None:
     print(f"{what} > {folder}")
     try:
         with _following(experiment) as follow:
-            result = store.run(experiment, folder, fresh=fresh, progress=follow.progress, on_event=follow.take)
+            result = store.run(
+                experiment, folder, fresh=fresh, shared=shared, progress=follow.progress, on_event=follow.take
+            )
             page = report.write_report(result, folder / "report.html")
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
@@ -140,6 +148,60 @@ def sweep(
     else:
         _print_swept(swept)
     raise typer.Exit(bool(swept.failed))
+
+
+@app.command(name="reproduce")
+def reproduce_(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME | all]", help="A paper; without one they are listed.")
+    ] = None,
+    scale: Annotated[Literal["toy", "real"], typer.Option(help="toy: minutes on two cores.")] = "toy",
+    seeds: Annotated[int, typer.Option(help="How many; a verdict takes three.")] = 3,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder that seeds are kept in.")] = Path(
+        "runs/reproduce"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Put a paper's claims to the test, small, with controls, intervals and a verdict for each.
+
+    The same command continues what was interrupted.
+    """
+    from relearn_lens import progress
+    from relearn_lens.reproduce import protocol
+
+    if name is None:
+        papers = [protocol.paper_of(each) for each in protocol.PAPERS]
+        rows = [[p.name, p.title, p.source, ", ".join(p.scales)] for p in papers]
+        _table("papers; relearn-lens reproduce NAME", ["name", "title", "source", "scales"], rows, piped=80)
+        return
+    results = []
+    for each in protocol.PAPERS if name == "all" else [name]:
+        with _following() as follow, progress.reported(follow.progress):
+            result = protocol.reproduce(each, scale=scale, seeds=range(seeds), out=out)
+        results.append(result)
+        if not json:
+            _print_reproduction(result)
+    if json:
+        from json import dumps
+
+        print(dumps([result.to_dict() for result in results], indent=1, ensure_ascii=False))
+    elif name == "all":
+        print(protocol.write_table(results, out / "table.md"))
+
+
+def _print_reproduction(result: Reproduction) -> None:
+    """A paper's claims, verdict first."""
+    _prose(f"{result.paper.name}: {result.paper.title} ({result.paper.source})")
+    for row in result.rows:
+        beside = "" if row.control is None else f"; control {row.control:.2f}"
+        published = f"; published {row.claim.published}" if row.claim.published else ""
+        value = "not measured" if row.effect is None else f"{row.effect} {row.claim.unit}"
+        bar = f"within {row.claim.bar:g}" if row.claim.rule == "within" else f"bar {row.claim.bar:g}"
+        _prose(f"{row.verdict}: {row.claim.says}. {value} ({bar}{beside}{published})", indent=2)
+        for note in row.notes:
+            _prose(note, indent=4)
+    _prose(f"{result.seconds:.0f} s, seeds {', '.join(map(str, result.seeds))}, {result.scale}; {result.paper.smaller}")
+    print()
 
 
 @app.command()
@@ -272,6 +334,146 @@ def presets(
         _table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
     if group is None and not all_:
         _prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
+
+
+@app.command()
+def remove(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="See `relearn-lens removers`; npo+sam is npo in the wrapper sam.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="taught (small, taught these facts), a source (smollm2), a folder, a name on the hub.")
+    ] = "taught",
+    facts: Annotated[
+        str,
+        typer.Option(
+            "--facts",
+            "--forget",
+            metavar="F",
+            help="people, countries, ontology; or what is to be forgotten: FILE.jsonl or hf:NAME, with --retain.",
+        ),
+    ] = "people",
+    retain: Annotated[str | None, typer.Option(metavar="F", help="What is to stay, FILE.jsonl or hf:NAME.")] = None,
+    general: Annotated[str | None, typer.Option(metavar="F", help="Other knowledge, or text, that is to stay.")] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="LOCALISER", help="What may change; see `relearn-lens localisers`.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A field of the method, of its training (lr, epochs, steps, ...) or, as where.KEY, of the localiser; "
+            "fraction: the share of neurons. Can be given again.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Values for a kind of model; published: as published.")
+    ] = None,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", min=1, help="Train adapters of this rank in the place of weights.")
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Weights in bfloat16; what moves is stepped in float32.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of facts, localiser and training.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the model here, with a manifest.")] = None,
+) -> None:
+    """Remove facts from a model, and print what it knew before and knows after.
+
+    The folder that --out names is a plain Hugging Face one, which from_pretrained loads.
+    """
+    from dataclasses import replace
+
+    from relearn_lens.find.localisers import localiser_of
+    from relearn_lens.progress import reported
+    from relearn_lens.runs import removals
+
+    fields, of_where = removals.fields_from(set_ or [])
+    removal = removals.recipe_for(model, method, fields, kind=recipe)
+    removal = replace(removal, where=where or removal.where)
+    removals.check_free(out)
+    if removal.where is not None:
+        localiser_of(removal.where, **of_where)
+    elif of_where:
+        raise ValueError(f"--set where.{next(iter(of_where))}: there is no localiser; name one as --where")
+    says = {
+        "lora": lora,
+        "half": half,
+        "model": model,
+        "facts": facts,
+        "retain": retain,
+        "general": general,
+        "recipe": recipe,
+    }
+    with _following() as follow, reported(follow.progress):
+        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed, half=half)
+        memory = removals.memory_of(subject, removal, lora=lora)
+        follow.say(f"memory: about {sum(memory.values()):,} MB ({', '.join(f'{k} {v:,}' for k, v in memory.items())})")
+        done = removals.carry_out(
+            subject,
+            removal,
+            out=out,
+            where_fields=of_where,
+            lora=lora,
+            seed=seed,
+            says={"asked": says, "where_fields": of_where},
+        )  # fmt: skip
+    _print_removed(method, subject, removal, done)
+
+
+@app.command()
+def removers(
+    table: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Compare them on taught toys; the folder keeps every cell.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="With --table: the toys, such as 0,1,2.")] = "0,1,2,3,4",
+    only: Annotated[str, typer.Option(metavar="NAME,...", help="With --table: some removers; by default all.")] = "",
+) -> None:
+    """List the ways to remove something by training or pruning, with their fields and where they are from.
+
+    With --table, compare them instead, each at the same retained ability; the same command continues.
+    """
+    from relearn_lens.remove.removal import Removing
+    from relearn_lens.remove.removers import REMOVERS, WRAPPERS
+
+    if table is not None:
+        _removers_table(table, seeds, only)
+        return
+    _print_methods({**REMOVERS, **WRAPPERS})
+    usual = ", ".join(f"{name} {_short(field.default)}" for name, field in Removing.model_fields.items())
+    _prose(f"training (all but prune, any of it by --set): {usual}")
+
+
+def _removers_table(folder: Path, seeds: str, only: str) -> None:
+    from relearn_lens.bench import removals
+
+    try:
+        numbers = [int(each) for each in seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {seeds!r}: write numbers, such as 0,1,2") from None
+    asked = removals.cells(folder, numbers, [name.strip() for name in only.split(",") if name.strip()])
+    every = []
+    for cell in asked:
+        every.append(cell)
+        done = "kept" if cell.cached else "done" if cell.seconds is None else f"done in {cell.seconds:.0f} s"
+        print(f"{cell.name}, seed {cell.seed}: {done}", flush=True)
+    print()
+    _table("accuracy where retain near is 0.95 of base", *removals.table(every), piped=80)
+    _prose(
+        f"works: seeds in which forget is below {removals.GONE} in both wordings. Intervals over "
+        f"{'seeds' if len(numbers) > 1 else 'keys'}. share: of the way to the removed model. Recipes were chosen on "
+        "seed 0."
+    )
+    print(f"folder {folder}")
+
+
+@app.command()
+def localisers() -> None:
+    """List the ways to find where something is in a model, with their fields and where they are from."""
+    from relearn_lens.find.localisers import LOCALISERS
+
+    _print_methods(LOCALISERS)
 
 
 @app.command(name="sources")
@@ -494,6 +696,35 @@ class _Following:
             case events.SeedDone(seed=seed) if len(experiment.seeds) > 1 and seed == experiment.seeds[0]:
                 for line in ["", *brief.brief(self.run), ""]:
                     self.say(line)
+
+
+def _print_methods(kinds: Mapping[str, Any]) -> None:
+    """Methods with what they do: formula, source, and each field with its default and what it is."""
+    for name, kind in kinds.items():
+        _prose(f"{name}: {kind.formula}")
+        _prose(f"source: {kind.source}", indent=4)
+        for field, about in kind.model_fields.items():
+            _prose(f"{field} = {_short(about.get_default(call_default_factory=True))}: {about.description}", indent=4)
+        print()
+
+
+def _print_removed(method: str, subject: Subject, removal: Recipe, done: Removed) -> None:
+    """What was known before and after, in a few lines."""
+    from relearn_lens.show import tables
+
+    said = ", ".join(f"{name} {_short(value)}" for name, value in removal.told().items())
+    _prose(f"{method} on {subject.name}, {subject.facts.name}: {said or 'no fields'}")
+    steps = f"{done.pause.step} steps, " if done.pause.step else ""
+    _prose(f"moved: {done.where}; {steps}{done.seconds:.0f} s")
+    _table("before > after", *tables.answer_rows(done.before, done.after), piped=80)
+    for note in done.notes:
+        _prose(f"note: {note}")
+    if done.folder is None:
+        return
+    if subject.native:
+        _prose(f"{done.folder}: weights, tokenizer and manifest; a native model has no Hugging Face form")
+    else:
+        _prose(f"{done.folder}: AutoModelForCausalLM.from_pretrained loads it; removal.json says how it was made")
 
 
 def _scores(shown: dict[str, float]) -> str:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from relearn_lens.measure.course import FactsTrajectory
 from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.prefixes import States, recorded, resumed, unchanged_before
+from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, wearing
 from relearn_lens.neurons.sites import Neurons, Sever
@@ -182,7 +184,53 @@ class Grafts:
         return f"Grafts({ends}; {told}{control})"
 
 
+@overload
 def grafts(
+    model: Trajectory | FactsTrajectory,
+    *,
+    parts: Parts | None = None,
+    controls: Mapping[str, Trajectory | FactsTrajectory] | None = None,
+    cumulative: bool = False,
+    noise: float = 0.0,
+) -> Grafts: ...
+
+
+@overload
+def grafts(
+    model: Model, cut_weights: Weights, retrained_weights: Weights, evaluate: Evaluate, **keywords: Any
+) -> Grafts: ...
+
+
+def grafts(model: Any, *args: Any, **keywords: Any) -> Grafts:
+    """Which part of a model brought back what was taken out: `grafts_between` two sets of its weights, or those of a
+    path that was tracked with `keep_weights=True`, from its start to its end.
+
+    Of labelled text the outcome is the margin (of a language model the log-probability) and the score of the concept,
+    of facts the loss on what is held out and the other scores of answers. The neurons that were pruned are a part of
+    their own where the path says which (cut as `prune_` does by default; else give `cut`). `controls` are other paths
+    of the same model, such as the twin's. The other keywords are those of `grafts_between`.
+
+    Raises:
+        ValueError: a path without weights; or as `grafts_between`.
+    """
+    if isinstance(model, Model):
+        return grafts_between(model, *args, **keywords)
+    path, controls = model, keywords.pop("controls", None) or {}
+    if missing := [name for name, each in {"the path": path, **controls}.items() if each.ends is None]:
+        raise ValueError(
+            f"{missing[0]} kept no weights to graft; track it with keep_weights=True, or give grafts(model, "
+            "cut_weights, retrained_weights, evaluate)"
+        )
+    pruned = getattr(path, "pruned", None)
+    cut = keywords.pop("cut", None if pruned is None else WeightMask.of(path.ends.model, pruned))
+    return grafts_between(
+        path.ends.model, path.ends.start, path.ends.end, path.ends.evaluate, cut=cut,
+        controls={name: (each.ends.start, each.ends.end) for name, each in controls.items()},
+        label=path.ends.label, **keywords,
+    )  # fmt: skip
+
+
+def grafts_between(
     model: Model,
     cut_weights: Weights,
     retrained_weights: Weights,

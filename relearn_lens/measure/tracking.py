@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -14,27 +14,30 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from relearn_lens import methods
+from relearn_lens import methods, progress
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
-from relearn_lens.measure import meaning
-from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, judge_of
+from relearn_lens.measure import course, meaning
+from relearn_lens.measure.asking import Asked, Metric, Reference
+from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, evaluate, judge_of
 from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
 from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring, megabytes
-from relearn_lens.models.model import Model, encoded_for
+from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
-from relearn_lens.text.concept import Concept, label_shuffles
+from relearn_lens.text.concept import Concept, concept_of, label_shuffles
 from relearn_lens.text.corpus import Corpus, Strings
 from relearn_lens.text.encoding import Encoded
+from relearn_lens.text.facts import Facts
 
-BASE, PRUNED = "base", "pruned"
+BASE, PRUNED = course.BASE, "pruned"
 """Names of the stages before and right after pruning; later stages are named by their epoch of retraining."""
 
 
@@ -105,7 +108,26 @@ class Snapshot:
         return {label: self.scores.shown(label) for label in (*self.scores.labels, OVERALL)}
 
     def __repr__(self) -> str:
-        return f"Snapshot({self.saliency!r}, {self.scores!r})"
+        where = f"stage {self.at.stage}: " if self.at else ""
+        shown = ", ".join(f"{label} {value:.3f}" for label, value in self.shown.items())
+        best = next(iter(self.saliency.top(1)))
+        most = f"{self.saliency.score.max():.3g} {self.saliency.unit}"
+        return f"Snapshot({where}{self.scores.metric} {shown}; {self.saliency.kind} highest {best} at {most})"
+
+    def _repr_html_(self) -> str:
+        """Scores with their intervals over sentences, and the saliency."""
+        rows = [
+            [
+                label,
+                f"{value:.3f}",
+                "{:.3f} to {:.3f}".format(*self.scores.interval(label)),
+                self.scores.support()[label],
+            ]
+            for label, value in self.shown.items()
+        ]
+        title = "before retraining" if self.at is None else repr(self.at)
+        header = ["label", self.scores.unit, "95 % interval over sentences", "of"]
+        return markup.box(title, markup.table(header, rows), self.saliency._repr_html_())
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +147,8 @@ class Trajectory:
     """Activations at base against those at the last stage: over `"all"` words and over the `"concept"`'s."""
     examples: Examples | None = None
     """What some neurons do at the words of a few sentences at the last stage, where that was kept."""
+    ends: course.Ends | None = field(default=None, init=False, compare=False)
+    """The weights of its start and end, where `track` kept them; no file holds them."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -164,8 +188,10 @@ class Trajectory:
         """The neurons that a matched comparison looks at, on both sides."""
         return self.survivors() if self.compare is None else self.compare
 
-    def __getitem__(self, stage: str) -> Snapshot:
-        return self.snapshots[stage]
+    def __getitem__(self, stage: str | int) -> Snapshot:
+        if str(stage) not in self.snapshots:
+            raise KeyError(f"no stage {str(stage)!r}; the stages are {', '.join(self.stages)}")
+        return self.snapshots[str(stage)]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per stage and label: epoch, step, tokens seen, loss in training (nats per sub-word), and F1,
@@ -261,14 +287,39 @@ def check_measures(what: Sequence[str]) -> None:
     Raises:
         ValueError: it is no score and none of `MEASURES`.
     """
-    if unknown := [name for name in what if name not in SCORES and name not in MEASURES]:
-        raise ValueError(f"unknown measurement {unknown[0]!r}; known: {', '.join([*SCORES, *MEASURES])}")
+    if strange := [name for name in what if name not in SCORES and name not in MEASURES]:
+        raise ValueError(unknown("measurement", strange[0], [*SCORES, *MEASURES]))
 
 
+@overload
 def measure(
+    model: LanguageModel,
+    probe: Facts | Asked,
+    *,
+    metrics: Sequence[str | Metric] = ...,
+    reference: Reference | None = None,
+    at: Checkpoint | None = None,
+) -> course.FactsSnapshot: ...
+
+
+@overload
+def measure(
+    model: Model, probe: Corpus | Encoded, concept: Concept, how: Measuring | None = None, **keywords: Any
+) -> Snapshot: ...
+
+
+def measure(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
+    """Everything that is measured of a model as it is: of labelled text and a concept, saliency and scores
+    (`measure_text`); of facts, every metric in every place (`course.measure_facts`). The keywords are theirs."""
+    if isinstance(probe, Facts | Asked):
+        return course.measure_facts(model, probe, *args, **keywords)
+    return measure_text(model, probe, *args, **keywords)
+
+
+def measure_text(
     model: Model,
     probe: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     how: Measuring | None = None,
     *,
     validation: Corpus | Encoded | None = None,
@@ -296,7 +347,7 @@ def measure(
             carries.
     """
     how = methods.of(Measuring, how, fields)
-    encoded = encoded_for(model, probe)
+    encoded, concept = encoded_for(model, probe), concept_of(concept)
     classes = concept.classes(encoded.corpus)
     main = score_of(score, contrast)
     check_measures(how.what)
@@ -311,21 +362,30 @@ def measure(
     others = [score_of(name) for name in how.what if name in SCORES and name != main.name]
     judge = judge_of(model, scored, concept)
     one_pass = scored is encoded
-    gathered = gather(
-        model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
-        relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
-        sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
-        readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
-    )  # fmt: skip
-    if not one_pass:
-        stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
-    stats, by_chance = gathered.stats, gathered.shuffled
-    assert stats is not None
-    carries = torch.from_numpy(classes.carries)
-    words = None
-    if "top_words" in how.what:
-        words = top_words(model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens)
-        vectors = vectors or input_embeddings(model)
+    passes = encoded.n_tokens * (2 if "top_words" in how.what else 1) + (0 if one_pass else scored.n_tokens)
+    with progress.task("measuring", passes):
+        gathered = gather(
+            model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
+            relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
+            sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
+            readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
+        )  # fmt: skip
+        if not one_pass:
+            stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
+        stats = gathered.stats
+        assert stats is not None
+        words = None
+        if "top_words" in how.what:
+            words = top_words(
+                model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens
+            )
+            vectors = vectors or input_embeddings(model)
+    attributions = {
+        name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
+        for name in how.what
+        if name in FORMS
+    }
+    by_chance, carries = gathered.shuffled, torch.from_numpy(classes.carries)
     spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
 
     def scored_by(score: Score, of: Gathered | ClassStats = gathered) -> Saliency:
@@ -337,11 +397,7 @@ def measure(
         stats=stats,
         at=at,
         also={each.name: scored_by(each) for each in others},
-        attributions={
-            name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
-            for name in how.what
-            if name in FORMS
-        },
+        attributions=attributions,
         words=words,
         meaning=concept_similarity(base.words, words, vectors, nulls=how.nulls)
         if base and base.words and words and vectors
@@ -353,10 +409,46 @@ def measure(
     )
 
 
+@overload
+def track(
+    model: LanguageModel,
+    probe: Facts | Asked,
+    checkpoints: Iterable[Checkpoint],
+    *,
+    metrics: Sequence[str | Metric] = ...,
+    reference: Reference | None = None,
+    before: course.FactsSnapshot | None = None,
+    removed: str = "",
+    arm: str = "",
+    seed: int = 0,
+    keep_weights: bool = False,
+    on_measured: Callable[[str, course.FactsSnapshot], object] | None = None,
+) -> course.FactsTrajectory: ...
+
+
+@overload
 def track(
     model: Model,
     probe: Corpus | Encoded,
     concept: Concept,
+    checkpoints: Iterable[Checkpoint],
+    how: Measuring | None = None,
+    **keywords: Any,
+) -> Trajectory: ...
+
+
+def track(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
+    """Measure now, then at every checkpoint of a training loop: labelled text for a concept (`track_text`), or facts
+    (`course.track_facts`). The keywords are theirs."""
+    if isinstance(probe, Facts | Asked):
+        return course.track_facts(model, probe, *args, **keywords)
+    return track_text(model, probe, *args, **keywords)
+
+
+def track_text(
+    model: Model,
+    probe: Corpus | Encoded,
+    concept: Concept | str,
     checkpoints: Iterable[Checkpoint],
     how: Measuring | None = None,
     *,
@@ -366,6 +458,7 @@ def track(
     validation: Corpus | Encoded | None = None,
     arm: str = "",
     seed: int = 0,
+    keep_weights: bool = False,
     on_measured: Callable[[str, Snapshot], object] | None = None,
     **measuring,
 ) -> Trajectory:
@@ -374,7 +467,8 @@ def track(
     `checkpoints` is `retrain_(...)` or any loop that yields `Checkpoint`. `before` is the snapshot from before
     pruning (stage `"base"`), `pruned` the set that was pruned, `compare` the neurons of matched comparisons where they
     are not the survivors. `how` and other keywords are those of `measure`; `on_measured` is called with each
-    stage's name and snapshot as it comes.
+    stage's name and snapshot as it comes. With `keep_weights` the trajectory holds copies of the weights after pruning
+    and at its end, for `grafts`.
 
     Warns where there is nothing to lose: a label that the model of `before` does not know beyond noise. And where two
     stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
@@ -383,25 +477,34 @@ def track(
     Raises:
         ValueError: as `measure`; or two checkpoints of one epoch.
     """
-    probe = encoded_for(model, probe)
+    probe, concept = encoded_for(model, probe), concept_of(concept)
     validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
 
     def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = measure(model, probe, concept, how, validation=validation, at=at, **measuring)
+        snapshots[stage] = measure_text(model, probe, concept, how, validation=validation, at=at, **measuring)
         if on_measured:
             on_measured(stage, snapshots[stage])
 
     if before is not None:
         _warn_of_unknown(before.scores)
     take(PRUNED, None)
+    start = course.copied(model) if keep_weights else None
     for checkpoint in checkpoints:
         stage = checkpoint.stage
         if stage in snapshots:
             raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
         take(stage, checkpoint)
         _warn_of_twins(snapshots, stage)
-    return Trajectory(snapshots, pruned, arm, seed, concept, compare)
+    path = Trajectory(snapshots, pruned, arm, seed, concept, compare)
+    if start is not None:
+
+        def outcomes(model: Model) -> dict[str, Scores]:
+            scores = evaluate(model, validation, concept=concept)
+            return {scores.margin.quantity: scores.margin, scores.metric: scores}
+
+        object.__setattr__(path, "ends", course.Ends(model, start, course.copied(model), outcomes, path.label))
+    return path
 
 
 def _warn_of_unknown(scores: Scores) -> None:
@@ -426,7 +529,7 @@ def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:
             warnings.warn(
                 f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
                 "weights; look whether they were loaded, or saved, as meant",
-                stacklevel=3,
+                stacklevel=4,  # who called `track`
             )
 
 

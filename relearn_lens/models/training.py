@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,18 +38,42 @@ Parts = Mapping[str, tuple[Tensor, int]]
 Objective = Callable[[Model, Mapping[str, Batch], Any], Parts]
 """What is lowered: `(model, batches by role, reference) -> parts`.
 
-It may have two attributes. `reference(model, texts)` is called once, before the first step, on a model that is only
-read, and what it gives is the third argument (else None). `counts(texts, pieces)` says over how many each part is for a
-whole batch, by part; it is needed where batches go through the model in several parts.
+It may have attributes. `reference(model, texts)` is called once, before the first step, on a model that it leaves as it
+was, and what it gives is the third argument (else None). `counts(texts, pieces)` says over how many each part is for a
+whole batch, by part; it is needed where batches go through the model in several parts. `memory`, a dict of tensors, is
+what it knows from one step to the next, and is part of the training's state. `begin(model, moving, reference)` is
+called before the first step, and may set the weights that train, given by plain name. `after` is called as a `Step`'s
+is.
 """
 Gradient = Callable[..., tuple[str, ...]]
 """`gradient(*parts)` adds the gradient of these parts of the loss (all, if none is named) to what the parameters
 have, 0 where an entry may not move; gives the names of all parts."""
 Step = Callable[[Model, Gradient], object]
-"""Leaves in the parameters the gradient that the optimiser takes."""
+"""Leaves in the parameters the gradient that the optimiser takes. With an attribute `after(model, stepped)`, it is
+called when the optimiser has taken its step, and may set weights then."""
 
 
 @dataclass(frozen=True)
+class Stepped:
+    """The optimiser has just taken a step."""
+
+    step: int
+    """Steps so far."""
+    last: int
+    """Steps at the end."""
+    epoch: float
+    """Passes over the first text so far."""
+    parts: Mapping[str, Tensor]
+    """Each part of the loss on this step's batches, before the step."""
+    moving: Mapping[str, Tensor]
+    """The weights that train, by plain name; no copies."""
+    memory: dict[str, Tensor]
+    """What is known from one step to the next, of objective and step together: part of the training's state."""
+    reference: Any
+    """What the objective compares with."""
+
+
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """Training stands still here."""
 
@@ -64,6 +90,14 @@ class Checkpoint:
     """The parts of the loss, which sum to it."""
     by: Literal["epoch", "step"] = "epoch"
     """What this training is measured in, and so what its stages are named by."""
+
+    def __repr__(self) -> str:
+        unit = " nats per sub-word" if self.parts.keys() <= {"loss"} else ""
+        parts = "".join(f", {name} {value:.4g}" for name, value in self.parts.items() if name != "loss")
+        return (
+            f"Checkpoint(step {self.step:,}, epoch {self.epoch:.3g}, {self.tokens_seen:,} tokens, "
+            f"loss {self.loss:.4g}{unit}{parts})"
+        )
 
     @property
     def stage(self) -> str:
@@ -90,6 +124,10 @@ def plain(model: Model, gradient: Gradient) -> None:
     gradient()
 
 
+ITERATE = "it trains while it is gone through, `for pause in ...: ...`, or by `track`"
+"""What to do with a training."""
+
+
 class Checkpoints(Iterator[Checkpoint]):
     """A training under way: asks for its next `Checkpoint` train on to there.
 
@@ -101,9 +139,23 @@ class Checkpoints(Iterator[Checkpoint]):
         self.how = how
         self._loop = loop
         self._checkpoints = loop.checkpoints()
+        self._begun = False
 
     def __next__(self) -> Checkpoint:
+        self._begun = True
         return next(self._checkpoints)
+
+    def __repr__(self) -> str:
+        if self._begun:
+            return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, under way)"
+        return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, not begun: {ITERATE})"
+
+    def __del__(self) -> None:
+        if not self._begun and self._loop.pauses and not sys.is_finalizing():
+            warnings.warn(
+                f"this {self._loop.what} was made and never begun, so nothing was trained: {ITERATE}",
+                RuntimeWarning, source=self, stacklevel=2,
+            )  # fmt: skip
 
     @property
     def reference(self) -> Any:
@@ -113,19 +165,21 @@ class Checkpoints(Iterator[Checkpoint]):
     @property
     def last_step(self) -> int:
         """Optimiser steps at the end."""
-        return max(self._loop.pauses)
+        return max(self._loop.pauses, default=0)
 
     def close(self) -> None:
         """Stop here; the model is put back into its mode."""
+        self._begun = True
         self._checkpoints.close()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts of the optimiser, no copies: what `resume` takes beside the checkpoint. Empty before
-        the first step."""
+        """Moments and step counts of the optimiser, and what objective and step remember, no copies: what `resume`
+        takes beside the checkpoint. Empty before the first step."""
         if self._loop.optimizer is None:
             return {}
         state = self._loop.optimizer.state_dict()["state"]
-        return {f"{i}.{key}": value for i, kept in state.items() for key, value in kept.items()}
+        moments = {f"{i}.{key}": value for i, kept in state.items() for key, value in kept.items()}
+        return moments | {f"{_MEMORY}.{key}": value for key, value in self._loop.memory.items()}
 
 
 def train_(
@@ -136,6 +190,7 @@ def train_(
     objective: Objective = cross_entropy,
     step: Step = plain,
     only: Mapping[str, Bool[Tensor, ...]] | None = None,
+    beside: Mapping[str, str] | None = None,
     reference: Any = None,
     seed: int = 0,
     resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
@@ -150,8 +205,12 @@ def train_(
     the model is in the mode in which it came, and without gradients.
 
     `only` maps plain names of weights (`Model.plain`) to which of their entries may move; weights that it does not name
-    stand still. `reference` is what the objective compares with, where it is not to be taken from the model as it is
-    now. `what` is the name under which progress is reported.
+    stand still. `beside` maps a role to the one whose pieces it is gone through with, number by number, where two texts
+    say something of the same things. `reference` is what the objective compares with, where it is not to be taken from
+    the model as it is now. `what` is the name under which progress is reported.
+
+    Weights may be bfloat16: what moves of them is kept and stepped in float32, beside its moments, and rounded into the
+    model after every step; what stands still takes two bytes.
 
     With `accumulate` every batch goes through the model in so many parts, and with `checkpointing` every block is
     computed again in the backward pass: both need less memory for the same gradient. Where several processes share the
@@ -163,8 +222,9 @@ def train_(
 
     Raises:
         ValueError: a setting out of range, labels that the tagger does not know, an entry of `only` that the model does
-            not have, an objective that does not count and is to be taken in parts, or a `resume` that is none of this
-            training's pauses, of another model or without its reference; at the call.
+            not have, a text with other pieces than the one that it is beside, an objective that does not count and is
+            to be taken in parts, or a `resume` that is none of this training's pauses, of another model or without its
+            reference; at the call.
         FloatingPointError: the loss is no longer finite.
     """
     how = methods.of(Training, how, fields)
@@ -174,6 +234,12 @@ def train_(
         model.check_text(text.corpus)
     if not encoded:
         raise ValueError("no text to train on: texts is empty")
+    for role, other in (beside or {}).items():
+        if encoded[role].n_pieces != encoded[other].n_pieces:
+            raise ValueError(
+                f"the text of {role!r} goes beside that of {other!r}, piece by piece, and they have "
+                f"{encoded[role].n_pieces} and {encoded[other].n_pieces} pieces"
+            )
     if max(how.accumulate, processes.size()) > 1 and not hasattr(objective, "counts"):
         raise ValueError(
             f"the objective {_name(objective)!r} does not say over how many each of its parts "
@@ -193,10 +259,14 @@ def train_(
             f"{resume[0].step}; resume with the settings, the text and the seed that it began with"
         )
     loop = _Loop(model, encoded, how, objective, step, _entries(model, only), seed, pauses, per_epoch, what, reference)
+    loop.beside = dict(beside or {})
+    loop.memory = getattr(objective, "memory", loop.memory)
     if resume is not None:
         loop.after = resume[0]
-        if resume[1] and not how.restart:
-            loop.optimizer = _with_state(loop.adamw(), resume[1])
+        state = {name: value.clone() for name, value in resume[1].items()}
+        loop.memory.update({name: state.pop(f"{_MEMORY}.{name}") for name in _remembered(state)})
+        if state and not how.restart:
+            loop.resume(state)
     return Checkpoints(loop, how)
 
 
@@ -225,6 +295,13 @@ def finetune_(
         raise ValueError("prior_bias is for the head of a tagger; a language model keeps its own head")
     how = methods.of(Finetuning, how, fields)
     return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
+
+
+_MEMORY = "memory"
+
+
+def _remembered(state: Mapping[str, Tensor]) -> list[str]:
+    return [name.removeprefix(f"{_MEMORY}.") for name in state if name.startswith(f"{_MEMORY}.")]
 
 
 def _name(objective: Objective) -> str:
@@ -293,6 +370,10 @@ class _Loop:
     after: Checkpoint | None = None
     optimizer: torch.optim.Optimizer | None = None
     orders: dict[str, tuple[int, list[np.ndarray]]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    full: dict[int, nn.Parameter] = field(default_factory=dict)
+    """In float32, what moves of weights in 16 bits, by their id: small steps would be lost in those."""
 
     def checkpoints(self) -> Generator[Checkpoint, None, None]:
         """Train on to each pause in turn."""
@@ -306,6 +387,9 @@ class _Loop:
         if total and self.reference is None and hasattr(self.objective, "reference"):
             with reading(model):
                 self.reference = self.objective.reference(model, self.texts)  # pyright: ignore[reportFunctionMemberAccess]
+        if total and self.after is None and (begin := getattr(self.objective, "begin", None)) is not None:
+            with torch.no_grad(), self._others_still():
+                begin(model, self._moving_by_name(), self.reference)
         accelerator = Accelerator(device_placement=False)
         for end, epoch in self.pauses.items():
             if end <= step:
@@ -328,12 +412,15 @@ class _Loop:
                     for group in optimizer.param_groups:
                         group["lr"] = how.lr * _share_of_rate(how, step - since, horizon)
                     batch = _Batch(self, accelerator, pieces, step)
-                    self.step(model, batch.gradient)
+                    # What a step itself draws is seeded too; inside `gradient` each part has a seed of its own.
+                    with seeded(_seed_of(self.seed, step), model.device):
+                        self.step(model, batch.gradient)
                     for part, (value, n) in batch.parts().items():
                         sums.setdefault(part, []).append(value)
                         counts[part] = counts.get(part, 0) + n
                     self._stepped(accelerator, optimizer)
                     step += 1
+                    self._after(step, total, batch)
                     progress.advance()
             # Looked at once per stage: to look at every step would make a GPU wait for it.
             means = self._means(sums, counts, begin, end)
@@ -342,7 +429,10 @@ class _Loop:
 
     def adamw(self) -> torch.optim.AdamW:
         """AdamW that leaves vectors (biases, LayerNorm gains) out of weight decay."""
-        trained = self.moving()
+        for weight in self.moving():
+            if weight.dtype in _HALF and id(weight) not in self.full:
+                self.full[id(weight)] = nn.Parameter(weight.detach().float())
+        trained = [self.full.get(id(weight), weight) for weight in self.moving()]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.how.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -355,6 +445,10 @@ class _Loop:
             return [weight for weight, _ in self.entries]
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def _moving_by_name(self) -> dict[str, Tensor]:
+        trains = {id(weight) for weight in self.moving()}
+        return {name: weight for name, weight in self.model.plain().items() if id(weight) in trains}
+
     def _pieces(self, step: int) -> dict[str, np.ndarray]:
         """The pieces of every role's text that a step takes: of no role more than of the first."""
         pieces = {role: self._of_role(role, step) for role in self.texts}
@@ -366,6 +460,7 @@ class _Loop:
         }
 
     def _of_role(self, role: str, step: int) -> np.ndarray:
+        role = self.beside.get(role, role)
         text, first = self.texts[role], role == next(iter(self.texts))
         n = self.per_epoch if first else -(-text.n_pieces // self.how.batch_size)
         order = self.orders.get(role)
@@ -378,15 +473,58 @@ class _Loop:
 
     def _stepped(self, accelerator: Accelerator, optimizer: Any) -> None:
         """Let the optimiser take its step."""
-        accelerator.clip_grad_norm_(self.moving(), self.how.clip)
+        moving = self.moving()
+        for weight in moving:
+            if (full := self.full.get(id(weight))) is not None:
+                full.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+        accelerator.clip_grad_norm_([self.full.get(id(weight), weight) for weight in moving], self.how.clip)
         with self._others_still():
             optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            for weight in moving:
+                if (full := self.full.get(id(weight))) is not None:
+                    weight.copy_(full)
+                    assert self.optimizer is not None
+                    self.optimizer.state[full][_FULL] = full.detach()
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with an optimiser's state, and the weights in float32 that it holds."""
+        self.optimizer = _with_state(self.adamw(), state)
+        with torch.no_grad():
+            for full in self.full.values():
+                if (value := self.optimizer.state[full].get(_FULL)) is not None:
+                    full.copy_(value)
+
+    def _after(self, step: int, last: int, batch: _Batch) -> None:
+        """Let objective and step do what they do when a step was taken."""
+        hooks = [hook for of in (self.objective, self.step) if (hook := getattr(of, "after", None)) is not None]
+        if not hooks:
+            return
+        parts = {}
+        for part, (value, n) in batch.parts().items():
+            processes.sum_(value)
+            parts[part] = value / max(n, 1)
+        moving = self._moving_by_name()
+        for hook in hooks:
+            with torch.no_grad(), self._others_still():
+                hook(self.model, Stepped(step, last, step / self.per_epoch, parts, moving, self.memory, self.reference))
+        with torch.no_grad():
+            for weight in moving.values():
+                # What a hook wrote is what goes on.
+                if (full := self.full.get(id(weight))) is not None:
+                    full.copy_(torch.where(full.to(weight.dtype) == weight, full, weight.float()))
 
     @contextlib.contextmanager
     def _others_still(self) -> Iterator[None]:
         """Put back, to the bit, what may not move and did (weight decay moves a weight without a gradient too)."""
-        held = [(w, mask, w.detach().clone()) for w, mask in self.entries or () if mask is not None]
+        held = [
+            (each, mask, each.detach().clone())
+            for weight, mask in self.entries or ()
+            if mask is not None
+            for each in (weight, self.full.get(id(weight)))
+            if each is not None
+        ]
         try:
             yield
         finally:
@@ -411,6 +549,11 @@ class _Loop:
                 )
             means[part] = float(each.sum()) / max(counts[part], 1)
         return means
+
+
+_HALF = (torch.bfloat16, torch.float16)
+_FULL = "full"
+"""What the optimiser's state calls a weight in float32 that the model has in 16 bits."""
 
 
 class _Batch:

@@ -16,6 +16,9 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens.names import unknown
+from relearn_lens.text import markup
+
 Sever = Literal["out", "both", "gain", "writes"]
 """Which weights of a neuron are cut; `relearn_lens.remove.ablation.prune_` says what each does."""
 
@@ -219,7 +222,7 @@ def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     if isinstance(site, Site):
         return site
     if site not in SITES:
-        raise ValueError(f"unknown site {site!r}; known: {', '.join(SITES)}")
+        raise ValueError(unknown("site", site, SITES))
     plan = _family(bridge)[site]
     size = int(getattr(bridge.cfg, plan.size)) if plan.size else 1
     width = int(getattr(bridge.cfg, plan.width))
@@ -272,6 +275,25 @@ def token_site(bridge: TransformerBridge) -> Site:
     component = _family(bridge)["resid"].tokens
     weight = parameter(bridge, Slice(component, "weight", 1))  # narrower than the hidden states in a small ELECTRA
     return Site("tokens", ("tokens",), (f"{component}.hook_out",), weight.shape[1], ((),), ((),))
+
+
+Component = Literal["attn", "mlp", "resid"]
+"""What a block is made of: what its attention gives, what its MLP gives, and the hidden state after both."""
+
+
+def component_site(bridge: TransformerBridge, component: Component) -> Site:
+    """What a component of every block gives, for `streaming`: a layer for each block, `d_model` coordinates.
+
+    Raises:
+        ValueError: there is no such component.
+    """
+    hooks: dict[str, str] = {"attn": "attn.hook_out", "mlp": "mlp.hook_out", "resid": "hook_out"}
+    if component not in hooks:
+        raise ValueError(f"no component of a block is called {component!r}; known: {', '.join(hooks)}")
+    blocks = range(int(bridge.cfg.n_layers))
+    names = tuple(f"blocks.{i}.{hooks[component]}" for i in blocks)
+    nothing: tuple[tuple[Slice, ...], ...] = ((),) * len(names)
+    return Site(component, tuple(map(str, blocks)), names, int(bridge.cfg.d_model), nothing, nothing)
 
 
 def token_vectors(bridge: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
@@ -391,8 +413,19 @@ class Neurons:
         return self.mask.float().mean(1).tolist()
 
     def __repr__(self) -> str:
-        shares = ", ".join(f"{layer} {n}" for layer, n in self.per_layer().items())
-        return f"Neurons({self.site.name}: {len(self):,} of {self.site.n_neurons:,}; {shares})"
+        some = {layer: n for layer, n in self.per_layer().items() if n}
+        if 0 < len(self) <= 6:
+            which = ", ".join(map(str, self))
+        elif some:
+            which = "by layer " + ", ".join(f"{layer}: {n:,}" for layer, n in some.items())
+        else:
+            which = "none"
+        return f"Neurons({self.site.name}, {len(self):,} of {self.site.n_neurons:,}; {which})"
+
+    def _repr_html_(self) -> str:
+        """How many there are in each layer."""
+        most = max(self.per_layer().values())
+        return markup.box(repr(self), markup.bars(["layer", "neurons"], self.per_layer(), most=max(most, 1)))
 
 
 def random_neurons(

@@ -6,27 +6,37 @@ remover of one's own is a function with the signature of an objective: `removers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
 from relearn_lens import methods
 from relearn_lens.methods import Method, Rate, Training
-from relearn_lens.models.model import Model
-from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, plain, train_
+from relearn_lens.models.model import LanguageModel, Model
+from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, Stepped, plain, train_
+from relearn_lens.neurons.weights import WeightMask
+from relearn_lens.text import facts
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
+from relearn_lens.text.facts import Facts
+from relearn_lens.text.facts.encoded import encode_facts
 
 FORGET, RETAIN = "forget", "retain"
 """The roles of texts: what is to go, and what is to stay."""
-Texts = Mapping[str, Corpus | Encoded]
-"""Texts by role."""
+ROLES: Mapping[str, tuple[str, ...]] = {FORGET: facts.FORGET, RETAIN: facts.RETAIN}
+"""Of facts, what goes into the text of each role: in the wordings that a model is trained in."""
+Texts = Mapping[str, Corpus | Encoded] | Facts
+"""Texts by role, or facts, whose roles say the same."""
+
+
+Entries = Mapping[str, Bool[Tensor, "..."]] | None
+"""Of weights by plain name, which of their entries may move; None: all."""
 
 
 class Removing(Training):
@@ -44,11 +54,18 @@ class Term:
 
     value: Callable[[Model, Batch, Any], tuple[Tensor, int]]
     """Its sum on a batch, and over how many it is a mean; the third argument is what `keep` gave."""
-    count: Callable[[Encoded, np.ndarray], int] | None
+    count: Callable[[Any, np.ndarray], int] | None
     """Over how many it is for some pieces of a text; None: only a whole batch can say, so it cannot go in parts."""
     keep: Callable[[Model, Encoded], Any] | None = None
     """What it compares with: taken from the model, for a whole text, before the first step."""
     weight: float = 1.0
+    beside: str | None = None
+    """A role whose text says something of the same pieces: `value` is given a pair of batches, and `keep` and
+    `count` of texts."""
+    memory: dict[str, Tensor] | None = None
+    """What it knows from one step to the next; terms of a loss share one."""
+    after: Callable[[Model, Stepped, Any], object] | None = None
+    """Called when a step was taken, with what `keep` gave."""
 
 
 def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
@@ -57,22 +74,71 @@ def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
     def objective(model: Model, batches: Mapping[str, Batch], reference: Any) -> Parts:
         parts = {}
         for role, term in terms.items():
-            value, n = term.value(model, batches[role], (reference or {}).get(role))
+            value, n = term.value(model, _with_beside(term, role, batches), (reference or {}).get(role))
             parts[role] = (term.weight * value, n)
         return parts
 
     def kept(model: Model, texts: Mapping[str, Encoded]) -> dict[str, Any]:
-        return {role: term.keep(model, texts[role]) for role, term in terms.items() if term.keep}
+        return {role: term.keep(model, _with_beside(term, role, texts)) for role, term in terms.items() if term.keep}
 
     def counts(texts: Mapping[str, Encoded], pieces: Mapping[str, np.ndarray]) -> dict[str, int]:
-        return {role: term.count(texts[role], pieces[role]) for role, term in terms.items() if term.count}
+        return {
+            role: term.count(_with_beside(term, role, texts), pieces[role])
+            for role, term in terms.items()
+            if term.count
+        }
+
+    def after(model: Model, stepped: Stepped) -> None:
+        for role, term in terms.items():
+            if term.after:
+                term.after(model, stepped, (stepped.reference or {}).get(role))
 
     objective.__name__ = name
+    objective.memory = next((term.memory for term in terms.values() if term.memory is not None), {})
+    if any(term.after for term in terms.values()):
+        objective.after = after
     if any(term.keep for term in terms.values()):
         objective.reference = kept
     if all(term.count for term in terms.values()):
         objective.counts = counts
     return objective
+
+
+def _with_beside(term: Term, role: str, of: Mapping[str, Any]) -> Any:
+    return of[role] if term.beside is None else (of[role], of[term.beside])
+
+
+def texts_of(model: Model, texts: Texts | None, roles: Iterable[str], what: str) -> dict[str, Corpus | Encoded]:
+    """The texts of some roles; `what` needs them, in its own words.
+
+    Raises:
+        ValueError: a role has no text, or facts for a model that does not predict words.
+    """
+    if not isinstance(texts, Facts):
+        texts = texts or {}
+        if missing := [role for role in roles if role not in texts]:
+            raise ValueError(
+                f"{what}, and there is no text for {missing[0]!r}; texts are there for {', '.join(texts) or 'nothing'}"
+            )
+        return {role: texts[role] for role in roles}
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"facts {texts.name!r} are answered by a language model, and this model is a tagger; give labelled texts "
+            f"as {{{', '.join(map(repr, ROLES))}}}, or a language model"
+        )
+    if unknown := [role for role in roles if role not in ROLES]:
+        raise ValueError(f"{what}, and facts have no text for {unknown[0]!r}; they have {', '.join(ROLES)}")
+    try:
+        return {
+            role: encode_facts(texts, *ROLES[role], tokenizer=model.tokenizer, context=model.context) for role in roles
+        }
+    except ValueError as error:
+        raise ValueError(f"{what}; {error}") from None
+
+
+def n_pieces(_: Any, pieces: np.ndarray) -> int:
+    """Of some pieces of a text, their number: a `Term.count`."""
+    return len(pieces)
 
 
 def n_subwords(text: Encoded, pieces: np.ndarray) -> int:
@@ -98,7 +164,7 @@ def kept_by_piece(of: Callable[[Model, Batch], Sequence[Tensor]]) -> Callable[[M
     return keep
 
 
-def kept_of(kept: list[Tensor], batch: Batch) -> Float[Tensor, "subword ..."]:
+def kept_of(kept: list[Tensor], batch: Batch) -> Shaped[Tensor, "subword ..."]:
     """What was kept of a batch's pieces, where the batch is."""
     return torch.cat([kept[piece] for piece in batch.pieces.tolist()]).to(batch.ids.device)
 
@@ -117,7 +183,19 @@ class Remover(Method):
         """What it lowers, by role of text; the first role gives the steps of an epoch."""
         raise NotImplementedError
 
-    def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]] | None:
+    def texts(self, model: Model, texts: Texts | None, roles: Iterable[str], seed: int) -> Texts:
+        """The texts of the roles that it needs; what it makes of facts beside what `ROLES` says.
+
+        Raises:
+            ValueError: as `texts_of`.
+        """
+        return texts_of(model, texts, roles, f"{self.name} lowers {self.formula}")
+
+    def objective(self, model: Model, terms: Mapping[str, Term], where: Entries, seed: int) -> Objective:
+        """What the loop lowers: the sum of the terms."""
+        return weighted(self.name, terms)
+
+    def entries(self, model: Model) -> Entries:
         """Which entries of the weights move unless something else is asked for; None: all."""
         return None
 
@@ -136,27 +214,28 @@ class Remover(Method):
     ) -> Checkpoints:
         """Train it out; yields as `train_` does.
 
-        `texts` has a text for each role: `forget`, and `retain` where something is to be kept. `where` maps plain names
-        of weights to which of their entries may move (None: what is usual for this remover). `how` says all about the
-        optimiser, and `fields` are single fields of it; `step` is a wrapper (`wrappers.SAM`). Other keywords as of
-        `train_`.
+        `texts` has a text for each role: `forget`, and `retain` where something is to be kept; of facts both forget
+        halves and all that is to stay, in the wordings that a model is trained in. `where` maps plain names of weights
+        to which of their entries may move (None: what is usual for this remover). `how` says all about the optimiser,
+        and `fields` are single fields of it; `step` is a wrapper (`wrappers.SAM`). Other keywords as of `train_`.
 
         Raises:
-            ValueError: no text for a role that it needs, and as `train_`; at the call.
+            ValueError: no text for a role that it needs, facts for a tagger, a mask of another model, and as `train_`;
+                at the call.
         """
         terms = self.terms(model, seed)
-        if missing := [role for role in terms if role not in texts]:
-            raise ValueError(
-                f"{self.name} lowers {self.formula}, and there is no text for {missing[0]!r}; texts are there for "
-                f"{', '.join(texts) or 'nothing'}"
-            )
+        beside = {term.beside: role for role, term in terms.items() if term.beside}
+        if isinstance(where, WeightMask):
+            where.check(model)
+        where = self.entries(model) if where is None else where
         return train_(
             model,
-            {role: texts[role] for role in terms},
+            self.texts(model, texts, [*terms, *beside], seed),
             methods.of(Removing, how or self.usual, fields),
-            objective=weighted(self.name, terms),
+            objective=self.objective(model, terms, where, seed),
             step=step,
-            only=self.entries(model) if where is None else where,
+            only=where,
+            beside=beside,
             reference=reference,
             seed=seed,
             resume=resume,

@@ -15,6 +15,7 @@ from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.stages import Stages
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded
 
@@ -166,6 +167,15 @@ class Grafted:
 
 
 @dataclass(frozen=True)
+class Own:
+    """Which parts of the model brought the concept back in an arm of one's own, at its end."""
+
+    seed: int
+    arm: str
+    grafts: Grafts
+
+
+@dataclass(frozen=True)
 class Round:
     """The concept's neurons found and cut once more in a model that it had come back to."""
 
@@ -211,14 +221,17 @@ class SeedDone:
 
 
 Event = (
-    Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Grafted | Again | Blocked
-    | SeedDone
+    Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Own | Grafted | Again
+    | Blocked | SeedDone
 )  # fmt: skip
 
 
 @runtime_checkable
 class Kept(Protocol):
     """What an earlier process of the same run left."""
+
+    shared: Stages | None
+    """What other runs may have computed already, and may read of this one."""
 
     def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
         """Weights and measurement of a seed's base model."""

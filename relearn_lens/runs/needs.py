@@ -165,6 +165,34 @@ def estimate(experiment: Experiment) -> Estimate | None:
     return Estimate(math.ceil(memory), _disk(experiment, shape, text), _fetch(experiment, shape))
 
 
+def removal_mb(
+    shape: Shape,
+    *,
+    moving: int,
+    half: bool = False,
+    adapters: bool = False,
+    batch: int,
+    longest: int,
+    checkpointing: bool = False,
+) -> dict[str, int]:
+    """Megabytes that removing takes at most, by what takes them; of weights in 32 bits, or in 16 (`half`).
+
+    `moving` counts the entries of all weights of which some may move, or of `adapters` beside them. Each has a gradient
+    in the weights' bytes, two moments, a copy of the weight from which its still entries are put back, and of weights
+    in 16 bits one in float32, with a copy too. What stands still has its weight alone. `batch` sentences of what is
+    forgotten, and as many of what is retained, go through the model at once, of at most `longest` tokens.
+    """
+    size = 2 if half else 4
+    token = _token_bytes(shape, longest) * size / 4
+    layers = shape.layers * (size * shape.d_model if checkpointing else token) + (token if checkpointing else 0)
+    items = {
+        "weights": shape.parameters * size + (moving * size if adapters else 0),
+        "what moves": moving * (size + 8 + size + (8 if half else 0)),
+        "a batch": 2 * batch * longest * (layers + 3 * 4 * shape.vocabulary),
+    }
+    return {"Python": BASELINE_MB, **{name: math.ceil(value / _MB) for name, value in items.items()}}
+
+
 def _token_bytes(shape: Shape, longest: int) -> int:
     """Activations of one token in one layer, in sentences of so many tokens."""
     return 68 * shape.d_model + 10 * shape.heads * longest
@@ -228,10 +256,11 @@ def _disk(experiment: Experiment, shape: Shape, text: Text) -> int:
 
 def disk_bytes(experiment: Experiment, *, weights: int, neurons: int, classes: int) -> int:
     """Bytes of disk that a run takes at most at one time, from the sizes of the model and of the results."""
-    seeds, arms, stages = len(experiment.seeds), len(experiment.arms), experiment.retrain.n_stages
+    arms = len(experiment.arms) + len(experiment.arm)
+    seeds, stages = len(experiment.seeds), experiment.retrain.n_stages
     kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
-    # Of one seed, three arms at two stages.
-    grafted = 0 if experiment.grafts.skip or "concept" not in experiment.arms else 6
+    # Of one seed, three arms at two stages, and those of one's own.
+    grafted = 0 if experiment.grafts.skip or "concept" not in experiment.arms else 6 + 2 * len(experiment.arm)
     # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
     numbers = 2 * seeds * (arms + 1) * (stages + 2) * neurons * (16 * classes + 4 * 12)
     # The base of every seed, one training's weights with two moments each, and the file that is about to replace it.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relearn_lens.names import unknown
 from relearn_lens.runs.settings import OPTIONAL, PROTOCOLS, Experiment, as_group, experiment, merged
 
 _NEXT_TOKEN: dict[str, Any] = {
@@ -128,9 +129,10 @@ def preset(name: str) -> Experiment:
 
 
 def settings_of(
-    source: str | Path = "names", changes: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+    source: str | Path | Experiment = "names", changes: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
 ) -> Experiment:
-    """Settings from a preset's name or a TOML file, then `changes`, then `key.path=value` strings, each over the last.
+    """Settings from a preset's name, a TOML file or other settings, then `changes`, then `key.path=value` strings, each
+    over the last.
 
     A TOML file may name the preset it starts from: `preset = "names"`. A file that a run wrote holds every field; those
     that are what the file's own protocol says follow a protocol given after it.
@@ -139,15 +141,15 @@ def settings_of(
         FileNotFoundError: no preset of that name, and no such file.
         ValueError: an unknown key or a value out of range; one line for each.
     """
-    path = Path(source)
-    if str(source) in PRESETS:
+    path = Path() if isinstance(source, Experiment) else Path(source)
+    if isinstance(source, Experiment):
+        values = source.model_dump()
+    elif str(source) in PRESETS:
         values = _preset(str(source))
     elif path.suffix == ".toml" or path.exists():
         values = _from_file(path)
     else:
-        raise ValueError(
-            f"unknown preset {str(source)!r}; known: {', '.join(PRESETS)} (a file of settings ends in .toml)"
-        )
+        raise ValueError(f"{unknown('preset', str(source), PRESETS)} (a file of settings ends in .toml)")
     values = _without_protocol(values)
     for key, value in (changes or {}).items():
         if value is not None:
@@ -158,13 +160,13 @@ def settings_of(
             raise ValueError(f"--set {text!r}: write key=value, such as prune.fraction=0.3")
         if key.count(".") > 4:
             raise ValueError(f"--set {text[:60]!r}: a key has one dot at most, such as prune.fraction")
-        values = _put(values, key.strip(), _value(value.strip(), optional=key.strip() in OPTIONAL))
+        values = _put(values, key.strip(), value_of(value.strip(), optional=key.strip() in OPTIONAL))
     return experiment(values)
 
 
 def _preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ValueError(unknown("preset", name, PRESETS))
     return PRESETS[name][1]
 
 
@@ -205,7 +207,7 @@ def _put(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     return {**values, first: _put(inner if isinstance(inner, Mapping) else {}, rest, value)}
 
 
-def _value(text: str, *, optional: bool) -> Any:
+def value_of(text: str, *, optional: bool = False) -> Any:
     """A value as TOML would read it; what TOML does not read is a string, and `none` is None where a setting may be."""
     if optional and text.lower() == "none":
         return None

@@ -15,12 +15,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from relearn_lens.methods import AtMost, Finetuning, Measuring, Method, Retraining, Size
+from relearn_lens.names import meant, unknown
+from relearn_lens.text import markup
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 ArmName = Literal["concept", "other", "random", "unpruned", "never"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
+
+
+_TAKEN = ("base", "sized", "cuts", "damage", "grafted", "own", "again", "blocked")
+"""What else files of a run folder begin with."""
 
 
 class Data(Method):
@@ -190,6 +196,27 @@ class Blocking(Method):
     )
 
 
+class ArmRemoval(Method):
+    """An arm of one's own: another way of removing the concept, retrained, measured and grafted as the first one is."""
+
+    remove: str = Field(
+        default="prune", description="how (`relearn-lens removers`), with a wrapper as npo+sam; values as published"
+    )
+    where: str | None = Field(
+        default=None,
+        description="a localiser (`relearn-lens localisers`): the neurons that are pruned, as many as of the concept's "
+        "arm, or the weights that may move; none: of prune those of the concept's arm, else what is usual",
+    )
+    set: dict[str, Any] = Field(
+        default={}, description="fields of the remover, its wrapper and its training, such as { lr = 1e-3 }"
+    )
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _text_as_none(cls, where: Any) -> Any:
+        return None if where == "none" else where
+
+
 class Experiment(Method):
     """Find the neurons of a concept, prune them, retrain, and follow the concept, with controls."""
 
@@ -271,6 +298,11 @@ class Experiment(Method):
         description="MB that the whole run may take; raises accumulate and lowers measure.max_tokens and "
         "measure.max_memory until it should fit, and is refused where nothing would; none: as they are set",
     )
+    arm: dict[str, ArmRemoval] = Field(
+        default={},
+        description="arms of one's own, [arm.NAME] with remove, where and set: each removes the concept in another way "
+        "from the model that the concept's arm starts from",
+    )
     data: Data = Data()
     prune: Prune = Prune()
     finetune: Finetuning = Finetuning()
@@ -281,6 +313,37 @@ class Experiment(Method):
         default=1, ge=0, le=100, description="how often the concept is found and cut again in the model it came back to"
     )
     block: Blocking = Blocking()
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_lines(error)) from None
+
+    def changes(self) -> dict[str, Any]:
+        """The settings, by key, that are not the default ones."""
+        mine = {name: getattr(self, name) for name in type(self).model_fields}
+        flat = {
+            f"{name}.{key}" if isinstance(value, Method) else name: inner
+            for name, value in mine.items()
+            for key, inner in (value if isinstance(value, Method) else [(name, value)])
+        }
+        usual = {key: default for key, default, _ in fields()}
+        return {key: value for key, value in flat.items() if value != usual[key]}
+
+    def __repr__(self) -> str:
+        what = f"{self.model}, {self.corpus}, concept {'+'.join(self.labels)}, site {self.site}"
+        changed = len(self.changes().keys() - {"model", "corpus", "concept", "site"})
+        n = len(self.seeds)
+        return f"Experiment({what}; arms {', '.join(self.arms)}; {n} seed{'s' * (n > 1)}; {changed} more changed)"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """The settings that are not the default ones."""
+        usual = {key: default for key, default, _ in fields()}
+        rows = [[key, _plainly(value), _plainly(usual[key])] for key, value in self.changes().items()]
+        return markup.box(repr(self), markup.table(["setting", "value", "default"], rows))
 
     @model_validator(mode="before")
     @classmethod
@@ -330,6 +393,22 @@ class Experiment(Method):
         if self.keep == "all" and self.retrain.lora_rank is not None:
             raise ValueError(
                 "keep = 'all': with retrain.lora_rank an arm's weights are there at its end alone; use keep = 'last'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_arms(self) -> Experiment:
+        for name in self.arm:
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) or name in {*ARMS, *_TAKEN}:
+                raise ValueError(
+                    f"arm.{name}: a name of small letters, digits and _ that is none of {', '.join((*ARMS, *_TAKEN))}"
+                )
+        if self.arm and "concept" not in self.arms:
+            raise ValueError(f"arm.{next(iter(self.arm))}: it is compared with the arm concept, which arms leaves out")
+        if self.arm and self.retrain.lora_rank is not None:
+            raise ValueError(
+                f"arm.{next(iter(self.arm))}: arms of one's own are retrained by their weights; leave out "
+                "retrain.lora_rank"
             )
         return self
 
@@ -389,18 +468,22 @@ def experiment(values: Mapping[str, Any]) -> Experiment:
     Raises:
         ValueError: an unknown key or a value out of range; one line for each, naming field, value and what is allowed.
     """
-    try:
-        return Experiment.model_validate(dict(values))
-    except ValidationError as error:
-        every = [{**e, "loc": _place(e["loc"])} for e in error.errors()]
-        # pydantic calls a tuple too short whose items it refused.
-        inside = {e["loc"][:-1] for e in every}
-        told = [e for e in every if e["type"] != "too_short" or e["loc"] not in inside]
-        lines: dict[Any, str] = {}
-        for e in told:  # of what may be a number or a word, each is an error of its own
-            more = e["msg"].removeprefix("Input should be ")
-            lines[e["loc"] or e["msg"]] = f"{said}; or {more}" if (said := lines.get(e["loc"])) else _said(e)
-        raise ValueError("\n".join(lines.values())) from None
+    if strange := [key for key in values if not isinstance(key, str)]:
+        raise ValueError(unknown("setting", strange[0], [name for name, _, _ in fields()]))
+    return Experiment(**values)
+
+
+def _lines(error: ValidationError) -> str:
+    """What pydantic found, a line for each field."""
+    every = [{**e, "loc": _place(e["loc"])} for e in error.errors()]
+    # pydantic calls a tuple too short whose items it refused.
+    inside = {e["loc"][:-1] for e in every}
+    told = [e for e in every if e["type"] != "too_short" or e["loc"] not in inside]
+    lines: dict[Any, str] = {}
+    for e in told:  # of what may be a number or a word, each is an error of its own
+        more = e["msg"].removeprefix("Input should be ")
+        lines[e["loc"] or e["msg"]] = f"{said}; or {more}" if (said := lines.get(e["loc"])) else _said(e)
+    return "\n".join(lines.values())
 
 
 def fields() -> list[tuple[str, Any, str]]:
@@ -479,7 +562,7 @@ def _said(error: dict[str, Any]) -> str:
             return "these settings are many runs ([sweep]): relearn-lens sweep FILE.toml runs them"
         known = [name for name, _, _ in fields()]
         inside = [name for name in known if name.startswith(".".join([*where[:-1], ""]))] or known
-        return f"unknown setting {key!r}; known: {', '.join(inside)}"
+        return unknown("setting", key, inside, meant(key, known) or meant(where[-1], known))
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if error["type"] == "value_error" and any(name.startswith(f"{key}.") for name, _, _ in fields()):
@@ -492,6 +575,10 @@ def _said(error: dict[str, Any]) -> str:
     if error["type"].startswith(("greater_than", "less_than", "int_parsing_size")):
         message += f"; the range is {_range(error['loc'])}"
     return f"{key} = {_shown(error['input'])}: {message}" if key else message
+
+
+def _plainly(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _range(where: Sequence[Any]) -> str:

@@ -19,6 +19,7 @@ in the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import shutil
@@ -49,6 +50,7 @@ from relearn_lens.runs.events import (
     Event,
     Grafted,
     Measured,
+    Own,
     Paused,
     Prepared,
     SeedDone,
@@ -58,8 +60,10 @@ from relearn_lens.runs.events import (
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.files import as_json, plain_settings, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.runs.needs import peak_rss_mb
+from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.stages import Stages
 from relearn_lens.runs.summary import layers_table, summary
 from relearn_lens.runs.verify import MANIFEST
 
@@ -68,26 +72,34 @@ PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accele
 
 
 def run(
-    experiment: Experiment,
+    experiment: Experiment | str | Path = "names",
     out: str | Path | None = None,
     *,
     fresh: bool = False,
+    shared: str | Path | None = None,
     progress: Progress | None = None,
     on_event: Callable[[Event], object] | None = None,
+    **changes: Any,
 ) -> Run:
     """Run an experiment; with `out`, into a run folder, where the same call continues what was interrupted.
 
+    The experiment is settings, a preset's name or a TOML file. `changes` are settings of it by name, those of a group
+    as a dictionary: `run("toy", seeds=[0], prune={"fraction": 0.02})`.
+
     A folder that holds a finished run of the same settings is read and not run again. `fresh` removes the run that
-    the folder holds first. `progress` is called with (what, done, of how much); `on_event` with every event of
-    `perform` as it comes.
+    the folder holds first. `shared` is a folder in which runs keep their fine-tuned models for each other: of equal
+    recipes (model, text, training, seed, versions) the first is computed and the others read. `progress` is called with
+    (what, done, of how much), in the place of the bar that a notebook shows; `on_event` with every event of `perform`
+    as it comes.
 
     Raises:
         FileExistsError: the folder holds a run with other settings (and not `fresh`), or something that is no run.
         BlockingIOError: another process is running into this folder.
-        ValueError, OSError: as `experiment.prepare`; OSError with ENOSPC if the disk is full.
+        ValueError, OSError: as `settings_of` and `experiment.prepare`; OSError with ENOSPC if the disk is full.
     """
-    with processes.joined(), reported(progress):
-        return _run(experiment, out, fresh, on_event)
+    experiment = settings_of(experiment, changes) if changes or not isinstance(experiment, Experiment) else experiment
+    with processes.joined(), reported(progress) if progress else contextlib.nullcontext():
+        return _run(experiment, out, fresh, on_event, shared)
 
 
 def _run(
@@ -95,6 +107,7 @@ def _run(
     out: str | Path | None,
     fresh: bool,
     on_event: Callable[[Event], object] | None,
+    shared: str | Path | None,
 ) -> Run:
     if out is None:
         return _drive(experiment, None, on_event)
@@ -114,6 +127,7 @@ def _run(
         ) from None
     try:
         folder = RunFolder.open(path, experiment, fresh=fresh)
+        folder.shared = Stages(shared) if shared is not None else None
         processes.wait()
         return _in_folder(folder, experiment, on_event)
     finally:
@@ -222,6 +236,7 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
+        self.shared: Stages | None = None
         self._frozen: frozenset[Path] | None = None
 
     @classmethod
@@ -295,7 +310,8 @@ class RunFolder:
         arms, before = [arm.name for arm in there], CUTTING if cut_anything(there) else ()
         where = [] if experiment.grafts.skip or "concept" not in arms or experiment.retrain.lora_rank else AFTERWARDS
         held = [f"blocked-{name}-{seed}" for name in experiment.block.held] if where else []
-        return [f"{name}-{seed}" for name in (*before, *arms, *where)] + held
+        own = [f"own-{name}" for name in experiment.arm] if where else []
+        return [f"{name}-{seed}" for name in (*before, *arms, *own, *where)] + held
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
@@ -500,7 +516,7 @@ CUTTING = ("sized", "cuts", "damage")
 """What comes before the arms of a seed, where one of them cuts."""
 AFTERWARDS = ("grafted", "again")
 """What follows when the arms of a seed are done."""
-KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Grafted, Again, Blocked)}
+KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Own, Grafted, Again, Blocked)}
 """What a file of results holds, by the first word of its name; the others hold an arm."""
 
 
@@ -508,7 +524,7 @@ def name_of(event: Any) -> str:
     """The name of a result's file: its kind, what tells it from others of its kind, and its seed."""
     if isinstance(event, Trajectory):
         return f"{event.arm}-{event.seed}"
-    held = f"-{event.held}" if isinstance(event, Blocked) else ""
+    held = f"-{event.held}" if isinstance(event, Blocked) else f"-{event.arm}" if isinstance(event, Own) else ""
     return f"{type(event).__name__.lower()}{held}-{event.seed}"
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Batch, Encoded
-from relearn_lens.text.facts.passages import Passage
+from relearn_lens.text.facts.passages import TRAINED, Facts, Passage
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,6 +109,24 @@ def encode_passages(
         piece_start=np.array(start, dtype=np.int64), prefix=prefix, suffix=(), pad=int(tokenizer.pad_token_id),
         n_split=n_split, scored=np.array(scored, dtype=bool), passages=tuple(passages),
     )  # fmt: skip
+
+
+def encode_facts(
+    facts: Facts, *roles: str, tokenizer: Any, context: int | None = None, forms: Sequence[str] = TRAINED
+) -> EncodedPassages:
+    """The passages of some roles of facts (by default of all), in the forms that a model is trained in.
+
+    Raises:
+        ValueError: the roles have no passage in these forms; or as `Facts.passages` and `encode_passages`.
+    """
+    passages = facts.passages(*roles, forms=forms)
+    if not passages:
+        there = dict.fromkeys(p.form for p in facts.passages(*roles))
+        raise ValueError(
+            f"facts {facts.name!r} have nothing to train on in {' and '.join(roles) or 'any role'}: it takes passages "
+            f"of the form {' or '.join(forms)}, and there are {', '.join(there) or 'none'}"
+        )
+    return encode_passages(passages, tokenizer, context=context, name=facts.name)
 
 
 def _opening(tokenizer: Any, text: str, bare: list[int]) -> tuple[int, ...]:
