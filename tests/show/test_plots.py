@@ -497,7 +497,8 @@ def test_neuron_map_has_every_neuron_at_every_stage(selection, order, whole):
     seen = set()
     for stage, step in steps_of(figure).items():
         among = {"matched": arm.survivors(), "all": None, "published": None if stage == "base" else arm.survivors()}
-        rank = arm[stage].saliency.by_rank(among[selection])
+        # A pruned neuron has no rank after base, whatever the others are ranked among.
+        rank = arm[stage].saliency.by_rank(among[selection]).where(arm.there(stage).mask, torch.nan)
         for i, layer in enumerate(arm.site.layers):
             for k, text in enumerate(figure.data[0].text[i]):
                 name, index = re.findall(r"^<b>(L\w+N(\d+))</b>", text)[0]
@@ -553,8 +554,9 @@ def test_neuron_map_of_a_large_model_is_of_blocks_and_says_so():
         order = base[layer].argsort(descending=True, stable=True).tolist()
         # A pruned neuron is in no cell, however salient it stayed.
         rank = arm["1"].saliency.by_rank().where(arm.survivors().mask, torch.nan)[layer].tolist()
-        want = [np.nanmean([rank[n] for n in order[k : k + size]]) for k in range(0, 4096, size)]
-        assert steps_of(figure)["1"]["z"][0][layer] == pytest.approx(want, abs=6e-4)
+        want = [torch.tensor([rank[n] for n in order[k : k + size]]).nanmean() for k in range(0, 4096, size)]
+        got = np.array(steps_of(figure)["1"]["z"][0][layer], dtype=float)
+        np.testing.assert_allclose(got, want, atol=6e-4)
         named = [int(re.findall(r"N(\d+)</b>", text)[0]) for text in figure.data[0].text[layer]]
         assert named == order[::size]
     assert "mean of" not in plots.said(plots.neuron_map(run_of("concept")))[0]
