@@ -64,6 +64,9 @@ def run(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Any setting; can be given again."),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run that the folder holds first.")] = False,
+    shared: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where runs keep fine-tuned models for each other.")
+    ] = None,
 ) -> None:
     """Find the concept's neurons, prune them, retrain, and follow the concept, with controls.
 
@@ -76,10 +79,10 @@ def run(
     from relearn_lens.models import processes
 
     with processes.joined():
-        _run(experiment, folder, fresh)
+        _run(experiment, folder, fresh, shared)
 
 
-def _run(experiment: Experiment, folder: Path, fresh: bool) -> None:
+def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None) -> None:
     """Run, and print what happened; in one of the processes that share a run."""
     from relearn_lens.models import processes
     from relearn_lens.runs import store
@@ -93,7 +96,9 @@ def _run(experiment: Experiment, folder: Path, fresh: bool) -> None:
     print(f"{what} > {folder}")
     try:
         with _following(experiment) as follow:
-            result = store.run(experiment, folder, fresh=fresh, progress=follow.progress, on_event=follow.take)
+            result = store.run(
+                experiment, folder, fresh=fresh, shared=shared, progress=follow.progress, on_event=follow.take
+            )
             page = report.write_report(result, folder / "report.html")
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

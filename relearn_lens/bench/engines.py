@@ -55,6 +55,18 @@ class Job:
     """None: the job's share of the cores."""
     memory_mb: int | None = None
     """By calculation; None if it cannot be said."""
+    shared: Path | None = None
+    """The folder of what runs compute once for each other."""
+    verb: str = "run"
+    """The command that runs it here: `relearn-lens VERB SETTINGS --out FOLDER --shared SHARED`."""
+    work: Callable[[Job, TextIO], object] | None = None
+    """What a Ray worker calls in its place; None for a run."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows `relearn-lens` on its command line."""
+        shared = [] if self.shared is None else ["--shared", str(self.shared)]
+        return [self.verb, str(self.settings), "--out", str(self.folder), *shared]
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def local(jobs: Sequence[Job], *, workers: int, started: Started | None = None) 
                     env["OMP_NUM_THREADS"] = str(share)
                 if gpus and job.device in ("auto", "cuda"):
                     env["CUDA_VISIBLE_DEVICES"] = _visible(slot % gpus)
-                command = [sys.executable, "-m", "relearn_lens", "run", str(job.settings), "--out", str(job.folder)]
+                command = [sys.executable, "-m", "relearn_lens", *job.arguments]
                 with job.log.open("ab") as log:
                     at = log.tell()
                     process = subprocess.Popen(
@@ -221,7 +233,7 @@ def on_ray(jobs: Sequence[Job], *, shared: Path) -> Generator[Done, None, None]:
             # max_calls: a process of its own for every run.
             options = {**needs[job.name], "max_retries": 0, "max_calls": 1, "name": f"relearn-lens {job.name}"}
             task = ray.remote(**options)(_perform)
-            pending[task.remote(str(job.settings), str(job.folder), str(job.log), os.getcwd())] = job, time.monotonic()
+            pending[task.remote(job, os.getcwd())] = job, time.monotonic()
 
         try:
             for job in jobs:
@@ -361,7 +373,7 @@ def _check_size(ray: Any, job: Job, needs: dict[str, float | int], kind: type[Ex
     )
 
 
-def _perform(settings: str, folder: str, log: str, at: str) -> str | None:
+def _perform(job: Job, at: str) -> str | None:
     """A job in a Ray worker: its error in one line, or None.
 
     In the worker's own process, not in a child: what runs into the folder must end with the node.
@@ -369,12 +381,12 @@ def _perform(settings: str, folder: str, log: str, at: str) -> str | None:
     with contextlib.suppress(OSError):  # a node may lack the folder; then only relative paths in settings fail
         os.chdir(at)
     with (
-        Path(log).open("a", encoding="utf-8", buffering=1) as file,
+        job.log.open("a", encoding="utf-8", buffering=1) as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
         try:
-            _run(settings, Path(folder), file)
+            (job.work or _run)(job, file)
         except Exception as error:
             traceback.print_exc(file=file)
             text = re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__
@@ -382,7 +394,7 @@ def _perform(settings: str, folder: str, log: str, at: str) -> str | None:
     return None
 
 
-def _run(settings: str, folder: Path, file: TextIO, patience: float = 60) -> None:
+def _run(job: Job, file: TextIO, patience: float = 60) -> None:
     from relearn_lens.runs import events, store
     from relearn_lens.runs.presets import settings_of
     from relearn_lens.show import report
@@ -392,14 +404,14 @@ def _run(settings: str, folder: Path, file: TextIO, patience: float = 60) -> Non
             shown = "  ".join(f"{label} {value:.3f}" for label, value in event.snapshot.shown.items())
             file.write(f"seed {event.seed}, {event.arm} {event.stage}: {shown}\n")
 
-    asked = settings_of(settings)
+    asked = settings_of(job.settings)
     until = time.monotonic() + patience
     while True:
         try:
-            result = store.run(asked, folder, on_event=note)
+            result = store.run(asked, job.folder, shared=job.shared, on_event=note)
             break
         except BlockingIOError:  # the worker that had it before may outlive its node's daemon for a moment
             if time.monotonic() > until:
                 raise
             time.sleep(1)
-    report.write_report(result, folder / "report.html")
+    report.write_report(result, job.folder / "report.html")

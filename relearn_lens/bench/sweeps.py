@@ -21,6 +21,7 @@ The folder of a sweep:
     sweep.toml       the file, as it was given
     settings/*.toml  each cell's settings
     logs/*.log       what each cell printed
+    shared/          while it lasts, fine-tuned models that several cells begin from
     CELL/            a run folder for each
     summary.json     every cell's end, and the table: every setting, arm and stage beside its controls
     cells.parquet    the concept's score of every cell, arm, seed and stage, beside the controls'
@@ -52,8 +53,8 @@ from relearn_lens.runs.settings import Experiment, experiment
 if TYPE_CHECKING:
     from relearn_lens.bench.sweep_tables import Pool
 
-ASKED, SUMMARY, CELLS, SETTINGS, LOGS, LOCK = (
-    "sweep.toml", "summary.json", "cells.parquet", "settings", "logs", ".lock",
+ASKED, SUMMARY, CELLS, SETTINGS, LOGS, LOCK, SHARED = (
+    "sweep.toml", "summary.json", "cells.parquet", "settings", "logs", ".lock", "shared",
 )  # fmt: skip
 ENGINES = {
     "local": "processes of this machine",
@@ -195,7 +196,7 @@ def _given_name(table: Mapping[str, Any]) -> str | None:
     name = table.get("name")
     if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.+=-]{0,60}", name, re.ASCII)):
         raise ValueError(f"sweep.cells: name = {name!r}: letters, digits and . _ + = - (it names a folder)")
-    if name in (SETTINGS, LOGS):
+    if name in (SETTINGS, LOGS, SHARED):
         raise ValueError(f"sweep.cells: name = {name!r} is what the sweep's own folder is called")
     return name
 
@@ -349,7 +350,7 @@ def _perform(
         need = needs.estimate(cell.experiment)
         job = engines.Job(
             cell.name, settings, folder / cell.name, folder / LOGS / f"{cell.name}.log", cell.experiment.device,
-            cell.experiment.threads, need.memory_mb if need else None,
+            cell.experiment.threads, need.memory_mb if need else None, folder / SHARED,
         )  # fmt: skip
         jobs.append(job)
     failed: dict[str, str] = {}
@@ -364,6 +365,8 @@ def _perform(
                 failed[done.name] = done.error
             if tell:
                 tell(done.name, "failed" if done.error is not None else "done", done)
+    if not failed:
+        shutil.rmtree(folder / SHARED, ignore_errors=True)
     return failed
 
 

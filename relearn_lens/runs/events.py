@@ -15,6 +15,7 @@ from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.stages import Stages
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded
 
@@ -216,6 +217,9 @@ Event = (
 @runtime_checkable
 class Kept(Protocol):
     """What an earlier process of the same run left."""
+
+    shared: Stages | None
+    """What other runs may have computed already, and may read of this one."""
 
     def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
         """Weights and measurement of a seed's base model."""

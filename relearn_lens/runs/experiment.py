@@ -58,6 +58,7 @@ from relearn_lens.runs.events import (
 from relearn_lens.runs.preparation import adapters, load, precision_of, prepare
 from relearn_lens.runs.protocol import placed
 from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.stages import StageRecipe
 
 COMPARED = ("concept", "random", "unpruned")
 """The arms whose neurons and weights are compared with each other."""
@@ -159,6 +160,36 @@ class _Seed:
             model.load_weights(load(self.experiment, labels, seed=self.seed, knows=knows).weights())
         if how.epochs == 0:
             return
+        shared = self.kept.shared if self.kept and processes.size() == 1 else None
+        if shared is None:
+            yield from self._trained(role, training, resume)
+            return
+        recipe = self._recipe(role)
+        with shared.locked(recipe):
+            stage = shared.read(recipe) if resume is None else None
+            if stage is not None:
+                model.load_weights({name: value.to(model.device) for name, value in stage.tensors.items()})
+                return
+            yield from self._trained(role, training, resume)
+            shared.keep(recipe, {"role": role, "seed": self.seed}, model.weights())
+
+    def _recipe(self, role: str) -> StageRecipe:
+        """What the fine-tuned model depends on, of all that a run's settings say."""
+        ready, experiment = self.ready, self.experiment
+        fields = experiment.model_dump(mode="json", include={"model", "task", "head", "threads", "finetune"})
+        hashes = {name: each for name, each in ready.inputs.items() if name.startswith(("model:", "sentences:train"))}
+        precision = precision_of(experiment, ready.model.device)
+        where = {"seed": self.seed, "device": ready.model.device.type, "precision": str(precision)}
+        if role == "never":
+            fields |= {"never": experiment.never, "concept": [*experiment.labels], "words": [*experiment.words]}
+        long = {"long": experiment.data.long, "labels": [*ready.train.corpus.label_names]}
+        return StageRecipe(role, {**fields, **where, **long, "inputs": hashes})
+
+    def _trained(
+        self, role: str, training: str, resume: tuple[Checkpoint, Mapping[str, Tensor]] | None
+    ) -> Generator[Event, None, None]:
+        """Fine-tune the model as it is, from its last pause if there is one."""
+        ready, model, how = self.ready, self.ready.model, self.experiment.finetune
         text, objective, what = ready.train, cross_entropy, "fine-tuning"
         if role == "never":
             what = "fine-tuning the twin that never had it"

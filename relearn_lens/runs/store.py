@@ -60,6 +60,7 @@ from relearn_lens.runs.files import as_json, plain_settings, read_json, read_ten
 from relearn_lens.runs.needs import peak_rss_mb
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.stages import Stages
 from relearn_lens.runs.summary import layers_table, summary
 from relearn_lens.runs.verify import MANIFEST
 
@@ -72,13 +73,15 @@ def run(
     out: str | Path | None = None,
     *,
     fresh: bool = False,
+    shared: str | Path | None = None,
     progress: Progress | None = None,
     on_event: Callable[[Event], object] | None = None,
 ) -> Run:
     """Run an experiment; with `out`, into a run folder, where the same call continues what was interrupted.
 
     A folder that holds a finished run of the same settings is read and not run again. `fresh` removes the run that
-    the folder holds first. `progress` is called with (what, done, of how much); `on_event` with every event of
+    the folder holds first. `shared` is a folder in which runs keep their fine-tuned models for each other: of equal
+    recipes (model, text, training, seed, versions) the first is computed and the others read. `progress` is called with (what, done, of how much); `on_event` with every event of
     `perform` as it comes.
 
     Raises:
@@ -87,7 +90,7 @@ def run(
         ValueError, OSError: as `experiment.prepare`; OSError with ENOSPC if the disk is full.
     """
     with processes.joined(), reported(progress):
-        return _run(experiment, out, fresh, on_event)
+        return _run(experiment, out, fresh, on_event, shared)
 
 
 def _run(
@@ -95,6 +98,7 @@ def _run(
     out: str | Path | None,
     fresh: bool,
     on_event: Callable[[Event], object] | None,
+    shared: str | Path | None,
 ) -> Run:
     if out is None:
         return _drive(experiment, None, on_event)
@@ -114,6 +118,7 @@ def _run(
         ) from None
     try:
         folder = RunFolder.open(path, experiment, fresh=fresh)
+        folder.shared = Stages(shared) if shared is not None else None
         processes.wait()
         return _in_folder(folder, experiment, on_event)
     finally:
@@ -222,6 +227,7 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
+        self.shared: Stages | None = None
         self._frozen: frozenset[Path] | None = None
 
     @classmethod
