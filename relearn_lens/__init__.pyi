@@ -67,6 +67,7 @@ from .remove.ablation import (
     held as held,
     prune_ as prune_,
 )
+from . import relearn as relearn
 from .relearn.retraining import retrain_ as retrain_
 from .measure.answers import (
     answer as answer,

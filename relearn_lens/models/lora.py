@@ -37,6 +37,8 @@ def adapted(
     the rank. `held` cannot be kept for a matrix that has an adapter: its frozen entries would be held, their sum with
     the adapter would not. Neurons whose weights have no adapter (LayerNorms, the other `where`) can be held.
 
+    Over half-precision weights the adapters are float32, so that small steps are not lost before the block ends.
+
     Source: Hu et al. 2021, equation 3, by peft, without dropout.
 
     Raises:
@@ -72,6 +74,10 @@ def adapted(
                     )
                     inject_adapter_in_model(how, group)
                     wrapped += group
+        for layer in wrapped:
+            if layer.weight.dtype in (torch.bfloat16, torch.float16):
+                for part in (layer.lora_A, layer.lora_B):
+                    part.float()
         for parameter, _ in trains:
             parameter.requires_grad_(False)
         if isinstance(model, Tagger):

@@ -1,1 +1,17 @@
-"""Ways back: training a model from which something was removed."""
+"""Ways back: training, compressing, prompting a model from which something was removed."""
+
+import lazy_loader as lazy
+
+# The public names, by module; heavy ones are imported when used.
+__getattr__, *_ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "attack": ["Attack", "Passing"],
+        "attacks": ["ATTACKS", "Point", "Search", "Strongest", "points", "strongest"],
+        "compression": ["Pruned", "Quantised"],
+        "finetuning": ["PRESETS", "Benign", "FineTune", "General", "Gibberish", "RepairThenRelearn", "RetainOnly"],
+        "inputs": ["DirectionAblated", "Embedding", "Latent", "SoftPrompt"],
+        "prompts": ["InContext", "OtherForm", "Paraphrase"],
+        "retraining": ["retrain_"],
+    },
+)

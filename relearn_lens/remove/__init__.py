@@ -8,6 +8,7 @@ __getattr__, *_ = lazy.attach(
     __name__,
     submod_attrs={
         "calibration": ["Calibration", "calibrate", "mixed_"],
+        "recipes": ["RECIPES", "Recipe", "recipe"],
         "removal": ["Removing"],
         "losses": ["NPO", "GradDiff", "GradientAscent"],
         "pruning": ["Prune"],

@@ -171,9 +171,9 @@ class Remover(Method):
         """Train it out; yields as `train_` does.
 
         `texts` has a text for each role: `forget`, and `retain` where something is to be kept; of facts both forget
-        halves and all that is to stay, in the wordings that a model is trained in. `where` maps plain names of weights to which of their entries may move (None: what is usual for this remover). `how` says all about the
-        optimiser, and `fields` are single fields of it; `step` is a wrapper (`wrappers.SAM`). Other keywords as of
-        `train_`.
+        halves and all that is to stay, in the wordings that a model is trained in. `where` maps plain names of weights
+        to which of their entries may move (None: what is usual for this remover). `how` says all about the optimiser,
+        and `fields` are single fields of it; `step` is a wrapper (`wrappers.SAM`). Other keywords as of `train_`.
 
         Raises:
             ValueError: no text for a role that it needs, facts for a tagger, a mask of another model, and as `train_`;

@@ -1,0 +1,101 @@
+"""Named recipes: values of removers for a kind of model, told once. What a remover has by itself are published values,
+for models thousands of times the size of a toy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from relearn_lens import methods
+from relearn_lens.methods import Training
+from relearn_lens.models.model import Model
+from relearn_lens.models.training import Checkpoint, Step, plain
+from relearn_lens.neurons.sites import Neurons
+from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.removal import Remover, Removing, Texts
+from relearn_lens.remove.removers import WRAPPERS, remove_, remover_of
+
+RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    # The small model of `models.taught`, `people` forgotten: chosen on seed 0.
+    "toy": {
+        "gradient_ascent": {"lr": 1e-4, "epochs": 2},
+        "grad_diff": {"lr": 3e-4, "epochs": 5},
+        "npo": {"lr": 3e-4, "epochs": 5},
+        "npo+sam": {"rho": 0.01, "lr": 3e-4, "epochs": 5},
+        "prune": {"where": "dprime", "fraction": 0.05},
+        "rmu": {"alpha": 30, "lr": 1e-2, "epochs": 5},
+    },
+}
+"""By kind of model, and by remover (`npo`) or remover and wrapper (`npo+sam`): fields of the remover, of the wrapper
+and of `Removing`, and for `prune` which localiser gives the neurons (`where`), and what share of them (`fraction`)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A remover with how it trains; called as a remover is."""
+
+    remover: Remover | Prune
+    how: Training | None = None
+    step: Step = plain
+    where: str | None = None
+    """The localiser whose choice is to be given as `where`; None: what is usual for the remover."""
+    fraction: float | None = None
+    """The share of all neurons that are taken of a localiser that ranks them; None: of one that gives a mask."""
+
+    def __call__(
+        self,
+        model: Model,
+        texts: Texts | None,
+        where: Mapping[str, Bool[Tensor, ...]] | Neurons | None = None,
+        *,
+        seed: int = 0,
+        **keywords: Any,
+    ) -> Iterator[Checkpoint]:
+        """Remove, as `removers.remove_` does.
+
+        Raises:
+            ValueError: as `remove_`.
+        """
+        if self.how is not None:
+            keywords = {"how": self.how, "step": self.step, **keywords}
+        return remove_(model, texts, self.remover, where, seed=seed, **keywords)
+
+
+def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a remover (`"npo"`, or with a wrapper around it `"npo+sam"`) for a kind of model, with some fields
+    changed; for None, or where there is none for this remover, with the values that were published.
+
+    Raises:
+        ValueError: an unknown kind, remover, wrapper or field, or a value out of range.
+    """
+    if kind is not None and kind not in RECIPES:
+        raise ValueError(f"unknown recipes {kind!r}; known: {', '.join(RECIPES)}")
+    base, _, wrapper = name.partition("+")
+    remover = remover_of(base)
+    if wrapper and wrapper not in WRAPPERS:
+        raise ValueError(f"unknown wrapper {wrapper!r}; known: {', '.join(WRAPPERS)}")
+    values = {**(RECIPES[kind].get(name, {}) if kind else {}), **(fields or {})}
+    # A length of training takes the place of another.
+    if fields and "steps" in fields:
+        values = {key: value for key, value in values.items() if key in fields or key not in ("epochs", "every")}
+    chosen = {key: values.pop(key) for key in ("where", "fraction") if key in values}
+    own = _taken(remover, values)
+    if remover is Prune:
+        if wrapper:
+            raise ValueError(f"{name}: pruning takes no steps, so nothing can stand around them")
+        return Recipe(methods.of(Prune, None, {**own, **values}), **chosen)
+    step = methods.of(WRAPPERS[wrapper], None, _taken(WRAPPERS[wrapper], values)) if wrapper else plain
+    if unknown := sorted(set(values) - set(Removing.model_fields)):
+        known = [*remover.model_fields, *(WRAPPERS[wrapper].model_fields if wrapper else ()), *Removing.model_fields]
+        raise ValueError(f"{name} has no field {unknown[0]!r}; it has {', '.join(known)}")
+    how = methods.of(Removing, getattr(remover, "usual", None), values)
+    return Recipe(methods.of(remover, None, own), how, step, **chosen)
+
+
+def _taken(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a kind, taken out of the values."""
+    return {key: values.pop(key) for key in list(values) if key in kind.model_fields}

@@ -1,0 +1,73 @@
+"""Named recipes: every one can be made, says its fields, and does what its parts do."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from relearn_lens.models import toy
+from relearn_lens.models.training import plain
+from relearn_lens.remove.losses import NPO
+from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.recipes import RECIPES, recipe
+from relearn_lens.remove.removal import Removing
+from relearn_lens.remove.removers import REMOVERS
+from relearn_lens.remove.representations import RMU
+from relearn_lens.remove.wrappers import SAM
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, each in RECIPES.items() for name in each])
+def test_every_recipe_can_be_made(kind, name):
+    made = recipe(kind, name)
+    assert made.remover.name == name.partition("+")[0]
+    assert (made.step is plain) == ("+" not in name)
+    told = {**made.remover.model_dump(), **(made.how.model_dump() if made.how else {})}
+    told |= {} if made.step is plain else made.step.model_dump()  # pyright: ignore[reportFunctionMemberAccess]
+    told |= {"where": made.where, "fraction": made.fraction}
+    for field, value in RECIPES[kind][name].items():
+        assert told[field] == value
+
+
+def test_without_a_recipe_values_are_the_published():
+    for name, kind in REMOVERS.items():
+        made = recipe(None, name)
+        assert made.remover == kind()
+        assert made.how == getattr(kind, "usual", None)
+    assert recipe(None, "rmu").how == RMU.usual == Removing(lr=5e-5)
+
+
+def test_fields_go_where_they_belong():
+    made = recipe("toy", "npo+sam", {"beta": 0.2, "rho": 0.3, "lr": 0.5, "steps": (7,)})
+    assert (made.remover, made.step) == (NPO(beta=0.2), SAM(rho=0.3))
+    assert made.how is not None
+    assert (made.how.lr, made.how.steps) == (0.5, (7,))
+    assert recipe("toy", "prune", {"sever": "both", "fraction": 0.2}).remover == Prune(sever="both")
+
+
+def test_a_recipe_removes_as_its_parts_do():
+    ends = []
+    texts = {"forget": toy.corpus(sentences=6), "retain": toy.corpus(sentences=6, seed=1)}
+    made = recipe("toy", "npo+sam", {"steps": (2,)})
+    for remover, more in ((made, {}), (made.remover, {"how": made.how, "step": made.step})):
+        model: Any = toy.language_model()
+        list(remover(model, texts, seed=5, **more))
+        ends.append({name: value.clone() for name, value in model.weights().items()})
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "fields", "says"),
+    [
+        ("tiy", "npo", {}, r"^unknown recipes 'tiy'; known: toy"),
+        ("toy", "nope", {}, r"^unknown remover 'nope'; known: prune, "),
+        ("toy", "npo+sum", {}, r"^unknown wrapper 'sum'; known: sam"),
+        ("toy", "npo", {"rho": 1}, r"^npo has no field 'rho'; it has beta, "),
+        ("toy", "npo", {"beta": 0}, r"^beta = 0: Input should be greater than 0$"),
+        ("toy", "npo", {"lr": "fast"}, r"^lr = 'fast': Input should be a valid number"),
+        ("toy", "prune", {"lr": 1}, r"^Prune has no field 'lr'; it has sever$"),
+        ("toy", "prune+sam", {}, r"^prune\+sam: pruning takes no steps"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(kind, name, fields, says):
+    with pytest.raises(ValueError, match=says):
+        recipe(kind, name, fields)
