@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -19,7 +19,9 @@ import typer
 if TYPE_CHECKING:
     from relearn_lens.bench.engines import Done
     from relearn_lens.bench.sweeps import Swept
+    from relearn_lens.remove.recipes import Recipe
     from relearn_lens.runs.events import Event
+    from relearn_lens.runs.removals import Removed, Subject
     from relearn_lens.runs.results import Run
     from relearn_lens.runs.settings import Experiment
 
@@ -279,6 +281,88 @@ def presets(
         _prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
 
 
+@app.command()
+def remove(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="See `relearn-lens removers`; npo+sam is npo in the wrapper sam.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="taught (small, taught these facts), a source (smollm2), a folder, a name on the hub.")
+    ] = "taught",
+    facts: Annotated[
+        str,
+        typer.Option(
+            "--facts",
+            "--forget",
+            metavar="F",
+            help="people, countries, ontology; or what is to be forgotten: FILE.jsonl or hf:NAME, with --retain.",
+        ),
+    ] = "people",
+    retain: Annotated[str | None, typer.Option(metavar="F", help="What is to stay, FILE.jsonl or hf:NAME.")] = None,
+    general: Annotated[str | None, typer.Option(metavar="F", help="Other knowledge, or text, that is to stay.")] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="LOCALISER", help="What may change; see `relearn-lens localisers`.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A field of the method, of its training (lr, epochs, steps, ...) or, as where.KEY, of the localiser; "
+            "fraction: the share of neurons. Can be given again.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Values for a kind of model; published: as published.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of facts, localiser and training.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the model here, with a manifest.")] = None,
+) -> None:
+    """Remove facts from a model, and print what it knew before and knows after.
+
+    The folder that --out names is a plain Hugging Face one, which from_pretrained loads.
+    """
+    from dataclasses import replace
+
+    from relearn_lens.progress import reported
+    from relearn_lens.runs import removals
+
+    fields, of_where = removals.fields_from(set_ or [])
+    removal = removals.recipe_for(model, method, fields, kind=recipe)
+    removal = replace(removal, where=where or removal.where)
+    removals.check_free(out)
+    if removal.where is not None:
+        removals.localiser_of(removal.where, of_where)
+    elif of_where:
+        raise ValueError(f"--set where.{next(iter(of_where))}: there is no localiser; name one as --where")
+    says = {"model": model, "facts": facts, "retain": retain, "general": general, "recipe": recipe}
+    with _following() as follow, reported(follow.progress):
+        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed)
+        done = removals.carry_out(
+            subject, removal, out=out, where_fields=of_where, seed=seed, says={"asked": says, "where_fields": of_where}
+        )
+    _print_removed(method, subject, removal, done)
+
+
+@app.command()
+def removers() -> None:
+    """List the ways to remove something by training or pruning, with their fields and where they are from."""
+    from relearn_lens.remove.removal import Removing
+    from relearn_lens.remove.removers import REMOVERS, WRAPPERS
+
+    _print_methods({**REMOVERS, **WRAPPERS})
+    usual = ", ".join(f"{name} {_short(field.default)}" for name, field in Removing.model_fields.items())
+    _prose(f"training (all but prune, any of it by --set): {usual}")
+
+
+@app.command()
+def localisers() -> None:
+    """List the ways to find where something is in a model, with their fields and where they are from."""
+    from relearn_lens.find.localisers import LOCALISERS
+
+    _print_methods(LOCALISERS)
+
+
 @app.command(name="sources")
 def sources_() -> None:
     """List the models and texts that can be fetched from the package index."""
@@ -499,6 +583,35 @@ class _Following:
             case events.SeedDone(seed=seed) if len(experiment.seeds) > 1 and seed == experiment.seeds[0]:
                 for line in ["", *brief.brief(self.run), ""]:
                     self.say(line)
+
+
+def _print_methods(kinds: Mapping[str, Any]) -> None:
+    """Methods with what they do: formula, source, and each field with its default and what it is."""
+    for name, kind in kinds.items():
+        _prose(f"{name}: {kind.formula}")
+        _prose(f"source: {kind.source}", indent=4)
+        for field, about in kind.model_fields.items():
+            _prose(f"{field} = {_short(about.get_default(call_default_factory=True))}: {about.description}", indent=4)
+        print()
+
+
+def _print_removed(method: str, subject: Subject, removal: Recipe, done: Removed) -> None:
+    """What was known before and after, in a few lines."""
+    from relearn_lens.show import tables
+
+    said = ", ".join(f"{name} {_short(value)}" for name, value in removal.told().items())
+    _prose(f"{method} on {subject.name}, {subject.facts.name}: {said or 'no fields'}")
+    steps = f"{done.pause.step} steps, " if done.pause.step else ""
+    _prose(f"moved: {done.where}; {steps}{done.seconds:.0f} s")
+    _table("before > after", *tables.answer_rows(done.before, done.after), piped=80)
+    for note in done.notes:
+        _prose(f"note: {note}")
+    if done.folder is None:
+        return
+    if subject.native:
+        _prose(f"{done.folder}: weights, tokenizer and manifest; a native model has no Hugging Face form")
+    else:
+        _prose(f"{done.folder}: AutoModelForCausalLM.from_pretrained loads it; removal.json says how it was made")
 
 
 def _scores(shown: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from relearn_lens import methods
-from relearn_lens.methods import Training
+from relearn_lens.methods import Method, Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Step, plain
 from relearn_lens.neurons.sites import Neurons
@@ -26,7 +26,7 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "grad_diff": {"lr": 3e-4, "epochs": 5},
         "npo": {"lr": 3e-4, "epochs": 5},
         "npo+sam": {"rho": 0.01, "lr": 3e-4, "epochs": 5},
-        "prune": {"where": "dprime", "fraction": 0.05},
+        "prune": {"where": "attribution_patching", "fraction": 0.05},
         "rmu": {"alpha": 30, "lr": 1e-2, "epochs": 5},
     },
 }
@@ -45,6 +45,18 @@ class Recipe:
     """The localiser whose choice is to be given as `where`; None: what is usual for the remover."""
     fraction: float | None = None
     """The share of all neurons that are taken of a localiser that ranks them; None: of one that gives a mask."""
+
+    def told(self) -> dict[str, Any]:
+        """The fields that are not as published."""
+        parts = (self.remover, self.how, self.step)
+        told = {
+            name: getattr(part, name)
+            for part in parts
+            if isinstance(part, Method)
+            for name in type(part).model_fields
+            if name in part.model_fields_set
+        }
+        return told | {name: value for name in ("where", "fraction") if (value := getattr(self, name)) is not None}
 
     def __call__(
         self,

@@ -158,7 +158,7 @@ def settings_of(
             raise ValueError(f"--set {text!r}: write key=value, such as prune.fraction=0.3")
         if key.count(".") > 4:
             raise ValueError(f"--set {text[:60]!r}: a key has one dot at most, such as prune.fraction")
-        values = _put(values, key.strip(), _value(value.strip(), optional=key.strip() in OPTIONAL))
+        values = _put(values, key.strip(), value_of(value.strip(), optional=key.strip() in OPTIONAL))
     return experiment(values)
 
 
@@ -205,7 +205,7 @@ def _put(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     return {**values, first: _put(inner if isinstance(inner, Mapping) else {}, rest, value)}
 
 
-def _value(text: str, *, optional: bool) -> Any:
+def value_of(text: str, *, optional: bool = False) -> Any:
     """A value as TOML would read it; what TOML does not read is a string, and `none` is None where a setting may be."""
     if optional and text.lower() == "none":
         return None

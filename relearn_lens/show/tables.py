@@ -1,14 +1,41 @@
-"""A finished run as tables."""
+"""A finished run, and a removal, as tables."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from relearn_lens.analysis import story
+from relearn_lens.measure.answers import Answered
+from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.tracking import BASE
 from relearn_lens.runs.findings import layer_columns
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.summary import selections, summary
+
+
+def answer_rows(before: Mapping[str, Answered], after: Mapping[str, Answered]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what was answered before and after: accuracy and loss of each row of `measure.facts.asked`.
+
+    The interval is that of the accuracy after, over keys; the chance that of a guess which knows what may be an answer.
+    Of plain text there is only a loss.
+    """
+    rows = []
+    for name, there in before.items():
+        here = after[name]
+        low, high = here.accuracy.interval(OVERALL)
+        texts = there.accuracy.chance(OVERALL) == 0 and there.accuracy.labels == ("text",)
+        rows.append(
+            [
+                name,
+                "" if texts else f"{there.accuracy.shown(OVERALL):.2f} > {here.accuracy.shown(OVERALL):.2f}",
+                "" if texts else f"{low:.2f} to {high:.2f}",
+                "" if texts else f"{here.accuracy.chance(OVERALL):.2f}",
+                f"{there.loss.shown(OVERALL):.2f} > {here.loss.shown(OVERALL):.2f}",
+            ]
+        )
+    return ["", "accuracy", "95 % after", "chance", "nats/token"], rows
 
 
 def score_title(run: Run) -> str:
