@@ -274,6 +274,25 @@ def token_site(bridge: TransformerBridge) -> Site:
     return Site("tokens", ("tokens",), (f"{component}.hook_out",), weight.shape[1], ((),), ((),))
 
 
+Component = Literal["attn", "mlp", "resid"]
+"""What a block is made of: what its attention gives, what its MLP gives, and the hidden state after both."""
+
+
+def component_site(bridge: TransformerBridge, component: Component) -> Site:
+    """What a component of every block gives, for `streaming`: a layer for each block, `d_model` coordinates.
+
+    Raises:
+        ValueError: there is no such component.
+    """
+    hooks: dict[str, str] = {"attn": "attn.hook_out", "mlp": "mlp.hook_out", "resid": "hook_out"}
+    if component not in hooks:
+        raise ValueError(f"no component of a block is called {component!r}; known: {', '.join(hooks)}")
+    blocks = range(int(bridge.cfg.n_layers))
+    names = tuple(f"blocks.{i}.{hooks[component]}" for i in blocks)
+    nothing: tuple[tuple[Slice, ...], ...] = ((),) * len(names)
+    return Site(component, tuple(map(str, blocks)), names, int(bridge.cfg.d_model), nothing, nothing)
+
+
 def token_vectors(bridge: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """What the token embedding gives for some token ids, as `token_site` sees it."""
     return _component(bridge, _family(bridge)["resid"].tokens)(ids[None])[0]

@@ -81,6 +81,20 @@ class WeightMask(Mapping[str, Tensor]):
             marks |= dict.fromkeys(known[name], torch.tensor(True))
         return _of_marks(model, marks)
 
+    @classmethod
+    def of_entries(cls, model: Model, masks: Mapping[str, Bool[Tensor, ...]]) -> WeightMask:
+        """The entries that masks of some weights name; of weights that share memory one is enough.
+
+        Raises:
+            ValueError: no such weight, or a mask of another shape.
+        """
+        plain = model.plain()
+        for name, mask in masks.items():
+            if name not in plain or mask.shape != plain[name].shape:
+                has = f"shape {tuple(plain[name].shape)}" if name in plain else "no such weight"
+                raise ValueError(f"a mask of shape {tuple(mask.shape)} for {name!r}: this model has {has}")
+        return _of_marks(model, masks)
+
     def __getitem__(self, name: str) -> Tensor:
         return self.masks[name]
 

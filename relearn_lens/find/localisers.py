@@ -1,0 +1,79 @@
+"""The localisers that are known by name, told once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from relearn_lens import methods
+from relearn_lens.find.circuits import PathPatching
+from relearn_lens.find.controls import AllMLPs, Everything, RandomMLPs, RandomNeurons
+from relearn_lens.find.layers import LayerDistance
+from relearn_lens.find.localising import Localiser, Text
+from relearn_lens.find.lookups import Lookup
+from relearn_lens.find.saliency import Saliency
+from relearn_lens.find.scored import AttributionPatching, ByScore
+from relearn_lens.find.tracing import CausalTracing
+from relearn_lens.models.model import Model
+from relearn_lens.neurons.sites import Neurons
+from relearn_lens.neurons.weights import WeightMask
+from relearn_lens.text.concept import Concept
+
+LOCALISERS: dict[str, type[Localiser]] = {
+    kind.name: kind
+    for kind in (
+        ByScore,
+        AttributionPatching,
+        CausalTracing,
+        PathPatching,
+        Lookup,
+        LayerDistance,
+        RandomNeurons,
+        RandomMLPs,
+        AllMLPs,
+        Everything,
+    )
+}
+"""Localisers by name. Each has `name`, `formula`, `source`, `gives` and, with unit and origin, `model_fields`."""
+CONTROLS = (RandomNeurons.name, RandomMLPs.name, AllMLPs.name, Everything.name)
+"""Those that do not look at what they are to find."""
+
+
+def locate(
+    model: Model,
+    text: Text | None,
+    localiser: str | Localiser,
+    *,
+    concept: Concept | None = None,
+    seed: int = 0,
+    **fields: Any,
+) -> Saliency | WeightMask:
+    """Where a model holds some facts, or a concept of a text: by a localiser's name and fields, or by a localiser.
+
+    Raises:
+        ValueError: an unknown name or field, and as the localiser says; before any work.
+    """
+    return localiser_of(localiser, **fields)(model, text, concept=concept, seed=seed)
+
+
+def localiser_of(localiser: str | Localiser, **fields: Any) -> Localiser:
+    """A localiser by name, or as it is, with some of its fields changed.
+
+    Raises:
+        ValueError: an unknown name or field, or a value out of range.
+    """
+    if not isinstance(localiser, str):
+        return methods.of(type(localiser), localiser, fields)
+    if localiser not in LOCALISERS:
+        raise ValueError(f"unknown localiser {localiser!r}; known: {', '.join(LOCALISERS)}")
+    return methods.of(LOCALISERS[localiser], None, fields)
+
+
+def chosen(found: Saliency | WeightMask, *, fraction: float = 0.05) -> Neurons | WeightMask:
+    """What a remover is given: the highest fraction of a saliency's neurons, or a mask as it is.
+
+    Neurons are pruned; a training takes their weights, `WeightMask.of(model, neurons)`.
+
+    Raises:
+        ValueError: a fraction out of range.
+    """
+    return found.top(fraction=fraction) if isinstance(found, Saliency) else found
