@@ -150,6 +150,63 @@ def sweep(
 
 
 @app.command()
+def bench(
+    settings: Annotated[
+        str, typer.Argument(metavar="[PRESET | FILE.toml]", help="facts-toy, facts-toy-slowed, facts-smollm2.")
+    ] = "facts-toy",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The bench's folder; by default runs/ and the preset's name.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Any setting; can be given again."),
+    ] = None,
+    on: Annotated[str, typer.Option("--on", metavar="local|ray", help="What runs the jobs.")] = "local",
+    processes: Annotated[
+        int | None, typer.Option(help="Jobs at a time, with --on local; by default what fits this machine.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what the folder holds first.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print summary.json instead.")] = False,
+) -> None:
+    """Removers against ways back over one set of facts: what comes back of the half that the attacker never had.
+
+    The same command continues a bench that was interrupted. Exit code 1 if a job failed.
+    """
+    from relearn_lens.bench import bench_page, benches
+    from relearn_lens.bench.plan import bench_of
+
+    asked = bench_of(settings, set_ or [])
+    folder = out or Path("runs") / Path(settings).stem
+    to = sys.stderr if json else sys.stdout
+    jobs = sum(1 for _ in asked.every_seed) * -(-(len(asked.rows) + benches.has_twin(asked)) // benches.ROWS_A_JOB)
+    print(f"{len(asked.rows)} removers, {len(asked.columns)} ways back, {len(asked.every_seed)} seeds > {folder}", file=to)
+    try:
+        benched = benches.run(
+            asked, folder, on=on, processes=processes, fresh=fresh, tell=_sweeping(jobs, to)
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if json:
+        print((benched.folder / benches.SUMMARY).read_text(encoding="utf-8"), end="")
+    else:
+        print(*bench_page.lines(benched), sep="\n")
+        print(f"page: {folder / benches.PAGE}")
+    raise typer.Exit(bool(benched.failed))
+
+
+@app.command(hidden=True, name="bench-job")
+def bench_job(
+    task: Annotated[Path, typer.Argument(help="What a bench wrote for one of its processes.")],
+    out: Annotated[Path, typer.Option(help="The bench's folder.")],
+) -> None:
+    """Run some rows of one seed of a bench."""
+    from relearn_lens.bench import benches
+
+    benches.perform(task, out, say=lambda text: print(text, flush=True))
+
+
+@app.command()
 def show(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     all_: Annotated[bool, typer.Option("--all", help="Print every table, and every answer in full.")] = False,

@@ -45,7 +45,7 @@ class Course:
     steps: tuple[int, ...]
     held_out: Float[np.ndarray, "checkpoint key 2"]
     """Of the half that the attacker never had."""
-    retained: Float[np.ndarray, "checkpoint key 2"]
+    retained: Float[np.ndarray, "checkpoint kept 2"]
     """Of what was to stay."""
     diverged: bool = False
     """Whether the model was no longer finite after the last checkpoint."""
@@ -269,8 +269,7 @@ def rate_of(results: Results, row: str, column: str) -> str | None:
 
 def entry(results: Results, row: str, column: str) -> Entry:
     """A remover under an attack, at the learning rate that was chosen, on the seeds that are reported."""
-    calibrated = [_drawer(results, seed)(results.cells[row, seed].calibrated) for seed in results.seeds]
-    unmoved = over_keys_and_seeds(calibrated, level=results.level)
+    unmoved = left(results, row)
     rate = rate_of(results, row, column)
     if rate is None:
         return Entry(row, column, "", None, unmoved, None, "no checkpoint is usable at any rate")
@@ -279,8 +278,8 @@ def entry(results: Results, row: str, column: str) -> Entry:
     if not there:
         return Entry(row, column, rate, None, unmoved, None, "no checkpoint is usable")
     steps = tuple(results.cells[row, seed].courses[column][rate].steps[i] for seed, i in there)
-    left = [_drawer(results, seed)(results.cells[row, seed].courses[column][rate].held_out[i]) for seed, i in there]
-    answered = over_keys_and_seeds(left, level=results.level)
+    each = [_drawer(results, seed)(results.cells[row, seed].courses[column][rate].held_out[i]) for seed, i in there]
+    answered = over_keys_and_seeds(each, level=results.level)
     if row == NEVER:
         return Entry(row, column, rate, None, answered, None, "the twin never knew it", steps)
     gap = removed_share(results, row)
@@ -302,6 +301,12 @@ def removed_share(results: Results, row: str) -> Estimate:
         cell, number = results.cells[row, seed], _drawer(results, seed)
         gaps.append(of(np.subtract, number(cell.base), number(cell.calibrated)))
     return over_keys_and_seeds(gaps, level=results.level)
+
+
+def left(results: Results, row: str) -> Estimate:
+    """Share of the held-out passages that the calibrated model still answers, over keys and seeds."""
+    each = [_drawer(results, seed)(results.cells[row, seed].calibrated) for seed in results.seeds]
+    return over_keys_and_seeds(each, level=results.level)
 
 
 def column_of(results: Results, row: str) -> str | None:
@@ -355,15 +360,15 @@ def ranking(results: Results) -> Ranking | None:
     """
     if len(results.rows) < 3:
         return None
-    left: dict[str, list[np.ndarray]] = {"removed": [], "calibrated": []}
+    by_draw: dict[str, list[np.ndarray]] = {"removed": [], "calibrated": []}
     values: dict[str, list[np.ndarray]] = {"removed": [], "calibrated": []}
-    for what in left:
+    for what in by_draw:
         for row in results.rows:
             each = [_drawer(results, seed)(getattr(results.cells[row, seed], what)) for seed in results.seeds]
             values[what].append(np.mean([one.value for one in each]))
-            left[what].append(np.mean([one.draws for one in each], axis=0))
+            by_draw[what].append(np.mean([one.draws for one in each], axis=0))
     before, after = np.array(values["removed"]), np.array(values["calibrated"])
-    taus = np.array([_tau(one, other) for one, other in zip(*(np.array(left[k]).T for k in left), strict=True)])
+    taus = np.array([_tau(one, other) for one, other in zip(*(np.array(by_draw[k]).T for k in by_draw), strict=True)])
     known = taus[np.isfinite(taus)]
     tau = _tau(before, after)
     over = f"draws of keys, {len(results.seeds)} seeds"

@@ -70,7 +70,11 @@ def _tried(made: Any) -> Iterable[Any]:
 
 
 def _recipe(bench: Bench, row: Row) -> Recipe:
-    return removals.recipe_for(bench.model, row.remover, row.fields, kind=None if row.recipe == "auto" else row.recipe)
+    kind = None if row.recipe == "auto" else row.recipe
+    removal = removals.recipe_for(bench.model, row.remover, row.fields, kind=kind)
+    if removal.where is not None:
+        removals.localiser_of(removal.where, row.where)
+    return removal
 
 
 def _attacks(bench: Bench, column: Column) -> dict[str, Attack]:
@@ -264,7 +268,7 @@ class Work:
             from relearn_lens.neurons.sites import site_of
 
             site = site_of(self.model.bridge, str(stage.numbers["site"]))
-            neurons = Neurons(site, torch.stack([mask.bool() for mask in masks]).any(0))
+            neurons = Neurons(torch.stack([mask.bool() for mask in masks]).any(0), site)
         return recipe, Stage({**stage.numbers, "asked": asked}, weights), neurons
 
     def _repaired(self, row: Row) -> None:

@@ -8,7 +8,7 @@
     fields = {lr = 1e-4}
     [columns.relearn]                # a column: an attack, at several learning rates where it trains
     attack = "relearn"
-    rates = [3e-4, 1e-3]
+    rates = [1e-4, 3e-4]
 
 Imports nothing heavy.
 """
@@ -125,7 +125,7 @@ class Bench(Method):
 
 
 _FIVE = {name: {"remover": name} for name in ("grad_diff", "npo", "rmu", "gradient_ascent", "prune")}
-_RELEARN = {"attack": "relearn", "fields": {"batch_size": 16}, "rates": [3e-4, 1e-3]}
+_RELEARN = {"attack": "relearn", "fields": {"batch_size": 16}, "rates": [1e-4, 3e-4]}
 _TOY: dict[str, Any] = {
     "rows": _FIVE, "columns": {"relearn": _RELEARN, "quantised": {"attack": "quantised", "fields": {"bits": 4}}},
 }  # fmt: skip
