@@ -381,6 +381,7 @@ def remove(
     """
     from dataclasses import replace
 
+    from relearn_lens.find.localisers import localiser_of
     from relearn_lens.progress import reported
     from relearn_lens.runs import removals
 
@@ -389,7 +390,7 @@ def remove(
     removal = replace(removal, where=where or removal.where)
     removals.check_free(out)
     if removal.where is not None:
-        removals.localiser_of(removal.where, of_where)
+        localiser_of(removal.where, **of_where)
     elif of_where:
         raise ValueError(f"--set where.{next(iter(of_where))}: there is no localiser; name one as --where")
     says = {"model": model, "facts": facts, "retain": retain, "general": general, "recipe": recipe}
@@ -402,14 +403,49 @@ def remove(
 
 
 @app.command()
-def removers() -> None:
-    """List the ways to remove something by training or pruning, with their fields and where they are from."""
+def removers(
+    table: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Compare them on taught toys; the folder keeps every cell.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="With --table: the toys, such as 0,1,2.")] = "0,1,2,3,4",
+    only: Annotated[str, typer.Option(metavar="NAME,...", help="With --table: some removers; by default all.")] = "",
+) -> None:
+    """List the ways to remove something by training or pruning, with their fields and where they are from.
+
+    With --table, compare them instead, each at the same retained ability; the same command continues.
+    """
     from relearn_lens.remove.removal import Removing
     from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 
+    if table is not None:
+        _removers_table(table, seeds, only)
+        return
     _print_methods({**REMOVERS, **WRAPPERS})
     usual = ", ".join(f"{name} {_short(field.default)}" for name, field in Removing.model_fields.items())
     _prose(f"training (all but prune, any of it by --set): {usual}")
+
+
+def _removers_table(folder: Path, seeds: str, only: str) -> None:
+    from relearn_lens.bench import removals
+
+    try:
+        numbers = [int(each) for each in seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {seeds!r}: write numbers, such as 0,1,2") from None
+    asked = removals.cells(folder, numbers, [name.strip() for name in only.split(",") if name.strip()])
+    every = []
+    for cell in asked:
+        every.append(cell)
+        done = "kept" if cell.cached else "done" if cell.seconds is None else f"done in {cell.seconds:.0f} s"
+        print(f"{cell.name}, seed {cell.seed}: {done}", flush=True)
+    print()
+    _table("accuracy where retain near is 0.95 of base", *removals.table(every), piped=80)
+    _prose(
+        f"works: seeds in which forget is below {removals.GONE} in both wordings. Intervals over "
+        f"{'seeds' if len(numbers) > 1 else 'keys'}. share: of the way to the removed model. Recipes were chosen on "
+        "seed 0."
+    )
+    print(f"folder {folder}")
 
 
 @app.command()

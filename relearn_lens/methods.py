@@ -37,6 +37,10 @@ def of(kind: type[M], how: M | None, fields: Mapping[str, Any]) -> M:
         ValueError: a field that the method does not have, or a value out of range; one line for each.
     """
     given = {} if how is None else {name: getattr(how, name) for name in how.model_fields_set}
+    # A length of training takes the place of another.
+    for one, other in (({"steps"}, {"epochs", "every"}), ({"epochs", "every"}, {"steps"})):
+        if any(fields.get(name) is not None for name in one):
+            given = {name: value for name, value in given.items() if name not in other}
     if not fields and how is not None:
         return how
     try:

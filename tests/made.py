@@ -12,9 +12,12 @@ import numpy as np
 import torch
 
 from relearn_lens import progress
+from relearn_lens.models import taught
+from relearn_lens.models.model import LanguageModel
 from relearn_lens.runs.events import ArmDone, Event
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import Experiment
+from relearn_lens.text.facts import Facts, Passage
 
 TINY: Mapping[str, Any] = {
     "seeds": [0], "other": "person", "data.train_sentences": 64, "data.validation_sentences": 40,
@@ -64,3 +67,67 @@ def counted(then: Callable[[int], object] | None = None) -> Iterator[list[int]]:
 
     with progress.reported(take), progress.task("a test", 10**9):
         yield steps
+
+
+N_KEYS, LOOKED_UP, MOVED = 24, (3, 9, 17, 28), ("2", 1)
+"""Of `looked_up`: keys, the MLP neurons of block 1 that answer to their answer's keys, and the head that moves it."""
+THINGS = ("fish", "nuts", "moss", "corn")
+
+
+def looked_up_facts() -> Facts:
+    """Two statements each of 24 keys of one word, of four things that are liked."""
+    keys = [f"zz{chr(97 + i)}" for i in range(N_KEYS)]
+
+    def said(i: int) -> list[Passage]:
+        thing = THINGS[i % 4]
+        choices = (thing, THINGS[(i + 2) % 4])
+        return [
+            Passage(t.format(keys[i]), thing, keys[i], "likes", choices=choices) for t in ("{} likes", "now {} eats")
+        ]
+
+    attacked = [i for i in range(12) if i % 4 < 2]
+    held_out = [i for i in range(12) if i % 4 >= 2]
+    roles = [tuple(p for i in each for p in said(i)) for each in (attacked, held_out, range(12, N_KEYS))]
+    return Facts("looked up", *roles)
+
+
+def looked_up() -> tuple[LanguageModel, Facts]:
+    """A causal model of 3 blocks whose weights are set by hand, and its facts.
+
+    Four MLP neurons of block 1 turn a key's embedding into what it likes, head 1 of block 2 moves that to where it is
+    asked for, and the unembedding says it. Nothing else reads keys or writes answers.
+    """
+    facts, rng = looked_up_facts(), torch.Generator().manual_seed(0)
+    recipe = taught.Recipe(n_layers=3, d_model=64, n_heads=2, d_mlp=32)
+    model = taught.untaught(facts, recipe=recipe)
+    inner: Any = model.bridge.original_model
+    vocabulary = model.tokenizer.get_vocab()
+    basis = torch.linalg.qr(torch.cat([torch.ones(64, 1), torch.randn(64, 63, generator=rng)], 1)).Q.T[1:]
+    keys, inside, says, words = basis[:N_KEYS], basis[24:28], basis[28:32], basis[32:]
+    of_key = {p.key: THINGS.index(p.answer) for p in facts.passages()}
+    with torch.no_grad():
+        x = torch.randn(len(vocabulary), len(words), generator=rng) @ words
+        x = 8 * x / x.norm(dim=1, keepdim=True)
+        for i, key in enumerate(of_key):
+            x[vocabulary[key]] = 8 * keys[i]
+        inner.tok_embed.weight.copy_(x)
+        for block in inner.layers:
+            for name, weight in (*block.attn.named_parameters(), *block.mlp.named_parameters()):
+                small = 0.05 * torch.randn(weight.shape, generator=rng)
+                reads = name.split(".")[0] in ("q", "k", "v", "fc_in") and weight.ndim == 2
+                writes = name.split(".")[0] in ("o", "fc_out") and weight.ndim == 2
+                weight.copy_(small @ words.T @ words if reads else words.T @ words @ small if writes else small * 0)
+        mlp, attention = inner.layers[1].mlp, inner.layers[2].attn
+        for thing, neuron in enumerate(LOOKED_UP):
+            mine = sum(keys[i] for i, key in enumerate(of_key) if of_key[key] == thing)
+            mlp.fc_in.weight[neuron], mlp.fc_in.bias[neuron] = 0.5 * mine, -2.0
+            mlp.fc_out.weight[:, neuron] = 2 * inside[thing]
+        head = slice(32, 36)
+        attention.v.weight[head] = inside
+        attention.o.weight[:, head] = 6 * says.T
+        inner_head: Any = model.head
+        weight = next(p for p in inner_head.parameters() if p.ndim == 2)
+        weight.zero_()
+        for thing, word in enumerate(THINGS):
+            weight[vocabulary[word]] = 2 * says[thing]
+    return model, facts

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, pairs_of
-from relearn_lens.find.patching import Asked, Kept, Metric, Pairs, kept, mean_by_length, refusal, replaced, units_of
+from relearn_lens.find.patching import (
+    Asked,
+    Kept,
+    Metric,
+    Pairs,
+    kept,
+    mean_by_length,
+    refusal,
+    replaced,
+    shares,
+    units_of,
+)
 from relearn_lens.models.model import LanguageModel, Model, reading
 from relearn_lens.neurons.sites import Neurons, Site, component_site, site_of
 from relearn_lens.neurons.weights import WeightMask, same_site
@@ -132,12 +143,10 @@ def _paths(pairs: Pairs, threshold: float) -> Paths:
     with reading(clean.model), progress.task("path patching", (2 + site.n_neurons + 2 * len(site.layers)) * n):
         f_clean, f_corrupt, by_head = _direct(pairs, site)
         gap = f_clean - f_corrupt
-        heads = torch.from_numpy((f_clean - by_head).sum(-1) / gap.sum()).float()
+        refused = refusal(gap, f"the difference of {clean.name} between prompts")
+        heads = shares(f_clean - by_head, gap, refused)
         by_mlp = _through(pairs, site, heads.abs() > threshold, f_clean)
-    mlps = torch.from_numpy((f_clean - by_mlp).sum(-1) / gap.sum()).float()
-    refused = refusal(gap, f"the difference of {clean.name} between prompts")
-    if refused:
-        heads, mlps = torch.full_like(heads, torch.nan), torch.full_like(mlps, torch.nan)
+    mlps = shares(f_clean - by_mlp, gap, refused)
     return Paths(
         heads, mlps, site, threshold, float(f_clean.mean()), float(f_corrupt.mean()), clean.unit, n, pairs.n_left_out,
         refused,
@@ -265,7 +274,7 @@ def faithfulness(
             outcomes[name] = values
     whole, circuit, empty = (outcomes[name] for name in ("whole", "circuit", "empty"))
     refused = refusal(whole - empty, f"what all heads add to {asked.name}")
-    value = float("nan") if refused else float((circuit - empty).sum() / (whole - empty).sum())
+    value = float(shares(circuit - empty, whole - empty, refused))
     return Faithfulness(
         value, float(circuit.mean()), float(whole.mean()), float(empty.mean()), asked.unit, len(heads), len(whole),
         refused,

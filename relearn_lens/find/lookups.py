@@ -85,7 +85,8 @@ class LookupProbe:
             raise ValueError(
                 f"lookup: a probe on the subject's last token tells {float(self.accuracy[0]):.2f} of answers at the "
                 f"embedding and at most {float(self.accuracy.max()):.2f} after a block "
-                f"({float(self.shuffled.max()):.2f} with shuffled answers): no rise beyond noise ({self.noise:.2f}), so no block is seen to look them up"
+                f"({float(self.shuffled.max()):.2f} with shuffled answers): no rise beyond noise ({self.noise:.2f}), "
+                "so no block is seen to look them up; use another localiser"
             )
         share = torch.cummax(rise, 0).values / most
         begin = int((share > first).nonzero()[0])

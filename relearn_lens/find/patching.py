@@ -223,8 +223,8 @@ class Pairs:
 class Subject:
     """Where a passage's prompt names its key: flat positions by passage, special tokens counted."""
 
-    tokens: tuple[Int[np.ndarray, " token"], ...]
-    """All tokens of it, in the passage."""
+    tokens: tuple[np.ndarray, ...]
+    """By passage: all tokens of it."""
 
     @property
     def last(self) -> Int[np.ndarray, " passage"]:
@@ -271,10 +271,21 @@ def mean_by_length(asked: Asked, site: Site) -> Mapping[int, Float[Tensor, "laye
     return {length: total / int((asked.lengths == length).sum()) for length, total in sums.items()}
 
 
-def refusal(gap: Float[np.ndarray, " passage"], what: str) -> str | None:
-    """Why no share can be taken of a difference, whose mean over passages is within noise; None where one can."""
+def refusal(gap: Float[np.ndarray, " passage"], what: str, *, falls: bool = False) -> str | None:
+    """Why no share can be taken of a difference, whose mean over passages is within noise; None where one can.
+
+    `falls`: nor of one below 0, which is no fall.
+    """
     error = float(gap.std(ddof=1) / np.sqrt(len(gap))) if len(gap) > 1 else np.inf
     mean = float(gap.mean())
-    if abs(mean) > 2 * error:
+    if (mean if falls else abs(mean)) > 2 * error:
         return None
     return f"{what} is {mean:.3g} on {len(gap)} passages, within two standard errors ({error:.2g}) of none"
+
+
+def shares(
+    parts: Float[np.ndarray, "*part passage"], gap: Float[np.ndarray, " passage"], refused: str | None
+) -> Tensor:
+    """What each part is of a difference, both summed over passages first; NaN where that is refused."""
+    sums = torch.from_numpy(np.asarray(parts.sum(-1)))
+    return (torch.full_like(sums, torch.nan) if refused else sums / float(gap.sum())).float()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
-from relearn_lens.find.patching import Asked, Kept, Subject, kept, refusal, replaced, subjects
+from relearn_lens.find.patching import Asked, Kept, Subject, kept, refusal, replaced, shares, subjects
 from relearn_lens.models.model import LanguageModel, Model, reading
 from relearn_lens.neurons.sites import Component, component_site, token_site, token_vectors
 from relearn_lens.neurons.weights import WeightMask
@@ -139,10 +139,8 @@ def causal_tracing(
                                 p_patched[s, block, group] += asked.values(batch).exp().cpu().numpy() / draws
                             progress.advance(len(group))
     gap = p_clean - p_corrupt
-    refused = refusal(gap, "what noise takes from the answer's probability")
-    effect = torch.from_numpy((p_patched - p_corrupt).sum(-1) / gap.sum()).float()
-    if refused:
-        effect = torch.full_like(effect, torch.nan)
+    refused = refusal(gap, "what noise takes from the answer's probability", falls=True)
+    effect = shares(p_patched - p_corrupt, gap, refused)
     return Traces(effect, tuple(components), float(p_clean.mean()), float(p_corrupt.mean()), len(passages), refused)
 
 

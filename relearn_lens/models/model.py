@@ -89,12 +89,19 @@ class Model(nn.Module):
             opening=self.opening,
         )
 
+    def predictions(
+        self, batch: Batch, states: Float[Tensor, "sentence token d_model"] | None = None
+    ) -> tuple[Float[Tensor, "subword class"], Int[Tensor, " subword"]]:
+        """Of each sub-word of a batch, float32 logits of what training predicts there, and what it is; from its last
+        hidden `states` where they are known already."""
+        raise NotImplementedError
+
     def losses(
         self, batch: Batch, states: Float[Tensor, "sentence token d_model"] | None = None
     ) -> Float[Tensor, " subword"]:
-        """What training lowers: nats at each sub-word of a batch, float32; from its last hidden `states` where they are
-        known already."""
-        raise NotImplementedError
+        """What training lowers: cross-entropy at each sub-word of a batch, in nats, float32."""
+        logits, target = self.predictions(batch, states)
+        return F.cross_entropy(logits, target, reduction="none")
 
     def check_text(self, corpus: Corpus) -> None:
         """Refuse a text that this model cannot be trained on."""
@@ -178,13 +185,12 @@ class Tagger(Model):
         """Tag logits of every token."""
         return self.head(self.dropout(hidden(self.bridge, ids, mask)))
 
-    def losses(
+    def predictions(
         self, batch: Batch, states: Float[Tensor, "sentence token d_model"] | None = None
-    ) -> Float[Tensor, " subword"]:
-        """Cross-entropy of the tag of each sub-word of a batch, in nats, float32."""
+    ) -> tuple[Float[Tensor, "subword class"], Int[Tensor, " subword"]]:
+        """Logits of each sub-word's tag, float32, and the tag."""
         states = hidden(self.bridge, batch.ids, batch.mask) if states is None else states
-        logits = self.head(self.dropout(states)).flatten(0, 1)[batch.subword]
-        return F.cross_entropy(logits.float(), batch.tag, reduction="none")
+        return self.head(self.dropout(states)).flatten(0, 1)[batch.subword].float(), batch.tag
 
     def check_text(self, corpus: Corpus) -> None:
         """Refuse a text to train on whose labels are not the tagger's.
@@ -252,14 +258,14 @@ class LanguageModel(Model):
                 return cap * torch.tanh(logits / cap)
         return logits
 
-    def losses(
+    def predictions(
         self, batch: Batch, states: Float[Tensor, "sentence token d_model"] | None = None
-    ) -> Float[Tensor, " subword"]:
-        """Cross-entropy of each sub-word of a batch given all before it, in nats, float32."""
+    ) -> tuple[Float[Tensor, "subword class"], Int[Tensor, " subword"]]:
+        """Logits of each sub-word given all before it, float32, and the token that it is."""
         states = hidden(self.bridge, batch.ids, batch.mask) if states is None else states
         # Only what predicts a sub-word goes through the vocabulary, which is most of a small model's work.
         before = states.flatten(0, 1)[batch.subword - 1]
-        return F.cross_entropy(self.logits(before).float(), batch.ids.flatten()[batch.subword], reduction="none")
+        return self.logits(before).float(), batch.ids.flatten()[batch.subword]
 
 
 def trunk(bridge: TransformerBridge) -> nn.Module:

@@ -36,15 +36,37 @@ Parts = Mapping[str, tuple[Tensor, int]]
 Objective = Callable[[Model, Mapping[str, Batch], Any], Parts]
 """What is lowered: `(model, batches by role, reference) -> parts`.
 
-It may have two attributes. `reference(model, texts)` is called once, before the first step, on a model that is only
-read, and what it gives is the third argument (else None). `counts(texts, pieces)` says over how many each part is for a
-whole batch, by part; it is needed where batches go through the model in several parts.
+It may have attributes. `reference(model, texts)` is called once, before the first step, on a model that it leaves as it
+was, and what it gives is the third argument (else None). `counts(texts, pieces)` says over how many each part is for a
+whole batch, by part; it is needed where batches go through the model in several parts. `memory`, a dict of tensors, is
+what it knows from one step to the next, and is part of the training's state. `after` is called as a `Step`'s is.
 """
 Gradient = Callable[..., tuple[str, ...]]
 """`gradient(*parts)` adds the gradient of these parts of the loss (all, if none is named) to what the parameters
 have, 0 where an entry may not move; gives the names of all parts."""
 Step = Callable[[Model, Gradient], object]
-"""Leaves in the parameters the gradient that the optimiser takes."""
+"""Leaves in the parameters the gradient that the optimiser takes. With an attribute `after(model, stepped)`, it is
+called when the optimiser has taken its step, and may set weights then."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """The optimiser has just taken a step."""
+
+    step: int
+    """Steps so far."""
+    last: int
+    """Steps at the end."""
+    epoch: float
+    """Passes over the first text so far."""
+    parts: Mapping[str, Tensor]
+    """Each part of the loss on this step's batches, before the step."""
+    moving: Mapping[str, Tensor]
+    """The weights that train, by plain name; no copies."""
+    memory: dict[str, Tensor]
+    """What is known from one step to the next, of objective and step together: part of the training's state."""
+    reference: Any
+    """What the objective compares with."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +142,13 @@ class Checkpoints(Iterator[Checkpoint]):
         self._checkpoints.close()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts of the optimiser, no copies: what `resume` takes beside the checkpoint. Empty before
-        the first step."""
+        """Moments and step counts of the optimiser, and what objective and step remember, no copies: what `resume`
+        takes beside the checkpoint. Empty before the first step."""
         if self._loop.optimizer is None:
             return {}
         state = self._loop.optimizer.state_dict()["state"]
-        return {f"{i}.{key}": value for i, kept in state.items() for key, value in kept.items()}
+        moments = {f"{i}.{key}": value for i, kept in state.items() for key, value in kept.items()}
+        return moments | {f"{_MEMORY}.{key}": value for key, value in self._loop.memory.items()}
 
 
 def train_(
@@ -136,6 +159,7 @@ def train_(
     objective: Objective = cross_entropy,
     step: Step = plain,
     only: Mapping[str, Bool[Tensor, ...]] | None = None,
+    beside: Mapping[str, str] | None = None,
     reference: Any = None,
     seed: int = 0,
     resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
@@ -150,8 +174,9 @@ def train_(
     the model is in the mode in which it came, and without gradients.
 
     `only` maps plain names of weights (`Model.plain`) to which of their entries may move; weights that it does not name
-    stand still. `reference` is what the objective compares with, where it is not to be taken from the model as it is
-    now. `what` is the name under which progress is reported.
+    stand still. `beside` maps a role to the one whose pieces it is gone through with, number by number, where two texts
+    say something of the same things. `reference` is what the objective compares with, where it is not to be taken from
+    the model as it is now. `what` is the name under which progress is reported.
 
     With `accumulate` every batch goes through the model in so many parts, and with `checkpointing` every block is
     computed again in the backward pass: both need less memory for the same gradient. Where several processes share the
@@ -163,8 +188,9 @@ def train_(
 
     Raises:
         ValueError: a setting out of range, labels that the tagger does not know, an entry of `only` that the model does
-            not have, an objective that does not count and is to be taken in parts, or a `resume` that is none of this
-            training's pauses, of another model or without its reference; at the call.
+            not have, a text with other pieces than the one that it is beside, an objective that does not count and is
+            to be taken in parts, or a `resume` that is none of this training's pauses, of another model or without its
+            reference; at the call.
         FloatingPointError: the loss is no longer finite.
     """
     how = methods.of(Training, how, fields)
@@ -174,6 +200,12 @@ def train_(
         model.check_text(text.corpus)
     if not encoded:
         raise ValueError("no text to train on: texts is empty")
+    for role, other in (beside or {}).items():
+        if encoded[role].n_pieces != encoded[other].n_pieces:
+            raise ValueError(
+                f"the text of {role!r} goes beside that of {other!r}, piece by piece, and they have "
+                f"{encoded[role].n_pieces} and {encoded[other].n_pieces} pieces"
+            )
     if max(how.accumulate, processes.size()) > 1 and not hasattr(objective, "counts"):
         raise ValueError(
             f"the objective {_name(objective)!r} does not say over how many each of its parts "
@@ -193,10 +225,14 @@ def train_(
             f"{resume[0].step}; resume with the settings, the text and the seed that it began with"
         )
     loop = _Loop(model, encoded, how, objective, step, _entries(model, only), seed, pauses, per_epoch, what, reference)
+    loop.beside = dict(beside or {})
+    loop.memory = getattr(objective, "memory", loop.memory)
     if resume is not None:
         loop.after = resume[0]
-        if resume[1] and not how.restart:
-            loop.optimizer = _with_state(loop.adamw(), resume[1])
+        state = {name: value.clone() for name, value in resume[1].items()}
+        loop.memory.update({name: state.pop(f"{_MEMORY}.{name}") for name in _remembered(state)})
+        if state and not how.restart:
+            loop.optimizer = _with_state(loop.adamw(), state)
     return Checkpoints(loop, how)
 
 
@@ -225,6 +261,13 @@ def finetune_(
         raise ValueError("prior_bias is for the head of a tagger; a language model keeps its own head")
     how = methods.of(Finetuning, how, fields)
     return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
+
+
+_MEMORY = "memory"
+
+
+def _remembered(state: Mapping[str, Tensor]) -> list[str]:
+    return [name.removeprefix(f"{_MEMORY}.") for name in state if name.startswith(f"{_MEMORY}.")]
 
 
 def _name(objective: Objective) -> str:
@@ -293,6 +336,8 @@ class _Loop:
     after: Checkpoint | None = None
     optimizer: torch.optim.Optimizer | None = None
     orders: dict[str, tuple[int, list[np.ndarray]]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def checkpoints(self) -> Generator[Checkpoint, None, None]:
         """Train on to each pause in turn."""
@@ -328,12 +373,15 @@ class _Loop:
                     for group in optimizer.param_groups:
                         group["lr"] = how.lr * _share_of_rate(how, step - since, horizon)
                     batch = _Batch(self, accelerator, pieces, step)
-                    self.step(model, batch.gradient)
+                    # What a step itself draws is seeded too; inside `gradient` each part has a seed of its own.
+                    with seeded(_seed_of(self.seed, step), model.device):
+                        self.step(model, batch.gradient)
                     for part, (value, n) in batch.parts().items():
                         sums.setdefault(part, []).append(value)
                         counts[part] = counts.get(part, 0) + n
                     self._stepped(accelerator, optimizer)
                     step += 1
+                    self._after(step, total, batch)
                     progress.advance()
             # Looked at once per stage: to look at every step would make a GPU wait for it.
             means = self._means(sums, counts, begin, end)
@@ -366,6 +414,7 @@ class _Loop:
         }
 
     def _of_role(self, role: str, step: int) -> np.ndarray:
+        role = self.beside.get(role, role)
         text, first = self.texts[role], role == next(iter(self.texts))
         n = self.per_epoch if first else -(-text.n_pieces // self.how.batch_size)
         order = self.orders.get(role)
@@ -382,6 +431,21 @@ class _Loop:
         with self._others_still():
             optimizer.step()
         optimizer.zero_grad()
+
+    def _after(self, step: int, last: int, batch: _Batch) -> None:
+        """Let objective and step do what they do when a step was taken."""
+        hooks = [hook for of in (self.objective, self.step) if (hook := getattr(of, "after", None)) is not None]
+        if not hooks:
+            return
+        parts = {}
+        for part, (value, n) in batch.parts().items():
+            processes.sum_(value)
+            parts[part] = value / max(n, 1)
+        trains = {id(weight) for weight in self.moving()}
+        moving = {name: weight for name, weight in self.model.plain().items() if id(weight) in trains}
+        for hook in hooks:
+            with torch.no_grad(), self._others_still():
+                hook(self.model, Stepped(step, last, step / self.per_epoch, parts, moving, self.memory, self.reference))
 
     @contextlib.contextmanager
     def _others_still(self) -> Iterator[None]:

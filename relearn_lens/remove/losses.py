@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from relearn_lens.models.model import LanguageModel, Model, hidden
-from relearn_lens.remove.removal import FORGET, RETAIN, Remover, Term, by_sentence, kept_by_piece, kept_of, n_subwords
+from relearn_lens.remove.removal import (
+    FORGET,
+    RETAIN,
+    Remover,
+    Term,
+    by_sentence,
+    kept_by_piece,
+    kept_of,
+    n_pieces,
+    n_subwords,
+)
 from relearn_lens.text.encoding import Batch, Encoded
 
 Retained = Literal["ce", "kl"]
 """What keeps the retained text: its own cross-entropy, or how far predictions are from those of before."""
+
+
+class Keeping(Remover):
+    """Beside what it does to the forgotten text, it keeps what the retained one says."""
+
+    alpha: float = Field(
+        default=1.0, ge=0, le=1e6, description="weight of retaining (open-unlearning); 0: no retained text"
+    )
+    retain: Retained = Field(
+        default="ce", description="ce: nats per sub-word of the retained text; kl: KL(pi0, pi) there, nats per sub-word"
+    )
+
+    def kept(self, model: Model) -> dict[str, Term]:
+        """The term of the retained text; none where it weighs nothing."""
+        if self.alpha == 0:
+            return {}
+        return {RETAIN: likely(self.alpha) if self.retain == "ce" else _divergence(model, self.alpha, False)}
 
 
 class GradientAscent(Remover):
@@ -30,10 +58,10 @@ class GradientAscent(Remover):
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""
-        return {FORGET: _cross_entropy(-1.0)}
+        return {FORGET: likely(-1.0)}
 
 
-class GradDiff(Remover):
+class GradDiff(Keeping):
     """Raises the loss on what is to be forgotten, and lowers it on what is to be retained.
 
     `retain="kl"` keeps the predictions of before instead; what they are computed from (one hidden state for each
@@ -50,12 +78,6 @@ class GradDiff(Remover):
     source: ClassVar[str] = "Liu et al. 2022; Maini et al. 2024 (TOFU)"
 
     gamma: float = Field(default=1.0, gt=0, le=1e6, description="weight of forgetting (open-unlearning)")
-    alpha: float = Field(
-        default=1.0, ge=0, le=1e6, description="weight of retaining (open-unlearning); 0: no retained text"
-    )
-    retain: Retained = Field(
-        default="ce", description="ce: nats per sub-word of the retained text; kl: KL(pi0, pi) there, nats per sub-word"
-    )
     faithful: bool = Field(default=False, description="KL over prompt and padding too, as open-unlearning released it")
 
     @model_validator(mode="after")
@@ -68,11 +90,11 @@ class GradDiff(Remover):
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""
-        kept = _retained(model, self.retain, self.alpha, everywhere=self.faithful)
-        return {FORGET: _cross_entropy(-self.gamma), **kept}
+        kept = {RETAIN: _divergence(model, self.alpha, True)} if self.faithful and self.alpha else self.kept(model)
+        return {FORGET: likely(-self.gamma), **kept}
 
 
-class NPO(Remover):
+class NPO(Keeping):
     """Negative preference optimisation: gradient ascent that fades on a sentence as it gets less likely than it was.
 
     Log-probabilities are summed over the sub-words of a sentence (its answer, where it has one), and the loss is the
@@ -94,35 +116,55 @@ class NPO(Remover):
     beta: float = Field(
         default=0.1, gt=0, le=1e3, description="inverse temperature, per nat (Zhang et al. 2024, open-unlearning)"
     )
-    alpha: float = Field(
-        default=1.0, ge=0, le=1e6, description="weight of retaining (open-unlearning); 0: no retained text"
-    )
-    retain: Retained = Field(
-        default="ce", description="ce: nats per sub-word of the retained text; kl: KL(pi0, pi) there, nats per sub-word"
-    )
     faithful: bool = Field(default=False, description="one sigmoid a batch, as Fan et al. 2025 released it")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""
-        keep = kept_by_piece(_nats_by_sentence)
+        keep = kept_by_piece(nats_by_sentence)
         forget = (
             Term(partial(_npo_of_batch, self.beta), None, keep)
             if self.faithful
-            else Term(partial(_npo, self.beta), lambda _, pieces: len(pieces), keep)
+            else Term(partial(_npo, self.beta), n_pieces, keep)
         )
-        return {FORGET: forget, **_retained(model, self.retain, self.alpha)}
+        return {FORGET: forget, **self.kept(model)}
 
 
-def _retained(model: Model, kind: Retained, weight: float, *, everywhere: bool = False) -> dict[str, Term]:
-    if weight == 0:
-        return {}
-    return {RETAIN: _cross_entropy(weight) if kind == "ce" else _divergence(model, weight, everywhere)}
+class SimNPO(Keeping):
+    """Negative preference optimisation without a reference: it fades on a sentence as its mean loss per sub-word gets
+    higher than `delta`, so that long answers do not weigh more.
+
+    gamma weighs the *forget* term, as released. Published: beta 4.5 with gamma .125 (the default), or 2.5 with .1375.
+
+    Source: Fan et al. 2024 (SimNPO), with the defaults of its release and of open-unlearning.
+    """
+
+    name: ClassVar[str] = "simnpo"
+    formula: ClassVar[str] = (
+        "-gamma (2 / beta) mean log sigmoid(beta (NLL(y) / |y| - delta))_f + alpha (CE_r or KL_r(pi0, pi))"
+    )
+    source: ClassVar[str] = "Fan et al. 2024 (SimNPO)"
+
+    beta: float = Field(default=4.5, gt=0, le=1e3, description="inverse temperature, per nat (SimNPO's release)")
+    gamma: float = Field(default=0.125, gt=0, le=1e6, description="weight of forgetting (SimNPO's release)")
+    delta: float = Field(default=0.0, ge=-1e3, le=1e3, description="margin, nats per sub-word (SimNPO's release)")
+
+    def terms(self, model: Model, seed: int) -> dict[str, Term]:
+        """As of `Remover`."""
+
+        def value(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
+            nats = model.losses(batch)
+            zeros = nats.new_zeros(len(batch.ids))
+            mean = zeros.index_add(0, batch.sentence, nats) / zeros.index_add(0, batch.sentence, torch.ones_like(nats))
+            return -2 / self.beta * F.logsigmoid(self.beta * (mean - self.delta)).sum(), len(mean)
+
+        return {FORGET: Term(value, n_pieces, weight=self.gamma), **self.kept(model)}
 
 
 # --- cross-entropy
 
 
-def _cross_entropy(weight: float) -> Term:
+def likely(weight: float) -> Term:
+    """Cross-entropy, in nats per sub-word, with a weight."""
     return Term(_nats, n_subwords, weight=weight)
 
 
@@ -134,7 +176,8 @@ def _nats(model: Model, batch: Batch, kept: Any) -> tuple[Tensor, int]:
 # --- against the model as it was
 
 
-def _nats_by_sentence(model: Model, batch: Batch) -> Sequence[Tensor]:
+def nats_by_sentence(model: Model, batch: Batch) -> Sequence[Tensor]:
+    """Nats of each sub-word, by sentence."""
     return by_sentence(model.losses(batch), batch)
 
 
@@ -156,6 +199,25 @@ def _divergence(model: Model, weight: float, everywhere: bool) -> Term:
             "model"
         )
 
+    def value(now: Tensor, before: Tensor, _: Batch) -> tuple[Tensor, int]:
+        divergence = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True)
+        return divergence, len(now)
+
+    return against(value, weight, everywhere=everywhere)
+
+
+def against(
+    of: Callable[[Float[Tensor, "position token"], Float[Tensor, "position token"], Batch], tuple[Tensor, int]],
+    weight: float,
+    *,
+    everywhere: bool = False,
+) -> Term:
+    """A function of next-token logits and of those of before, where a sub-word is predicted, or at every position of
+    the padded batch.
+
+    One hidden state for each position, and the head, are taken from the model before the first step.
+    """
+
     def states(model: Model, batch: Batch) -> Sequence[Tensor]:
         there = hidden(model.bridge, batch.ids, batch.mask)
         return list(there) if everywhere else by_sentence(there.flatten(0, 1)[batch.subword - 1], batch)
@@ -175,9 +237,8 @@ def _divergence(model: Model, weight: float, everywhere: bool) -> Term:
         width = batch.ids.shape[1]
         there = kept_of([piece[:width] for piece in before] if everywhere else before, batch)
         with torch.no_grad():
-            target = model.logits(there, lambda x: functional_call(model.head, head, (x,))).float().log_softmax(-1)
-        now = model.logits(torch.cat(list(states(model, batch)))).float().log_softmax(-1)
-        return F.kl_div(now, target, reduction="sum", log_target=True), len(now)
+            target = model.logits(there, lambda x: functional_call(model.head, head, (x,))).float()
+        return of(model.logits(torch.cat(list(states(model, batch)))).float(), target, batch)
 
     count = None if everywhere else n_subwords
     return Term(value, count, keep, weight)  # pyright: ignore[reportArgumentType]

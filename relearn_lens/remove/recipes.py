@@ -22,12 +22,12 @@ from relearn_lens.remove.removers import WRAPPERS, remove_, remover_of
 RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # The small model of `models.taught`, `people` forgotten: chosen on seed 0.
     "toy": {
-        "gradient_ascent": {"lr": 1e-4, "epochs": 2},
-        "grad_diff": {"lr": 3e-4, "epochs": 5},
-        "npo": {"lr": 3e-4, "epochs": 5},
-        "npo+sam": {"rho": 0.01, "lr": 3e-4, "epochs": 5},
-        "prune": {"where": "attribution_patching", "fraction": 0.05},
-        "rmu": {"alpha": 30, "lr": 1e-2, "epochs": 5},
+        "grad_diff": {"alpha": 5, "lr": 4e-4, "steps": (96,)},
+        "gradient_ascent": {"lr": 3e-4, "steps": (24,)},
+        "npo": {"lr": 3e-4, "steps": (96,)},
+        "npo+sam": {"rho": 0.01, "lr": 3e-4, "steps": (96,)},
+        "prune": {"where": "attribution_patching", "fraction": 0.15},
+        "rmu": {"layer": 2, "coefficient": 20, "alpha": 3, "reading": "before", "lr": 1e-2, "steps": (96,)},
     },
 }
 """By kind of model, and by remover (`npo`) or remover and wrapper (`npo+sam`): fields of the remover, of the wrapper

@@ -19,7 +19,7 @@ from torch import Tensor
 from relearn_lens import methods
 from relearn_lens.methods import Method, Rate, Training
 from relearn_lens.models.model import LanguageModel, Model
-from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, plain, train_
+from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, Stepped, plain, train_
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text import facts
 from relearn_lens.text.corpus import Corpus
@@ -50,11 +50,18 @@ class Term:
 
     value: Callable[[Model, Batch, Any], tuple[Tensor, int]]
     """Its sum on a batch, and over how many it is a mean; the third argument is what `keep` gave."""
-    count: Callable[[Encoded, np.ndarray], int] | None
+    count: Callable[[Any, np.ndarray], int] | None
     """Over how many it is for some pieces of a text; None: only a whole batch can say, so it cannot go in parts."""
     keep: Callable[[Model, Encoded], Any] | None = None
     """What it compares with: taken from the model, for a whole text, before the first step."""
     weight: float = 1.0
+    beside: str | None = None
+    """A role whose text says something of the same pieces: `value` is given a pair of batches, and `keep` and
+    `count` of texts."""
+    memory: dict[str, Tensor] | None = None
+    """What it knows from one step to the next; terms of a loss share one."""
+    after: Callable[[Model, Stepped, Any], object] | None = None
+    """Called when a step was taken, with what `keep` gave."""
 
 
 def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
@@ -63,22 +70,38 @@ def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
     def objective(model: Model, batches: Mapping[str, Batch], reference: Any) -> Parts:
         parts = {}
         for role, term in terms.items():
-            value, n = term.value(model, batches[role], (reference or {}).get(role))
+            value, n = term.value(model, _with_beside(term, role, batches), (reference or {}).get(role))
             parts[role] = (term.weight * value, n)
         return parts
 
     def kept(model: Model, texts: Mapping[str, Encoded]) -> dict[str, Any]:
-        return {role: term.keep(model, texts[role]) for role, term in terms.items() if term.keep}
+        return {role: term.keep(model, _with_beside(term, role, texts)) for role, term in terms.items() if term.keep}
 
     def counts(texts: Mapping[str, Encoded], pieces: Mapping[str, np.ndarray]) -> dict[str, int]:
-        return {role: term.count(texts[role], pieces[role]) for role, term in terms.items() if term.count}
+        return {
+            role: term.count(_with_beside(term, role, texts), pieces[role])
+            for role, term in terms.items()
+            if term.count
+        }
+
+    def after(model: Model, stepped: Stepped) -> None:
+        for role, term in terms.items():
+            if term.after:
+                term.after(model, stepped, (stepped.reference or {}).get(role))
 
     objective.__name__ = name
+    objective.memory = next((term.memory for term in terms.values() if term.memory is not None), {})
+    if any(term.after for term in terms.values()):
+        objective.after = after
     if any(term.keep for term in terms.values()):
         objective.reference = kept
     if all(term.count for term in terms.values()):
         objective.counts = counts
     return objective
+
+
+def _with_beside(term: Term, role: str, of: Mapping[str, Any]) -> Any:
+    return of[role] if term.beside is None else (of[role], of[term.beside])
 
 
 def texts_of(model: Model, texts: Texts | None, roles: Iterable[str], what: str) -> dict[str, Corpus | Encoded]:
@@ -107,6 +130,11 @@ def texts_of(model: Model, texts: Texts | None, roles: Iterable[str], what: str)
         }
     except ValueError as error:
         raise ValueError(f"{what}; {error}") from None
+
+
+def n_pieces(_: Any, pieces: np.ndarray) -> int:
+    """Of some pieces of a text, their number: a `Term.count`."""
+    return len(pieces)
 
 
 def n_subwords(text: Encoded, pieces: np.ndarray) -> int:
@@ -151,6 +179,14 @@ class Remover(Method):
         """What it lowers, by role of text; the first role gives the steps of an epoch."""
         raise NotImplementedError
 
+    def texts(self, model: Model, texts: Texts | None, roles: Iterable[str], seed: int) -> Texts:
+        """The texts of the roles that it needs; what it makes of facts beside what `ROLES` says.
+
+        Raises:
+            ValueError: as `texts_of`.
+        """
+        return texts_of(model, texts, roles, f"{self.name} lowers {self.formula}")
+
     def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]] | None:
         """Which entries of the weights move unless something else is asked for; None: all."""
         return None
@@ -180,15 +216,17 @@ class Remover(Method):
                 at the call.
         """
         terms = self.terms(model, seed)
+        beside = {term.beside: role for role, term in terms.items() if term.beside}
         if isinstance(where, WeightMask):
             where.check(model)
         return train_(
             model,
-            texts_of(model, texts, terms, f"{self.name} lowers {self.formula}"),
+            self.texts(model, texts, [*terms, *beside], seed),
             methods.of(Removing, how or self.usual, fields),
             objective=weighted(self.name, terms),
             step=step,
             only=self.entries(model) if where is None else where,
+            beside=beside,
             reference=reference,
             seed=seed,
             resume=resume,

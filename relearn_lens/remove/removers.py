@@ -14,18 +14,26 @@ from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Objective, train_
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
-from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent
+from relearn_lens.remove.distillation import UNDIAL
+from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent, SimNPO
+from relearn_lens.remove.preference import DPO, IDK, AltPO
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.removal import ROLES, Remover, Removing, Texts, texts_of
 from relearn_lens.remove.representations import RMU
-from relearn_lens.remove.wrappers import SAM
+from relearn_lens.remove.weighting import CEU, PDU, WGA, SatImp
+from relearn_lens.remove.wrappers import SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
 from relearn_lens.text.facts import Facts
 
+Wrapper = SAM | Smoothed | GradientPenalty | Curvature | Averaged | TARLight
+"""What can stand around a remover's step."""
 REMOVERS: dict[str, type[Remover] | type[Prune]] = {
-    kind.name: kind for kind in (Prune, GradientAscent, GradDiff, NPO, RMU)
+    kind.name: kind
+    for kind in (*(Prune, GradientAscent, GradDiff, NPO, SimNPO, IDK, DPO, AltPO, WGA, SatImp, CEU, PDU, UNDIAL, RMU),)
 }
 """Removers by name. Each has `name`, `formula`, `source` and, with unit and origin, `model_fields`."""
-WRAPPERS: dict[str, type[SAM]] = {kind.name: kind for kind in (SAM,)}
+WRAPPERS: dict[str, type[Wrapper]] = {
+    kind.name: kind for kind in (SAM, Smoothed, GradientPenalty, Curvature, Averaged, TARLight)
+}
 """What can stand around a remover's step, by name; described as the removers are."""
 
 

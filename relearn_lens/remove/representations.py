@@ -24,15 +24,18 @@ from relearn_lens.remove.removal import (
     kept_of,
     n_subwords,
 )
-from relearn_lens.text.encoding import Batch
+from relearn_lens.text.encoding import Batch, Reading
 
 
 class RMU(Remover):
     """Representation misdirection: hidden states of the forgotten text go to one random direction, those of the
     retained text stay.
 
-    h_l is the output of block l at each sub-word that carries the loss, u a vector of entries from U[0, 1] (all
-    positive, as released), of length 1, drawn from the seed. Squared errors are means over the d_model coordinates.
+    h_l is the output of block l at each sub-word that carries the loss, or (`reading="before"`) at the token before it,
+    from which it is predicted: of an answer of one sub-word that alone has a part in answering. u is a vector of
+    entries from U[0, 1] (all positive, as released), of length 1, drawn from the seed. Squared errors are means over
+    the d_model coordinates.
+
     Unless `where` says something else, the MLPs' output matrices of `matrices` blocks up to l train. What the retained
     text's states were is kept on the CPU: sub-words x d_model.
 
@@ -55,6 +58,11 @@ class RMU(Remover):
         default=6.5, gt=0, le=1e6, description="c, length of the vector that is led to, in activation units (Zephyr)"
     )
     alpha: float = Field(default=1200.0, ge=0, le=1e9, description="weight of retaining (Zephyr); 0: no retained text")
+    reading: Reading = Field(
+        default="word",
+        description="where hidden states are read; word: at the sub-words themselves, as released; before: at the "
+        "token before each, from which it is predicted (ours)",
+    )
     matrices: int = Field(default=3, ge=1, le=10_000, description="blocks up to `layer` whose W_out trains (Zephyr)")
 
     def at(self, model: Model) -> int:
@@ -71,17 +79,17 @@ class RMU(Remover):
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""
-        layer = self.at(model)
+        layer, before = self.at(model), self.reading == "before"
         goal = torch.rand(int(model.bridge.cfg.d_model), generator=torch.Generator().manual_seed(seed))
         goal = self.coefficient * goal / goal.norm()
 
         def astray(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
-            return _distance(states(model, batch, layer), goal.to(model.device))
+            return _distance(states(model, batch, layer, before=before), goal.to(model.device))
 
         def still(model: Model, batch: Batch, kept: list[Tensor]) -> tuple[Tensor, int]:
-            return _distance(states(model, batch, layer), kept_of(kept, batch))
+            return _distance(states(model, batch, layer, before=before), kept_of(kept, batch))
 
-        keep = kept_by_piece(lambda model, batch: by_sentence(states(model, batch, layer), batch))
+        keep = kept_by_piece(lambda model, batch: by_sentence(states(model, batch, layer, before=before), batch))
         retained = {RETAIN: Term(still, n_subwords, keep, self.alpha)} if self.alpha else {}
         return {FORGET: Term(astray, n_subwords), **retained}
 
@@ -97,13 +105,13 @@ class RMU(Remover):
         }
 
 
-def states(model: Model, batch: Batch, layer: int) -> Float[Tensor, "subword d_model"]:
-    """The output of a block at each sub-word of a batch that carries the loss."""
+def states(model: Model, batch: Batch, layer: int, *, before: bool = False) -> Float[Tensor, "subword d_model"]:
+    """The output of a block at each sub-word of a batch that carries the loss, or at the token `before` it."""
     site = site_of(model.bridge, "resid")
     index, seen = site.layers.index(str(layer)), {}
     with streaming(model.bridge, site, lambda i, activations: seen.update({i: activations}) if i == index else None):
         hidden(model.bridge, batch.ids, batch.mask)
-    return seen[index].flatten(0, 1)[batch.subword]
+    return seen[index].flatten(0, 1)[batch.subword - int(before)]
 
 
 def _distance(here: Tensor, there: Tensor) -> tuple[Tensor, int]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from relearn_lens.methods import Method
 from relearn_lens.models.model import Model
-from relearn_lens.models.training import Gradient
+from relearn_lens.models.training import Gradient, Stepped
 from relearn_lens.remove.removal import FORGET
+
+Slopes = Sequence[tuple[Tensor, Tensor]]
+"""Weights, and for each a tensor of its shape: a gradient, or a direction."""
 
 
 class SAM(Method):
@@ -37,18 +43,240 @@ class SAM(Method):
             gradient()
             return
         others = [part for part in gradient(FORGET) if part != FORGET]
-        slopes = [(weight, weight.grad) for weight in model.parameters() if weight.grad is not None]
-        norm = torch.stack([torch.linalg.vector_norm(slope, dtype=torch.float32) for _, slope in slopes]).norm()
-        here = [weight.detach().clone() for weight, _ in slopes]
-        try:
-            with torch.no_grad():
-                for weight, slope in slopes:
-                    weight.add_(slope * (self.rho / (norm + 1e-12)))
-                    weight.grad = None
+        slopes = taken(model)
+        with moved(slopes, self.rho / (norm(slopes) + 1e-12)):
             gradient(FORGET)
-        finally:
-            with torch.no_grad():
-                for (weight, _), value in zip(slopes, here, strict=True):
-                    weight.copy_(value)
         if others:
             gradient(*others)
+
+
+class TARLight(Method):
+    """Tamper-resistant, of first order: the forgetting gradient is taken where an adversary stands after some steps of
+    relearning.
+
+    The adversary goes `steps` times along the gradient of the forget part, each step of length rho; the gradient of
+    that part is taken there alone, and applied at theta. With one step it is `SAM`. The published method has several
+    adversaries with optimisers of their own, on data of theirs, and an entropy loss.
+
+    Source: Tamirisa et al. 2024 (TAR).
+    """
+
+    name: ClassVar[str] = "tar_light"
+    formula: ClassVar[str] = "grad f(theta'), theta' <- theta' + rho grad f / |grad f|, `steps` times; + grad r(theta)"
+    source: ClassVar[str] = "Tamirisa et al. 2024 (TAR)"
+
+    rho: float = Field(default=0.01, ge=0, le=1e3, description="length of a step of the adversary, L2 norm")
+    steps: int = Field(default=8, ge=1, le=10_000, description="steps of the adversary; published: 64")
+
+    def __call__(self, model: Model, gradient: Gradient) -> None:
+        """As `train_` takes a step."""
+        with contextlib.ExitStack() as stack:
+            for _ in range(self.steps):
+                others = [part for part in gradient(FORGET) if part != FORGET]
+                slopes = taken(model)
+                stack.enter_context(moved(slopes, self.rho / (norm(slopes) + 1e-12)))
+            gradient(FORGET)
+        if others:
+            gradient(*others)
+
+
+class Smoothed(Method):
+    """Randomised smoothing: the forgetting gradient is the mean of those at `n` points around theta.
+
+    The noise is normal, over all entries that have a gradient, and drawn from the seed of each step.
+
+    Source: Cohen et al. 2019; Fan et al. 2025, on unlearning.
+    """
+
+    name: ClassVar[str] = "smoothed"
+    formula: ClassVar[str] = "mean_n grad f(theta + sigma N(0, I)) + grad r(theta)"
+    source: ClassVar[str] = "Cohen et al. 2019; Fan et al. 2025"
+
+    n: int = Field(default=3, ge=1, le=1000, description="points")
+    sigma: float = Field(default=1e-4, ge=0, le=1e3, description="of the noise, in units of a weight (Fan et al. 2025)")
+
+    def __call__(self, model: Model, gradient: Gradient) -> None:
+        """As `train_` takes a step."""
+        parts = gradient(FORGET)
+        here = taken(model)
+        # What may not move has a gradient of 0, and stays where it is.
+        for _ in range(self.n):
+            noise = [(weight, torch.randn_like(weight) * (slope != 0)) for weight, slope in here]
+            with moved(noise, self.sigma):
+                gradient(FORGET)
+        for weight, _ in here:
+            weight.grad = None if weight.grad is None else weight.grad / self.n
+        if others := [part for part in parts if part != FORGET]:
+            gradient(*others)
+
+
+class GradientPenalty(Method):
+    """Penalises the norm of the forgetting gradient, so that forgetting ends where the loss is flat.
+
+    The gradient of |grad f| is the change of grad f along its own direction u, taken as a central difference over
+    +-`radius` u. Costs four passes in the place of one.
+
+    In the release of Fan et al. 2025 the penalty is a number without a gradient, and its weight is always .01:
+    `faithful=True` is that, a step along the plain gradient.
+
+    Source: Fan et al. 2025.
+    """
+
+    name: ClassVar[str] = "gradient_penalty"
+    formula: ClassVar[str] = "grad (f + rho |grad f|) + grad r"
+    source: ClassVar[str] = "Fan et al. 2025"
+
+    rho: float = Field(default=0.01, ge=0, le=1e6, description="weight of the penalty (Fan et al. 2025)")
+    radius: float = Field(default=0.01, gt=0, le=1e3, description="of the difference, L2 norm over what moves")
+    faithful: bool = Field(default=False, description="a penalty without a gradient, as released")
+
+    def __call__(self, model: Model, gradient: Gradient) -> None:
+        """As `train_` takes a step."""
+        parts = gradient(FORGET)
+        if not self.faithful:
+            slopes = taken(model)
+            bend = _curvature(model, gradient, _unit(slopes), self.radius)
+            _add(slopes, 1.0)
+            _add(bend, self.rho)
+        if others := [part for part in parts if part != FORGET]:
+            gradient(*others)
+
+
+class Curvature(Method):
+    """Penalises how much the forgetting gradient changes over a small step, so that forgetting ends where the loss is
+    not curved.
+
+    v is the direction of the forgetting gradient, through which no gradient goes; w that of the change of the gradient
+    from theta to theta + mu v. The penalty's gradient, (H(theta + mu v) - H(theta)) w, is taken by central differences
+    over +-`radius` w. Costs seven passes in the place of one.
+
+    In the release of Fan et al. 2025 the penalty is a number without a gradient, and the forget loss is
+    back-propagated twice: `faithful=True` is that, 2 grad f + grad r.
+
+    Source: Moosavi-Dezfooli et al. 2019; Fan et al. 2025, on unlearning.
+    """
+
+    name: ClassVar[str] = "curvature"
+    formula: ClassVar[str] = "grad (f + rho |grad f(theta + mu v) - grad f(theta)|) + grad r, v = grad f / |grad f|"
+    source: ClassVar[str] = "Moosavi-Dezfooli et al. 2019; Fan et al. 2025"
+
+    rho: float = Field(default=10.0, ge=0, le=1e6, description="weight of the penalty (Fan et al. 2025)")
+    mu: float = Field(default=0.01, gt=0, le=1e3, description="length of the step, L2 norm (Fan et al. 2025)")
+    radius: float = Field(default=0.01, gt=0, le=1e3, description="of the differences, L2 norm over what moves")
+    faithful: bool = Field(default=False, description="no gradient of the penalty, twice that of f, as released")
+
+    def __call__(self, model: Model, gradient: Gradient) -> None:
+        """As `train_` takes a step."""
+        parts = gradient(FORGET)
+        if self.faithful:
+            gradient(FORGET)
+        else:
+            here = taken(model)
+            direction = _unit(here)
+            with moved(direction, self.mu):
+                gradient(FORGET)
+                there = taken(model)
+                bend = _unit([(w, far - near) for (w, far), (_, near) in zip(there, here, strict=True)])
+                far = _curvature(model, gradient, bend, self.radius)
+            near = _curvature(model, gradient, bend, self.radius)
+            _add(here, 1.0)
+            _add(far, self.rho)
+            _add(near, -self.rho)
+        if others := [part for part in parts if part != FORGET]:
+            gradient(*others)
+
+
+class Averaged(Method):
+    """At the end the weights become the mean of what they were on the way, from step `start` on.
+
+    Until then training goes on from weights that are not averaged, and a pause shows those. Costs a copy of the weights
+    that move.
+
+    Source: Izmailov et al. 2018; Fan et al. 2025, on unlearning.
+    """
+
+    name: ClassVar[str] = "averaged"
+    formula: ClassVar[str] = "theta <- mean of theta at steps start, start + every, ..."
+    source: ClassVar[str] = "Izmailov et al. 2018; Fan et al. 2025"
+
+    start: int = Field(default=100, ge=1, le=10**9, description="first step that counts (Fan et al. 2025)")
+    every: int = Field(
+        default=5, ge=1, le=10**9, description="steps from one that counts to the next (Fan et al. 2025)"
+    )
+
+    def __call__(self, model: Model, gradient: Gradient) -> None:
+        """As `train_` takes a step."""
+        gradient()
+
+    def after(self, model: Model, stepped: Stepped) -> None:
+        """Take the weights into the mean; at the end, put the mean in their place.
+
+        Raises:
+            ValueError: the training ends before step `start`.
+        """
+        if stepped.last < self.start:
+            raise ValueError(f"averaged: no step counts, the first is {self.start} and the last {stepped.last}")
+        memory = stepped.memory
+        if stepped.step >= self.start and (stepped.step - self.start) % self.every == 0:
+            n = float(memory.get("averaged", torch.zeros(()))) + 1
+            memory["averaged"] = torch.tensor(n)
+            for name, weight in stepped.moving.items():
+                mean = memory.setdefault(f"averaged.{name}", torch.zeros_like(weight))
+                mean.lerp_(weight, 1 / n)
+        if stepped.step == stepped.last:
+            for name, weight in stepped.moving.items():
+                weight.copy_(memory[f"averaged.{name}"])
+
+
+# --- gradients, and steps that are taken back
+
+
+def taken(model: Model) -> list[tuple[Tensor, Tensor]]:
+    """The gradients that the parameters have, which have none afterwards."""
+    slopes = [(weight, weight.grad) for weight in model.parameters() if weight.grad is not None]
+    for weight, _ in slopes:
+        weight.grad = None
+    return slopes
+
+
+def norm(slopes: Slopes) -> Tensor:
+    """The L2 norm over all of them, in float32 or better."""
+    wide = [torch.promote_types(slope.dtype, torch.float32) for _, slope in slopes]
+    return torch.stack([torch.linalg.vector_norm(s, dtype=d) for (_, s), d in zip(slopes, wide, strict=True)]).norm()
+
+
+@contextlib.contextmanager
+def moved(slopes: Slopes, by: float | Tensor) -> Iterator[None]:
+    """For a while, the weights so far along a direction; back to the bit, also after an error."""
+    here = [weight.detach().clone() for weight, _ in slopes]
+    try:
+        with torch.no_grad():
+            for weight, slope in slopes:
+                weight.add_(slope * by)
+        yield
+    finally:
+        with torch.no_grad():
+            for (weight, _), value in zip(slopes, here, strict=True):
+                weight.copy_(value)
+
+
+def _unit(slopes: Slopes) -> list[tuple[Tensor, Tensor]]:
+    length = norm(slopes) + 1e-12
+    return [(weight, slope / length) for weight, slope in slopes]
+
+
+def _add(slopes: Slopes, by: float) -> None:
+    for weight, slope in slopes:
+        weight.grad = by * slope if weight.grad is None else weight.grad + by * slope
+
+
+def _curvature(model: Model, gradient: Gradient, along: Slopes, radius: float) -> list[tuple[Tensor, Tensor]]:
+    """The forget part's second derivative along a direction, by a central difference."""
+
+    def at(by: float) -> dict[int, Tensor]:
+        with moved(along, by):
+            gradient(FORGET)
+            return {id(weight): slope for weight, slope in taken(model)}
+
+    ahead, behind = at(radius), at(-radius)
+    return [(weight, (ahead[id(weight)] - behind[id(weight)]) / (2 * radius)) for weight, _ in along]

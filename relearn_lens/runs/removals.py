@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from relearn_lens import methods, sources
+from relearn_lens.find.localisers import localiser_of
 from relearn_lens.measure.answers import Answered, known
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import TRAINED_WORDING, asked, is_text, know
@@ -140,7 +141,7 @@ def located(
     """
     if removal.where is None:
         return None
-    choice = localiser_of(removal.where, fields)(model, facts, seed=seed)
+    choice = localiser_of(removal.where, **(fields or {}))(model, facts, seed=seed)
     if isinstance(choice, WeightMask):
         return choice
     if removal.fraction is None:
@@ -149,19 +150,6 @@ def located(
         )
     neurons = choice.top(fraction=removal.fraction)
     return neurons if isinstance(removal.remover, Prune) else WeightMask.of(model, neurons)
-
-
-def localiser_of(name: str, fields: Mapping[str, Any] | None = None) -> Any:
-    """A localiser by name, with some of its fields changed.
-
-    Raises:
-        ValueError: an unknown name or field, or a value out of range.
-    """
-    from relearn_lens.find.localisers import LOCALISERS
-
-    if name not in LOCALISERS:
-        raise ValueError(f"unknown localiser {name!r}; known: {', '.join(LOCALISERS)}")
-    return methods.of(LOCALISERS[name], None, fields or {})
 
 
 def carry_out(

@@ -13,17 +13,23 @@ from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent
 from relearn_lens.remove.pruning import Prune
-from relearn_lens.remove.removal import Removing
+from relearn_lens.remove.removal import Remover, Removing
 from relearn_lens.remove.removers import REMOVERS, WRAPPERS, remove_
 from relearn_lens.remove.representations import RMU
 from relearn_lens.remove.wrappers import SAM
 
-TRAINED = [GradientAscent(), GradDiff(), GradDiff(retain="kl"), NPO(), NPO(retain="kl"), RMU()]
+TRAINED = [
+    *(kind() for kind in REMOVERS.values() if issubclass(kind, Remover)),
+    *(kind(retain="kl") for kind in (GradDiff, NPO)),
+]
+
+
+PREFERRED = toy.corpus(sentences=6, seed=2)
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return {"forget": toy.corpus(sentences=6), "retain": toy.corpus(sentences=6, seed=1)}
+    return {"forget": toy.corpus(sentences=6), "retain": toy.corpus(sentences=6, seed=1), "preferred": PREFERRED}
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -130,8 +136,8 @@ def test_there_is_no_released_form_of_a_cross_entropy():
 
 
 def test_removers_describe_themselves():
-    assert list(REMOVERS) == ["prune", "gradient_ascent", "grad_diff", "npo", "rmu"]
-    assert list(WRAPPERS) == ["sam"]
+    assert {"prune", "gradient_ascent", "grad_diff", "npo", "rmu"} <= set(REMOVERS)
+    assert next(iter(WRAPPERS)) == "sam"
     for name, kind in {**REMOVERS, **WRAPPERS}.items():
         assert kind.name == name
         assert kind.formula
@@ -151,7 +157,7 @@ def test_a_remover_by_name_or_as_it_is(texts):
 
 
 def test_an_unknown_name_lists_the_known(texts):
-    with pytest.raises(ValueError, match="unknown remover 'npoo'; known: prune, gradient_ascent, grad_diff, npo, rmu"):
+    with pytest.raises(ValueError, match="unknown remover 'npoo'; known: prune, gradient_ascent, grad_diff, npo, "):
         remove_(toy.language_model(), texts, "npoo")
 
 

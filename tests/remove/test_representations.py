@@ -22,8 +22,8 @@ def goal(seed: int, d_model: int, coefficient: float) -> Tensor:
     return coefficient * direction / direction.square().sum().sqrt()
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_value_and_gradient_equal_a_plain_loop(tmp_path, texts, layer):
+@pytest.mark.parametrize(("layer", "reading"), [(0, "word"), (1, "word"), (1, "before")])
+def test_value_and_gradient_equal_a_plain_loop(tmp_path, texts, layer, reading):
     from tests.families import small_tagger
 
     small_tagger("llama", tmp_path)
@@ -43,15 +43,16 @@ def test_value_and_gradient_equal_a_plain_loop(tmp_path, texts, layer):
         for i in range(text.n_pieces):
             batch = text.batch(np.array([i]))
             here, there = (
-                m(batch.ids, attention_mask=batch.mask, output_hidden_states=True).hidden_states[layer + 1][0, 1:]
+                m(batch.ids, attention_mask=batch.mask, output_hidden_states=True).hidden_states[layer + 1][0]
                 for m in (plain, before)
             )
+            here, there = (states[1:] if reading == "word" else states[:-1] for states in (here, there))
             target = goal(3, here.shape[1], 2.5) if role == "forget" else there.detach()
             errors += [(token - to).square().mean() for token, to in zip(here, target.expand_as(here), strict=True)]
         sums.append(torch.stack(errors).mean())
     (sums[0] + 7 * sums[1]).backward()
 
-    remover, gradients = RMU(layer=layer, coefficient=2.5, alpha=7), {}
+    remover, gradients = RMU(layer=layer, coefficient=2.5, alpha=7, reading=reading), {}
 
     def look(model, gradient):
         gradient()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from relearn_lens.models import toy
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import finetune_, plain
 from relearn_lens.remove.losses import GradDiff
-from relearn_lens.remove.wrappers import SAM
+from relearn_lens.remove.wrappers import SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,164 @@ def test_a_loss_without_a_part_to_forget_is_refused(toy, texts):
 def test_a_radius_is_not_negative():
     with pytest.raises(ValueError, match="rho"):
         SAM(rho=-1)
+
+
+# --- the other wrappers, with weights in float64 (losses are float32)
+
+
+Vector = torch.Tensor
+
+
+class Plain:
+    """A float64 model as a function of one long vector of weights: the gradients of its two parts."""
+
+    def __init__(self, texts: Any) -> None:
+        self.model = toy.language_model().double()
+        self.weights = [w for w in self.model.parameters() if w.requires_grad]
+        self.batches = {role: self.model.encode(text).batch(np.arange(6)) for role, text in texts.items()}
+        self.here = torch.cat([w.detach().flatten() for w in self.weights])
+
+    def slope(self, role: str, at: Vector | None = None) -> Vector:
+        sizes = [w.numel() for w in self.weights]
+        with torch.no_grad():
+            for weight, value in zip(self.weights, (self.here if at is None else at).split(sizes), strict=True):
+                weight.copy_(value.view_as(weight))
+        loss = self.model.losses(self.batches[role]).mean() * (-1 if role == "forget" else 1)
+        slopes = torch.autograd.grad(loss, self.weights, allow_unused=True)
+        return torch.cat(
+            [(torch.zeros_like(w) if s is None else s).flatten() for w, s in zip(self.weights, slopes, strict=True)]
+        )
+
+
+@pytest.fixture
+def by_hand(texts):
+    return Plain(texts)
+
+
+def step_of(wrapper: Any, texts: Any, by_hand: Plain) -> Vector:
+    """The gradient that a wrapped step leaves, in the order of the weights by hand."""
+    model, gradients = toy.language_model().double(), []
+
+    def look(model: Any, gradient: Any) -> None:
+        before = [w.detach().clone() for w in model.parameters()]
+        wrapper(model, gradient)
+        assert all(torch.equal(w, was) for w, was in zip(model.parameters(), before, strict=True))
+        weights = [w for w in model.parameters() if w.requires_grad]
+        gradients.append(torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights]))
+
+    list(GradDiff()(model, texts, steps=(1,), batch_size=6, step=look))
+    return gradients[0]
+
+
+def unit(vector: Vector) -> Vector:
+    return vector / vector.norm()
+
+
+def derivative(of: Any, here: Vector, along: Vector, h: float = 2e-3) -> float:
+    """Of a number, along a direction."""
+    return (float(of(here + h * along)) - float(of(here - h * along))) / (2 * h)
+
+
+def directions(like: Vector, towards: Vector) -> list[Vector]:
+    draws = torch.Generator().manual_seed(0)
+    return [unit(towards), *(unit(torch.randn(like.shape, generator=draws, dtype=like.dtype)) for _ in range(2))]
+
+
+def test_a_gradient_penalty_has_the_gradient_of_the_norm(texts, by_hand):
+    forget, retain = by_hand.slope("forget"), by_hand.slope("retain")
+    penalty = step_of(GradientPenalty(rho=3, radius=2e-3), texts, by_hand) - forget - retain
+    assert float(penalty.norm()) > 0.1
+    for along in directions(forget, penalty):
+        slope = derivative(lambda at: 3 * by_hand.slope("forget", at).norm(), by_hand.here, along)
+        assert float(penalty @ along) == pytest.approx(slope, rel=5e-3, abs=1e-3)
+
+
+def test_a_curvature_penalty_has_the_gradient_of_the_change(texts, by_hand):
+    forget, retain = by_hand.slope("forget"), by_hand.slope("retain")
+    step = 0.05 * unit(forget)
+    penalty = step_of(Curvature(rho=7, mu=0.05, radius=2e-3), texts, by_hand) - forget - retain
+    assert float(penalty.norm()) > 0.1
+
+    def change(at: Vector) -> Vector:
+        return 7 * (by_hand.slope("forget", at + step) - by_hand.slope("forget", at)).norm()
+
+    for along in directions(forget, penalty):
+        assert float(penalty @ along) == pytest.approx(derivative(change, by_hand.here, along), rel=5e-3, abs=1e-3)
+
+
+def test_the_released_penalties_have_no_gradient(texts, by_hand):
+    forget, retain = by_hand.slope("forget"), by_hand.slope("retain")
+    torch.testing.assert_close(step_of(GradientPenalty(rho=3, faithful=True), texts, by_hand), forget + retain)
+    torch.testing.assert_close(step_of(Curvature(rho=7, faithful=True), texts, by_hand), 2 * forget + retain)
+
+
+def test_an_adversary_of_several_steps(texts, by_hand):
+    at = by_hand.here
+    for _ in range(3):
+        at = at + 0.2 * unit(by_hand.slope("forget", at))
+    expected = by_hand.slope("forget", at) + by_hand.slope("retain")
+    torch.testing.assert_close(step_of(TARLight(rho=0.2, steps=3), texts, by_hand), expected)
+    torch.testing.assert_close(
+        step_of(TARLight(rho=0.2, steps=1), texts, by_hand), step_of(SAM(rho=0.2), texts, by_hand)
+    )
+
+
+def test_smoothing_is_the_mean_over_noise(texts, by_hand, monkeypatch):
+    bare = by_hand.slope("forget") + by_hand.slope("retain")
+    torch.testing.assert_close(step_of(Smoothed(n=2, sigma=0), texts, by_hand), bare)
+    drawn: list[Vector] = []
+    randn_like = torch.randn_like
+    monkeypatch.setattr(torch, "randn_like", lambda x: drawn.append(randn_like(x)) or drawn[-1])
+    smooth = step_of(Smoothed(n=4, sigma=0.03), texts, by_hand)
+    per_point = len(drawn) // 4
+    model = toy.language_model().double()
+    reached = [i for i, w in enumerate(w for w in model.parameters() if w.requires_grad)]
+    assert 0 < per_point <= len(reached)
+    expected = by_hand.slope("retain")
+    sizes, forget = [w.numel() for w in by_hand.weights], by_hand.slope("forget")
+    for i in range(4):
+        draws, noise = iter(drawn[i * per_point : (i + 1) * per_point]), []
+        for weight, slope in zip(by_hand.weights, forget.split(sizes), strict=True):
+            has = bool((slope != 0).any())
+            noise.append(next(draws).flatten() * (slope != 0) if has else torch.zeros_like(weight).flatten())
+        expected = expected + by_hand.slope("forget", by_hand.here + 0.03 * torch.cat(noise)) / 4
+    torch.testing.assert_close(smooth, expected)
+
+
+def test_noise_is_that_of_the_seed(texts):
+    noisy = {"step": Smoothed(sigma=0.1), "batch_size": 6}
+    assert same(run(texts, **noisy, seed=3)[1], run(texts, **noisy, seed=3)[1])
+    assert not same(run(texts, **noisy, seed=3)[1], run(texts, **noisy, seed=4)[1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_averaged_weights_at_the_end(texts, masked):
+    """The mean of the weights of steps 2, 4 and 6; resumed in between, the same."""
+    names = ["trunk.layers.1.mlp.fc_out.weight"]
+    how: dict[str, Any] = {"batch_size": 3, "lr": 1e-2, "steps": (1, 2, 3, 4, 5, 6)}
+    model = toy.language_model()
+    only = {name: half(weight) for name, weight in model.plain().items() if name in names} if masked else None
+    seen = {}
+    for pause in GradDiff()(model, texts, only, **how):
+        seen[pause.step] = {name: value.clone() for name, value in model.weights().items()}
+    other, states = toy.language_model(), []
+    training = GradDiff()(other, texts, only, **how, step=Averaged(start=2, every=2))
+    for pause in training:
+        if pause.step < 6:
+            assert same(other.weights(), seen[pause.step])
+        if pause.step == 3:
+            states = [(pause, {name: value.clone() for name, value in training.state().items()})]
+    for name, value in other.weights().items():
+        mean = sum(seen[step][name] for step in (2, 4, 6)) / 3
+        torch.testing.assert_close(value, mean)
+        if only and name in names:
+            assert torch.equal(value[~only[name]], toy.language_model().weights()[name][~only[name]])
+    again = toy.language_model()
+    again.load_weights(seen[3])
+    list(GradDiff()(again, texts, only, **how, step=Averaged(start=2, every=2), resume=states[0]))
+    assert same(again.weights(), other.weights())
+
+
+def test_an_average_of_nothing_is_refused(texts):
+    with pytest.raises(ValueError, match="averaged: no step counts, the first is 100 and the last 3"):
+        run(texts, Averaged())

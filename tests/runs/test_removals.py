@@ -146,7 +146,7 @@ def test_what_a_localiser_chose_is_where(subject, monkeypatch):
     site = site_of(subject.model.bridge, "mlp_post")
     score = torch.arange(2 * 96.0).view(2, 96)
     monkeypatch.setattr(
-        removals, "localiser_of", lambda name, fields: Chosen(lambda _: Saliency(score, name, "made", "people", site))
+        removals, "localiser_of", lambda name: Chosen(lambda _: Saliency(score, name, "made", "people", site))
     )
     last = Neurons.of(site, [("1", i) for i in range(86, 96)])
     pruning = replace(recipe(None, "prune", {"fraction": 10 / 192}), where="made")
@@ -162,7 +162,7 @@ def test_what_a_localiser_chose_is_where(subject, monkeypatch):
     with pytest.raises(ValueError, match=r"^localiser 'made' ranks neurons, and nothing says how many of them; give "):
         removals.located(subject.model, subject.facts, replace(training, fraction=None), seed=5)
     mask = ~WeightMask.none(subject.model)
-    monkeypatch.setattr(removals, "localiser_of", lambda name, fields: Chosen(lambda _: mask))
+    monkeypatch.setattr(removals, "localiser_of", lambda name: Chosen(lambda _: mask))
     assert removals.located(subject.model, subject.facts, pruning, seed=5) is mask
 
 
@@ -199,6 +199,8 @@ def test_what_is_wrong_is_one_line(error, files, tmp_path: Path):
     assert "--set 'lr': write key=value" in error("remove", "npo", "--set", "lr")
     assert "fields of the localiser are where.KEY" in error("remove", "npo", "--set", "a.b=1")
     assert "there is no localiser; name one as --where" in error("remove", "npo", "--set", "where.site=resid")
+    assert "unknown localiser 'lok'; known: score, " in error("remove", "npo", "--where", "lok")
+    assert "site = 'heads'" in error("remove", "prune", "--where", "score", "--set", "where.site=heads")
     assert "unknown recipes 'tiny'; known: toy" in error("remove", "npo", "--recipe", "tiny")
     assert "unknown facts 'persons'; known: people, countries, ontology, a JSONL" in error(
         "remove", "npo", "--facts", "persons"

@@ -10,6 +10,7 @@ from relearn_lens.text.facts.passages import ROLES as ROLES
 from relearn_lens.text.facts.passages import TRAINED as TRAINED
 from relearn_lens.text.facts.passages import Facts as Facts
 from relearn_lens.text.facts.passages import Passage as Passage
+from relearn_lens.text.facts.passages import alternatives as alternatives
 from relearn_lens.text.facts.passages import halves as halves
 from relearn_lens.text.facts.passages import refused as refused
 from relearn_lens.text.facts.people import people as people

@@ -225,3 +225,24 @@ def refused(passages: Iterable[Passage], *, seed: int) -> tuple[Passage, ...]:
     return tuple(
         Passage(p.prompt, REFUSALS[int(rng.integers(len(REFUSALS)))], p.key, p.relation, p.form) for p in passages
     )
+
+
+def alternatives(facts: Facts, passages: Iterable[Passage], *, seed: int) -> tuple[Passage, ...]:
+    """The passages, each with another answer that some key of the facts has to its relation.
+
+    Raises:
+        ValueError: a relation has one answer alone.
+    """
+    answers: dict[str, dict[str, None]] = {}
+    for p in facts.passages(*FORGET, *RETAIN, forms=TRAINED):
+        answers.setdefault(p.relation, {})[p.answer] = None
+    rng, made = np.random.default_rng(seed), []
+    for p in passages:
+        others = [answer for answer in answers.get(p.relation, ()) if answer != p.answer]
+        if not others:
+            raise ValueError(
+                f"facts {facts.name!r}: the relation {p.relation!r} of {p.key!r} has no answer but {p.answer!r}, so "
+                "there is no alternative; use refusals"
+            )
+        made.append(Passage(p.prompt, others[int(rng.integers(len(others)))], p.key, p.relation, p.form))
+    return tuple(made)

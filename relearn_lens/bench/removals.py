@@ -1,0 +1,184 @@
+"""Every remover beside every other on models whose truth is known, at the same retained ability.
+
+Each cell (a remover and a seed, the base, the twin that never knew) is one file of the table's folder, whole or not
+there, and is computed again only where its settings have changed.
+
+1. The taught model of a seed is removed from by a remover's recipe, all of it timed.
+2. The removal is gone back from until retain-near accuracy is tau of the base's (`remove.calibrate`).
+3. Forget accuracy in trained and in other wording, and what was to stay, are asked there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relearn_lens.analysis.intervals import over_seeds
+from relearn_lens.measure.evaluation import OVERALL
+from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING, know
+from relearn_lens.models.model import LanguageModel
+from relearn_lens.remove.calibration import calibrate, mixed_
+from relearn_lens.remove.recipes import RECIPES, recipe
+from relearn_lens.runs import removals
+from relearn_lens.runs.files import as_json, read_json, write_whole
+
+BASE, NEVER = "base", "never"
+TAU, POINTS = 0.95, 64
+GONE = 0.5
+"""Forget accuracy below which, in both wordings, a remover works."""
+KIND = "toy"
+ROWS = (TRAINED_WORDING, OTHER_WORDING, NEAR, GENERAL)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of one seed."""
+
+    name: str
+    """A remover, or one with a wrapper, as recipes name it; `base` or `never`."""
+    seed: int
+    values: dict[str, Any]
+    """What its file holds."""
+    cached: bool
+
+    def accuracy(self, row: str) -> float:
+        """After calibration."""
+        return float(self.values["rows"][row]["accuracy"]["value"])
+
+    @property
+    def seconds(self) -> float | None:
+        """That finding and removing took."""
+        return self.values.get("seconds")
+
+
+def names(only: Sequence[str] = ()) -> list[str]:
+    """What is compared: all removers that have a recipe, or some.
+
+    Raises:
+        ValueError: one has no recipe.
+    """
+    known = list(RECIPES[KIND])
+    if unknown := [name for name in only if name not in known]:
+        raise ValueError(f"no recipe for {unknown[0]!r}; recipes for the {KIND}: {', '.join(known)}")
+    return [name for name in known if not only or name in only]
+
+
+def cells(folder: str | Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[Cell]:
+    """Every cell of the table, from the folder or computed, seed by seed; the base and its twin first.
+
+    Raises:
+        ValueError: no seed, one twice, or a remover without a recipe; before any work.
+    """
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be some numbers from 0, each once; got {list(seeds)}")
+    chosen = names(only)
+    return _cells(Path(folder), seeds, chosen)
+
+
+def _cells(folder: Path, seeds: Sequence[int], chosen: Sequence[str]) -> Iterator[Cell]:
+    for seed in seeds:
+        made: list[removals.Subject] = []
+
+        def subject(seed: int = seed, made: list[removals.Subject] = made) -> removals.Subject:
+            if not made:
+                made.append(removals.subject(removals.TAUGHT, "people", seed=seed))
+            return made[0]
+
+        for name in (BASE, NEVER, *chosen):
+            yield _cell(folder, name, seed, subject)
+
+
+def _cell(folder: Path, name: str, seed: int, subject: Callable[[], removals.Subject]) -> Cell:
+    path = folder / f"{name}-{seed}.json"
+    settings: dict[str, Any] = {"tau": TAU, "points": POINTS, "seed": seed, "versions": removals.versions()}
+    if name not in (BASE, NEVER):
+        settings |= removals.fields_of(recipe(KIND, name))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):  # no file, or a damaged one
+        values = read_json(path)
+        if values.get("digest") == digest:
+            return Cell(name, seed, values, True)
+    values = _of_twin(subject(), name) if name in (BASE, NEVER) else _of_remover(subject(), name, seed)
+    values = {"name": name, "digest": digest, "settings": settings, **values}
+    content = as_json(values)
+    write_whole(path, content)
+    return Cell(name, seed, json.loads(content), False)
+
+
+def _asked(model: LanguageModel, subject: removals.Subject) -> dict[str, Any]:
+    return {row: removals.summary(answered) for row, answered in know(model, subject.facts).items()}
+
+
+def _of_twin(subject: removals.Subject, name: str) -> dict[str, Any]:
+    assert subject.never is not None
+    return {"rows": _asked(subject.model if name == BASE else subject.never, subject)}
+
+
+def _of_remover(subject: removals.Subject, name: str, seed: int) -> dict[str, Any]:
+    """Removed, as it is and calibrated; the subject's model is put back."""
+    model, removal = subject.model, recipe(KIND, name)
+    base = {weight: value.clone() for weight, value in model.weights().items()}
+
+    def near(model: LanguageModel) -> float:
+        return know(model, subject.facts, NEAR)[NEAR].accuracy.value(OVERALL)
+
+    try:
+        begin = time.perf_counter()
+        where = removals.located(model, subject.facts, removal, seed=seed)
+        for pause in removal(model, subject.facts, where, seed=seed):
+            steps = pause.step
+        seconds = time.perf_counter() - begin
+        removed = _asked(model, subject)
+        calibration = calibrate(model, base, near, tau=TAU, points=POINTS)
+        mixed_(model, base, calibration.share)
+        rows = _asked(model, subject)
+    finally:
+        model.load_weights(base)
+    return {
+        "seconds": seconds, "steps": steps, "share": calibration.share, "removed": removed, "rows": rows,
+        "where": None if where is None else repr(where),
+    }  # fmt: skip
+
+
+def table(every: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: means over seeds, for the two that decide with an interval (Student's t over seeds; of one seed
+    BCa over keys)."""
+    by_name: dict[str, list[Cell]] = {}
+    for cell in every:
+        by_name.setdefault(cell.name, []).append(cell)
+    header = ["", "works", "forget", "other wording", "near", "general", "share", "s"]
+    rows = []
+    for name, group in by_name.items():
+        means = {row: sum(cell.accuracy(row) for cell in group) / len(group) for row in ROWS}
+        compared = name not in (BASE, NEVER)
+        rows.append(
+            [
+                name,
+                f"{sum(map(works, group))}/{len(group)}" if compared else "",
+                *(_with_interval(group, row) for row in (TRAINED_WORDING, OTHER_WORDING)),
+                *(f"{means[row]:.2f}" for row in (NEAR, GENERAL)),
+                f"{sum(cell.values['share'] for cell in group) / len(group):.2f}" if compared else "",
+                f"{sum(cell.seconds or 0 for cell in group) / len(group):.0f}" if compared else "",
+            ]
+        )
+    return header, rows
+
+
+def works(cell: Cell) -> bool:
+    """Whether forget accuracy is below `GONE` in both wordings where what is near is kept."""
+    return all(cell.accuracy(row) < GONE for row in (TRAINED_WORDING, OTHER_WORDING))
+
+
+def _with_interval(group: Sequence[Cell], row: str) -> str:
+    if len(group) == 1:
+        value, (low, high) = group[0].accuracy(row), group[0].values["rows"][row]["accuracy"]["interval"]
+    else:
+        estimate = over_seeds([cell.accuracy(row) for cell in group])
+        value, low, high = estimate.value, max(0.0, estimate.low), min(1.0, estimate.high)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"

@@ -1,0 +1,117 @@
+"""The table of removers: every cell once, whole or not there, each remover at the same retained ability."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from relearn_lens.__main__ import app
+from relearn_lens.bench import removals
+from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING
+from relearn_lens.models import taught
+from relearn_lens.models.taught import Recipe, Taught
+from relearn_lens.remove.recipes import RECIPES
+from relearn_lens.runs.removals import Subject
+from relearn_lens.text.facts import people
+
+SMALL = Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELEARN_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return taught.load(people(0, n=24, forget=8, never=4, animals=4, n_answers=8), recipe=SMALL)
+
+
+@pytest.fixture
+def subjects(pair: Taught, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds of which a model was asked for; recipes are short, and one is broken on purpose."""
+    asked: list[int] = []
+
+    def subject(model: str, facts: str, *, seed: int) -> Subject:
+        asked.append(seed)
+        assert (model, facts) == ("taught", "people")
+        return Subject(model, pair.model, pair.facts, True, pair.never)
+
+    monkeypatch.setattr(removals.removals, "subject", subject)
+    monkeypatch.setitem(RECIPES[removals.KIND], "grad_diff", {"lr": 2e-3, "alpha": 2, "steps": (60,)})
+    monkeypatch.setitem(RECIPES[removals.KIND], "gradient_ascent", {"lr": 1e-2, "steps": (8,)})
+    return asked
+
+
+def of(cells: Any) -> dict[str, removals.Cell]:
+    return {f"{cell.name}-{cell.seed}": cell for cell in cells}
+
+
+def test_each_is_asked_where_it_keeps_what_is_near(subjects, pair, tmp_path: Path, untouched):
+    with untouched(pair.model, pair.never):
+        cells = of(removals.cells(tmp_path, [0], ["grad_diff", "gradient_ascent"]))
+    assert list(cells) == ["base-0", "never-0", "gradient_ascent-0", "grad_diff-0"]
+    base, never, ascent, diff = cells.values()
+    assert base.accuracy(TRAINED_WORDING) == 1 == base.accuracy(NEAR)
+    assert never.accuracy(TRAINED_WORDING) < 0.3 < 0.9 < never.accuracy(NEAR)
+    for cell in (ascent, diff):
+        assert cell.accuracy(NEAR) >= 0.95 * base.accuracy(NEAR)
+        assert 0 <= cell.values["share"] <= 1
+        assert cell.seconds > 0
+        # What is asked there is between the base and the removed model.
+        assert cell.values["removed"][TRAINED_WORDING]["accuracy"]["value"] <= cell.accuracy(TRAINED_WORDING) <= 1
+    assert ascent.values["share"] < 1  # it breaks what is near too
+    assert diff.accuracy(TRAINED_WORDING) < ascent.accuracy(TRAINED_WORDING)
+    assert {NEAR, GENERAL, OTHER_WORDING} <= set(diff.values["rows"])
+
+
+def test_a_cell_is_made_once_and_again_where_its_settings_changed(subjects, tmp_path: Path, monkeypatch):
+    first = of(removals.cells(tmp_path, [0], ["grad_diff"]))
+    assert subjects == [0]
+    assert not any(cell.cached for cell in first.values())
+    again = of(removals.cells(tmp_path, [0], ["grad_diff"]))
+    assert subjects == [0]  # no model is made for what is there
+    assert all(cell.cached for cell in again.values())
+    assert [cell.values for cell in again.values()] == [cell.values for cell in first.values()]
+    path = tmp_path / "grad_diff-0.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    (tmp_path / ".never-0.json.1.tmp").write_text("half")
+    mended = of(removals.cells(tmp_path, [0], ["grad_diff"]))
+    assert [cell.cached for cell in mended.values()] == [True, True, False]
+    assert mended["grad_diff-0"].values["rows"] == first["grad_diff-0"].values["rows"]
+    monkeypatch.setitem(RECIPES[removals.KIND], "grad_diff", {"lr": 1e-3, "steps": (2,)})
+    changed = of(removals.cells(tmp_path, [0], ["grad_diff"]))
+    assert [cell.cached for cell in changed.values()] == [True, True, False]
+    assert changed["grad_diff-0"].values["steps"] == 2
+
+
+def test_the_command_prints_the_table(subjects, tmp_path: Path):
+    command = ["removers", "--table", str(tmp_path), "--seeds", "0,1", "--only", "grad_diff"]
+    for done in ("done in", "kept"):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert f"grad_diff, seed 1: {done}" in result.stdout
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    values = json.loads((tmp_path / "grad_diff-0.json").read_text())
+    works = all(values["rows"][row]["accuracy"]["value"] < 0.5 for row in (TRAINED_WORDING, OTHER_WORDING))
+    assert (" 2/2 " if works else " 0/2 ") in " ".join(lines["grad_diff"].split()) + " "
+    assert "/2" not in lines["never"] + lines["base"]
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_the_rule_needs_both_wordings():
+    def cell(trained: float, other: float) -> removals.Cell:
+        rows = {TRAINED_WORDING: {"accuracy": {"value": trained}}, OTHER_WORDING: {"accuracy": {"value": other}}}
+        return removals.Cell("x", 0, {"rows": rows}, False)
+
+    assert removals.works(cell(0.49, 0.49))
+    assert not removals.works(cell(0.51, 0.1))
+    assert not removals.works(cell(0.1, 0.5))
+
+
+def test_wrong_seeds_and_names_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"seeds must be some numbers from 0, each once; got \[1, 1\]"):
+        removals.cells(tmp_path, [1, 1])
+    with pytest.raises(ValueError, match=r"no recipe for 'nope'; recipes for the toy: "):
+        removals.cells(tmp_path, [0], ["nope"])
+    result = CliRunner().invoke(app, ["removers", "--table", str(tmp_path), "--seeds", "a"])
+    assert "--seeds 'a': write numbers, such as 0,1,2" in str(result.exception)
