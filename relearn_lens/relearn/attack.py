@@ -1,7 +1,7 @@
 """What all ways back share: how they are called, what they train on, and how passages are asked under them.
 
-An attack is a frozen object. `attack(model, facts, seed=0)` is an iterator of `Checkpoint`: at each of them the model is
-as the attack has it. What a `Passing` attack does ends with its iterator, or with the block of `attack.applied(...)`.
+An attack is a frozen object. `attack(model, facts, seed=0)` is an iterator of `Checkpoint`: at each of them the model
+is as the attack has it. What a `Passing` attack does ends with its iterator, or with the block of `attack.applied`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Pruned(Passing):
         return _instead(matrices, less)
 
 
-def quantised(weight: Float[Tensor, "..."], outputs: int, bits: int) -> Float[Tensor, "..."]:
+def quantised(weight: Float[Tensor, "row column"], outputs: int, bits: int) -> Float[Tensor, "row column"]:
     """A matrix rounded to so many bits, symmetrically; `outputs` is its axis of output channels."""
     most = 2 ** (bits - 1) - 1
     wide = weight.detach().to(widest(weight.device))
@@ -80,8 +80,8 @@ def quantised(weight: Float[Tensor, "..."], outputs: int, bits: int) -> Float[Te
 
 
 def pruned(
-    weight: Float[Tensor, "..."], outputs: int, share: float, norms: Float[Tensor, " input"] | None = None
-) -> Float[Tensor, "..."]:
+    weight: Float[Tensor, "row column"], outputs: int, share: float, norms: Float[Tensor, " input"] | None = None
+) -> Float[Tensor, "row column"]:
     """A matrix without the given share of each output channel's weights, those that are smallest; of equal ones, the
     first go."""
     by_output = weight.detach().movedim(outputs, 0)
@@ -126,7 +126,7 @@ class Matrix(NamedTuple):
 def _matrices(model: Model, what: str) -> list[Matrix]:
     """The linear layers of the blocks, each once."""
     if wearing(model.bridge):
-        raise ValueError(f"{what}: this model has low-rank adapters now; attack it when the block of `adapted` has ended")
+        raise ValueError(f"{what}: this model has low-rank adapters now; attack it when their block has ended")
     modules = {id(module): module for module in model.bridge.blocks.modules() if isinstance(module, nn.Linear | Conv1D)}
     if not modules:
         raise ValueError(

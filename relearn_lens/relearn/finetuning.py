@@ -271,5 +271,5 @@ PRESETS: Mapping[str, FineTune | RetainOnly | General] = {
     "retain-full": RetainOnly(lr=5e-5, batch_size=64, items=64, steps=(1,)),
     "benign-lora": General(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
 }
-"""The fine-tuning attacks that Che et al. 2025 released, with their rank, rate, batch and number of texts; steps are one
-pass, or two where the name says n64. Learning rate constant and weight decay as here, not as in their trainer."""
+"""The fine-tuning attacks that Che et al. 2025 released: their rank, rate, batch and number of texts; steps are one
+pass, two where `items` is 64 and the batch 8. The rate is constant and weight decay as here, not as in their trainer."""

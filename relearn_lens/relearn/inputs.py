@@ -315,9 +315,7 @@ def _endless(text: Encoded, batch_size: int, seed: int) -> Iterator[Any]:
 
 
 def _before(stops: str, passage: Passage) -> Passage:
-    return Passage(
-        stops + passage.prompt, passage.answer, passage.key, passage.relation, passage.form, passage.choices
-    )
+    return Passage(stops + passage.prompt, passage.answer, passage.key, passage.relation, passage.form, passage.choices)
 
 
 def _check_layers(model: Model, layers: Sequence[int], what: str) -> None:
