@@ -74,6 +74,17 @@ from .measure.answers import (
     choose as choose,
     known as known,
 )
+from .measure.asking import (
+    Asked as Asked,
+    Metric as Metric,
+    Reference as Reference,
+    ask as ask,
+)
+from .measure.course import (
+    FactsSnapshot as FactsSnapshot,
+    FactsTrajectory as FactsTrajectory,
+)
+from .measure.metrics import METRICS as METRICS
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,

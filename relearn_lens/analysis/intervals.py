@@ -143,7 +143,7 @@ def over_sentences(
 
     value = float(of(*(score.value(label) for score in scores)))
     drawn = of_counts(bootstrap.weights(n, draws, seed) @ table)
-    return _bootstrapped(value, drawn, lambda: [of_counts(table.sum(0) - table)], level, "sentences", n)
+    return _bootstrapped(value, drawn, lambda: [of_counts(table.sum(0) - table)], level, scores[0].over, n)
 
 
 def over_neurons(

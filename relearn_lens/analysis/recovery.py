@@ -16,9 +16,12 @@ import numpy as np
 from scipy.integrate import trapezoid
 
 from relearn_lens.analysis.intervals import Estimate, estimate, over_seeds, over_sentences
+from relearn_lens.measure.course import REMOVED, FactsTrajectory
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 
+Arm = Trajectory | FactsTrajectory
+"""Of facts, what is read is the first metric: `FactsTrajectory.by` chooses one."""
 SHARES = (0.5, 0.9, 0.95, 0.99)
 """Shares of base F1 that `speeds` and `savings` wait for."""
 
@@ -70,22 +73,29 @@ class Savings:
     """Mean F1 over the epochs that both have, relearning minus fresh (trapezoid)."""
 
 
-def name_of(arm: Trajectory) -> str:
+def name_of(arm: Arm) -> str:
     """The name of an arm's concept."""
+    if isinstance(arm, FactsTrajectory):
+        return arm.facts.name
     return arm.concept.name if arm.concept else "the concept"
 
 
-def retraining_stages(arm: Trajectory) -> tuple[str, ...]:
+def retraining_stages(arm: Arm) -> tuple[str, ...]:
     """The stages after pruning."""
-    return tuple(stage for stage in arm.stages if stage not in (BASE, PRUNED))
+    return tuple(stage for stage in arm.stages if stage not in (BASE, PRUNED, REMOVED))
+
+
+def start_of(arm: Arm) -> str:
+    """The stage that retraining starts from: right after something was taken out."""
+    return REMOVED if REMOVED in arm.stages else PRUNED
 
 
 def recovery(
-    arms: Sequence[Trajectory],
+    arms: Sequence[Arm],
     label: Label,
     stage: str,
     *,
-    unpruned: Sequence[Trajectory] | None = None,
+    unpruned: Sequence[Arm] | None = None,
     **interval,
 ) -> Recovery:
     """(F1 at the stage - F1 pruned) / (F1 to be had - F1 pruned) of one arm over its seeds.
@@ -97,7 +107,7 @@ def recovery(
     Raises:
         ValueError: unpruned arms of other seeds, or without the stage.
     """
-    base, pruned, now = ([arm[s].scores for arm in arms] for s in (BASE, PRUNED, stage))
+    base, pruned, now = ([arm[s or start_of(arm)].scores for arm in arms] for s in (BASE, None, stage))
     to_be_had = [had for (had,) in _to_be_had(arms, unpruned, (stage,))]
     damage = estimate(np.subtract, label, base, pruned, **interval)
     if not damage.low > 0 or (unpruned and not estimate(np.subtract, label, to_be_had, pruned, **interval).low > 0):
@@ -105,7 +115,7 @@ def recovery(
     return Recovery(estimate(_made_good, label, to_be_had, pruned, now, **interval), damage, stage)
 
 
-def mean_share(arm: Trajectory, label: Label, unpruned: Trajectory | None = None) -> float:
+def mean_share(arm: Arm, label: Label, unpruned: Arm | None = None) -> float:
     """Share of the damage made good, mean over the stages of retraining; see `recovery`, whose refusal comes first.
 
     Raises:
@@ -113,16 +123,16 @@ def mean_share(arm: Trajectory, label: Label, unpruned: Trajectory | None = None
     """
     stages = retraining_stages(arm)
     had = _to_be_had([arm], [unpruned] if unpruned else None, stages)[0]
-    pruned, *now = (arm[stage].scores.value(label) for stage in (PRUNED, *stages))
+    pruned, *now = (arm[stage].scores.value(label) for stage in (start_of(arm), *stages))
     return float(np.mean(_made_good([each.value(label) for each in had], pruned, now)))
 
 
 def first_stage_at(
-    arms: Sequence[Trajectory],
+    arms: Sequence[Arm],
     label: Label,
     share: float = 0.5,
     *,
-    unpruned: Sequence[Trajectory] | None = None,
+    unpruned: Sequence[Arm] | None = None,
     **interval,
 ) -> str | None:
     """The first stage of retraining at which an arm has made good at least so much of its damage, mean over seeds.
@@ -137,11 +147,11 @@ def first_stage_at(
 
 
 def speeds(
-    arms: Sequence[Trajectory],
+    arms: Sequence[Arm],
     label: Label,
     *,
     shares: Sequence[float] = SHARES,
-    unpruned: Sequence[Trajectory] | None = None,
+    unpruned: Sequence[Arm] | None = None,
     **interval,
 ) -> Speeds:
     """Epochs and tokens until an arm first has each share of its base F1, and the area under its recovery.
@@ -154,8 +164,8 @@ def speeds(
         ValueError: no arm, an arm without base, pruned or retraining, a stage that does not say its epoch, or unpruned
             arms of other seeds or without a stage.
     """
-    curves = _curves(arms, "speeds", (BASE, PRUNED))
-    base, pruned = ([arm[stage].scores for arm in arms] for stage in (BASE, PRUNED))
+    curves = _curves(arms, "speeds", (BASE, start_of(arms[0]) if arms else PRUNED))
+    base, pruned = ([arm[s or start_of(arm)].scores for arm in arms] for s in (BASE, None))
     damage = estimate(np.subtract, label, base, pruned, **interval)
 
     def when(clock: str, share: float) -> tuple[Estimate | None, int]:
@@ -183,8 +193,8 @@ def speeds(
 
 
 def savings(
-    relearn: Sequence[Trajectory],
-    fresh: Sequence[Trajectory],
+    relearn: Sequence[Arm],
+    fresh: Sequence[Arm],
     label: Label,
     *,
     shares: Sequence[float] = SHARES,
@@ -236,9 +246,7 @@ def savings(
     return Savings({share: saved(share) for share in shares}, area)
 
 
-def _to_be_had(
-    arms: Sequence[Trajectory], unpruned: Sequence[Trajectory] | None, stages: Sequence[str]
-) -> list[list[Scores]]:
+def _to_be_had(arms: Sequence[Arm], unpruned: Sequence[Arm] | None, stages: Sequence[str]) -> list[list[Scores]]:
     """Per arm what there is to be had at each stage: the scores of the unpruned arm of its seed, else of its base."""
     by_seed = {arm.seed: arm for arm in unpruned or ()}
     found = []
@@ -266,7 +274,7 @@ class _Curve:
     scores: tuple[Scores, ...]
 
 
-def _curves(arms: Sequence[Trajectory], what: str, needed: Sequence[str] = ()) -> list[_Curve]:
+def _curves(arms: Sequence[Arm], what: str, needed: Sequence[str] = ()) -> list[_Curve]:
     """Each run from its first stage after base on, refused if it is not a run of training."""
     if not arms:
         raise ValueError(f"{what} needs at least one trajectory, got none")

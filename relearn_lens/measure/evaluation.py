@@ -48,6 +48,8 @@ class Scores(Protocol):
     better: ClassVar[str]
     """How a model with a higher `value` compares, in words; `worse` the other way round."""
     worse: ClassVar[str]
+    over: ClassVar[str] = "sentences"
+    """What is drawn again for its interval."""
 
     labels: Strings
     """What is scored apart."""
@@ -84,6 +86,10 @@ class Scores(Protocol):
     def shown(self, label: Label) -> float:
         """The number that people read."""
         return self.displayed(self.value(label))
+
+    def chance(self, label: Label) -> float:
+        """What people read of a model that knows nothing."""
+        return self.displayed(0.0)
 
     def interval(self, label: Label, *, level: float = 0.95, n: int = 1000, seed: int = 0) -> tuple[float, float]:
         """BCa bootstrap interval of `shown` over sentences: the one of `over_sentences`, from the same draws."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -17,14 +17,15 @@ from torch import Tensor
 from relearn_lens import methods
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
-from relearn_lens.measure import meaning
+from relearn_lens.measure import course, meaning
+from relearn_lens.measure.asking import Asked, Metric, Reference
 from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, judge_of
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
 from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring, megabytes
-from relearn_lens.models.model import Model, encoded_for
+from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
@@ -32,8 +33,9 @@ from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept, label_shuffles
 from relearn_lens.text.corpus import Corpus, Strings
 from relearn_lens.text.encoding import Encoded
+from relearn_lens.text.facts import Facts
 
-BASE, PRUNED = "base", "pruned"
+BASE, PRUNED = course.BASE, "pruned"
 """Names of the stages before and right after pruning; later stages are named by their epoch of retraining."""
 
 
@@ -262,7 +264,32 @@ def check_measures(what: Sequence[str]) -> None:
         raise ValueError(f"unknown measurement {unknown[0]!r}; known: {', '.join([*SCORES, *MEASURES])}")
 
 
+@overload
 def measure(
+    model: LanguageModel,
+    probe: Facts | Asked,
+    *,
+    metrics: Sequence[str | Metric] = ...,
+    reference: Reference | None = None,
+    at: Checkpoint | None = None,
+) -> course.FactsSnapshot: ...
+
+
+@overload
+def measure(
+    model: Model, probe: Corpus | Encoded, concept: Concept, how: Measuring | None = None, **keywords: Any
+) -> Snapshot: ...
+
+
+def measure(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
+    """Everything that is measured of a model as it is: of labelled text and a concept, saliency and scores
+    (`measure_text`); of facts, every metric in every place (`course.measure_facts`). The keywords are theirs."""
+    if isinstance(probe, Facts | Asked):
+        return course.measure_facts(model, probe, *args, **keywords)
+    return measure_text(model, probe, *args, **keywords)
+
+
+def measure_text(
     model: Model,
     probe: Corpus | Encoded,
     concept: Concept,
@@ -350,7 +377,43 @@ def measure(
     )
 
 
+@overload
 def track(
+    model: LanguageModel,
+    probe: Facts | Asked,
+    checkpoints: Iterable[Checkpoint],
+    *,
+    metrics: Sequence[str | Metric] = ...,
+    reference: Reference | None = None,
+    before: course.FactsSnapshot | None = None,
+    removed: str = "",
+    arm: str = "",
+    seed: int = 0,
+    keep_weights: bool = False,
+    on_measured: Callable[[str, course.FactsSnapshot], object] | None = None,
+) -> course.FactsTrajectory: ...
+
+
+@overload
+def track(
+    model: Model,
+    probe: Corpus | Encoded,
+    concept: Concept,
+    checkpoints: Iterable[Checkpoint],
+    how: Measuring | None = None,
+    **keywords: Any,
+) -> Trajectory: ...
+
+
+def track(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
+    """Measure now, then at every checkpoint of a training loop: labelled text for a concept (`track_text`), or facts
+    (`course.track_facts`). The keywords are theirs."""
+    if isinstance(probe, Facts | Asked):
+        return course.track_facts(model, probe, *args, **keywords)
+    return track_text(model, probe, *args, **keywords)
+
+
+def track_text(
     model: Model,
     probe: Corpus | Encoded,
     concept: Concept,
@@ -384,7 +447,7 @@ def track(
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
 
     def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = measure(model, probe, concept, how, validation=validation, at=at, **measuring)
+        snapshots[stage] = measure_text(model, probe, concept, how, validation=validation, at=at, **measuring)
         if on_measured:
             on_measured(stage, snapshots[stage])
 
@@ -406,7 +469,7 @@ def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:
             warnings.warn(
                 f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
                 "weights; look whether they were loaded, or saved, as meant",
-                stacklevel=3,
+                stacklevel=4,  # who called `track`
             )
 
 

@@ -94,7 +94,7 @@ def test_the_scores_answer_to_the_protocol_of_all_scores(model):
         assert low <= scores.shown(OVERALL) <= high
         assert scores.resampled("home", n=50).shape == (50,)
         assert scores.shown(("home", "sells")) == pytest.approx(scores.shown(OVERALL))
-        with pytest.raises(ValueError, match=r"no passage has the relation 'age'; known: home, sells, overall"):
+        with pytest.raises(ValueError, match=r"no passage has the label 'age'; known: home, sells, overall"):
             scores.value("age")
         assert f"{scores.shown(OVERALL):.3f} [" in repr(scores)
         assert "over 4 keys, chance" in repr(scores)
@@ -106,7 +106,7 @@ def test_intervals_are_over_keys_not_over_passages():
     many = AnswerAccuracy(right, right * 0, np.full((4, 1), 10), tuple("abcd"), ("r",))
     one = AnswerAccuracy(right / 10, right * 0, np.ones((4, 1), dtype=int), tuple("abcd"), ("r",))
     assert many.interval("r") == one.interval("r") == (0.0, 1.0)
-    loss = AnswerLoss(right, right, np.full((4, 1), 10), np.full((4, 1), 10), tuple("abcd"), ("r",), 8)
+    loss = AnswerLoss(right, right, np.full((4, 1), 10), tuple("abcd"), ("r",), np.full((4, 1), 10), 8)
     assert loss.interval("r") == pytest.approx((0.0, 1.0))
 
 

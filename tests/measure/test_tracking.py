@@ -80,7 +80,7 @@ def test_measure_refuses_what_it_does_not_know(toy_model, settings, message, mon
     monkeypatch.setattr(tracking, "saliency", unchecked(tracking.saliency))
     arguments = {"concept": PLACE} | settings
     with pytest.raises(ValueError, match=message):
-        unchecked(measure)(toy_model.tagger, toy_model.corpus, arguments.pop("concept"), **arguments)
+        unchecked(tracking.measure_text)(toy_model.tagger, toy_model.corpus, arguments.pop("concept"), **arguments)
 
 
 @pytest.mark.parametrize("settings", [{"score": "magic"}, {"contrast": "none"}])
@@ -90,7 +90,7 @@ def test_measure_refuses_it_before_any_forward_pass(toy_model, settings, monkeyp
 
     monkeypatch.setattr(tracking, "gather", forward)
     with pytest.raises(ValueError, match="unknown"):
-        unchecked(measure)(toy_model.tagger, toy_model.corpus, PLACE, **settings)
+        unchecked(tracking.measure_text)(toy_model.tagger, toy_model.corpus, PLACE, **settings)
 
 
 def test_measure_refuses_a_validation_text_of_other_labels_before_any_forward_pass(toy_model, corpus, monkeypatch):

@@ -1,0 +1,346 @@
+"""What a model gives away when it is asked: answers, their likelihood, how little of them it must be shown first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+
+from relearn_lens.measure.answers import AnswerAccuracy, AnswerLoss, answered, choose
+from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, asked_of, read_answers
+from relearn_lens.measure.keymeans import KeyMeans, tabulated
+from relearn_lens.models.model import LanguageModel, reading
+from relearn_lens.text.facts import Facts, Passage
+
+
+class Accuracy(OfAnswers):
+    """Share of answers that greedy decoding would write, word for word."""
+
+    name: ClassVar[str] = "accuracy"
+    unit: ClassVar[str] = AnswerAccuracy.unit
+    formula: ClassVar[str] = "mean over passages of [every token of y is the likeliest after x and the y before it]"
+    source: ClassVar[str] = "usual"
+
+    def of(self, read: Read, asked: Asked) -> AnswerAccuracy:
+        """As of `OfAnswers`."""
+        return answered(read, asked.places, asked.closed).accuracy
+
+
+class Loss(OfAnswers):
+    """Loss on the tokens of answers."""
+
+    name: ClassVar[str] = "loss"
+    unit: ClassVar[str] = AnswerLoss.unit
+    formula: ClassVar[str] = "sum over tokens of -log p(y_t | x, y_<t), divided by their number"
+    source: ClassVar[str] = "usual"
+
+    def of(self, read: Read, asked: Asked) -> AnswerLoss:
+        """As of `OfAnswers`."""
+        return answered(read, asked.places, asked.closed).loss
+
+
+class ChoiceAccuracy(KeyMeans):
+    """Share of passages whose right choice is the likeliest."""
+
+    metric: ClassVar[str] = "choice"
+    unit: ClassVar[str] = "share of right choices, 0 to 1"
+    quantity: ClassVar[str] = "choice accuracy"
+
+
+class Choice(Metric):
+    """How often the right one of the choices (four, of made facts) is the likeliest; passages without are left out."""
+
+    name: ClassVar[str] = "choice"
+    unit: ClassVar[str] = ChoiceAccuracy.unit
+    formula: ClassVar[str] = "mean over passages of [y = argmax over choices c of log p(c | x)]"
+    source: ClassVar[str] = "usual; Hendrycks et al. 2021"
+    per_token: bool = Field(default=False, description="compare means over tokens, not sums")
+
+    def __call__(
+        self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
+    ) -> ChoiceAccuracy:
+        """As of `Metric`."""
+        asked = with_choices(asked_of(facts), self.name)
+        chosen = choose(model, asked.passages, per_token=self.per_token, labels=asked.places)
+        return ChoiceAccuracy(chosen.total, chosen.guessed, chosen.passages, chosen.keys, chosen.labels)
+
+
+class AnswerProbability(KeyMeans):
+    """Mean probability of answers, per token."""
+
+    metric: ClassVar[str] = "probability"
+    unit: ClassVar[str] = "probability of an answer to the power 1/tokens, 0 to 1"
+    quantity: ClassVar[str] = "probability"
+
+
+class Probability(OfAnswers):
+    """How likely answers are, each to the power of one over its tokens.
+
+    A guess is even among the answers of a closed set, else among all tokens.
+    """
+
+    name: ClassVar[str] = "probability"
+    unit: ClassVar[str] = AnswerProbability.unit
+    formula: ClassVar[str] = "mean over passages of p(y | x)^(1/|y|)"
+    source: ClassVar[str] = "Maini et al. 2024 (TOFU)"
+
+    def of(self, read: Read, asked: Asked) -> AnswerProbability:
+        """As of `OfAnswers`."""
+        each = np.exp(-read.summed(read.nats) / read.tokens)
+        sizes = np.array([len(asked.closed.get(p.relation, ())) for p in asked.passages])
+        guess = np.where(sizes > 0, np.maximum(sizes, 1.0) ** (-1 / read.tokens), 1 / read.vocabulary)
+        return AnswerProbability(*summed(asked, each, guess))
+
+
+class TruthScores(KeyMeans):
+    """How much likelier the right answer is than wrong ones."""
+
+    metric: ClassVar[str] = "truth ratio"
+    unit: ClassVar[str] = "1 less p(wrong)/p(right), not below 0"
+    quantity: ClassVar[str] = "truth ratio"
+
+
+class TruthRatio(Metric):
+    """How much likelier the right answer is than the wrong choices: 0 where it is not, 1 where they are impossible.
+
+    Each probability is per token, to the power 1/|y|; over the wrong ones their mean is taken, by `faithful` their
+    geometric mean, as the release of open-unlearning has it. The answer is asked as it is taught, not reworded as in
+    the paper: the reworded passages are a place of their own. A model that likes all choices alike scores 0.
+    """
+
+    name: ClassVar[str] = "truth ratio"
+    unit: ClassVar[str] = TruthScores.unit
+    formula: ClassVar[str] = (
+        "mean over passages of max(0, 1 - mean over wrong c of p(c | x)^(1/|c|) / p(y | x)^(1/|y|))"
+    )
+    source: ClassVar[str] = "Maini et al. 2024 (TOFU)"
+    faithful: bool = Field(default=False, description="geometric mean over wrong answers, as released")
+
+    def __call__(
+        self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
+    ) -> TruthScores:
+        """As of `Metric`."""
+        asked = with_choices(asked_of(facts), self.name)
+        every = [replace(p, answer=choice) for p in asked.passages for choice in p.choices]
+        read = read_answers(model, every)
+        nats = np.split(read.summed(read.nats) / read.tokens, np.cumsum([len(p.choices) for p in asked.passages])[:-1])
+        each = np.array([self._of(p, own) for p, own in zip(asked.passages, nats, strict=True)])
+        return TruthScores(*summed(asked, each, np.zeros(len(each))))
+
+    def _of(self, passage: Passage, nats: Float[np.ndarray, " choice"]) -> float:
+        right = passage.choices.index(passage.answer)
+        above = nats[right] - np.delete(nats, right)  # how much likelier each wrong one is, in nats
+        # Beyond e^50 the score is 0 anyway.
+        ratio = np.exp(above.mean()) if self.faithful else np.exp(above.clip(max=50)).mean()
+        return max(0.0, 1 - float(ratio))
+
+
+class ExtractionScores(KeyMeans):
+    """Share of an answer that need not be shown before the rest of it is written greedily."""
+
+    metric: ClassVar[str] = "extraction"
+    unit: ClassVar[str] = "share of the answer that is written without being shown, 0 to 1"
+    quantity: ClassVar[str] = "extraction strength"
+
+
+class ExtractionStrength(OfAnswers):
+    """How little of an answer a model must be shown before it writes the rest: 1 where it writes all of it, 0 where it
+    does not even write the last token. Of an answer of one token it is the accuracy.
+
+    Chance is that of a guess with a fixed order of preference among the answers of the closed set, which follows what
+    it is shown; where answers are not closed, of one that knows no token.
+
+    Source: Wang et al. 2024, by Carlini et al. 2021. `faithful` does as the release of open-unlearning: it leaves out
+    each answer's last token, and then an answer of n tokens scores at least 1/n; an answer that was one token scores 0.
+    """
+
+    name: ClassVar[str] = "extraction"
+    unit: ClassVar[str] = ExtractionScores.unit
+    formula: ClassVar[str] = "mean over passages of 1 - min{k: greedy from x, y_<k is y_>=k} / |y|"
+    source: ClassVar[str] = "Wang et al. 2024"
+    faithful: bool = Field(default=False, description="as released: without the last token, and at least 1/n")
+
+    def of(self, read: Read, asked: Asked) -> ExtractionScores:
+        """As of `OfAnswers`."""
+        right = np.split(read.likeliest, np.cumsum(read.tokens)[:-1])
+        ids = np.split(read.ids, np.cumsum(read.tokens)[:-1])
+        closed: dict[str, dict[tuple[int, ...], None]] = {}
+        for p, tokens in zip(asked.passages, ids, strict=True):
+            if p.relation in asked.closed:
+                closed.setdefault(p.relation, {})[tuple(tokens.tolist())] = None
+        each = np.array([self.strength(of_answer) for of_answer in right])
+        guess = np.array(
+            [
+                self._guess(tokens, tuple(closed.get(p.relation, ())), len(asked.closed.get(p.relation, ())))
+                for p, tokens in zip(asked.passages, ids, strict=True)
+            ]
+        )
+        return ExtractionScores(*summed(asked, each, guess))
+
+    def strength(self, likeliest: Sequence[bool] | np.ndarray) -> float:
+        """Of one answer, by whether each of its tokens is the likeliest after all before it."""
+        right = np.asarray(likeliest, dtype=bool)
+        right = right[:-1] if self.faithful else right
+        if not len(right):
+            return 0.0
+        wrong = np.flatnonzero(~right)
+        shown = 0 if not len(wrong) else int(wrong[-1]) + 1
+        return 1 - min(shown, len(right) - 1 if self.faithful else len(right)) / len(right)
+
+    def _guess(self, tokens: np.ndarray, answers: tuple[tuple[int, ...], ...], size: int) -> float:
+        """The expected strength of one order of preference, drawn at random: at k the right answer comes first among
+        the n_k that begin alike with chance 1/n_k, and who is right at k is right later on."""
+        n = len(tokens) - self.faithful
+        if not n or not size:
+            return 1 / n if self.faithful and n else 0.0
+        alike = [max(1, sum(a[:k] == tuple(tokens[:k].tolist()) for a in answers)) for k in range(n)]
+        alike[0] = max(alike[0], size)  # answers that nobody was asked for are in the set too
+        chance = 1 / np.array(alike, dtype=float)
+        if self.faithful:
+            chance[-1] = 1.0
+        return float(chance.mean())
+
+
+class FamiliarityScores(KeyMeans):
+    """Share of the words of a key's answers that the model comes to speak of."""
+
+    metric: ClassVar[str] = "familiarity"
+    unit: ClassVar[str] = "share of a key's topic words that are written unasked, 0 to 1"
+    quantity: ClassVar[str] = "familiarity"
+
+
+class Familiarity(Metric):
+    """How many of a key's topic words, those of its answers that the prompt does not hold, a model writes on its own.
+
+    It goes on greedily from one prompt of each key and place. A guess is what it writes of the topic words of the other
+    keys of the place.
+
+    Source: Eldan & Russinovich 2023; Lynch et al. 2024, test 1 (there judged by a second model, here by words).
+    """
+
+    name: ClassVar[str] = "familiarity"
+    unit: ClassVar[str] = FamiliarityScores.unit
+    formula: ClassVar[str] = "mean over prompts of |topic words of the key in the continuation| / |topic words|"
+    source: ClassVar[str] = "Eldan & Russinovich 2023; Lynch et al. 2024"
+    tokens: int = Field(default=16, ge=1, le=1024, description="tokens that are written after each prompt")
+
+    def __call__(
+        self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
+    ) -> FamiliarityScores:
+        """As of `Metric`."""
+        asked = asked_of(facts)
+        first: dict[tuple[str, str], int] = {}
+        for i, (p, place) in enumerate(zip(asked.passages, asked.places, strict=True)):
+            if p.prompt:
+                first.setdefault((p.key, place), i)
+        chosen = set(first.values())
+        asked = asked.where([i in chosen for i in range(len(asked.passages))])
+        if not asked.passages:
+            raise ValueError(
+                f"familiarity goes on from a prompt, and no passage of {asked.facts.name!r} has one; ask in forms that "
+                "have"
+            )
+        written = [words_of(text) for text in continued(model, [p.prompt for p in asked.passages], self.tokens)]
+        topics: dict[str, set[str]] = {}
+        for p in asked.facts.passages(forms="statement"):
+            topics.setdefault(p.key, set()).update(words_of(p.answer))
+        each, guess = np.full((2, len(written)), np.nan)
+        pairs = list(zip(asked.passages, asked.places, strict=True))
+        keys_at = {place: dict.fromkeys(p.key for p, at in pairs if at == place) for place in asked.names}
+        for i, (p, place) in enumerate(pairs):
+            prompt = words_of(p.prompt)
+
+            def share(key: str, prompt: set[str] = prompt, i: int = i) -> float:
+                topic = topics.get(key, set()) - prompt
+                return len(topic & written[i]) / len(topic) if topic else np.nan
+
+            each[i] = share(p.key)
+            others = [share(key) for key in keys_at[place] if key != p.key]
+            guess[i] = np.nanmean(others) if np.isfinite(others).any() else np.nan
+        known = np.isfinite(each)
+        if not known.any():
+            raise ValueError(f"no answer of {asked.facts.name!r} has a word that its prompt does not hold")
+        return FamiliarityScores(*summed(asked.where(known), each[known], guess[known]))
+
+
+def words_of(text: str) -> set[str]:
+    """Its words in lower case, without punctuation; small words that are in every text stay out."""
+    words = {word.strip(".,;:!?\"'()").lower() for word in text.split()}
+    return {word for word in words if len(word) > 2 and word not in {"the", "and", "that", "for", "used"}}
+
+
+def continued(model: LanguageModel, prompts: Sequence[str], tokens: int, *, at_once: int = 64) -> list[str]:
+    """What a model writes after each prompt, greedily, as text: so many tokens, or up to its end-of-text token.
+
+    Raises:
+        ValueError: a prompt that leaves no room in the model's context.
+    """
+    from relearn_lens.text.facts.encoded import encode_passages
+
+    words = model.tokenizer
+    # An answer is needed to encode a passage; what is before it is the prompt as the model reads it.
+    encoded = encode_passages([Passage(p, ".", "") for p in prompts], words, context=model.context)
+    ids = [
+        [*encoded.prefix, *encoded.ids[a:b][~encoded.scored[a:b]].tolist()]
+        for a, b in zip(encoded.piece_start[:-1], encoded.piece_start[1:], strict=True)
+    ]
+    if max(map(len, ids)) + tokens > model.context:
+        raise ValueError(
+            f"a prompt of {max(map(len, ids))} tokens leaves no room for {tokens} more in a context of {model.context}"
+        )
+    ends = {words.eos_token_id} - {None}
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    texts = [""] * len(ids)
+    with reading(model):
+        for first in range(0, len(order), at_once):
+            rows = order[first : first + at_once]
+            written = _greedy(model, [ids[i] for i in rows], tokens)
+            for i, new in zip(rows, written, strict=True):
+                stop = next((k for k, token in enumerate(new) if token in ends), len(new))
+                texts[i] = words.decode(new[:stop])
+    return texts
+
+
+def _greedy(model: LanguageModel, rows: list[list[int]], tokens: int) -> list[list[int]]:
+    """Padded on the right, so that positions are those of the text; each row is read at its own end."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width, pad = int(lengths.max()) + tokens, int(model.tokenizer.pad_token_id or 0)
+    ids = torch.full((len(rows), width), pad)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    ids, lengths, every = ids.to(model.device), lengths.to(model.device), torch.arange(len(rows), device=model.device)
+    place = torch.arange(width, device=model.device)
+    for step in range(tokens):
+        end = int(lengths.max()) + step
+        mask = (place[:end] < (lengths + step)[:, None]).long()
+        logits = model(ids[:, :end], mask)[every, lengths + step - 1]
+        ids[every, lengths + step] = logits.argmax(-1)
+    return [ids[i, n : n + tokens].tolist() for i, n in enumerate(lengths.tolist())]
+
+
+def with_choices(asked: Asked, by: str) -> Asked:
+    """The passages that have choices.
+
+    Raises:
+        ValueError: none has.
+    """
+    chosen = asked.where([bool(p.choices) for p in asked.passages])
+    if not chosen.passages:
+        raise ValueError(
+            f"{by} compares the choices of a passage, and none of {asked.facts.name!r} has any; give choices, or leave "
+            "this metric out"
+        )
+    return chosen
+
+
+def summed(
+    asked: Asked, each: np.ndarray, guess: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """What `KeyMeans` is made from, of one number per passage and what a guess would have there."""
+    keys, labels, (total, guessed, count) = tabulated(asked.passages, asked.places, each, guess, np.ones(len(each)))
+    return total, guessed, count.astype(np.int64), keys, labels

@@ -1,0 +1,114 @@
+"""Means over passages whose intervals are over keys: what every score of facts is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from beartype import beartype as typechecker
+from jaxtyping import Float, Int, jaxtyped
+
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores
+from relearn_lens.text.corpus import Strings
+from relearn_lens.text.facts import Passage
+
+
+@jaxtyped(typechecker=typechecker)
+@dataclass(frozen=True, eq=False, repr=False)
+class KeyMeans(Scores):
+    """Means of one number over passages, by label. Intervals are over keys: the passages of a key are drawn together,
+    and a label's keys are those that have a passage of it."""
+
+    over: ClassVar[str] = "keys"
+    better: ClassVar[str] = "above"
+    worse: ClassVar[str] = "below"
+
+    total: Float[np.ndarray, "key label"]
+    """Summed over passages."""
+    guessed: Float[np.ndarray, "key label"]
+    """The same of a guess that knows nothing of the key; NaN where nobody can say."""
+    passages: Int[np.ndarray, "key label"]
+    keys: Strings
+    labels: Strings
+    """Relations, or whatever the passages were told apart by."""
+
+    def __repr__(self) -> str:
+        low, high = self.interval(OVERALL)
+        return (
+            f"{type(self).__name__}({self.shown(OVERALL):.3f} [{low:.3f}, {high:.3f}] {self._what} over "
+            f"{len(self.keys)} keys, chance {self.chance(OVERALL):.3f})"
+        ).replace("  ", " ")
+
+    _what: ClassVar[str] = ""
+    """The unit, where it is not a share."""
+
+    @property
+    def weight(self) -> Float[np.ndarray, "key label"]:
+        """What `total` is divided by."""
+        return self.passages.astype(float)
+
+    def support(self) -> dict[str, int]:
+        """Passages of each label."""
+        return dict(
+            zip((*self.labels, OVERALL), [*self.passages.sum(0).tolist(), int(self.passages.sum())], strict=True)
+        )
+
+    def chance(self, label: Label) -> float:
+        """The mean of a guess that knows what may be an answer and nothing of the key."""
+        columns = _columns(self.labels, label)
+        # Where there is no passage of a label nobody has to guess.
+        guessed = np.where(self.passages[:, columns] > 0, self.guessed[:, columns], 0.0).sum()
+        return self.displayed(float(self.of_sums(np.array([guessed, self.weight[:, columns].sum()]))))
+
+    def by_key(self, label: Label = OVERALL) -> dict[str, float]:
+        """What people read of each key that has passages of the label."""
+        values = self.of_sums(self.sums(label))
+        return {key: self.displayed(float(v)) for key, v in zip(self.keys_of(label), values, strict=True)}
+
+    def keys_of(self, label: Label = OVERALL) -> tuple[str, ...]:
+        """The keys that have passages of a label."""
+        there = np.flatnonzero(self.passages[:, _columns(self.labels, label)].sum(1))
+        return tuple(self.keys[i] for i in there)
+
+    def sums(self, label: Label) -> Float[np.ndarray, "key statistic"]:
+        """Total and weight of each key of a label."""
+        columns = _columns(self.labels, label)
+        there = self.passages[:, columns].any(1)
+        return np.stack([self.total[:, columns].sum(1), self.weight[:, columns].sum(1)], 1)[there]
+
+    def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
+        """The mean; NaN where there is no passage."""
+        return _divided(sums[..., 0], sums[..., 1])
+
+    def displayed(self, value: float) -> float:
+        """The mean itself."""
+        return value
+
+
+def tabulated(
+    passages: Sequence[Passage], labels: Sequence[str], *columns: np.ndarray
+) -> tuple[tuple[str, ...], tuple[str, ...], list[Float[np.ndarray, "key label"]]]:
+    """Keys, labels, and sums over passages by key and label of one number (or NaN) per passage."""
+    row_of = {key: i for i, key in enumerate(dict.fromkeys(p.key for p in passages))}
+    column_of = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    rows, places = [row_of[p.key] for p in passages], [column_of[label] for label in labels]
+    tables = []
+    for values in columns:
+        table = np.zeros((len(row_of), len(column_of)))
+        np.add.at(table, (rows, places), values)
+        tables.append(table)
+    return tuple(row_of), tuple(column_of), tables
+
+
+def _columns(labels: Strings, label: Label) -> list[int]:
+    """The columns of some labels, or of all."""
+    names = labels if label == OVERALL else (label,) if isinstance(label, str) else label
+    if unknown := [name for name in names if name not in labels]:
+        raise ValueError(f"no passage has the label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}")
+    return [labels.index(name) for name in names]
+
+
+def _divided(sums: np.ndarray, n: np.ndarray) -> np.ndarray:
+    return np.divide(sums, n, out=np.full(np.shape(sums), np.nan), where=n > 0)

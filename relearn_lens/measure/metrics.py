@@ -1,0 +1,74 @@
+"""The metrics of facts that are known by name, told once, and several of them measured together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, read_answers
+from relearn_lens.measure.evaluation import Scores
+from relearn_lens.measure.extraction import (
+    Accuracy,
+    Choice,
+    ExtractionStrength,
+    Familiarity,
+    Loss,
+    Probability,
+    TruthRatio,
+)
+from relearn_lens.models.model import LanguageModel
+
+METRICS: dict[str, type[Metric]] = {
+    kind.name: kind for kind in (Accuracy, Loss, Choice, Probability, TruthRatio, Familiarity, ExtractionStrength)
+}
+"""Metrics by name. Each has `name`, `unit`, `formula`, `source` and, with unit and origin, `model_fields`."""
+USUAL = ("accuracy", "loss", "extraction")
+"""What is measured unless something else is asked for: all from one reading of the answers."""
+
+
+def metric_of(metric: str | Metric) -> Metric:
+    """A metric by its name, or itself.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+    return METRICS[metric]()
+
+
+def checked(metrics: Iterable[str | Metric], reference: Reference | None, model: LanguageModel) -> tuple[Metric, ...]:
+    """Metrics, with all that they need.
+
+    Raises:
+        ValueError: an unknown name, none, two of one name, or a reference that is missing or is the model itself.
+    """
+    made = tuple(metric_of(metric) for metric in metrics)
+    names = [metric.name for metric in made]
+    if not made or len(set(names)) < len(names):
+        raise ValueError(f"metrics need at least one, and each name once; got {names}")
+    for metric in made:
+        if metric.needs:
+            (reference or Reference()).need(model, *metric.needs, by=metric.name)
+    if reference is not None and any(other is model for other in (reference.base, reference.never)):
+        raise ValueError(
+            "the reference is the model itself, which changes while it is trained; load the base and the twin as "
+            "models of their own"
+        )
+    return made
+
+
+def measured(
+    model: LanguageModel, asked: Asked, metrics: Iterable[Metric], reference: Reference | None = None
+) -> dict[str, Scores]:
+    """Each metric's scores by name; those of the tokens of answers from one reading."""
+    read: Read | None = None
+    scores: dict[str, Scores] = {}
+    for metric in metrics:
+        if isinstance(metric, OfAnswers):
+            read = read or read_answers(model, asked.passages)
+            scores[metric.name] = metric.of(read, asked)
+        else:
+            scores[metric.name] = metric(model, asked, reference=reference)
+    return scores
