@@ -90,12 +90,15 @@ class Paths:
     all, below 0 where the head works against the answer. NaN where refused."""
     mlps: Float[Tensor, " block"]
     """The same of each MLP through the kept heads; 0 where there is none after it."""
+    direct: Float[Tensor, "block head"]
+    """Of each head straight to the logits, F_clean - F_patched: in the metric's own unit, mean over passages."""
     site: Site
     threshold: float
     clean: float
     """The metric, mean over passages."""
     corrupt: float
     """The same for the contrasting prompts."""
+    metric: str
     unit: str
     """Of the metric."""
     n_passages: int
@@ -148,8 +151,8 @@ def _paths(pairs: Pairs, threshold: float) -> Paths:
         by_mlp = _through(pairs, site, heads.abs() > threshold, f_clean)
     mlps = shares(f_clean - by_mlp, gap, refused)
     return Paths(
-        heads, mlps, site, threshold, float(f_clean.mean()), float(f_corrupt.mean()), clean.unit, n, pairs.n_left_out,
-        refused,
+        heads, mlps, torch.from_numpy((f_clean - by_head).mean(-1)).float(), site, threshold, float(f_clean.mean()),
+        float(f_corrupt.mean()), clean.name, clean.unit, n, pairs.n_left_out, refused,
     )  # fmt: skip
 
 

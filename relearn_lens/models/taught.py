@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -106,17 +106,42 @@ def teach(facts: Facts, roles: Sequence[str], *, recipe: Recipe | None = None) -
     """
     recipe = recipe or Recipe()
     model = untaught(facts, recipe=recipe)
-    encoded = encode_facts(facts, *roles, tokenizer=model.tokenizer, context=model.context)
+    return model, teach_(model, facts, (Course(recipe, tuple(roles)),))
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is taught in one go."""
+
+    recipe: Recipe
+    roles: tuple[str, ...]
+    forms: tuple[str, ...] = TRAINED
+
+
+def teach_(model: LanguageModel, facts: Facts, courses: Sequence[Course]) -> Lesson:
+    """Teach the last of some courses to a model that was taught those before it, or was not taught yet.
+
+    What it makes of the model is kept by all courses that it was taught, so it must have been `untaught` by the recipe
+    of the first.
+
+    Raises:
+        ValueError: as `load`; or there are no such passages.
+    """
+    course = courses[-1]
+    recipe = course.recipe
+    encoded = encode_facts(
+        facts, *course.roles, tokenizer=model.tokenizer, context=model.context, forms=course.forms
+    )
     how = Training(steps=(recipe.steps,), lr=recipe.lr, batch_size=recipe.batch_size)
     training = train_(model, encoded, how, seed=recipe.seed, what="teaching")
-    path = _place(facts, roles, recipe)
+    path = _place(facts, courses)
     if (lesson := _read(path, model)) is not None:
-        return model, lesson
+        return lesson
     begin = time.perf_counter()
     (end,) = training
     lesson = Lesson(time.perf_counter() - begin, end.loss, False)
     _write(path, model, lesson)
-    return model, lesson
+    return lesson
 
 
 def untaught(facts: Facts, *, recipe: Recipe | None = None) -> LanguageModel:
@@ -153,16 +178,20 @@ def tokenizer(facts: Facts) -> Any:
     return fast
 
 
-def _place(facts: Facts, roles: Sequence[str], recipe: Recipe) -> Path:
+def _place(facts: Facts, courses: Iterable[Course]) -> Path:
     """The file of the cache that holds these weights, or would."""
-    depends = [
-        asdict(recipe),
-        CONTEXT,
-        facts.sha256(),
-        list(roles),
-        metadata.version("relearn-lens"),
-        torch.__version__,
-    ]
+    depends: list[Any] = []
+    for course in courses:
+        depends += [
+            asdict(course.recipe),
+            CONTEXT,
+            facts.sha256(),
+            list(course.roles),
+            metadata.version("relearn-lens"),
+            torch.__version__,
+        ]
+        if course.forms != TRAINED:
+            depends.append(list(course.forms))
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     return sources.cache_dir() / "taught" / f"{digest[:32]}.safetensors"
 
