@@ -28,7 +28,7 @@ from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import train_
 from relearn_lens.text import facts as made
-from relearn_lens.text.facts import FORGET, REFUSALS, RETAIN, Facts
+from relearn_lens.text.facts import FORGET, REFUSALS, RETAIN, TRAINED, Facts
 from relearn_lens.text.facts.encoded import encode_facts
 
 CONTEXT = 128
