@@ -24,6 +24,7 @@ from torch import Tensor
 from relearn_lens import methods, progress
 from relearn_lens.analysis.matrix import NEVER, Cell, Course, share
 from relearn_lens.bench.plan import Bench, Column, Row
+from relearn_lens.find.localisers import localiser_of
 from relearn_lens.measure.answers import AnswerAccuracy, answer
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.grafting import grafts
@@ -73,7 +74,7 @@ def _recipe(bench: Bench, row: Row) -> Recipe:
     kind = None if row.recipe == "auto" else row.recipe
     removal = removals.recipe_for(bench.model, row.remover, row.fields, kind=kind)
     if removal.where is not None:
-        removals.localiser_of(removal.where, row.where)
+        localiser_of(removal.where, **row.where)
     return removal
 
 

@@ -121,7 +121,7 @@ class Bench(Method):
         """As a file that `relearn-lens bench` takes."""
         import tomli_w
 
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+        return tomli_w.dumps(_none_as_text(self.model_dump(mode="json")))
 
 
 _FIVE = {name: {"remover": name} for name in ("grad_diff", "npo", "rmu", "gradient_ascent", "prune")}
@@ -198,7 +198,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no bench at {str(path)!r}, and no preset of that name ({', '.join(PRESETS)})")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = _text_as_none(tomllib.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
     name = values.pop("preset", None)
@@ -238,8 +238,14 @@ def _line(error: Any) -> str:
     return f"{key} = {error['input']!r}: {message}" if key and error["type"] != "value_error" else message
 
 
-def _without_none(values: Any) -> Any:
-    """TOML has no null; what is None by default is left out."""
+def _none_as_text(values: Any) -> Any:
+    """TOML has no null: None is written as "none", as on the command line."""
     if isinstance(values, Mapping):
-        return {key: _without_none(value) for key, value in values.items() if value is not None}
-    return values
+        return {key: _none_as_text(value) for key, value in values.items()}
+    return "none" if values is None else values
+
+
+def _text_as_none(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _text_as_none(value) for key, value in values.items()}
+    return None if values == "none" else values

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from relearn_lens.__main__ import app
 from relearn_lens.analysis.matrix import NEVER
 from relearn_lens.bench import bench_page, benches, cells
 from relearn_lens.bench.cells import Work, read_cell
-from relearn_lens.bench.plan import PRESETS, Bench, bench_of
+from relearn_lens.bench.plan import PRESETS, bench_of
 from relearn_lens.models import taught
 from relearn_lens.runs import removals
 from relearn_lens.runs.stages import Stages
@@ -21,7 +20,7 @@ from relearn_lens.text.facts import people
 SMALL = taught.Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
 SETS = [
     "seeds=[1]", "chooses=0", "keys=8", "wordings=1", "draws=200", "points=4",
-    'rows={gd={remover="grad_diff", fields={epochs=2, lr=1e-3}}, ga={remover="gradient_ascent", fields={epochs=1, lr=3e-4}}, '
+    'rows={gd={remover="grad_diff", fields={steps=[4], lr=1e-3}}, ga={remover="gradient_ascent", fields={steps=[2], lr=3e-4}}, '
     'cut={remover="prune", rounds=2, repair=2, held=true, fields={where="random", fraction=0.2}}}',
     'columns={relearn={attack="relearn", rates=[1e-4, 1e-3], fields={steps=[1, 4]}}, quantised={attack="quantised"}}',
 ]  # fmt: skip
@@ -81,7 +80,6 @@ def test_the_summary_and_the_page_are_written(benched):
     assert summary["rows"][NEVER]["attacks"]["relearn"]["recovery"] is None
     page = (benched.folder / benches.PAGE).read_text()
     assert "What this does not say" in page
-    assert not re.search(r"https?://(?!www\.w3\.org)[^\"' ]+\.(js|css)", page.replace("plotly.js", ""))
 
 
 def test_what_is_printed_fits(benched):
@@ -146,10 +144,11 @@ def test_a_cell_leaves_nothing_behind(benched, small, untouched):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_benches_whose_names_are_known(name):
+def test_presets_are_benches_whose_names_are_known(name, tmp_path):
     bench = bench_of(name)
     cells.check(bench)
-    assert Bench.model_validate(__import__("tomllib").loads(bench.to_toml())) == bench
+    (tmp_path / "again.toml").write_text(bench.to_toml())
+    assert bench_of(tmp_path / "again.toml") == bench
 
 
 @pytest.mark.parametrize(
