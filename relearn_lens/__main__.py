@@ -195,6 +195,50 @@ def bench(
     raise typer.Exit(bool(benched.failed))
 
 
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a source, or a name on the hub.")],
+    facts: Annotated[str | None, typer.Option(help="people, countries, ontology; or give --forget and --retain.")] = None,
+    forget: Annotated[str | None, typer.Option(help="What is said to be gone: a JSONL file or hf:NAME.")] = None,
+    retain: Annotated[str | None, typer.Option(help="What was to stay: a JSONL file or hf:NAME.")] = None,
+    original: Annotated[str | None, typer.Option(metavar="BASE", help="The model that it was made from.")] = None,
+    never: Annotated[str | None, typer.Option(metavar="TWIN", help="One that never knew what is to be gone.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt that it is served with.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where audit.json and the page go.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print audit.json instead.")] = False,
+    fail_over: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with 1 if more of the facts than this can be reached.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of made facts, of what is drawn and of relearning.")] = 0,
+) -> None:
+    """Somebody else's unlearned model: what it answers, what can be read inside, and what comes back.
+
+    It is asked in other wordings and forms, probed, quantised, pruned and relearned on half of the facts.
+    """
+    if (facts is None) == (forget is None):
+        raise ValueError("give what is to be gone: --facts NAME, or --forget FILE with --retain FILE")
+    from relearn_lens.bench import audit as audits
+    from relearn_lens.models.loading import load_language_model
+    from relearn_lens.runs import removals
+
+    from relearn_lens.progress import reported
+
+    with _following() as follow, reported(follow.progress if sys.stdout.isatty() else None):
+        subject = removals.subject(model, str(facts or forget), retain=retain, seed=seed)
+        base, twin = (None if name is None else load_language_model(name) for name in (original, never))
+        done = audits.audit(subject.model, subject.facts, original=base, never=twin, system=system, seed=seed)
+    page = audits.write(model, done, out) if out else None
+    if json:
+        from relearn_lens.runs.files import as_json
+
+        print(as_json({"model": model, **done.to_dict()}).decode(), end="")
+    else:
+        print(*audits.lines(Path(model).name, done)[: 24 if page else 25], sep="\n")
+        if page:
+            print(f"page: {page}")
+    raise typer.Exit(fail_over is not None and done.evidence.reached > fail_over)
+
+
 @app.command(hidden=True, name="bench-job")
 def bench_job(
     task: Annotated[Path, typer.Argument(help="What a bench wrote for one of its processes.")],

@@ -28,7 +28,7 @@ HIDDEN = 0.25
 """What more is answered without the system prompt, from which on the prompt hides it."""
 ZEROED = 0.005
 """Share of the blocks' weights that are 0 and were not, or that stand in rows or columns of nothing but 0."""
-ALIKE = 0.3
+ALIKE = 0.55
 """By how much more hidden states of what was forgotten point one way than those of what stayed."""
 NEAR = 0.7
 """Norm of the change over the original's, up to which a model counts as made from it; of two unlike models it is about

@@ -51,11 +51,9 @@ class Course:
     """Whether the model was no longer finite after the last checkpoint."""
 
     def __post_init__(self) -> None:
-        n = len(self.steps)
-        if not n or len(self.held_out) != n or len(self.retained) != n:
+        if not self.steps or len(self.held_out) != len(self.steps):
             raise ValueError(
-                f"a course has sums for every checkpoint: {n} steps, {len(self.held_out)} of the held-out half, "
-                f"{len(self.retained)} of what was to stay"
+                f"a course has sums for every checkpoint: {len(self.steps)} steps and {len(self.held_out)} checkpoints"
             )
 
     def usable(self, bound: float = BEARABLE) -> list[int]:

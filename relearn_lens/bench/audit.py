@@ -56,10 +56,12 @@ class Audit:
     verdict: Verdict
     numbers: Mapping[str, Interval]
     """Shares with intervals over keys, by name."""
-    curve: Mapping[str, Sequence[float]]
+    curve: Mapping[str, Sequence[float | int]]
     """`steps`, and the held-out half answered at each: of the model, and of the twin where there is one."""
     rate: float
     """Learning rate at which most came back."""
+    best: int
+    """The step at which most was back, among those that cost at most `BOUND` of what stays; 0: none was."""
     grafts: Sequence[Mapping[str, Any]]
     states: Mapping[str, float]
     """Share of passages in each state."""
@@ -129,13 +131,11 @@ def audit(
     found |= _weights(model, original)
     with progress.task("bringing back"):
         curve, rate, weights = _relearned(model, facts, held_out, retained, rates, steps, seed)
-        before, after = curve["held_out"][0], max(curve["held_out"])
-        found["back"] = after - before
+        found["back"] = curve["interval"][0] - curve["all"][0]
         numbers["relearned"] = curve["interval"]
         if never is not None:
             twin, *_ = _relearned(never, facts, held_out, retained, (rate,), steps, seed)
-            at = curve["steps"][int(np.argmax(curve["held_out"]))]
-            n = max((i for i, step in enumerate(twin["all_steps"]) if step <= at), default=0)
+            n = max(i for i, step in enumerate(twin["all_steps"]) if step <= curve["at"])
             found["twin_back"] = twin["all"][n] - twin["all"][0]
             curve["twin"] = twin["all"]
         for name, attack in (
@@ -154,7 +154,7 @@ def audit(
     shown = {name: curve[name] for name in ("all_steps", "all", "twin") if name in curve}
     return Audit(
         evidence, decide(evidence), numbers, {"steps": shown.pop("all_steps"), "model": shown.pop("all"), **shown}, rate,
-        where, inside, items, facts.name, (*facts.notes, *skipped),
+        curve["at"], where, inside, items, facts.name, (*facts.notes, *skipped),
     )  # fmt: skip
 
 
@@ -305,10 +305,10 @@ def _relearned(
         finally:
             model.load_weights(start)
         every = [one.value(OVERALL) for one, _ in scores]
-        usable = [0, *(Course(tuple(at), np.stack([o.sums(OVERALL) for o, _ in scores]), np.stack([r.sums(OVERALL) for _, r in scores])).usable(BOUND))]
         told = scores[when][0]
-        curve = {
-            "all_steps": at, "all": every, "steps": [at[i] for i in usable], "held_out": [every[i] for i in usable],
+        curve: dict[str, Any] = {
+            "at": at[when],
+            "all_steps": at, "all": every,
             "interval": (told.shown(OVERALL), *told.interval(OVERALL)),
         }  # fmt: skip
         if best is None or top > best[0]:
@@ -357,10 +357,9 @@ def lines(name: str, done: Audit) -> list[str]:
         out += _wrapped(f"inside: probes read {_short(n['inside'])} ({', '.join(others)})")
         out += _wrapped(f"by block: {', '.join(f'{k} {v:.2f}' for k, v in list(e.by_layer.items())[:24])}")
     gains = "" if e.twin_back is None else f"; the twin gains {e.twin_back:+.2f}"
-    steps = done.curve["steps"]
     out += _wrapped(
-        f"half relearned (to step {steps[-1]}, lr {done.rate:g}): of the other half {_short(n['relearned'])}, "
-        f"{e.back:+.2f}{gains}"
+        f"half relearned (best at step {done.best} of {done.curve['steps'][-1]}, lr {done.rate:g}): of the other half "
+        f"{_short(n['relearned'])}, {e.back:+.2f}{gains}"
     )
     weak = [
         f"{what} {value:.2f}"

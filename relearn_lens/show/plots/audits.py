@@ -34,7 +34,7 @@ def audit_layers(found: Evidence) -> go.Figure:
     return dressed(figure, "Read inside", ", ".join(beside), y="share that a probe reads", height=340)
 
 
-def audit_curve(curve: Mapping[str, Sequence[float]], rate: float) -> go.Figure:
+def audit_curve(curve: Mapping[str, Sequence[float | int]], rate: float) -> go.Figure:
     """Does relearning half of the facts bring back the other half?
 
     The share of the held-out half that is answered against the steps of training on the other half. The dashed line is
