@@ -18,7 +18,7 @@ from .text.readers import (
     read_hf as read_hf,
     read_splits as read_splits,
 )
-from .models import taught as taught, toy as toy
+from .models import ioi as ioi, taught as taught, toy as toy
 from .models.export import export as export
 from .models.loading import (
     load_bridge as load_bridge,
@@ -52,6 +52,7 @@ from .neurons.streaming import (
     class_stats as class_stats,
     stream as stream,
 )
+from . import find as find
 from .find.attribution import (
     Attribution as Attribution,
     attribute as attribute,
@@ -80,11 +81,19 @@ from .measure.asking import (
     Reference as Reference,
     ask as ask,
 )
+from .measure.battery import Battery as Battery, battery as battery
+from .measure.edits import Edited as Edited, edited as edited
 from .measure.course import (
     FactsSnapshot as FactsSnapshot,
     FactsTrajectory as FactsTrajectory,
 )
 from .measure.metrics import METRICS as METRICS
+from .measure.crosspatch import (
+    CrossPatch as CrossPatch,
+    HeadRoles as HeadRoles,
+    cross_patch as cross_patch,
+    head_roles as head_roles,
+)
 from .measure.evaluation import (
     SpanScores as SpanScores,
     TokenLoss as TokenLoss,
@@ -121,6 +130,7 @@ from .analysis import claims as claims
 from .analysis import migration as migration
 from .analysis import priming as priming
 from .analysis import recovery as recovery
+from .analysis import relearned as relearned
 from .runs import published as published
 from .runs.presets import (
     preset as preset,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from relearn_lens.bench.engines import Done
     from relearn_lens.bench.sweeps import Swept
     from relearn_lens.remove.recipes import Recipe
+    from relearn_lens.reproduce.protocol import Reproduction
     from relearn_lens.runs.events import Event
     from relearn_lens.runs.removals import Removed, Subject
     from relearn_lens.runs.results import Run
@@ -147,6 +148,60 @@ def sweep(
     else:
         _print_swept(swept)
     raise typer.Exit(bool(swept.failed))
+
+
+@app.command(name="reproduce")
+def reproduce_(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME | all]", help="A paper; without one they are listed.")
+    ] = None,
+    scale: Annotated[Literal["toy", "real"], typer.Option(help="toy: minutes on two cores.")] = "toy",
+    seeds: Annotated[int, typer.Option(help="How many; a verdict takes three.")] = 3,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder that seeds are kept in.")] = Path(
+        "runs/reproduce"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Put a paper's claims to the test, small, with controls, intervals and a verdict for each.
+
+    The same command continues what was interrupted.
+    """
+    from relearn_lens import progress
+    from relearn_lens.reproduce import protocol
+
+    if name is None:
+        papers = [protocol.paper_of(each) for each in protocol.PAPERS]
+        rows = [[p.name, p.title, p.source, ", ".join(p.scales)] for p in papers]
+        _table("papers; relearn-lens reproduce NAME", ["name", "title", "source", "scales"], rows, piped=80)
+        return
+    results = []
+    for each in protocol.PAPERS if name == "all" else [name]:
+        with _following() as follow, progress.reported(follow.progress):
+            result = protocol.reproduce(each, scale=scale, seeds=range(seeds), out=out)
+        results.append(result)
+        if not json:
+            _print_reproduction(result)
+    if json:
+        from json import dumps
+
+        print(dumps([result.to_dict() for result in results], indent=1, ensure_ascii=False))
+    elif name == "all":
+        print(protocol.write_table(results, out / "table.md"))
+
+
+def _print_reproduction(result: Reproduction) -> None:
+    """A paper's claims, verdict first."""
+    _prose(f"{result.paper.name}: {result.paper.title} ({result.paper.source})")
+    for row in result.rows:
+        beside = "" if row.control is None else f"; control {row.control:.2f}"
+        published = f"; published {row.claim.published}" if row.claim.published else ""
+        value = "not measured" if row.effect is None else f"{row.effect} {row.claim.unit}"
+        bar = f"within {row.claim.bar:g}" if row.claim.rule == "within" else f"bar {row.claim.bar:g}"
+        _prose(f"{row.verdict}: {row.claim.says}. {value} ({bar}{beside}{published})", indent=2)
+        for note in row.notes:
+            _prose(note, indent=4)
+    _prose(f"{result.seconds:.0f} s, seeds {', '.join(map(str, result.seeds))}, {result.scale}; {result.paper.smaller}")
+    print()
 
 
 @app.command()
@@ -416,6 +471,12 @@ def remove(
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help="Values for a kind of model; published: as published.")
     ] = None,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", min=1, help="Train adapters of this rank in the place of weights.")
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Weights in bfloat16; what moves is stepped in float32.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of facts, localiser and training.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the model here, with a manifest.")] = None,
 ) -> None:
@@ -437,12 +498,28 @@ def remove(
         localiser_of(removal.where, **of_where)
     elif of_where:
         raise ValueError(f"--set where.{next(iter(of_where))}: there is no localiser; name one as --where")
-    says = {"model": model, "facts": facts, "retain": retain, "general": general, "recipe": recipe}
+    says = {
+        "lora": lora,
+        "half": half,
+        "model": model,
+        "facts": facts,
+        "retain": retain,
+        "general": general,
+        "recipe": recipe,
+    }
     with _following() as follow, reported(follow.progress):
-        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed)
+        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed, half=half)
+        memory = removals.memory_of(subject, removal, lora=lora)
+        follow.say(f"memory: about {sum(memory.values()):,} MB ({', '.join(f'{k} {v:,}' for k, v in memory.items())})")
         done = removals.carry_out(
-            subject, removal, out=out, where_fields=of_where, seed=seed, says={"asked": says, "where_fields": of_where}
-        )
+            subject,
+            removal,
+            out=out,
+            where_fields=of_where,
+            lora=lora,
+            seed=seed,
+            says={"asked": says, "where_fields": of_where},
+        )  # fmt: skip
     _print_removed(method, subject, removal, done)
 
 

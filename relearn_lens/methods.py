@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from relearn_lens.names import meant
 
 Size = Annotated[float, Field(gt=0, le=10**9)]
 Epochs = Annotated[float, Field(gt=0, le=10_000)]
@@ -52,7 +54,8 @@ def of(kind: type[M], how: M | None, fields: Mapping[str, Any]) -> M:
 def _line(kind: type[Method], error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"]) or kind.__name__
     if error["type"] == "extra_forbidden":
-        return f"{kind.__name__} has no field {name!r}; it has {', '.join(kind.model_fields)}"
+        known = list(kind.model_fields)
+        return f"{kind.__name__} has no field {name!r}; it has {', '.join(known)}{meant(name, known)}"
     return f"{name} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
 
 
@@ -193,6 +196,12 @@ class Measuring(Attributing):
     what: tuple[str, ...] = Field(
         default=(), description="scores (`relearn-lens scores`), conductance or layer_ig, top_words, similarity"
     )
+
+    @field_validator("what", mode="before")
+    @classmethod
+    def _one(cls, what: Any) -> Any:
+        return (what,) if isinstance(what, str) else what
+
     rank_bucket: int = Field(
         default=1,
         ge=1,

@@ -3,4 +3,6 @@
 import lazy_loader as lazy
 
 # Modules that are public names.
-__getattr__, *_ = lazy.attach(__name__, ["claims", "migration", "priming", "questions", "recovery", "story"])
+__getattr__, *_ = lazy.attach(
+    __name__, ["claims", "migration", "priming", "questions", "recovery", "relearned", "story"]
+)

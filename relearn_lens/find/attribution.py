@@ -33,8 +33,10 @@ from relearn_lens.find.targets import check_target, concept_in, target_of
 from relearn_lens.methods import Attributing
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading, widest
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neuron, Site, site_of, streaming, token_site
-from relearn_lens.text.concept import Concept
+from relearn_lens.text import markup
+from relearn_lens.text.concept import Concept, concept_of
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Encoded
 
@@ -86,6 +88,19 @@ class Attribution:
         missing = f"; at most {self.delta.abs().max():.2g} of a layer missing" if self.is_cut_set else ""
         return f"Attribution({self.concept}, {self.form}, {self.site.name}; {most} {self.unit}{missing})"
 
+    def _repr_html_(self) -> str:
+        """What the output owes to each layer and to the neurons that it owes most, signed."""
+        best = self.score.abs().flatten().argsort(descending=True, stable=True)[:8].tolist()
+        neurons = [divmod(i, self.site.width) for i in best]
+        rows = [[Neuron(self.site.layers[i], k), f"{self.score[i, k]:+.4g}"] for i, k in neurons]
+        sizes = self.score.abs().sum(1)
+        share = dict(zip(self.site.layers, (sizes / sizes.sum()).tolist(), strict=True))
+        return markup.box(
+            repr(self),
+            markup.bars(["layer", "share of all attribution"], share),
+            markup.table(["neuron", f"attribution ({self.unit})"], rows),
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -124,7 +139,7 @@ class Plan:
 def attribute(
     model: Model,
     text: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     how: Attributing | None = None,
     *,
     site: str | Site = "resid",
@@ -160,15 +175,16 @@ def attribute(
         ValueError: a name that is not known, a concept or a baseline that model, tokenizer or text lack, or an
             argument out of range; all before any forward pass. Attributions that are not finite, after it.
     """
-    run = _Run(model, text, concept, methods.of(Attributing, how, fields), site, form, seed)
+    run = _Run(model, text, concept_of(concept), methods.of(Attributing, how, fields), site, form, seed)
     with run.hooked():
         plan, chunks = run.plan()
         if on_plan:
             on_plan(plan)
         shared = processes.is_shared(len(chunks))
         times = processes.size() if shared else 1
-        for pieces, at_once in processes.share(chunks):
-            run.add(pieces, at_once, times)
+        with progress.task("attribution", plan.tokens):
+            for pieces, at_once in processes.share(chunks):
+                run.add(pieces, at_once, times)
         if shared:
             run.together()
     return run.attribution()
@@ -177,7 +193,7 @@ def attribute(
 def attribution_plan(
     model: Model,
     text: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     how: Attributing | None = None,
     *,
     site: str | Site = "resid",
@@ -190,7 +206,7 @@ def attribution_plan(
     Raises:
         ValueError: as `attribute` does.
     """
-    run = _Run(model, text, concept, methods.of(Attributing, how, fields), site, form, seed)
+    run = _Run(model, text, concept_of(concept), methods.of(Attributing, how, fields), site, form, seed)
     with run.hooked():
         return run.plan()[0]
 
@@ -224,7 +240,7 @@ class _Run:
         rule = how.quadrature
         for what, name, known in (("form", form, get_args(Form)), ("quadrature", rule, QUADRATURES)):
             if not callable(name) and name not in known:
-                raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+                raise ValueError(unknown(what, name, known))
         self.model, self.concept, self.max_bytes = model, concept.name, how.max_bytes
         self.form = cast(Form, form)
         self.steps = how.steps

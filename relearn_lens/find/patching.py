@@ -7,6 +7,7 @@ through the model in groups of equal length, without padding. One number says wh
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -239,7 +240,7 @@ def subjects(asked: Asked) -> Subject:
         ValueError: a prompt does not.
     """
     passages = asked.passages
-    if lost := [p for p in passages if not p.key or p.key not in p.prompt]:
+    if lost := [p for p in passages if not _named(p)]:
         raise ValueError(
             f"{len(lost)} of {len(passages)} prompts do not name their key, such as {lost[0].prompt[:60]!r} of "
             f"{lost[0].key[:60]!r}, so it cannot be said where the subject is; give rows whose key stands in the prompt"
@@ -250,13 +251,15 @@ def subjects(asked: Asked) -> Subject:
     first = len(asked.encoded.prefix)
     tokens = []
     for p, offsets in zip(passages, texts["offset_mapping"], strict=True):
-        spans, at = [], p.prompt.find(p.key)
-        while at >= 0:
-            spans.append((at, at + len(p.key)))
-            at = p.prompt.find(p.key, at + 1)
+        spans = [found.span() for found in _named(p)]
         inside = [i for i, (a, b) in enumerate(offsets) if any(a < end and b > begin for begin, end in spans)]
         tokens.append(np.array(inside, dtype=np.int64) + first)
     return Subject(tuple(tokens))
+
+
+def _named(passage: Passage) -> list[re.Match[str]]:
+    """Where the prompt names the key as words of its own: `he` is not in `the`."""
+    return list(re.finditer(rf"(?<!\w){re.escape(passage.key)}(?!\w)", passage.prompt)) if passage.key else []
 
 
 def mean_by_length(asked: Asked, site: Site) -> Mapping[int, Float[Tensor, "layer token unit"]]:
@@ -280,7 +283,7 @@ def refusal(gap: Float[np.ndarray, " passage"], what: str, *, falls: bool = Fals
     mean = float(gap.mean())
     if (mean if falls else abs(mean)) > 2 * error:
         return None
-    return f"{what} is {mean:.3g} on {len(gap)} passages, within two standard errors ({error:.2g}) of none"
+    return f"{what} is {mean:.3g} on {len(gap)} passages, not beyond two standard errors ({error:.2g})"
 
 
 def shares(

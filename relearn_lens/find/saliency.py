@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.find.probes import Quality, elastic_net, k_sparse
 from relearn_lens.models.model import Model
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import (
     ROUNDING,
@@ -77,6 +78,8 @@ class Saliency:
         n = int(there.sum())
         if (k is None) == (fraction is None):
             raise ValueError("give k= or fraction=, one of them")
+        if isinstance(k, float):
+            raise ValueError(f"k is a number of neurons, got {k}; a share of them is top(fraction={k:g})")
         if fraction is not None and not 0 < fraction <= 1:
             raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
         k = round(fraction * n) if fraction is not None else k
@@ -474,12 +477,12 @@ def score_of(score: str | Score | Callable, contrast: str = "rest") -> Score:
         ValueError: the score or the contrast is not known.
     """
     if contrast not in get_args(Contrast):
-        raise ValueError(f"unknown contrast {contrast!r}; known: {', '.join(get_args(Contrast))}")
+        raise ValueError(unknown("contrast", contrast, get_args(Contrast)))
     if isinstance(score, Score):
         return score
     if callable(score):
         name = getattr(score, "__name__", "score")
         return Score(name, "", (score.__doc__ or "").strip(), score)
     if score not in SCORES:
-        raise ValueError(f"unknown score {score!r}; known: {', '.join(SCORES)}")
+        raise ValueError(unknown("score", score, SCORES))
     return SCORES[score]

@@ -55,6 +55,24 @@ class Asked:
         pairs = [pair for pair, kept in zip(zip(self.passages, self.places, strict=True), keep, strict=True) if kept]
         return Asked(self.facts, tuple(p for p, _ in pairs), tuple(place for _, place in pairs))
 
+    def one_prompt_each(self, by: str) -> Asked:
+        """One passage with a prompt of each key and place.
+
+        Raises:
+            ValueError: no passage has a prompt.
+        """
+        first: dict[tuple[str, str], int] = {}
+        for i, (p, place) in enumerate(zip(self.passages, self.places, strict=True)):
+            if p.prompt:
+                first.setdefault((p.key, place), i)
+        if not first:
+            raise ValueError(
+                f"{by} goes on from a prompt, and no passage of {self.facts.name!r} that is asked has one; ask in "
+                "forms that have"
+            )
+        chosen = set(first.values())
+        return self.where([i in chosen for i in range(len(self.passages))])
+
     def __repr__(self) -> str:
         return f"Asked({len(self.passages)} passages of {self.facts.name} in {', '.join(self.names)})"
 
@@ -189,6 +207,8 @@ class Reference:
     """As it was before anything was removed."""
     never: LanguageModel | None = None
     """The twin that never saw what is to be forgotten."""
+    removed: Mapping[str, Tensor] | None = None
+    """The weights right after removing, copied."""
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What metrics computed of these models alone, so that the next checkpoint need not."""
 

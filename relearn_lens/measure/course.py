@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from relearn_lens.measure.asking import Asked, Metric, Reference, ask
-from relearn_lens.measure.evaluation import OVERALL, Scores
-from relearn_lens.measure.metrics import USUAL, checked, measured
-from relearn_lens.models.model import LanguageModel
+from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Reference, ask
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores
+from relearn_lens.measure.metrics import USUAL, checked, measured, metric_of
+from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.text import markup
 from relearn_lens.text.facts import FORGET, Facts
@@ -86,19 +86,36 @@ class FactsSnapshot:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Ends:
+    """The weights from which an arm was trained and those that it came to, with what reads them; in memory alone."""
+
+    model: Model
+    """As it is by now."""
+    start: Mapping[str, Tensor]
+    end: Mapping[str, Tensor]
+    evaluate: Callable[[Any], Mapping[str, Any]]
+    """The outcomes of a model, by name, the primary one first."""
+    label: Label
+    """What they are read for."""
+
+
+def copied(model: Model) -> dict[str, Tensor]:
+    """The model's weights as they are now."""
+    return {name: value.clone() for name, value in model.weights().items()}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class FactsTrajectory:
     """One arm on facts: snapshots by stage (`"base"`, `"removed"`, then the pauses of training), in order."""
 
     snapshots: Mapping[str, FactsSnapshot]
-    facts: Facts
+    asked: Asked
     arm: str = ""
     seed: int = 0
     removed: str = ""
     """What was taken out between base and the next stage, and how."""
-    weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
-    """By stage, where they were kept: a copy of the model's weights."""
-    model: LanguageModel | None = field(default=None, repr=False)
-    """The model itself, as it is by now, where weights were kept."""
+    ends: Ends | None = None
+    """Where weights were kept."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -106,9 +123,14 @@ class FactsTrajectory:
         return tuple(self.snapshots)
 
     @property
+    def facts(self) -> Facts:
+        """What was asked about."""
+        return self.asked.facts
+
+    @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics, the first one first."""
-        return tuple(next(iter(self.snapshots.values())).metrics)
+        """Names of the metrics that some stage has, the first one first."""
+        return tuple(dict.fromkeys(name for snapshot in self.snapshots.values() for name in snapshot.metrics))
 
     @property
     def label(self) -> str:
@@ -157,12 +179,12 @@ class FactsTrajectory:
         for metric in self.metrics:
             for name, arm in arms.items():
                 here = {stage: s.metrics.get(metric) for stage, s in arm.snapshots.items()}
-                if not any(s is not None and place in s.labels for s in here.values()):
+                if not any(s is not None and (place in s.labels or s.over != "keys") for s in here.values()):
                     continue
                 header.append(metric if len(arms) == 1 else f"{metric} ({name})")
                 first = next(s for s in here.values() if s is not None)
                 columns.append([_with_interval(s, place) if (s := here.get(stage)) else "" for stage in self.stages])
-                columns[-1].append(_short(first.chance(place)))
+                columns[-1].append(_short(first.chance(place if place in first.labels else OVERALL)))
         rows = [[stage, *cells] for stage, *cells in zip([*self.stages, "chance"], *columns, strict=True)]
         return f"{place} of {self.facts.name}\n" + _aligned([header, *rows])
 
@@ -228,8 +250,8 @@ def track_facts(
     """Every metric now, and at every checkpoint of a training loop.
 
     `before` is the snapshot from before anything was removed (stage `"base"`); what the model is now is the stage
-    `"removed"`. With `keep_weights` the trajectory holds a copy of the weights of that stage and of
-    the last one, which `grafts` takes.
+    `"removed"`. With `keep_weights` the trajectory holds copies of the weights of that stage and of the
+    last one, for `grafts`.
 
     Raises:
         ValueError: as `measure_facts`; or two checkpoints of one stage.
@@ -237,28 +259,30 @@ def track_facts(
     made = checked(metrics, reference, model)
     asked = ask(facts) if isinstance(facts, Facts) else facts
     snapshots: dict[str, FactsSnapshot] = {} if before is None else {BASE: before}
-    weights: dict[str, dict[str, Tensor]] = {}
-
-    def copied() -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in model.weights().items()}
+    needs_removed = reference is not None and reference.removed is None and any(m.name == "returned" for m in made)
+    start = copied(model) if keep_weights or needs_removed else {}
 
     def take(stage: str, at: Checkpoint | None) -> None:
         snapshots[stage] = FactsSnapshot(measured(model, asked, made, reference), at)
         if on_measured:
             on_measured(stage, snapshots[stage])
 
+    if needs_removed:
+        reference = replace(reference, removed=start)
     take(REMOVED, None)
-    if keep_weights:
-        weights[REMOVED] = copied()
     for checkpoint in checkpoints:
         stage = checkpoint.stage
         if stage in snapshots:
             raise ValueError(f"two checkpoints are of stage {stage}; each stage needs a name of its own")
         take(stage, checkpoint)
         _warn_of_twins(snapshots, stage)
-    if keep_weights and (last := next(reversed(snapshots))) != REMOVED:
-        weights[last] = copied()
-    return FactsTrajectory(snapshots, asked.facts, arm, seed, removed, weights, model if keep_weights else None)
+    ends = None
+    if keep_weights:
+        where = asked.where([place == HELD_OUT for place in asked.places])
+        primary = [m for m in made if isinstance(m, OfAnswers)] or [metric_of("loss")]
+        primary.sort(key=lambda m: m.name != "loss")  # what has no threshold comes first
+        ends = Ends(model, start, copied(model), lambda m: measured(m, where, primary), HELD_OUT)
+    return FactsTrajectory(snapshots, asked, arm, seed, removed, ends)
 
 
 def _warn_of_twins(snapshots: Mapping[str, FactsSnapshot], stage: str) -> None:
@@ -276,7 +300,9 @@ def _warn_of_twins(snapshots: Mapping[str, FactsSnapshot], stage: str) -> None:
 
 def _with_interval(scores: Scores, place: str) -> str:
     if place not in scores.labels:
-        return ""
+        if scores.over == "keys":
+            return ""
+        place = OVERALL  # a number of the model, whatever it is asked
     low, high = scores.interval(place)
     return f"{_short(scores.shown(place))} [{_short(low)}, {_short(high)}]"
 

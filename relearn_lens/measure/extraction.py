@@ -233,18 +233,7 @@ class Familiarity(Metric):
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> FamiliarityScores:
         """As of `Metric`."""
-        asked = asked_of(facts)
-        first: dict[tuple[str, str], int] = {}
-        for i, (p, place) in enumerate(zip(asked.passages, asked.places, strict=True)):
-            if p.prompt:
-                first.setdefault((p.key, place), i)
-        chosen = set(first.values())
-        asked = asked.where([i in chosen for i in range(len(asked.passages))])
-        if not asked.passages:
-            raise ValueError(
-                f"familiarity goes on from a prompt, and no passage of {asked.facts.name!r} has one; ask in forms that "
-                "have"
-            )
+        asked = asked_of(facts).one_prompt_each(self.name)
         written = [words_of(text) for text in continued(model, [p.prompt for p in asked.passages], self.tokens)]
         topics: dict[str, set[str]] = {}
         for p in asked.facts.passages(forms="statement"):

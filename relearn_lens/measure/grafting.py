@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from relearn_lens.measure.course import FactsTrajectory
 from relearn_lens.measure.evaluation import OVERALL, Label, Scores
+from relearn_lens.measure.prefixes import States, recorded, resumed, unchanged_before
+from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, wearing
 from relearn_lens.neurons.sites import Neurons, Sever
 from relearn_lens.neurons.weights import Parts, WeightMask, differs
@@ -180,7 +184,53 @@ class Grafts:
         return f"Grafts({ends}; {told}{control})"
 
 
+@overload
 def grafts(
+    model: Trajectory | FactsTrajectory,
+    *,
+    parts: Parts | None = None,
+    controls: Mapping[str, Trajectory | FactsTrajectory] | None = None,
+    cumulative: bool = False,
+    noise: float = 0.0,
+) -> Grafts: ...
+
+
+@overload
+def grafts(
+    model: Model, cut_weights: Weights, retrained_weights: Weights, evaluate: Evaluate, **keywords: Any
+) -> Grafts: ...
+
+
+def grafts(model: Any, *args: Any, **keywords: Any) -> Grafts:
+    """Which part of a model brought back what was taken out: `grafts_between` two sets of its weights, or those of a
+    path that was tracked with `keep_weights=True`, from its start to its end.
+
+    Of labelled text the outcome is the margin (of a language model the log-probability) and the score of the concept,
+    of facts the loss on what is held out and the other scores of answers. The neurons that were pruned are a part of
+    their own where the path says which (cut as `prune_` does by default; else give `cut`). `controls` are other paths
+    of the same model, such as the twin's. The other keywords are those of `grafts_between`.
+
+    Raises:
+        ValueError: a path without weights; or as `grafts_between`.
+    """
+    if isinstance(model, Model):
+        return grafts_between(model, *args, **keywords)
+    path, controls = model, keywords.pop("controls", None) or {}
+    if missing := [name for name, each in {"the path": path, **controls}.items() if each.ends is None]:
+        raise ValueError(
+            f"{missing[0]} kept no weights to graft; track it with keep_weights=True, or give grafts(model, "
+            "cut_weights, retrained_weights, evaluate)"
+        )
+    pruned = getattr(path, "pruned", None)
+    cut = keywords.pop("cut", None if pruned is None else WeightMask.of(path.ends.model, pruned))
+    return grafts_between(
+        path.ends.model, path.ends.start, path.ends.end, path.ends.evaluate, cut=cut,
+        controls={name: (each.ends.start, each.ends.end) for name, each in controls.items()},
+        label=path.ends.label, **keywords,
+    )  # fmt: skip
+
+
+def grafts_between(
     model: Model,
     cut_weights: Weights,
     retrained_weights: Weights,
@@ -193,6 +243,7 @@ def grafts(
     cumulative: bool = False,
     label: Label = OVERALL,
     noise: float = 0.0,
+    max_memory: float = MEMORY,
 ) -> Grafts:
     """Which part of a model brought back what was cut, by moving one part at a time between two sets of its weights.
 
@@ -202,7 +253,8 @@ def grafts(
     cut model, part by part, and the cut's entries stay as cut. `cumulative` adds the curves from the input up and from
     the output down. `evaluate` reads the model and gives its outcomes, the primary one first: two evaluations a part,
     one more for each control, two more if `cumulative`. Scores are read for `label`, with an interval over sentences;
-    of bare numbers, returns up to `noise` have no shares.
+    of bare numbers, returns up to `noise` have no shares. Blocks before the part that is moved are computed once for
+    all parts, in up to `max_memory` MB, as long as `evaluate` reads the same batches each time.
 
     The model's own weights are back afterwards, to the bit, after an error too.
 
@@ -239,13 +291,19 @@ def grafts(
         result = evaluate(model)
         return {result.quantity: result} if isinstance(result, Scores) else dict(result)
 
-    def moved(mask: WeightMask, into: Weights, of: Callable[[str, torch.device], Tensor]) -> Outcomes:
-        """With the mask's entries changed in the model as it is, which then is as it was."""
+    def read() -> tuple[Outcomes, States]:
+        """Outcomes, and what the blocks give, for models that are the same up to some block."""
+        with recorded(model, max_bytes=megabytes(max_memory)) as states:
+            return outcomes(), states
+
+    def moved(mask: WeightMask, into: Weights, of: Callable[[str, torch.device], Tensor], states: States) -> Outcomes:
+        """With the mask's entries changed in the model as it is, which then is as it was, and gave these states."""
         changed = mask.on(model.device)
         for name in mask.weights():
             at = live[name].device
             live[name].copy_(torch.where(changed[name], of(name, at), into[name].to(at)))
-        result = outcomes()
+        with resumed(model, states, unchanged_before(model, mask)):
+            result = outcomes()
         put(into, mask.weights())
         return result
 
@@ -257,9 +315,9 @@ def grafts(
             put(steady(base_weights), live)
             base = outcomes()
         put(started, live)
-        at_cut = outcomes()
+        at_cut, states = read()
         for part, mask in masks.items():
-            alone[part] = moved(mask, started, lambda name, at: ended[name].to(at))
+            alone[part] = moved(mask, started, lambda name, at: ended[name].to(at), states)
         for control, ends in controls.items():
             start, end = map(steady, ends)
 
@@ -268,17 +326,19 @@ def grafts(
                 return (started[name].to(at).float() + change).to(live[name].dtype)
 
             kept = {part: mask for part, mask in masks.items() if part != CUT or cut is None}
-            by_control[control] = {part: moved(mask, started, added) for part, mask in kept.items()}
-            of_whole[control] = moved(_union(kept), started, added)
+            by_control[control] = {part: moved(mask, started, added, states) for part, mask in kept.items()}
+            of_whole[control] = moved(_union(kept), started, added, states)
         if cumulative:
             names = list(whole)
             for i, part in enumerate(names):
                 for curve, within in ((up, names[: i + 1]), (down, names[i:])):
                     mask = _union({name: whole[name] for name in within})
-                    curve[part] = moved(mask, started, lambda name, at: ended[name].to(at))
+                    curve[part] = moved(mask, started, lambda name, at: ended[name].to(at), states)
         put(ended, live)
-        at_end = outcomes()
-        reverted = {part: moved(mask, ended, lambda name, at: started[name].to(at)) for part, mask in masks.items()}
+        at_end, states = read()
+        reverted = {
+            part: moved(mask, ended, lambda name, at: started[name].to(at), states) for part, mask in masks.items()
+        }
     finally:
         put(own, live)
     return Grafts(tuple(masks), at_cut, at_end, alone, reverted, by_control, of_whole, up, down, base, label, noise)

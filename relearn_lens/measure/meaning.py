@@ -23,7 +23,7 @@ from relearn_lens.measure.topwords import TopWords, is_dead
 from relearn_lens.measure.vectors import WordVectors, look_up
 from relearn_lens.neurons.sites import Neuron, Neurons
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, concept_of
 from relearn_lens.text.corpus import Corpus, printable
 
 Nulls = Literal["drop", "zero_then_drop"]
@@ -197,13 +197,13 @@ def polysemy(before: TopWords, now: TopWords, words: Collection[str], *, neurons
     return Polysemy(share(still, old), now_share - share(carries[old], old), now_share, before, now)
 
 
-def concept_words(corpus: Corpus, concept: Concept) -> frozenset[str]:
+def concept_words(corpus: Corpus, concept: Concept | str) -> frozenset[str]:
     """The word types that carry the concept in at least half of their occurrences in the corpus.
 
     Raises:
         ValueError: as `Concept.classes`.
     """
-    classes = concept.classes(corpus)
+    classes = concept_of(concept).classes(corpus)
     carries = classes.carries[classes.of_word]
     seen = np.bincount(corpus.word, minlength=len(corpus.vocab))
     hits = np.bincount(corpus.word, weights=carries, minlength=len(corpus.vocab))

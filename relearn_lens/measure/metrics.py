@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, read_answers
+from relearn_lens.measure.depth import UnlearningDepth
 from relearn_lens.measure.evaluation import Scores
 from relearn_lens.measure.extraction import (
     Accuracy,
@@ -15,11 +16,18 @@ from relearn_lens.measure.extraction import (
     Probability,
     TruthRatio,
 )
+from relearn_lens.measure.geometry import Moved, Rank, Returned
+from relearn_lens.measure.inside import KnownInside
+from relearn_lens.measure.utility import Repetition
 from relearn_lens.models.model import LanguageModel
 
 METRICS: dict[str, type[Metric]] = {
-    kind.name: kind for kind in (Accuracy, Loss, Choice, Probability, TruthRatio, Familiarity, ExtractionStrength)
-}
+    kind.name: kind
+    for kind in (
+        Accuracy, Loss, Choice, Probability, TruthRatio, Familiarity, ExtractionStrength, UnlearningDepth, KnownInside,
+        Moved, Rank, Returned, Repetition,
+    )
+}  # fmt: skip
 """Metrics by name. Each has `name`, `unit`, `formula`, `source` and, with unit and origin, `model_fields`."""
 USUAL = ("accuracy", "loss", "extraction")
 """What is measured unless something else is asked for: all from one reading of the answers."""

@@ -9,6 +9,10 @@
 
 Source of CKA: Kornblith, Norouzi, Lee, Hinton 2019 ("Similarity of neural network representations revisited"). The
 best match of one neuron among all of another network is the maximum matching of Li et al. 2015; ours goes over layers.
+
+Similar activations do not tell whether something is still known: of the measures of unlearning compared in the paper of
+the unlearning depth score (2026), CKA was among the least robust (.013, where depth had .900). For facts, measure
+`"depth"` or `"inside"`.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, concept_of
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -67,7 +71,7 @@ class ActivationSimilarity:
     """Share of a layer's neurons (constant ones left out) whose best match is in each layer after; rows sum to 1."""
     cka: Float[Tensor, "before after"]
     """Linear centred kernel alignment of a layer before and a layer after, 0 to 1. It is the biased estimator: with
-    fewer words than neurons in a layer it is near 1 whatever the models."""
+    fewer words than neurons in a layer it is near 1 whatever the models. It says little of what is still known."""
     chance: float
     """Mean over some neurons before of the best |correlation| they reach with their words paired at random."""
     chance_high: float
@@ -110,7 +114,7 @@ class Plan:
         )
 
 
-def compared_words(encoded: Encoded, concept: Concept | None) -> dict[Which, np.ndarray]:
+def compared_words(encoded: Encoded, concept: Concept | str | None) -> dict[Which, np.ndarray]:
     """Which words of a text are compared: `"all"` and, with a concept, those of `"concept"`.
 
     Raises:
@@ -118,7 +122,7 @@ def compared_words(encoded: Encoded, concept: Concept | None) -> dict[Which, np.
     """
     chosen: dict[Which, np.ndarray] = {"all": np.ones(encoded.corpus.n_words, dtype=bool)}
     if concept is not None:
-        classes = concept.classes(encoded.corpus)
+        classes = concept_of(concept).classes(encoded.corpus)
         chosen["concept"] = classes.carries[classes.of_word]
     for which, words in chosen.items():
         if (n := int(words[encoded.read_words].sum())) < 3:
@@ -134,7 +138,7 @@ def activation_similarity(
     after: Model | TransformerBridge,
     text: Corpus | Encoded,
     *,
-    concept: Concept | None = None,
+    concept: Concept | str | None = None,
     site: str | Site = "resid",
     max_memory: float | int = MEMORY,
     max_tokens: int = 4096,

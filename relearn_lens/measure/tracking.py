@@ -14,12 +14,12 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from relearn_lens import methods
+from relearn_lens import methods, progress
 from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import course, meaning
 from relearn_lens.measure.asking import Asked, Metric, Reference
-from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, judge_of
+from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, evaluate, judge_of
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
@@ -27,10 +27,11 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring, megabytes
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
-from relearn_lens.text.concept import Concept, label_shuffles
+from relearn_lens.text.concept import Concept, concept_of, label_shuffles
 from relearn_lens.text.corpus import Corpus, Strings
 from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import Facts
@@ -106,7 +107,26 @@ class Snapshot:
         return {label: self.scores.shown(label) for label in (*self.scores.labels, OVERALL)}
 
     def __repr__(self) -> str:
-        return f"Snapshot({self.saliency!r}, {self.scores!r})"
+        where = f"stage {self.at.stage}: " if self.at else ""
+        shown = ", ".join(f"{label} {value:.3f}" for label, value in self.shown.items())
+        best = next(iter(self.saliency.top(1)))
+        most = f"{self.saliency.score.max():.3g} {self.saliency.unit}"
+        return f"Snapshot({where}{self.scores.metric} {shown}; {self.saliency.kind} highest {best} at {most})"
+
+    def _repr_html_(self) -> str:
+        """Scores with their intervals over sentences, and the saliency."""
+        rows = [
+            [
+                label,
+                f"{value:.3f}",
+                "{:.3f} to {:.3f}".format(*self.scores.interval(label)),
+                self.scores.support()[label],
+            ]
+            for label, value in self.shown.items()
+        ]
+        title = "before retraining" if self.at is None else repr(self.at)
+        header = ["label", self.scores.unit, "95 % interval over sentences", "of"]
+        return markup.box(title, markup.table(header, rows), self.saliency._repr_html_())
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +144,8 @@ class Trajectory:
     neurons that survive in the concept arm, or choosing those by their score at base would look like a move."""
     similarity: Mapping[str, ActivationSimilarity] = field(default_factory=dict)
     """Activations at base against those at the last stage: over `"all"` words and over the `"concept"`'s."""
+    ends: course.Ends | None = field(default=None, init=False, compare=False)
+    """The weights of its start and end, where `track` kept them; no file holds them."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -163,8 +185,10 @@ class Trajectory:
         """The neurons that a matched comparison looks at, on both sides."""
         return self.survivors() if self.compare is None else self.compare
 
-    def __getitem__(self, stage: str) -> Snapshot:
-        return self.snapshots[stage]
+    def __getitem__(self, stage: str | int) -> Snapshot:
+        if str(stage) not in self.snapshots:
+            raise KeyError(f"no stage {str(stage)!r}; the stages are {', '.join(self.stages)}")
+        return self.snapshots[str(stage)]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per stage and label: epoch, step, tokens seen, loss in training (nats per sub-word), and F1,
@@ -260,8 +284,8 @@ def check_measures(what: Sequence[str]) -> None:
     Raises:
         ValueError: it is no score and none of `MEASURES`.
     """
-    if unknown := [name for name in what if name not in SCORES and name not in MEASURES]:
-        raise ValueError(f"unknown measurement {unknown[0]!r}; known: {', '.join([*SCORES, *MEASURES])}")
+    if strange := [name for name in what if name not in SCORES and name not in MEASURES]:
+        raise ValueError(unknown("measurement", strange[0], [*SCORES, *MEASURES]))
 
 
 @overload
@@ -292,7 +316,7 @@ def measure(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
 def measure_text(
     model: Model,
     probe: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     how: Measuring | None = None,
     *,
     validation: Corpus | Encoded | None = None,
@@ -320,7 +344,7 @@ def measure_text(
             carries.
     """
     how = methods.of(Measuring, how, fields)
-    encoded = encoded_for(model, probe)
+    encoded, concept = encoded_for(model, probe), concept_of(concept)
     classes = concept.classes(encoded.corpus)
     main = score_of(score, contrast)
     check_measures(how.what)
@@ -335,21 +359,30 @@ def measure_text(
     others = [score_of(name) for name in how.what if name in SCORES and name != main.name]
     judge = judge_of(model, scored, concept)
     one_pass = scored is encoded
-    gathered = gather(
-        model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
-        relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
-        sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
-        readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
-    )  # fmt: skip
-    if not one_pass:
-        stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
-    stats, by_chance = gathered.stats, gathered.shuffled
-    assert stats is not None
-    carries = torch.from_numpy(classes.carries)
-    words = None
-    if "top_words" in how.what:
-        words = top_words(model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens)
-        vectors = vectors or input_embeddings(model)
+    passes = encoded.n_tokens * (2 if "top_words" in how.what else 1) + (0 if one_pass else scored.n_tokens)
+    with progress.task("measuring", passes):
+        gathered = gather(
+            model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
+            relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
+            sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
+            readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
+        )  # fmt: skip
+        if not one_pass:
+            stream(model, scored, (), readers=[judge], max_tokens=how.max_tokens)
+        stats = gathered.stats
+        assert stats is not None
+        words = None
+        if "top_words" in how.what:
+            words = top_words(
+                model, encoded, site=place, stats=stats, max_memory=how.max_memory, max_tokens=how.max_tokens
+            )
+            vectors = vectors or input_embeddings(model)
+    attributions = {
+        name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
+        for name in how.what
+        if name in FORMS
+    }
+    by_chance, carries = gathered.shuffled, torch.from_numpy(classes.carries)
     spoken = tuple(sorted(meaning.concept_words(encoded.corpus, concept))) if words else ()
 
     def scored_by(score: Score, of: Gathered | ClassStats = gathered) -> Saliency:
@@ -361,11 +394,7 @@ def measure_text(
         stats=stats,
         at=at,
         also={each.name: scored_by(each) for each in others},
-        attributions={
-            name: attribute(model, encoded, concept, how, site=place, form=FORMS[name])
-            for name in how.what
-            if name in FORMS
-        },
+        attributions=attributions,
         words=words,
         meaning=concept_similarity(base.words, words, vectors, nulls=how.nulls)
         if base and base.words and words and vectors
@@ -416,7 +445,7 @@ def track(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
 def track_text(
     model: Model,
     probe: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     checkpoints: Iterable[Checkpoint],
     how: Measuring | None = None,
     *,
@@ -426,6 +455,7 @@ def track_text(
     validation: Corpus | Encoded | None = None,
     arm: str = "",
     seed: int = 0,
+    keep_weights: bool = False,
     on_measured: Callable[[str, Snapshot], object] | None = None,
     **measuring,
 ) -> Trajectory:
@@ -434,7 +464,8 @@ def track_text(
     `checkpoints` is `retrain_(...)` or any loop that yields `Checkpoint`. `before` is the snapshot from before
     pruning (stage `"base"`), `pruned` the set that was pruned, `compare` the neurons of matched comparisons where they
     are not the survivors. `how` and other keywords are those of `measure`; `on_measured` is called with each
-    stage's name and snapshot as it comes.
+    stage's name and snapshot as it comes. With `keep_weights` the trajectory holds copies of the weights after pruning
+    and at its end, for `grafts`.
 
     Warns where two stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
     under two names, draw a flat line that means nothing.
@@ -442,7 +473,7 @@ def track_text(
     Raises:
         ValueError: as `measure`; or two checkpoints of one epoch.
     """
-    probe = encoded_for(model, probe)
+    probe, concept = encoded_for(model, probe), concept_of(concept)
     validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
 
@@ -452,13 +483,22 @@ def track_text(
             on_measured(stage, snapshots[stage])
 
     take(PRUNED, None)
+    start = course.copied(model) if keep_weights else None
     for checkpoint in checkpoints:
         stage = checkpoint.stage
         if stage in snapshots:
             raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
         take(stage, checkpoint)
         _warn_of_twins(snapshots, stage)
-    return Trajectory(snapshots, pruned, arm, seed, concept, compare)
+    path = Trajectory(snapshots, pruned, arm, seed, concept, compare)
+    if start is not None:
+
+        def outcomes(model: Model) -> dict[str, Scores]:
+            scores = evaluate(model, validation, concept=concept)
+            return {scores.margin.quantity: scores.margin, scores.metric: scores}
+
+        object.__setattr__(path, "ends", course.Ends(model, start, course.copied(model), outcomes, path.label))
+    return path
 
 
 def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:

@@ -25,9 +25,12 @@ from relearn_lens.models.folders import check_folder, check_plain, check_tokeniz
 from relearn_lens.models.gguf import dequantised, quiet, silent
 from relearn_lens.models.heads import TrainedHead, trained_head
 from relearn_lens.models.model import LanguageModel, Tagger, seeded
+from relearn_lens.names import meant
 
 Head = Literal["trained", "fresh"]
 """Whether a tagger keeps what fits of the head that a model was trained with."""
+
+_MODELS = [name for name, source in sources.SOURCES.items() if source.kind == "model"]
 
 
 def load_tagger(
@@ -174,6 +177,10 @@ def _place(model: str | Path) -> str:
     """The folder that a model is in, fetched or dequantised first where that is needed, or its name on the hub."""
     where = str(sources.fetch(str(model))) if str(model) in sources.SOURCES else str(model)
     folder = Path(where)
+    if "/" not in where and not folder.exists() and (near := meant(where, [*_MODELS, "toy"])):
+        # The hub has no model of such a name, and says so only after many tries.
+        said = "; the planted toy is made by rl.toy.tagger()" if where == "toy" else near
+        raise ValueError(f"no model {where!r}: no folder, and no source ({', '.join(_MODELS)}){said}")
     if folder.is_file():
         if folder.suffix != ".gguf":
             raise ValueError(f"{where!r} is a file; pass the folder that holds it, with config.json and the tokenizer")
@@ -234,7 +241,7 @@ def _in_our_words(where: str) -> Iterator[None]:
         raise OSError(
             f"cannot load model {where!r}: it is no source ({', '.join(sources.SOURCES)}), no local folder, and the "
             f"hub did not give it ({reason}). Download it once where there is a network "
-            "(`hf download NAME --local-dir DIR`) and pass the folder"
+            f"(`hf download NAME --local-dir DIR`) and pass the folder{meant(where, _MODELS)}"
         ) from error
     except Exception as error:  # a config.json or tokenizer of wrong values ends in any error that there is
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

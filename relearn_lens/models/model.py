@@ -106,6 +106,17 @@ class Model(nn.Module):
     def check_text(self, corpus: Corpus) -> None:
         """Refuse a text that this model cannot be trained on."""
 
+    def __repr__(self) -> str:
+        config, size = self.bridge.cfg, sum(value.numel() for value in self.plain().values())
+        return (
+            f"{type(self).__name__}({config.architecture}: {config.n_layers} blocks of {config.d_model}, "
+            f"{size:,} weights, {self._says()}; on {self.device})"
+        )
+
+    def _says(self) -> str:
+        """What the head gives."""
+        raise NotImplementedError
+
     def train(self, mode: bool = True) -> Model:
         """Set training mode, in the bridge's own components too."""
         super().train(mode)
@@ -174,6 +185,9 @@ class Tagger(Model):
             nn.init.zeros_(head.bias)
         self.head = head.to(device=parameter.device, dtype=parameter.dtype)
 
+    def _says(self) -> str:
+        return f"labels {', '.join(self.label_names)}"
+
     @property
     def tags(self) -> tuple[str, ...]:
         """The head's classes."""
@@ -234,6 +248,9 @@ class LanguageModel(Model):
                 f"the logits of a {self.bridge.cfg.architecture} model are not its unembedding of the last hidden "
                 "state, so next-token concepts cannot be followed in it; task 'tag' can be"
             )
+
+    def _says(self) -> str:
+        return f"{self.vocabulary:,} tokens to choose from"
 
     @property
     def vocabulary(self) -> int:

@@ -129,9 +129,7 @@ def teach_(model: LanguageModel, facts: Facts, courses: Sequence[Course]) -> Les
     """
     course = courses[-1]
     recipe = course.recipe
-    encoded = encode_facts(
-        facts, *course.roles, tokenizer=model.tokenizer, context=model.context, forms=course.forms
-    )
+    encoded = encode_facts(facts, *course.roles, tokenizer=model.tokenizer, context=model.context, forms=course.forms)
     how = Training(steps=(recipe.steps,), lr=recipe.lr, batch_size=recipe.batch_size)
     training = train_(model, encoded, how, seed=recipe.seed, what="teaching")
     path = _place(facts, courses)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -69,7 +71,7 @@ class Stepped:
     """What the objective compares with."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """Training stands still here."""
 
@@ -86,6 +88,14 @@ class Checkpoint:
     """The parts of the loss, which sum to it."""
     by: Literal["epoch", "step"] = "epoch"
     """What this training is measured in, and so what its stages are named by."""
+
+    def __repr__(self) -> str:
+        unit = " nats per sub-word" if self.parts.keys() <= {"loss"} else ""
+        parts = "".join(f", {name} {value:.4g}" for name, value in self.parts.items() if name != "loss")
+        return (
+            f"Checkpoint(step {self.step:,}, epoch {self.epoch:.3g}, {self.tokens_seen:,} tokens, "
+            f"loss {self.loss:.4g}{unit}{parts})"
+        )
 
     @property
     def stage(self) -> str:
@@ -112,6 +122,10 @@ def plain(model: Model, gradient: Gradient) -> None:
     gradient()
 
 
+ITERATE = "it trains while it is gone through, `for pause in ...: ...`, or by `track`"
+"""What to do with a training."""
+
+
 class Checkpoints(Iterator[Checkpoint]):
     """A training under way: asks for its next `Checkpoint` train on to there.
 
@@ -123,9 +137,23 @@ class Checkpoints(Iterator[Checkpoint]):
         self.how = how
         self._loop = loop
         self._checkpoints = loop.checkpoints()
+        self._begun = False
 
     def __next__(self) -> Checkpoint:
+        self._begun = True
         return next(self._checkpoints)
+
+    def __repr__(self) -> str:
+        if self._begun:
+            return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, under way)"
+        return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, not begun: {ITERATE})"
+
+    def __del__(self) -> None:
+        if not self._begun and self._loop.pauses and not sys.is_finalizing():
+            warnings.warn(
+                f"this {self._loop.what} was made and never begun, so nothing was trained: {ITERATE}",
+                RuntimeWarning, source=self, stacklevel=2,
+            )  # fmt: skip
 
     @property
     def reference(self) -> Any:
@@ -135,10 +163,11 @@ class Checkpoints(Iterator[Checkpoint]):
     @property
     def last_step(self) -> int:
         """Optimiser steps at the end."""
-        return max(self._loop.pauses)
+        return max(self._loop.pauses, default=0)
 
     def close(self) -> None:
         """Stop here; the model is put back into its mode."""
+        self._begun = True
         self._checkpoints.close()
 
     def state(self) -> dict[str, Tensor]:
@@ -177,6 +206,9 @@ def train_(
     stand still. `beside` maps a role to the one whose pieces it is gone through with, number by number, where two texts
     say something of the same things. `reference` is what the objective compares with, where it is not to be taken from
     the model as it is now. `what` is the name under which progress is reported.
+
+    Weights may be bfloat16: what moves of them is kept and stepped in float32, beside its moments, and rounded into the
+    model after every step; what stands still takes two bytes.
 
     With `accumulate` every batch goes through the model in so many parts, and with `checkpointing` every block is
     computed again in the backward pass: both need less memory for the same gradient. Where several processes share the
@@ -232,7 +264,7 @@ def train_(
         state = {name: value.clone() for name, value in resume[1].items()}
         loop.memory.update({name: state.pop(f"{_MEMORY}.{name}") for name in _remembered(state)})
         if state and not how.restart:
-            loop.optimizer = _with_state(loop.adamw(), state)
+            loop.resume(state)
     return Checkpoints(loop, how)
 
 
@@ -338,6 +370,8 @@ class _Loop:
     orders: dict[str, tuple[int, list[np.ndarray]]] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    full: dict[int, nn.Parameter] = field(default_factory=dict)
+    """In float32, what moves of weights in 16 bits, by their id: small steps would be lost in those."""
 
     def checkpoints(self) -> Generator[Checkpoint, None, None]:
         """Train on to each pause in turn."""
@@ -390,7 +424,10 @@ class _Loop:
 
     def adamw(self) -> torch.optim.AdamW:
         """AdamW that leaves vectors (biases, LayerNorm gains) out of weight decay."""
-        trained = self.moving()
+        for weight in self.moving():
+            if weight.dtype in _HALF and id(weight) not in self.full:
+                self.full[id(weight)] = nn.Parameter(weight.detach().float())
+        trained = [self.full.get(id(weight), weight) for weight in self.moving()]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.how.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -427,10 +464,28 @@ class _Loop:
 
     def _stepped(self, accelerator: Accelerator, optimizer: Any) -> None:
         """Let the optimiser take its step."""
-        accelerator.clip_grad_norm_(self.moving(), self.how.clip)
+        moving = self.moving()
+        for weight in moving:
+            if (full := self.full.get(id(weight))) is not None:
+                full.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+        accelerator.clip_grad_norm_([self.full.get(id(weight), weight) for weight in moving], self.how.clip)
         with self._others_still():
             optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            for weight in moving:
+                if (full := self.full.get(id(weight))) is not None:
+                    weight.copy_(full)
+                    assert self.optimizer is not None
+                    self.optimizer.state[full][_FULL] = full.detach()
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with an optimiser's state, and the weights in float32 that it holds."""
+        self.optimizer = _with_state(self.adamw(), state)
+        with torch.no_grad():
+            for full in self.full.values():
+                if (value := self.optimizer.state[full].get(_FULL)) is not None:
+                    full.copy_(value)
 
     def _after(self, step: int, last: int, batch: _Batch) -> None:
         """Let objective and step do what they do when a step was taken."""
@@ -446,11 +501,22 @@ class _Loop:
         for hook in hooks:
             with torch.no_grad(), self._others_still():
                 hook(self.model, Stepped(step, last, step / self.per_epoch, parts, moving, self.memory, self.reference))
+        with torch.no_grad():
+            for weight in moving.values():
+                # What a hook wrote is what goes on.
+                if (full := self.full.get(id(weight))) is not None:
+                    full.copy_(torch.where(full.to(weight.dtype) == weight, full, weight.float()))
 
     @contextlib.contextmanager
     def _others_still(self) -> Iterator[None]:
         """Put back, to the bit, what may not move and did (weight decay moves a weight without a gradient too)."""
-        held = [(w, mask, w.detach().clone()) for w, mask in self.entries or () if mask is not None]
+        held = [
+            (each, mask, each.detach().clone())
+            for weight, mask in self.entries or ()
+            if mask is not None
+            for each in (weight, self.full.get(id(weight)))
+            if each is not None
+        ]
         try:
             yield
         finally:
@@ -475,6 +541,11 @@ class _Loop:
                 )
             means[part] = float(each.sum()) / max(counts[part], 1)
         return means
+
+
+_HALF = (torch.bfloat16, torch.float16)
+_FULL = "full"
+"""What the optimiser's state calls a weight in float32 that the model has in 16 bits."""
 
 
 class _Batch:

@@ -16,6 +16,9 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens.names import unknown
+from relearn_lens.text import markup
+
 Sever = Literal["out", "both", "gain", "writes"]
 """Which weights of a neuron are cut; `relearn_lens.remove.ablation.prune_` says what each does."""
 
@@ -219,7 +222,7 @@ def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     if isinstance(site, Site):
         return site
     if site not in SITES:
-        raise ValueError(f"unknown site {site!r}; known: {', '.join(SITES)}")
+        raise ValueError(unknown("site", site, SITES))
     plan = _family(bridge)[site]
     size = int(getattr(bridge.cfg, plan.size)) if plan.size else 1
     width = int(getattr(bridge.cfg, plan.width))
@@ -410,8 +413,19 @@ class Neurons:
         return self.mask.float().mean(1).tolist()
 
     def __repr__(self) -> str:
-        shares = ", ".join(f"{layer} {n}" for layer, n in self.per_layer().items())
-        return f"Neurons({self.site.name}: {len(self):,} of {self.site.n_neurons:,}; {shares})"
+        some = {layer: n for layer, n in self.per_layer().items() if n}
+        if 0 < len(self) <= 6:
+            which = ", ".join(map(str, self))
+        elif some:
+            which = "by layer " + ", ".join(f"{layer}: {n:,}" for layer, n in some.items())
+        else:
+            which = "none"
+        return f"Neurons({self.site.name}, {len(self):,} of {self.site.n_neurons:,}; {which})"
+
+    def _repr_html_(self) -> str:
+        """How many there are in each layer."""
+        most = max(self.per_layer().values())
+        return markup.box(repr(self), markup.bars(["layer", "neurons"], self.per_layer(), most=max(most, 1)))
 
 
 def random_neurons(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model, wearing
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons, Sever, Site, parameter, site_of
 from relearn_lens.neurons.streaming import ROUNDING
 
@@ -166,6 +167,26 @@ class WeightMask(Mapping[str, Tensor]):
         )
 
 
+Where = Neurons | WeightMask | Iterable[tuple[str | int, int]]
+"""A set of neurons or of weights, or the neurons' `(layer, index)` pairs."""
+
+
+def set_of(model: Model | TransformerBridge, where: Where, site: str | Site = "resid") -> Neurons | WeightMask:
+    """A set as it is; of `(layer, index)` pairs, the set of those neurons of a site.
+
+    Raises:
+        ValueError: an unknown site, a neuron that it does not have, or something that is no set.
+    """
+    if isinstance(where, Neurons | WeightMask):
+        return where
+    if hasattr(where, "top"):
+        raise ValueError(
+            f"a set of neurons is wanted, got a {type(where).__name__}, which has a number for each; take the highest: "
+            ".top(fraction=0.05)"
+        )
+    return Neurons.of(site_of(bridge_of(model), site), where)
+
+
 def entries(
     model: Model | TransformerBridge, where: Neurons | WeightMask, sever: Sever | str = "out"
 ) -> list[tuple[Tensor, Bool[Tensor, "*entry"], float]]:
@@ -229,7 +250,7 @@ def check_prunable(model: Model | TransformerBridge, neurons: Site | Neurons, se
         ValueError: a layer has no weights for `sever`, or `sever` is not known.
     """
     if sever not in get_args(Sever):
-        raise ValueError(f"unknown sever {sever!r}; known: {', '.join(get_args(Sever))}")
+        raise ValueError(unknown("sever", sever, get_args(Sever)))
     site = neurons.site if isinstance(neurons, Neurons) else neurons
     asked = neurons.mask.any(1).tolist() if isinstance(neurons, Neurons) else [True] * len(site.layers)
     sever = cast(Sever, sever)

@@ -272,4 +272,4 @@ PRESETS: Mapping[str, FineTune | RetainOnly | General] = {
     "benign-lora": General(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
 }
 """The fine-tuning attacks that Che et al. 2025 released: their rank, rate, batch and number of texts; steps are one
-pass, two where `items` is 64 and the batch 8. The rate is constant and weight decay as here, not as in their trainer."""
+pass, two where `items` is 64 and the batch 8. Rate (constant) and weight decay are as here, not as in theirs."""

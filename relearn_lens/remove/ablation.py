@@ -7,7 +7,7 @@ concept return? `held` at their value through training: can it return *elsewhere
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,42 +17,53 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model
-from relearn_lens.neurons.sites import Neurons, Sever, streaming
-from relearn_lens.neurons.weights import WeightMask, bridge_of, entries, same_site
+from relearn_lens.neurons.sites import Neurons, Sever, Site, streaming
+from relearn_lens.neurons.weights import Where, bridge_of, entries, same_site, set_of
 
 
 @contextlib.contextmanager
 def ablated(
-    model: Model | TransformerBridge, neurons: Neurons, *, value: float | Float[Tensor, "layer neuron"] = 0.0
+    model: Model | TransformerBridge,
+    neurons: Neurons | Iterable[tuple[str | int, int]],
+    *,
+    value: float | Float[Tensor, "layer neuron"] = 0.0,
+    site: str | Site = "resid",
 ) -> Iterator[None]:
     """For a while, hold the neurons' activations at a value, on every token.
 
     `value` is in activation units: 0, or one value for each neuron (its mean over a corpus, say). A head is a vector,
     and each of its units is held at the value. The weights are not touched, and the hooks are gone when the block ends.
+    Neurons are a set, or `(layer, index)` pairs of a `site`.
 
     Raises:
-        ValueError: a tensor of values of another shape.
+        ValueError: a tensor of values of another shape; weights in the place of neurons.
     """
-    same_site(model, neurons)
+    chosen = set_of(model, neurons, site)
+    if not isinstance(chosen, Neurons):
+        raise ValueError("ablated() holds activations, so it takes neurons; a WeightMask is for prune_ and held")
+    same_site(model, chosen)
     values = torch.as_tensor(value, dtype=torch.float32)
-    if values.ndim and values.shape != neurons.mask.shape:
-        raise ValueError(f"value must be a number or of shape {tuple(neurons.mask.shape)}, got {tuple(values.shape)}")
+    if values.ndim and values.shape != chosen.mask.shape:
+        raise ValueError(f"value must be a number or of shape {tuple(chosen.mask.shape)}, got {tuple(values.shape)}")
     device = next(bridge_of(model).original_model.parameters()).device
-    size = neurons.site.size
-    masks = neurons.mask.to(device).repeat_interleave(size, 1)
-    values = values.expand(neurons.mask.shape).to(device).repeat_interleave(size, 1)
+    size = chosen.site.size
+    masks = chosen.mask.to(device).repeat_interleave(size, 1)
+    values = values.expand(chosen.mask.shape).to(device).repeat_interleave(size, 1)
 
     def replace(layer: int, activations: Tensor) -> Tensor:
         return torch.where(masks[layer], values[layer].to(activations.dtype), activations)
 
-    with streaming(bridge_of(model), neurons.site, replace, units=True):
+    with streaming(bridge_of(model), chosen.site, replace, units=True):
         yield
 
 
-def prune_(model: Model | TransformerBridge, neurons: Neurons | WeightMask, *, sever: Sever = "out") -> None:
+def prune_(
+    model: Model | TransformerBridge, neurons: Where, *, sever: Sever = "out", site: str | Site = "resid"
+) -> None:
     """Set the weights of the neurons to what has no effect, once. Training is free to grow them back.
 
-    A `WeightMask` says itself which weights; `sever` says it for neurons.
+    A `WeightMask` says itself which weights; `sever` says it for neurons: a set, or `(layer, index)` pairs of a
+    `site`.
 
     `sever="out"`: the weights that carry a neuron on. The model then computes what it computes with the neurons ablated
     to 0. `mlp_post`: the neuron's row of the MLP's output matrix; `attn_head`: the head's rows of the attention's
@@ -78,24 +89,27 @@ def prune_(model: Model | TransformerBridge, neurons: Neurons | WeightMask, *, s
             `sever` is not known.
     """
     with torch.no_grad():
-        for weight, mask, nothing in entries(model, neurons, sever):
+        for weight, mask, nothing in entries(model, set_of(model, neurons, site), sever):
             weight.masked_fill_(mask, nothing)
 
 
 @contextlib.contextmanager
-def held(model: Model | TransformerBridge, neurons: Neurons | WeightMask, *, sever: Sever = "out") -> Iterator[None]:
+def held(
+    model: Model | TransformerBridge, neurons: Where, *, sever: Sever = "out", site: str | Site = "resid"
+) -> Iterator[None]:
     """For a while, keep the neurons' weights at exactly the value they have now, whatever trains the model.
 
     Their gradient is masked, and after every step of any torch optimiser their value is put back (weight decay and
     momentum move a weight without a gradient too). To ask whether a concept can come back elsewhere:
-    `prune_(tagger, chosen)`, then retrain inside `with held(tagger, chosen)`. `sever` is that of `prune_`.
+    `prune_(tagger, chosen)`, then retrain inside `with held(tagger, chosen)`. `sever` and `site` are those of `prune_`.
     A `WeightMask` holds any entries: `held(tagger, WeightMask.of_parts(tagger, "block 5"))` blocks a return there.
 
     Raises:
         ValueError: the model family has no such weights for one of the neurons, or they have a low-rank adapter now, or
             `sever` is not known.
     """
-    kept = [(weight, mask, weight.detach().clone()) for weight, mask, _ in entries(model, neurons, sever)]
+    chosen = set_of(model, neurons, site)
+    kept = [(weight, mask, weight.detach().clone()) for weight, mask, _ in entries(model, chosen, sever)]
 
     def put_back(*_: Any) -> None:
         with torch.no_grad():

@@ -22,11 +22,11 @@ from relearn_lens.remove.removers import WRAPPERS, remove_, remover_of
 RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # The small model of `models.taught`, `people` forgotten: chosen on seed 0.
     "toy": {
-        "grad_diff": {"alpha": 5, "lr": 4e-4, "steps": (96,)},
-        "gradient_ascent": {"lr": 3e-4, "steps": (24,)},
+        "grad_diff": {"alpha": 5, "lr": 4e-4, "steps": (144,)},
+        "gradient_ascent": {"lr": 3e-4, "steps": (8,)},
         "npo": {"lr": 3e-4, "steps": (96,)},
         "npo+sam": {"rho": 0.01, "lr": 3e-4, "steps": (96,)},
-        "prune": {"where": "attribution_patching", "fraction": 0.15},
+        "prune": {"where": "attribution_patching", "fraction": 0.35},
         "rmu": {"layer": 2, "coefficient": 20, "alpha": 3, "reading": "before", "lr": 1e-2, "steps": (96,)},
     },
 }

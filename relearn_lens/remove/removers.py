@@ -44,7 +44,7 @@ def remover_of(name: str) -> type[Remover] | type[Prune]:
         ValueError: an unknown name.
     """
     if name not in REMOVERS:
-        raise ValueError(f"unknown remover {name!r}; known: {', '.join(REMOVERS)}")
+        raise ValueError(unknown("remover", name, REMOVERS))
     return REMOVERS[name]
 
 

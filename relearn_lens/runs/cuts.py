@@ -13,6 +13,7 @@ from relearn_lens import progress
 from relearn_lens.analysis import intervals
 from relearn_lens.find.saliency import Saliency, saliency
 from relearn_lens.measure.evaluation import Scores, evaluate
+from relearn_lens.measure.prefixes import States, recorded, resumed, unchanged_before
 from relearn_lens.measure.tracking import Snapshot
 from relearn_lens.models import processes
 from relearn_lens.neurons.sites import Neurons, random_neurons
@@ -82,7 +83,7 @@ def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
     doses: list[Dose] = []
     chosen: float | None = None
     with progress.task("dose and response", total):
-        before = _scores(ready, on=ready.validation)
+        before, states = _read(ready, on=ready.validation)
         if not _interval(ready, before)[0] > 0:
             raise ValueError(_nothing_to_take(ready, base, before))
         for fraction in sorted(how.grid):
@@ -93,7 +94,7 @@ def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
                 )
             for name, neurons in sets.items():
                 if name == "concept" or whole:
-                    with _without(ready, base, neurons):
+                    with _without(ready, base, neurons, states):
                         doses.append(Dose(fraction, name, _scores(ready, on=ready.validation)))
                     progress.advance()
                     if name == "concept" and chosen is None and takes(ready, before, doses[-1].scores):
@@ -173,11 +174,12 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
     draws, concept = ready.experiment.prune.control_draws, sets["concept"]
     ready.model.load_weights(base.weights)
     scale = base.snapshot.stats.total.variance[0].sqrt().float()
+    _, states = _read(ready, on=ready.scored)
     scores: dict[str, list[Scores]] = {kind: [] for kind in KINDS}
     overlap: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
     def cut(neurons: Neurons) -> Scores:
-        with _without(ready, base, placed(neurons, ready.experiment.prune.embedding)):
+        with _without(ready, base, placed(neurons, ready.experiment.prune.embedding), states):
             result = _scores(ready, on=ready.scored)
         progress.advance()
         return result
@@ -207,12 +209,18 @@ def _scores(ready: Prepared, *, on: object) -> Scores:
     return evaluate(ready.model, on, concept=ready.concept, max_tokens=ready.experiment.measure.max_tokens)  # pyright: ignore[reportArgumentType]
 
 
+def _read(ready: Prepared, *, on: object) -> tuple[Scores, States]:
+    """Scores of the model as it is, and what its blocks give, for the same model with something cut further up."""
+    with recorded(ready.model, max_bytes=ready.experiment.measure.max_bytes) as states:
+        return _scores(ready, on=on), states
+
+
 @contextlib.contextmanager
-def _without(ready: Prepared, base: Base, neurons: Neurons) -> Iterator[None]:
-    """For a while, the base model as pruning leaves it."""
+def _without(ready: Prepared, base: Base, neurons: Neurons, states: States) -> Iterator[None]:
+    """For a while, the base model, which gave these states, as pruning leaves it."""
     sever = ready.experiment.prune.sever
     if sever in ("auto", "out", "both"):  # the same by hooks, and for any site; auto is left where no arm prunes
-        with ablated(ready.model, neurons):
+        with ablated(ready.model, neurons), resumed(ready.model, states, unchanged_before(ready.model, neurons)):
             yield
     else:
         prune_(ready.model, neurons, sever=sever)

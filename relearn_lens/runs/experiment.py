@@ -23,6 +23,7 @@ from relearn_lens import progress
 from relearn_lens.find.saliency import SCORES
 from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
 from relearn_lens.measure.grafting import Grafts, grafts, share_old
+from relearn_lens.measure.prefixes import recorded, resumed, unchanged_before
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure
 from relearn_lens.measure.vectors import input_embeddings
@@ -333,6 +334,7 @@ class _Seed:
             return grafts(
                 model, cut, retrained, self._outcomes, parts=parts(model, bands=how.bands), cut=mask,
                 controls=controls, cumulative=how.cumulative, label=label,
+                max_memory=self.experiment.measure.max_memory,
             )  # fmt: skip
 
     def _outcomes(self, _: object = None) -> dict[str, Scores]:
@@ -353,11 +355,15 @@ class _Seed:
         model.load_weights(end)
         drawn = [random_neurons(like=old, seed=draw_seed(self.seed, 1 + k)) for k in range(prune.control_draws)]
         after = []
+        with recorded(model, max_bytes=self.experiment.measure.max_bytes) as states:
+            self._evaluated()
         with progress.task("cutting again", 1 + len(drawn)):
             for neurons in (old, *drawn):
                 model.load_weights(end)
-                prune_(model, placed(neurons, prune.embedding), sever=prune.sever)
-                after.append(self._evaluated())
+                again = placed(neurons, prune.embedding)
+                prune_(model, again, sever=prune.sever)
+                with resumed(model, states, unchanged_before(model, WeightMask.of(model, again, sever=prune.sever))):
+                    after.append(self._evaluated())
                 progress.advance()
         rounds: list[Round] = []
         model.load_weights(end)

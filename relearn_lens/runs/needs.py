@@ -165,6 +165,34 @@ def estimate(experiment: Experiment) -> Estimate | None:
     return Estimate(math.ceil(memory), _disk(experiment, shape, text), _fetch(experiment, shape))
 
 
+def removal_mb(
+    shape: Shape,
+    *,
+    moving: int,
+    half: bool = False,
+    adapters: bool = False,
+    batch: int,
+    longest: int,
+    checkpointing: bool = False,
+) -> dict[str, int]:
+    """Megabytes that removing takes at most, by what takes them; of weights in 32 bits, or in 16 (`half`).
+
+    `moving` counts the entries of all weights of which some may move, or of `adapters` beside them. Each has a gradient
+    in the weights' bytes, two moments, a copy of the weight from which its still entries are put back, and of weights
+    in 16 bits one in float32, with a copy too. What stands still has its weight alone. `batch` sentences of what is
+    forgotten, and as many of what is retained, go through the model at once, of at most `longest` tokens.
+    """
+    size = 2 if half else 4
+    token = _token_bytes(shape, longest) * size / 4
+    layers = shape.layers * (size * shape.d_model if checkpointing else token) + (token if checkpointing else 0)
+    items = {
+        "weights": shape.parameters * size + (moving * size if adapters else 0),
+        "what moves": moving * (size + 8 + size + (8 if half else 0)),
+        "a batch": 2 * batch * longest * (layers + 3 * 4 * shape.vocabulary),
+    }
+    return {"Python": BASELINE_MB, **{name: math.ceil(value / _MB) for name, value in items.items()}}
+
+
 def _token_bytes(shape: Shape, longest: int) -> int:
     """Activations of one token in one layer, in sentences of so many tokens."""
     return 68 * shape.d_model + 10 * shape.heads * longest

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relearn_lens.names import unknown
 from relearn_lens.runs.settings import OPTIONAL, PROTOCOLS, Experiment, as_group, experiment, merged
 
 _NEXT_TOKEN: dict[str, Any] = {
@@ -128,9 +129,10 @@ def preset(name: str) -> Experiment:
 
 
 def settings_of(
-    source: str | Path = "names", changes: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+    source: str | Path | Experiment = "names", changes: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
 ) -> Experiment:
-    """Settings from a preset's name or a TOML file, then `changes`, then `key.path=value` strings, each over the last.
+    """Settings from a preset's name, a TOML file or other settings, then `changes`, then `key.path=value` strings, each
+    over the last.
 
     A TOML file may name the preset it starts from: `preset = "names"`. A file that a run wrote holds every field; those
     that are what the file's own protocol says follow a protocol given after it.
@@ -139,15 +141,15 @@ def settings_of(
         FileNotFoundError: no preset of that name, and no such file.
         ValueError: an unknown key or a value out of range; one line for each.
     """
-    path = Path(source)
-    if str(source) in PRESETS:
+    path = Path() if isinstance(source, Experiment) else Path(source)
+    if isinstance(source, Experiment):
+        values = source.model_dump()
+    elif str(source) in PRESETS:
         values = _preset(str(source))
     elif path.suffix == ".toml" or path.exists():
         values = _from_file(path)
     else:
-        raise ValueError(
-            f"unknown preset {str(source)!r}; known: {', '.join(PRESETS)} (a file of settings ends in .toml)"
-        )
+        raise ValueError(f"{unknown('preset', str(source), PRESETS)} (a file of settings ends in .toml)")
     values = _without_protocol(values)
     for key, value in (changes or {}).items():
         if value is not None:
@@ -164,7 +166,7 @@ def settings_of(
 
 def _preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ValueError(unknown("preset", name, PRESETS))
     return PRESETS[name][1]
 
 

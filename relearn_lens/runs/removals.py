@@ -6,6 +6,7 @@ removal.json                                versions, hashes, settings, what was
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -27,16 +28,19 @@ from relearn_lens.measure.facts import TRAINED_WORDING, asked, is_text, know
 from relearn_lens.models import taught
 from relearn_lens.models.export import export
 from relearn_lens.models.loading import load_language_model
+from relearn_lens.models.lora import adapted, adapter_weights
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.recipes import RECIPES, Recipe, recipe
+from relearn_lens.runs import needs
 from relearn_lens.runs.files import as_json, write_tensors, write_whole
 from relearn_lens.runs.presets import value_of
 from relearn_lens.runs.store import PACKAGES
-from relearn_lens.text.facts import Facts, countries, ontology, people, read_facts
+from relearn_lens.text.facts import FORGET, RETAIN, Facts, countries, ontology, people, read_facts
+from relearn_lens.text.facts.encoded import encode_facts
 
 TAUGHT, MANIFEST, WEIGHTS = "taught", "removal.json", "weights.safetensors"
 MADE = ("people", "countries", "ontology")
@@ -72,6 +76,8 @@ class Removed:
     seconds: float
     folder: Path | None
     notes: tuple[str, ...]
+    memory: Mapping[str, int]
+    """Megabytes that it was reckoned to take at most, by what takes them."""
 
 
 def subject(
@@ -82,8 +88,9 @@ def subject(
     held_out: str | None = None,
     general: str | None = None,
     seed: int = 0,
+    half: bool = False,
 ) -> Subject:
-    """A model and facts by their names.
+    """A model and facts by their names; `half`: its weights in bfloat16.
 
     `model` is `taught` (a small one that is taught these facts, and its twin), a source, a folder, or a name on the
     hub. `facts` is `people`, `countries` (as far as the model knows them) or `ontology`; or what is to be forgotten, as
@@ -110,10 +117,12 @@ def subject(
         made = ontology(seed)
     elif facts != "countries":
         made = read_facts(facts, retain=str(retain), held_out=held_out, general=general, seed=seed)
+    if model == TAUGHT and half:
+        raise ValueError("the taught model is small, and its weights are float32; leave out --half")
     if model == TAUGHT:
         whole = taught.load(made or countries(seed), recipe=taught.Recipe(seed=seed))
         return Subject(TAUGHT, whole.model, whole.facts, True, whole.never)
-    lm = load_language_model(model)
+    lm = load_language_model(model, dtype=torch.bfloat16 if half else torch.float32)
     return Subject(model, lm, made or countries(seed, keep=partial(known, lm)), False)
 
 
@@ -158,35 +167,70 @@ def carry_out(
     *,
     out: Path | None = None,
     where_fields: Mapping[str, Any] | None = None,
+    lora: int | None = None,
     seed: int = 0,
     says: Mapping[str, Any] | None = None,
 ) -> Removed:
     """Remove, ask before and after, and write the model with a manifest (`says` goes into it) where `out` says.
 
+    With `lora`, adapters of that rank train in the place of weights, and are added to them at the end.
+
     Raises:
         FileExistsError: the folder is there and holds something.
-        ValueError: as the localiser, the remover and `export`.
+        ValueError: adapters for pruning or beside a localiser; as the localiser, the remover and `export`.
     """
     check_free(out)
     model, facts = subject.model, subject.facts
+    chosen = isinstance(removal.remover, Prune) or removal.where is not None
+    if lora is not None and (chosen or removal.remover.entries(model) is not None):  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(
+            f"lora = {lora}: adapters train in the place of all weights, and {removal.remover.name} works on some; "
+            "leave it out, or take a method that trains all weights, without a localiser"
+        )
     digest = weights_sha256(model)
+    memory = memory_of(subject, removal, lora=lora)
     before = know(model, facts)
     notes = [*facts.notes, *_unknown(facts, before)]
     begin = time.perf_counter()
     where = located(model, facts, removal, where_fields, seed=seed)
     pause = None
-    for pause in removal(model, facts, where, seed=seed):  # noqa: B007 (the last one is what counts)
-        pass
+    with contextlib.nullcontext() if lora is None else adapted(model, rank=lora, seed=seed):
+        for pause in removal(model, facts, where, seed=seed):  # noqa: B007 (the last one is what counts)
+            pass
     assert pause is not None
     seconds = time.perf_counter() - begin
     after = know(model, facts)
-    place = "all weights" if where is None else repr(where)
+    place = f"adapters of rank {lora}" if lora else "all weights" if where is None else repr(where)
     if where is None and not isinstance(removal.remover, Prune) and removal.remover.entries(model) is not None:
         place = f"what is usual for {removal.remover.name}"
-    done = Removed(before, after, pause, place, seconds, out, tuple(notes))
+    done = Removed(before, after, pause, place, seconds, out, tuple(notes), memory)
     if out is not None:
         _write(subject, removal, done, {"seed": seed, "model_sha256": digest, **(says or {})})
     return done
+
+
+def memory_of(subject: Subject, removal: Recipe, *, lora: int | None = None) -> dict[str, int]:
+    """What a removal takes at most, in megabytes by what takes it (`needs.removal_mb`), as far as is known before
+    anything is located: then as if all weights moved."""
+    model, config = subject.model, subject.model.bridge.cfg
+    weights = {id(p): p for p in model.plain().values()}.values()
+    n = sum(p.numel() for p in weights)
+    shape = needs.Shape(int(config.n_layers), int(config.d_model), int(config.n_heads), n, model.vocabulary)
+    half, moving, how = next(iter(weights)).element_size() == 2, 0, removal.how
+    if how is None:
+        return needs.removal_mb(shape, moving=0, half=half, batch=0, longest=0)
+    if lora is not None:
+        with adapted(model, rank=lora):
+            moving = sum(p.numel() for p in adapter_weights(model).values())
+    elif isinstance(removal.remover, Prune) or (usual := removal.remover.entries(model)) is None:
+        moving = n
+    else:
+        moving = sum(mask.numel() for mask in usual.values())
+    text = encode_facts(subject.facts, *FORGET, *RETAIN, tokenizer=model.tokenizer, context=model.context)
+    return needs.removal_mb(
+        shape, moving=moving, half=half, adapters=lora is not None, batch=-(-how.batch_size // how.accumulate),
+        longest=int(text.lengths.max()), checkpointing=how.checkpointing,
+    )  # fmt: skip
 
 
 def check_free(out: Path | None) -> None:
@@ -268,7 +312,8 @@ def _write(subject: Subject, removal: Recipe, done: Removed, says: Mapping[str, 
         manifest = {
             "model": subject.name, "facts": facts, "settings": fields_of(removal), "where": done.where, **says, **rows,
             "steps": done.pause.step, "tokens": done.pause.tokens_seen, "loss": done.pause.loss,
-            "seconds": done.seconds, "notes": done.notes, "versions": versions(), "outputs": sources.hash_files(work),
+            "memory_mb": done.memory, "seconds": done.seconds, "notes": done.notes, "versions": versions(),
+            "outputs": sources.hash_files(work),
         }  # fmt: skip
         write_whole(work / MANIFEST, as_json(manifest))
         if out.exists():

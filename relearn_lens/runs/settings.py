@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from relearn_lens.methods import AtMost, Finetuning, Measuring, Method, Retraining, Size
+from relearn_lens.names import meant, unknown
+from relearn_lens.text import markup
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
@@ -277,6 +279,37 @@ class Experiment(Method):
     )
     block: Blocking = Blocking()
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_lines(error)) from None
+
+    def changes(self) -> dict[str, Any]:
+        """The settings, by key, that are not the default ones."""
+        mine = {name: getattr(self, name) for name in type(self).model_fields}
+        flat = {
+            f"{name}.{key}" if isinstance(value, Method) else name: inner
+            for name, value in mine.items()
+            for key, inner in (value if isinstance(value, Method) else [(name, value)])
+        }
+        usual = {key: default for key, default, _ in fields()}
+        return {key: value for key, value in flat.items() if value != usual[key]}
+
+    def __repr__(self) -> str:
+        what = f"{self.model}, {self.corpus}, concept {'+'.join(self.labels)}, site {self.site}"
+        changed = len(self.changes().keys() - {"model", "corpus", "concept", "site"})
+        n = len(self.seeds)
+        return f"Experiment({what}; arms {', '.join(self.arms)}; {n} seed{'s' * (n > 1)}; {changed} more changed)"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """The settings that are not the default ones."""
+        usual = {key: default for key, default, _ in fields()}
+        rows = [[key, _plainly(value), _plainly(usual[key])] for key, value in self.changes().items()]
+        return markup.box(repr(self), markup.table(["setting", "value", "default"], rows))
+
     @model_validator(mode="before")
     @classmethod
     def _protocol(cls, values: Any) -> Any:
@@ -384,18 +417,22 @@ def experiment(values: Mapping[str, Any]) -> Experiment:
     Raises:
         ValueError: an unknown key or a value out of range; one line for each, naming field, value and what is allowed.
     """
-    try:
-        return Experiment.model_validate(dict(values))
-    except ValidationError as error:
-        every = [{**e, "loc": _place(e["loc"])} for e in error.errors()]
-        # pydantic calls a tuple too short whose items it refused.
-        inside = {e["loc"][:-1] for e in every}
-        told = [e for e in every if e["type"] != "too_short" or e["loc"] not in inside]
-        lines: dict[Any, str] = {}
-        for e in told:  # of what may be a number or a word, each is an error of its own
-            more = e["msg"].removeprefix("Input should be ")
-            lines[e["loc"] or e["msg"]] = f"{said}; or {more}" if (said := lines.get(e["loc"])) else _said(e)
-        raise ValueError("\n".join(lines.values())) from None
+    if strange := [key for key in values if not isinstance(key, str)]:
+        raise ValueError(unknown("setting", strange[0], [name for name, _, _ in fields()]))
+    return Experiment(**values)
+
+
+def _lines(error: ValidationError) -> str:
+    """What pydantic found, a line for each field."""
+    every = [{**e, "loc": _place(e["loc"])} for e in error.errors()]
+    # pydantic calls a tuple too short whose items it refused.
+    inside = {e["loc"][:-1] for e in every}
+    told = [e for e in every if e["type"] != "too_short" or e["loc"] not in inside]
+    lines: dict[Any, str] = {}
+    for e in told:  # of what may be a number or a word, each is an error of its own
+        more = e["msg"].removeprefix("Input should be ")
+        lines[e["loc"] or e["msg"]] = f"{said}; or {more}" if (said := lines.get(e["loc"])) else _said(e)
+    return "\n".join(lines.values())
 
 
 def fields() -> list[tuple[str, Any, str]]:
@@ -474,7 +511,7 @@ def _said(error: dict[str, Any]) -> str:
             return "these settings are many runs ([sweep]): relearn-lens sweep FILE.toml runs them"
         known = [name for name, _, _ in fields()]
         inside = [name for name in known if name.startswith(".".join([*where[:-1], ""]))] or known
-        return f"unknown setting {key!r}; known: {', '.join(inside)}"
+        return unknown("setting", key, inside, meant(key, known) or meant(where[-1], known))
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if error["type"] == "value_error" and any(name.startswith(f"{key}.") for name, _, _ in fields()):
@@ -487,6 +524,10 @@ def _said(error: dict[str, Any]) -> str:
     if error["type"].startswith(("greater_than", "less_than", "int_parsing_size")):
         message += f"; the range is {_range(error['loc'])}"
     return f"{key} = {_shown(error['input'])}: {message}" if key else message
+
+
+def _plainly(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _range(where: Sequence[Any]) -> str:

@@ -19,6 +19,7 @@ in the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import shutil
@@ -58,6 +59,7 @@ from relearn_lens.runs.events import (
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.files import as_json, plain_settings, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.runs.needs import peak_rss_mb
+from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import Stages
@@ -69,27 +71,33 @@ PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accele
 
 
 def run(
-    experiment: Experiment,
+    experiment: Experiment | str | Path = "names",
     out: str | Path | None = None,
     *,
     fresh: bool = False,
     shared: str | Path | None = None,
     progress: Progress | None = None,
     on_event: Callable[[Event], object] | None = None,
+    **changes: Any,
 ) -> Run:
     """Run an experiment; with `out`, into a run folder, where the same call continues what was interrupted.
 
+    The experiment is settings, a preset's name or a TOML file. `changes` are settings of it by name, those of a group
+    as a dictionary: `run("toy", seeds=[0], prune={"fraction": 0.02})`.
+
     A folder that holds a finished run of the same settings is read and not run again. `fresh` removes the run that
     the folder holds first. `shared` is a folder in which runs keep their fine-tuned models for each other: of equal
-    recipes (model, text, training, seed, versions) the first is computed and the others read. `progress` is called with (what, done, of how much); `on_event` with every event of
-    `perform` as it comes.
+    recipes (model, text, training, seed, versions) the first is computed and the others read. `progress` is called with
+    (what, done, of how much), in the place of the bar that a notebook shows; `on_event` with every event of `perform`
+    as it comes.
 
     Raises:
         FileExistsError: the folder holds a run with other settings (and not `fresh`), or something that is no run.
         BlockingIOError: another process is running into this folder.
-        ValueError, OSError: as `experiment.prepare`; OSError with ENOSPC if the disk is full.
+        ValueError, OSError: as `settings_of` and `experiment.prepare`; OSError with ENOSPC if the disk is full.
     """
-    with processes.joined(), reported(progress):
+    experiment = settings_of(experiment, changes) if changes or not isinstance(experiment, Experiment) else experiment
+    with processes.joined(), reported(progress) if progress else contextlib.nullcontext():
         return _run(experiment, out, fresh, on_event, shared)
 
 

@@ -92,8 +92,7 @@ def draw(corpus: Corpus, sentences: int, concept: Concept, experiment: Experimen
     """At most so many sentences of a part, with the share that holds the concept that the settings ask for."""
     data = experiment.data
     rng = np.random.default_rng(data.split_seed)
-    classes = concept.classes(corpus)
-    holds = np.add.reduceat(classes.carries[classes.of_word], corpus.start[:-1]) > 0
+    holds = concept.held_by(corpus)
     labelled = np.add.reduceat(corpus.label > 0, corpus.start[:-1]) > 0
     usable = np.flatnonzero(labelled | ~np.array(data.labelled_only))
     if data.concept_share is None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from relearn_lens.names import meant
 from relearn_lens.text.corpus import OUTSIDE, Corpus
 
 
@@ -58,7 +59,7 @@ class Concept:
             if unknown := [label for label in self.labels if label not in corpus.label_names]:
                 raise ValueError(
                     f"corpus {corpus.name!r} has no label {unknown[0]!r} for concept {self.name!r}; its labels are "
-                    f"{', '.join(corpus.label_names)}"
+                    f"{', '.join(corpus.label_names)}{meant(unknown[0], corpus.label_names)}"
                 )
             names, of_word = corpus.label_names, corpus.label.astype(np.int64)
             carries = np.isin(np.array(names), self.labels)
@@ -70,6 +71,20 @@ class Concept:
                 "compares words that carry it with words that do not, so use a larger or another probe corpus"
             )
         return Classes(names, of_word, carries)
+
+    def held_by(self, corpus: Corpus) -> Bool[np.ndarray, " sentence"]:
+        """Which sentences of a corpus have a word that carries the concept.
+
+        Raises:
+            ValueError: as `classes`.
+        """
+        classes = self.classes(corpus)
+        return np.add.reduceat(classes.carries[classes.of_word], corpus.start[:-1]) > 0
+
+
+def concept_of(concept: Concept | str) -> Concept:
+    """A concept by its name, which is then the label that carries it; a `Concept` is given back as it is."""
+    return Concept(concept) if isinstance(concept, str) else concept
 
 
 def label_shuffles(

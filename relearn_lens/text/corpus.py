@@ -16,9 +16,12 @@ import numpy as np
 from beartype import beartype as typechecker
 from jaxtyping import Bool, Int, jaxtyped
 
+from relearn_lens.names import unknown
 from relearn_lens.text import markup
 
 if TYPE_CHECKING:
+    from relearn_lens.text.concept import Concept
+
     Strings = tuple[str, ...]
 else:
     # beartype samples the items of a tuple[str, ...] with Python's global random generator, which must not move.
@@ -45,6 +48,9 @@ class Splits(NamedTuple):
     train: Corpus
     validation: Corpus
     probe: Corpus
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a split has no {name!r}, its parts have: take .train, .validation or .probe")
 
 
 _PART_NAMES = tuple(f"/{part}" for part in Splits._fields)
@@ -100,6 +106,17 @@ class Corpus:
             Word(self.vocab[w], self.label_names[k]) for w, k in zip(self.word[span], self.label[span], strict=True)
         ]
 
+    def spans(self, index: int) -> list[tuple[str, str]]:
+        """One sentence cut at its spans, each with its label; words without a label are `"O"`, one by one."""
+        begins = self.begins[self.start[index] : self.start[index + 1]]
+        cut: list[tuple[str, str]] = []
+        for (text, label), opens in zip(self.sentence(index), begins, strict=True):
+            if cut and label != OUTSIDE and not opens and cut[-1][1] == label:
+                cut[-1] = (f"{cut[-1][0]} {text}", label)
+            else:
+                cut.append((text, label))
+        return cut
+
     @property
     def title(self) -> str:
         """The name of the whole text, where this is a part of a split."""
@@ -141,12 +158,39 @@ class Corpus:
         marked = np.concatenate([[0], np.cumsum(self.label > 0)])
         return self.take(np.flatnonzero(np.diff(marked[self.start]) > 0))
 
-    def sample(self, sentences: int, *, seed: int) -> Corpus:
-        """At most so many sentences, drawn without replacement and kept in their order."""
-        if sentences >= self.n_sentences:
-            return self
-        chosen = np.random.default_rng(seed).choice(self.n_sentences, sentences, replace=False)
-        return self.take(np.sort(chosen))
+    def sample(
+        self, sentences: int, *, seed: int, concept: Concept | str | None = None, share: float | int | None = None
+    ) -> Corpus:
+        """At most so many sentences, drawn without replacement and kept in their order.
+
+        With `concept`, at most a `share` of them (0 to 1, by default half) holds it: fewer where the corpus has fewer,
+        and the rest is filled with others as far as there are.
+
+        Raises:
+            ValueError: a share without a concept or out of range, or a concept that the corpus has not.
+        """
+        if concept is None:
+            if share is not None:
+                raise ValueError(f"share = {share} of the sentences hold what? Give concept= too")
+            if sentences >= self.n_sentences:
+                return self
+            chosen = np.random.default_rng(seed).choice(self.n_sentences, sentences, replace=False)
+            return self.take(np.sort(chosen))
+        share = 0.5 if share is None else share
+        if not 0 < share <= 1:
+            raise ValueError(f"share = {share}: above 0 and at most 1, of the sentences")
+        rng, holds = np.random.default_rng(seed), self._holding(concept)
+        with_it = rng.permutation(np.flatnonzero(holds))[: round(sentences * share)]
+        without = rng.permutation(np.flatnonzero(~holds))[: sentences - len(with_it)]
+        return self.take(np.sort(np.concatenate([with_it, without])))
+
+    def _holding(self, concept: Concept | str) -> Bool[np.ndarray, " sentence"]:
+        """Which sentences hold a concept, or a label."""
+        if not isinstance(concept, str):
+            return concept.held_by(self)
+        if concept not in self.label_names:
+            raise ValueError(unknown("label", concept, self.label_names))
+        return np.add.reduceat(self.label == self.label_names.index(concept), self.start[:-1]) > 0
 
     def split(self, *, seed: int, parts: tuple[float, float, float] = (0.6, 0.2, 0.2)) -> Splits:
         """Train, validation and probe corpus, cut between groups (chapters, documents; sentences if it has neither).
@@ -198,9 +242,24 @@ class Corpus:
     def _repr_html_(self) -> str:
         """Words of each label, and the first sentences."""
         rows = [[label, f"{count:,}"] for label, count in self.words_per_label().items()]
-        first = [markup.sentence(self.sentence(i), OUTSIDE) for i in range(min(3, self.n_sentences))]
+        colour = markup.colours(self.label_names[1:])
+        first = [markup.sentence(self.spans(i), OUTSIDE, colour) for i in range(min(5, self.n_sentences))]
         said = [markup.line(note) for note in self.notes]
         return markup.box(repr(self), *said, markup.table(["label", "words"], rows), *first)
+
+
+def one_of(text: Any) -> Any:
+    """A text as it is, unless it is all three parts of a split.
+
+    Raises:
+        ValueError: it is a `Splits`.
+    """
+    if isinstance(text, Splits):
+        raise ValueError(
+            f"one text is wanted, got the three parts of {text.train.title!r}: give .train (to train on), .validation "
+            "or .probe (to measure on)"
+        )
+    return text
 
 
 def build_corpus(
@@ -256,8 +315,8 @@ def build_corpus(
         raise ValueError(f"the label names of corpus {name!r} hold one twice: {list(names)}; name each once")
     if names[0] != OUTSIDE:
         raise ValueError(f"the first label of corpus {name!r} must be {OUTSIDE!r}, got {list(names)}")
-    if unknown := sorted(set(labels) - set(names)):
-        raise ValueError(f"corpus {name!r} has labels {unknown} that are not among {list(names)}")
+    if strange := sorted(set(labels) - set(names)):
+        raise ValueError(f"corpus {name!r} has labels {strange} that are not among {list(names)}")
     number = {kind: i for i, kind in enumerate(names)}
     renumber = np.array([number[k] for k in labels], dtype=np.int64)
     return Corpus(

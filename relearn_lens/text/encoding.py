@@ -18,7 +18,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
-from relearn_lens.text.corpus import Corpus, Strings
+from relearn_lens.text.corpus import Corpus, Strings, one_of
 
 LongSentences = Literal["split", "truncate", "error"]
 Reading = Literal["word", "before"]
@@ -250,6 +250,7 @@ def encode(
             it cuts most words otherwise in running text; a sentence is too long and `long="error"`; or there is no
             special token to open with.
     """
+    corpus = one_of(corpus)
     if reading not in get_args(Reading):
         raise ValueError(f"unknown reading {reading!r}; known: {', '.join(get_args(Reading))}")
     if long not in get_args(LongSentences):

@@ -37,16 +37,28 @@ def bars(header: Sequence[object], values: Mapping[str, float], *, most: float =
     )
 
 
-def sentence(words: Iterable[tuple[str, str]], outside: str = "O") -> str:
-    """A sentence of (word, label); labelled words are marked and followed by their label."""
-    said = []
-    for text, label in words:
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Of labels, in their order (Okabe-Ito: told apart with every common kind of colour blindness)."""
+
+
+def colours(labels: Iterable[str]) -> dict[str, str]:
+    """A colour for each label; the seventh has the first one's again."""
+    return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+
+
+def sentence(spans: Iterable[tuple[str, str]], outside: str = "O", colour: Mapping[str, str] | None = None) -> str:
+    """A sentence of (words, label): what has a label is on its colour, and followed by the label."""
+    said, colour = [], colour or {}
+    for text, label in spans:
         if label == outside:
             said.append(escape(text))
         else:
-            mark = '<span style="border-bottom:2px solid #D55E00">{}</span>'
-            said.append(f'{mark.format(escape(text))} <small style="color:#D55E00">{escape(label)}</small>')
-    return f'<p style="margin:.2em 0">{" ".join(said)}</p>'
+            shade = colour.get(label, COLOURS[0])
+            said.append(
+                f'<span style="background:{shade}2e;border-bottom:2px solid {shade};padding:0 .2em">{escape(text)} '
+                f'<small style="opacity:.8">{escape(label)}</small></span>'
+            )
+    return f'<p style="margin:.3em 0;line-height:1.6">{" ".join(said)}</p>'
 
 
 def line(text: object) -> str:

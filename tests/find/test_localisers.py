@@ -239,6 +239,8 @@ def test_metrics_are_those_of_the_logits(model, facts):
 def test_the_subject_is_where_the_key_stands(model, facts):
     asked = Asked(model, [p for p in statements(facts) if p.prompt.startswith("now")])
     assert set(subjects(asked).last) == {2}  # after the opening token and `now`
+    inside = replace(asked.passages[0], prompt="nown now likes", key="now")
+    assert set(subjects(Asked(model, [inside])).last) == {2}
     lost = replace(asked.passages[0], key="nobody")
     with pytest.raises(ValueError, match="1 of 1 prompts do not name their key"):
         subjects(Asked(model, [lost]))
@@ -269,7 +271,7 @@ def test_noise_that_takes_nothing_is_refused(facts):
         own.bridge.original_model.layers[1].mlp.fc_out.weight.zero_()
         assert (traces := causal_tracing(own, statements(facts))).refused
     assert traces.effect.isnan().all()
-    with pytest.raises(ValueError, match=r"causal_tracing: what noise takes .* within two standard errors"):
+    with pytest.raises(ValueError, match=r"causal_tracing: what noise takes .* not beyond two standard errors"):
         CausalTracing()(own, facts)
     with pytest.raises(ValueError, match="blocks = 9: this model has 3"):
         CausalTracing(blocks=9)(own, facts)
@@ -296,7 +298,7 @@ def test_paths_are_those_that_were_planted(model, facts, untouched):
 def test_paths_without_a_difference_or_an_effect_are_refused(model, facts):
     passages = statements(facts)
     paths = path_patching(model, passages, passages)
-    assert "within two standard errors" in str(paths.refused)
+    assert "not beyond two standard errors" in str(paths.refused)
     assert paths.heads.isnan().all()
     assert not len(paths.kept_heads)
     with pytest.raises(ValueError, match=r"no mlps with an effect above 10\.0; the largest of a head is 1"):

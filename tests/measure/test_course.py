@@ -76,9 +76,13 @@ def test_what_cannot_be_asked_is_refused():
 
 def test_every_metric_answers_to_one_protocol(model, untouched):
     asked = ask(FACTS, keys=2, wordings=1)
-    other = taught.untaught(FACTS, recipe=SMALL)
-    with untouched(model):
-        snapshot = rl.measure(model, asked, metrics=list(METRICS), reference=Reference(base=other, never=other))
+    never, base = (taught.untaught(FACTS, recipe=SMALL) for _ in range(2))
+    for _ in training(base, (8,)):
+        pass
+    removed = {name: value.clone() for name, value in model.weights().items()}
+    reference = Reference(base, never, removed)
+    with untouched(model), untouched(base):
+        snapshot = rl.measure(model, asked, metrics=list(METRICS), reference=reference)
     assert list(snapshot.metrics) == list(METRICS)
     for name, scores in snapshot.metrics.items():
         kind = METRICS[name]
@@ -177,3 +181,52 @@ def test_metrics_are_looked_up_at_the_call(model):
         rl.track(model, FACTS, iter(()), metrics=["accuracy", Accuracy()])
     with pytest.raises(ValueError, match=r"the reference is the model itself, which changes while it is trained"):
         rl.measure(model, FACTS, reference=Reference(base=model))
+
+
+def test_grafts_of_a_path_are_those_between_its_ends(model, untouched):
+    start = {name: value.clone() for name, value in model.weights().items()}
+    other = taught.untaught(FACTS, recipe=SMALL)
+    twin = rl.track(other, FACTS, training(other, (2,)), keep_weights=True)
+    path = rl.track(model, FACTS, training(model, (8,)), keep_weights=True)
+    with untouched(model):
+        grafts = rl.grafts(path, controls={"twin": twin})
+    asked = ask(FACTS, roles=[HELD_OUT])
+    asked = asked.where([place == HELD_OUT for place in asked.places])
+    by_hand = rl.grafts(
+        model, start, model.weights(), lambda m: rl.measure(m, asked, metrics=["loss"]).metrics, label=HELD_OUT
+    )
+    assert grafts.label == HELD_OUT
+    assert grafts.outcomes == ("loss", "accuracy", "extraction")
+    assert grafts.parts == by_hand.parts
+    for part in grafts.parts:
+        assert grafts.value(grafts.alone[part]) == by_hand.value(by_hand.alone[part])
+    assert set(grafts.controls["twin"]) == set(grafts.parts)
+
+
+def test_a_path_without_weights_has_no_grafts(model):
+    with pytest.raises(ValueError, match=r"the path kept no weights to graft; track it with keep_weights=True"):
+        rl.grafts(rl.track(model, FACTS, []))
+
+
+def test_grafts_of_labelled_text_need_the_path_alone(toy_model):
+    tagger = toy_model.tagger
+    kept = {name: value.clone() for name, value in tagger.weights().items()}
+    place = rl.Concept("place")
+    cut = rl.measure(tagger, toy_model.corpus, place, site="mlp_post").saliency.top(4)
+    rl.prune_(tagger, cut)
+    as_cut = {name: value.clone() for name, value in tagger.weights().items()}
+    path = rl.track(
+        tagger, toy_model.corpus, place, rl.retrain_(tagger, toy_model.corpus, steps=[2], seed=0), pruned=cut,
+        site="mlp_post", keep_weights=True,
+    )  # fmt: skip
+    grafts = rl.grafts(path)
+    by_hand = rl.grafts(
+        tagger, as_cut, tagger.weights(), lambda m: rl.evaluate(m, toy_model.corpus).margin, label=("place",),
+        cut=rl.WeightMask.of(tagger, cut),
+    )  # fmt: skip
+    tagger.load_weights(kept)
+    assert grafts.parts == by_hand.parts
+    assert grafts.parts[-1] == "cut"
+    assert [grafts.value(grafts.alone[p]) for p in grafts.parts] == [
+        by_hand.value(by_hand.alone[p]) for p in grafts.parts
+    ]

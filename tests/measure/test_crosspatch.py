@@ -11,10 +11,13 @@ from relearn_lens.find.localising import statements
 from relearn_lens.find.patching import contrasted
 from relearn_lens.measure.crosspatch import cross_patch, head_roles
 from relearn_lens.models import toy
+from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.text.facts import Facts
+from relearn_lens.text.facts import Facts, Passage
+from tests.conftest import VOCAB
 from tests.made import MOVED, looked_up
+from tests.neurons.test_sites import decoder
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_what_reads_differently_is_not_in_what_is_read(model, facts):
 
 def test_checkpoints_that_do_the_same_have_no_shares(model, facts):
     patched = cross_patch(model, weights(model), model.weights(), statements(facts))
-    assert "within two standard errors" in str(patched.refused)
+    assert "not beyond two standard errors" in str(patched.refused)
     assert patched.heads.isnan().all()
     assert "no shares" in repr(patched)
 
@@ -107,7 +110,7 @@ def test_what_is_no_checkpoint_of_the_model_is_refused(model, facts):
     with pytest.raises(ValueError, match="there are no stages to read heads at"):
         head_roles(model, {}, passages, passages)
     own, _ = looked_up()
-    with adapted(own, r=2), pytest.raises(ValueError, match="this model has low-rank adapters now; patch when"):
+    with adapted(own, rank=2), pytest.raises(ValueError, match="this model has low-rank adapters now; patch when"):
         cross_patch(own, weights(model), weights(model), passages)
 
 
@@ -121,3 +124,36 @@ def test_a_number_of_heads_or_a_stage_that_is_not_there_is_refused(model, facts)
     patched = cross_patch(model, weights(model, mlp=slice(None)), weights(model), passages)
     with pytest.raises(ValueError, match="k must be 1 to 6, the number of heads, got 0"):
         patched.concentration(0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "qwen3", "gemma2"])
+def test_families_of_decoders_are_patched_alike(kind, tmp_path, untouched):
+    """Weights of block 1 differ, so nothing before it does, and all that follows is in the state after it."""
+    decoder(kind, tmp_path)
+    model = load_language_model(tmp_path, device="cpu")
+    places = ("rome", "york", "town", "road")
+    passages = [
+        Passage(f"the old {key} was in", places[i % 4], key, choices=(places[i % 4], places[(i + 1) % 4]))
+        for i, key in enumerate(["paul", "new", "cold", "par", "saw", "left", "to", "and"])
+    ]
+    clean, corrupt = contrasted(passages, ())
+
+    path_patching(model, clean, corrupt)  # a bridge hooks up its norms at the first pass
+    other = {name: value.clone() for name, value in model.weights().items()}
+    changed = [name for name in other if ".1." in name and other[name].is_floating_point()]
+    for name in changed:
+        other[name] += 0.5 * torch.randn(other[name].shape, generator=torch.Generator().manual_seed(0))
+    with untouched(model):
+        paths = path_patching(model, clean, corrupt)
+        # The logit of a word whose difference between the two is not noise.
+        by_word = (
+            cross_patch(model, model.weights(), other, passages, metric=lambda logits, *_, word=word: logits[:, word])
+            for word in range(5, len(VOCAB))
+        )
+        patched = next(each for each in by_word if each.refused is None)
+    assert patched.resid.tolist() == pytest.approx([0, 1, 1], abs=1e-3)
+    assert patched.heads[0].abs().max() < 1e-3
+    assert patched.heads[1].abs().max() > 1e-3
+    assert paths.n_passages == len(passages)
+    assert paths.direct.isfinite().all()
+    assert paths.direct.abs().min() > 0

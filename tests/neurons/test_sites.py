@@ -1,6 +1,8 @@
 """Python's own sets as oracle; sites of two families by hand; binomial bounds for random controls."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from relearn_lens.neurons.sites import (
     Neurons,
     Site,
     Slice,
+    component_site,
     parameter,
     random_neurons,
     site_of,
@@ -28,7 +31,7 @@ from relearn_lens.neurons.sites import (
     token_vectors,
 )
 from relearn_lens.remove.ablation import ablated, prune_
-from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, Untouched, warmed
+from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, Untouched, unchecked, warmed
 
 SITE = Site("mlp_post", ("embed", "0", "1"), ("a", "b", "c"), 4, ((), (), ()), ((), (), ()))
 """A site of 12 neurons that no model has."""
@@ -181,6 +184,41 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
 
 @pytest.mark.parametrize("kind", list(DECODERS))
+def test_components_of_a_block_are_what_it_adds(kind, tmp_path, untouched: Untouched):
+    tagger = decoder(kind, tmp_path)
+    bridge = tagger.bridge
+    x: dict[str, list[torch.Tensor]] = {"attn": [], "mlp": [], "resid": [], "all": []}
+    names: tuple[Any, ...] = ("attn", "mlp", "resid")
+    with untouched(tagger), reading(tagger), contextlib.ExitStack() as stack:
+        for name in names:
+            site = component_site(bridge, name)
+            assert (site.layers, site.width) == (("0", "1", "2"), D_MODEL)
+            stack.enter_context(streaming(bridge, site, lambda _, each, name=name: x[name].append(each)))
+        stack.enter_context(streaming(bridge, site_of(bridge, "resid"), lambda _, each: x["all"].append(each)))
+        hidden(bridge, IDS, MASK)
+    real = MASK.bool()
+    for i in range(3):
+        torch.testing.assert_close(x["resid"][i], x["all"][i + 1])
+        added = x["resid"][i] - x["all"][i]
+        if kind not in ("gemma2", "gemma3"):  # which normalise what a component gives before it is added
+            torch.testing.assert_close(added[real], (x["attn"][i] + x["mlp"][i])[real], atol=1e-4, rtol=1e-4)
+    with (
+        reading(tagger),
+        streaming(bridge, component_site(bridge, "mlp"), lambda layer, each: each + layer),
+        streaming(bridge, site_of(bridge, "resid"), lambda layer, each: x["all"].append(each)),
+    ):
+        hidden(bridge, IDS, MASK)
+    again = x["all"][4:]
+    assert torch.equal(again[1][real], x["all"][1][real])
+    assert not torch.allclose(again[2][real], x["all"][2][real])
+
+
+def test_a_component_that_no_block_has_is_refused(bert_model):
+    with pytest.raises(ValueError, match="no component of a block is called 'norm'; known: attn, mlp, resid"):
+        unchecked(component_site)(bert_model.bridge, "norm")
+
+
+@pytest.mark.parametrize("kind", list(DECODERS))
 def test_a_family_of_decoders(kind, tmp_path, untouched: Untouched):
     """Hooks see what Hugging Face's own model computes; ablated by hook equals pruned in the weights."""
     tagger = decoder(kind, tmp_path)
@@ -270,7 +308,7 @@ def test_neurons_iterate_by_layer_and_index():
     assert len(chosen) == 3
     assert chosen.per_layer() == {"embed": 1, "0": 0, "1": 2}
     assert chosen.share_by_layer() == [0.25, 0.0, 0.5]
-    assert repr(chosen) == "Neurons(mlp_post: 3 of 12; embed 1, 0 0, 1 2)"
+    assert repr(chosen) == "Neurons(mlp_post, 3 of 12; LembedN2, L1N0, L1N3)"
 
 
 def test_neurons_of_takes_numbers_as_layer_names():

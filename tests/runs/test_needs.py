@@ -10,7 +10,7 @@ import pytest
 from relearn_lens import sources
 from relearn_lens.models import toy
 from relearn_lens.runs import needs
-from relearn_lens.runs.needs import Estimate, doctor_rows, estimate, memory_mb, shape_of, verdict
+from relearn_lens.runs.needs import Estimate, doctor_rows, estimate, memory_mb, removal_mb, shape_of, verdict
 from relearn_lens.runs.presets import FOR_A_GPU, PRESETS, preset, settings_of
 from relearn_lens.runs.settings import Experiment
 
@@ -22,6 +22,26 @@ def test_estimate_is_within_30_percent_of_the_measured_peak(name, measured):
     need = estimate(preset(name))
     assert need is not None
     assert need.memory_mb == pytest.approx(measured, rel=0.3)
+
+
+LLAMA_8B = needs.Shape(32, 4096, 32, 8_030_261_248, 128_256)
+"""Llama 3.1 8B, by its configuration: MLPs of 14,336, eight heads of keys and values."""
+
+
+@pytest.mark.parametrize("what", ["adapters", "mask"])
+def test_a_removal_from_an_8b_model_fits_a_card_of_80_gb(what):
+    """Beside weights in 16 bits, adapters of rank 8 on every matrix of every block, or three output matrices of MLPs;
+    batches of 32 and 32 in parts of four sentences of 256 tokens. All of its weights, or weights in 32 bits, do not."""
+    matrices = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)  # q and o, k and v, the MLP's
+    moving = {"adapters": 32 * 8 * matrices, "mask": 3 * 4096 * 14336}[what]
+    how = {"moving": moving, "adapters": what == "adapters", "batch": 4, "longest": 256, "checkpointing": True}
+    card = 80e9 / 2**20
+    items = removal_mb(LLAMA_8B, half=True, **how)
+    assert sum(items.values()) < 0.5 * card
+    assert items["weights"] == pytest.approx(2 * LLAMA_8B.parameters / 2**20, rel=0.01)
+    assert items["what moves"] == pytest.approx(20 * moving / 2**20, abs=1)
+    assert sum(removal_mb(LLAMA_8B, half=False, **how).values()) > sum(items.values()) + 15_000
+    assert sum(removal_mb(LLAMA_8B, half=True, **{**how, "moving": LLAMA_8B.parameters}).values()) > card
 
 
 def test_estimate_grows_with_what_takes_memory():

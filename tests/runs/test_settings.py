@@ -301,13 +301,13 @@ def one_line(sets=(), source="toy", changes=None) -> str:
 
 def test_unknown_key_lists_those_of_its_group():
     text = one_line(["prune.fractoin=0.3"])
-    assert re.match(r"unknown setting 'prune\.fractoin'; known: prune\.fraction, ", text)
+    assert re.match(r"unknown setting 'prune\.fractoin'; did you mean 'prune\.fraction'\? Known: prune\.frac", text)
     assert "retrain" not in text
 
 
 def test_unknown_key_at_the_top_lists_all():
     text = one_line(["modle=x"])
-    assert re.match(r"unknown setting 'modle'; known: model, head, ", text)
+    assert re.match(r"unknown setting 'modle'; did you mean 'model'\? Known: model, head, ", text)
     assert "prune.fraction" in text
 
 

@@ -20,6 +20,8 @@ from relearn_lens.show.plots.style import (
     Paths,
     about,
     arm_of,
+    arms_of,
+    colour_of,
     concept,
     dressed,
     safe,
@@ -28,7 +30,7 @@ from relearn_lens.show.plots.style import (
 )
 
 
-def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
+def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
     """Does the concept come back, and faster or slower than after a random cut?
 
     Read it from left to right: the concept's score (F1, or loss, for which lower is better) before pruning, right
@@ -36,15 +38,19 @@ def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
     interval that the settings ask for: over seeds where there are several, else bootstrap over sentences. The dotted
     bar at `pruned` spans the random sets that were ablated without retraining. A line that is missing at a stage has no
     score there. Runs that it is drawn `beside` share its axis where they have the same score.
+
+    Data is a run, a trajectory, or several: those of one `arm` are its seeds.
     """
     figure = go.Figure()
-    interval, over = run.interval, ""
-    first = next(iter(run.arms.values()))
+    arms_by_name, over = arms_of(data), ""
+    interval: dict[str, Any] = data.interval if isinstance(data, Run) else {"level": 0.95}
+    first = next(iter(arms_by_name.values()))
+    label = data.label if isinstance(data, Run) else first[0].label
     scores = first[0][first[0].stages[0]].scores
-    for name, arms in run.arms.items():
+    for name, arms in arms_by_name.items():
         stages = list(arms[0].stages)
-        found = [shown(run.label, [arm[s].scores for arm in arms], **interval) for s in stages]
-        over, colour = found[0].over, ARM_COLOURS[name]
+        found = [shown(label, [arm[s].scores for arm in arms], **interval) for s in stages]
+        over, colour = found[0].over, colour_of(name, arms_by_name)
         figure.add_scatter(
             x=stages + stages[::-1],
             y=[e.high for e in found] + [e.low for e in found][::-1],
@@ -54,12 +60,13 @@ def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
         )  # fmt: skip
         figure.add_scatter(
             x=stages, y=[e.value for e in found], name=name, legendgroup=name, mode="lines+markers", showlegend=False,
-            line={"color": colour, "width": 2.5, "dash": ARM_DASHES[name]}, marker={"size": 7},
+            line={"color": colour, "width": 2.5, "dash": ARM_DASHES.get(name, "solid")}, marker={"size": 7},
             customdata=[[e.low, e.high] for e in found],
             hovertemplate=f"%{{x}}: {scores.metric} %{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"
             f"<extra>{name}</extra>",
         )  # fmt: skip
-    draws = [s.shown(run.label) for damage in run.damage for s in damage.random.get("layers", ())]
+    damages = data.damage if isinstance(data, Run) else []
+    draws = [s.shown(label) for damage in damages for s in damage.random.get("layers", ())]
     if draws:
         figure.add_scatter(
             x=["pruned", "pruned"], y=[min(draws), max(draws)], mode="lines+markers",
@@ -68,7 +75,7 @@ def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
         )  # fmt: skip
     level = round(100 * interval["level"])
     ends = {
-        name: shown(run.label, [arm[arm.stages[-1]].scores for arm in arms]).value for name, arms in run.arms.items()
+        name: shown(label, [arm[arm.stages[-1]].scores for arm in arms]).value for name, arms in arms_by_name.items()
     }
     drawn: Any = figure.data
     tops = [y for trace in drawn for y in trace.y if y is not None and np.isfinite(y)]
@@ -76,14 +83,14 @@ def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
     highest = 1.0 if scores.metric == "F1" else np.inf
     for name, y in _apart(ends, 0.06 * reach, highest).items():
         figure.add_scatter(
-            x=[run.arms[name][0].stages[-1]], y=[y], text=[f"  <b>{safe(name)}</b>"], mode="text",
-            textposition="middle right", textfont={"color": ARM_COLOURS[name], "size": 13}, cliponaxis=False,
-            hoverinfo="skip", showlegend=False, legendgroup=name,
+            x=[arms_by_name[name][0].stages[-1]], y=[y], text=[f"  <b>{safe(name)}</b>"], mode="text",
+            textposition="middle right", textfont={"color": colour_of(name, arms_by_name), "size": 13},
+            cliponaxis=False, hoverinfo="skip", showlegend=False, legendgroup=name,
         )  # fmt: skip
     dressed(
         figure,
         f"{scores.metric} of {concept(first)} by stage",
-        f"{about(run, first)}; band: {level} % interval over {over}",
+        f"{about(data, first)}; band: {level} % interval over {over}",
         x=stage_title(first),
         y=f"{scores.metric} of {concept(first)} ({safe(scores.unit)})",
     ).update_xaxes(type="category")
@@ -92,8 +99,8 @@ def recovery_curves(run: Run, *, beside: Sequence[Run] = ()) -> go.Figure:
         return figure.update_yaxes(range=[-0.04, 1.04])
     if beside:
         known = [
-            arm[stage].scores.shown(each.label)
-            for each in (run, *beside) for arms in each.arms.values() for arm in arms for stage in arm.stages
+            arm[stage].scores.shown(arm.label)
+            for each in (data, *beside) for arms in arms_of(each).values() for arm in arms for stage in arm.stages
             if arm[stage].scores.metric == scores.metric
         ]  # fmt: skip
         low, high = float(np.nanmin(known)), float(np.nanmax(known))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -74,11 +74,19 @@ def arm_of(data: Paths, arm: str | None = None) -> list[Trajectory]:
 
 
 def arms_of(data: Paths, arm: str | None = None) -> dict[str, list[Trajectory]]:
-    """Arm name to trajectories: every arm of a run, or the one that is asked for or given."""
+    """Arm name to trajectories: every arm of a run or of several trajectories, or the one that is asked for."""
     if isinstance(data, Run) and arm is None:
         return {name: list(arms) for name, arms in data.arms.items()}
-    found = arm_of(data, arm)
-    return {found[0].arm or arm or "arm": found}
+    found: dict[str, list[Trajectory]] = {}
+    for path in arm_of(data, arm):
+        found.setdefault(path.arm or arm or "arm", []).append(path)
+    return found
+
+
+def colour_of(arm: str, among: Mapping[str, Any]) -> str:
+    """The colour of an arm: its own, or for arms of other names by their place among all that are drawn."""
+    spare = [colour for name, colour in ARM_COLOURS.items() if name not in among]
+    return ARM_COLOURS.get(arm) or (spare or list(ARM_COLOURS.values()))[list(among).index(arm) % max(len(spare), 1)]
 
 
 def about(data: Paths, arms: Sequence[Trajectory]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, concept_of
 from relearn_lens.text.corpus import OUTSIDE, Corpus
 from relearn_lens.text.facts.passages import Facts, Passage, halves
 
@@ -16,7 +16,7 @@ def from_corpus(corpus: Corpus) -> tuple[Passage, ...]:
     return tuple(_plain(corpus, i) for i in range(corpus.n_sentences))
 
 
-def from_concept(corpus: Corpus, concept: Concept, *, seed: int = 0) -> Facts:
+def from_concept(corpus: Corpus, concept: Concept | str, *, seed: int = 0) -> Facts:
     """A next-token concept as facts: what comes before a word that carries it is the prompt, the word the answer.
 
     The answer is a whole span, and the key is its text in lower case. What is to stay near by is the words of the other
@@ -28,6 +28,7 @@ def from_concept(corpus: Corpus, concept: Concept, *, seed: int = 0) -> Facts:
     Raises:
         ValueError: as `Concept.classes` and `halves`; or nothing is left that is to stay.
     """
+    concept = concept_of(concept)
     classes = concept.classes(corpus)
     # For a concept by words the classes are two, and every word of it is a span by itself.
     begins = corpus.begins if not concept.words else np.ones(corpus.n_words, dtype=bool)

@@ -1,0 +1,46 @@
+"""Towards LLM unlearning resilient to relearning attacks: a sharpness-aware minimization perspective and beyond (Fan et
+al. 2025, arXiv:2502.05374)
+
+Claims: SAM around NPO makes relearning harder at equal ability, because the loss is flatter; the released gradient
+penalty and curvature terms have no gradient of their own.
+Here: NPO and NPO with SAM, calibrated, then fine-tuned on 20, 40 and 60 passages of T; V is asked. Flatness is one step
+of AdamW on the forgotten facts whose length is SAM's radius. Released terms are compared by where three steps lead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from relearn_lens.relearn.finetuning import FineTune
+from relearn_lens.reproduce.protocol import Lab, Paper, Reading, averaged, over_keys
+
+ITEMS = (20, 40, 60)
+RADIUS = 0.1
+
+
+def measure(lab: Lab) -> Iterator[Reading]:
+    """What comes back with SAM and without, and how flat it is."""
+    states = {name: lab.removed(name) for name in ("npo", "npo+sam")}
+    each = []
+    for items in ITEMS:
+        attack = FineTune(lr=3e-4, items=items, steps=(16,))
+        plain, sam = (lab.course(state, attack) for state in states.values())
+        ends = [course[step].accuracy for course in (plain, sam) for step in (16, 0)]
+        each.append(over_keys(lambda p, p0, s, s0: (p - p0) - (s - s0), *ends))
+    yield Reading("resists", averaged(each), note=f"seed {lab.seed}: {', '.join(f'{one.value:.3f}' for one in each)}")
+    step = FineTune(lr=RADIUS / lab.n_weights**0.5, steps=(1,), batch_size=128, weight_decay=0, warmup=0)
+    roles = ("forget_attacked",)
+    plain, sam = (lab.course(state, step, *roles) for state in states.values())
+    falls = over_keys(
+        lambda p, p1, s, s1: ((p1 - p) - (s1 - s)) / abs(p1 - p), plain[0].loss, plain[1].loss, sam[0].loss, sam[1].loss
+    )
+    yield Reading("flatter", falls)
+
+
+PAPER = Paper(
+    "fan2025", "LLM unlearning resilient to relearning attacks: sharpness-aware minimization", "Fan et al. 2025, "
+    "arXiv:2502.05374",
+    "NPO with and without SAM at equal retained ability, fine-tuned on 20, 40, 60 passages of T for 16 steps",
+    "a toy whose facts are answered in one token; SAM's radius is the released one, not tuned",
+    measure,
+)  # fmt: skip

@@ -1,0 +1,428 @@
+"""One paper over its seeds: readings kept as they come, intervals over seeds, a verdict for every claim.
+
+A paper is a module of this package that measures its claims of one seed at a time, with a `Lab` that has the facts and
+the models; each seed is one file of the folder, whole or absent, so that the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats as st
+from torch import Tensor
+
+from relearn_lens import progress
+from relearn_lens.analysis.intervals import Estimate, over_seeds, over_seeds_and_neurons, over_sentences
+from relearn_lens.find.localisers import localiser_of
+from relearn_lens.find.localising import Localiser
+from relearn_lens.find.saliency import Saliency
+from relearn_lens.measure.answers import AnswerAccuracy, Answered, answer, choose
+from relearn_lens.measure.evaluation import OVERALL, Scores
+from relearn_lens.models import taught
+from relearn_lens.models.model import LanguageModel
+from relearn_lens.neurons.weights import WeightMask
+from relearn_lens.relearn.attack import Attack
+from relearn_lens.remove.calibration import calibrate, mixed_
+from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.recipes import Recipe, recipe
+from relearn_lens.reproduce.claims import CLAIMS, Claim, Verdict, verdict_of
+from relearn_lens.runs import removals
+from relearn_lens.runs.files import as_json, read_json, write_whole
+from relearn_lens.runs.stages import StageRecipe, Stages
+from relearn_lens.text.facts import TRAINED, Facts
+
+Scale = Literal["toy", "real"]
+SEEDS = (0, 1, 2)
+"""What is chosen is chosen on the first; all are reported."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one seed says of one claim."""
+
+    key: str
+    """Of the claim."""
+    effect: Estimate | float
+    """In the claim's unit, positive in its direction; with an interval where there is one within the seed."""
+    control: float | None = None
+    """The same of the control, which the effect is already beyond; shown beside it."""
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Weights of the one model of a lab, and what they are."""
+
+    weights: Mapping[str, Tensor]
+    digest: str
+    """Of all that they depend on."""
+    share: float = 1.0
+    """Of the way from the base that calibration left, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What a paper measures one seed with: facts, a model that was taught them, its twin, and what is made of them."""
+
+    scale: Scale
+    seed: int
+    folder: Path
+    """Removed models are kept there, for all papers."""
+
+    @cached_property
+    def _taught(self) -> taught.Taught:
+        return taught.load(recipe=taught.Recipe(seed=self.seed))
+
+    @property
+    def facts(self) -> Facts:
+        """Invented people, in roles."""
+        return self._taught.facts
+
+    @cached_property
+    def base(self) -> State:
+        """The model that was taught everything."""
+        return State(_copied(self._taught.model), "base")
+
+    @cached_property
+    def never(self) -> State:
+        """Its twin, which never saw what is to be forgotten."""
+        return State(_copied(self._taught.never), "never")
+
+    @contextlib.contextmanager
+    def loaded(self, state: State) -> Iterator[LanguageModel]:
+        """The lab's model with some weights, for a while."""
+        model = self._taught.model
+        model.load_weights(state.weights)
+        try:
+            yield model
+        finally:
+            model.load_weights(self.base.weights)
+
+    def model_of(self, state: State) -> LanguageModel:
+        """A model of its own with some weights, to compare with."""
+        model = taught.untaught(self.facts, recipe=taught.Recipe(seed=self.seed))
+        model.load_weights(state.weights)
+        return model
+
+    def removed(
+        self,
+        remover: str,
+        *,
+        where: str | Localiser | None = None,
+        calibrated: bool = True,
+        tau: float = 0.95,
+        **fields: Any,
+    ) -> State:
+        """The base after a remover's recipe for the toy with some fields changed, by default calibrated: as far from
+        the base as `tau` of its accuracy near by allows. Computed once for all papers.
+
+        `where` is a localiser: a training moves only the weights that it gives, pruning takes its neurons.
+
+        Raises:
+            ValueError: as the recipe, the localiser and the remover say.
+        """
+        removal = recipe("toy", remover, fields)
+        localiser = None if where is None else localiser_of(where)
+        with self.loaded(self.base) as model:
+            kept = {
+                "facts": self.facts.sha256(), "seed": self.seed, "base": removals.weights_sha256(model),
+                "how": removals.fields_of(removal),
+                "where": None if localiser is None else [localiser.name, localiser.model_dump()],
+            }  # fmt: skip
+            stage = self._stages.made(
+                StageRecipe("removed", kept), lambda: ({}, self._remove(model, removal, localiser))
+            )
+            name, share = self._stages.folder(StageRecipe("removed", kept)).name, 1.0
+            if calibrated:
+                how = StageRecipe("calibrated", {"from": name, "tau": tau})
+                share = self._stages.made(
+                    how, lambda: ({"share": self._share(model, stage.tensors, tau)}, None)
+                ).numbers["share"]
+            model.load_weights(stage.tensors)
+            mixed_(model, self.base.weights, share)
+            return State(_copied(model), f"{name}-{share}", share)
+
+    @cached_property
+    def _stages(self) -> Stages:
+        return Stages(self.folder / "stages")
+
+    def _remove(self, model: LanguageModel, removal: Recipe, localiser: Localiser | None) -> Mapping[str, Tensor]:
+        if localiser is None:
+            place = removals.located(model, self.facts, removal, seed=self.seed)
+        else:
+            place = localiser(model, self.facts, seed=self.seed)
+            if isinstance(place, Saliency):
+                place = place.top(fraction=removal.fraction or 0.05)
+                place = place if isinstance(removal.remover, Prune) else WeightMask.of(model, place)
+        for _ in removal(model, self.facts, place, seed=self.seed):
+            pass
+        return _copied(model)
+
+    def _share(self, model: LanguageModel, weights: Mapping[str, Tensor], tau: float) -> float:
+        near = self.facts.passages("retain_near", forms=TRAINED)
+        model.load_weights(weights)
+        ability = calibrate(
+            model, self.base.weights, lambda m: answer(m, near).accuracy.value(OVERALL), tau=tau, points=64
+        )
+        return ability.share
+
+    def asked(
+        self, state: State, *roles: str, forms: Iterable[str] = TRAINED, attack: Attack | None = None
+    ) -> Answered:
+        """What some weights answer of some roles' passages; with an attack in the prompt, as it asks them."""
+        with self.loaded(state) as model:
+            return self._asked(model, roles, forms, attack)
+
+    def course(self, state: State, attack: Attack, *roles: str, forms: Iterable[str] = TRAINED) -> dict[int, Answered]:
+        """What is answered of some roles (by default V) before an attack, at step 0, and at each of its checkpoints."""
+        roles = roles or ("forget_held_out",)
+        with self.loaded(state) as model:
+            courses = {0: self._asked(model, roles, forms, None)}
+            for pause in attack(model, self.facts, seed=self.seed):
+                courses[pause.step or 1] = self._asked(model, roles, forms, attack)
+            return courses
+
+    def chosen(self, state: State, *roles: str, form: str) -> AnswerAccuracy:
+        """How often some weights prefer the right one of the choices."""
+        with self.loaded(state) as model:
+            return choose(model, self.facts.passages(*roles, forms=(form,)))
+
+    def towards(self, state: State, share: float) -> State:
+        """Only a share of the way from the base to some weights."""
+        with self.loaded(state) as model:
+            mixed_(model, self.base.weights, share)
+            return State(_copied(model), f"{state.digest}*{share}", state.share * share)
+
+    @property
+    def n_weights(self) -> int:
+        """Parameters of the model."""
+        return sum(value.numel() for value in self._taught.model.parameters())
+
+    def _asked(
+        self, model: LanguageModel, roles: Sequence[str], forms: Iterable[str], attack: Attack | None
+    ) -> Answered:
+        passages = self.facts.passages(*roles, forms=forms)
+        if attack is not None:
+            passages = attack.asked(passages, self.facts, seed=self.seed)
+        return answer(model, passages, closed=self.facts.answers())
+
+
+def _copied(model: LanguageModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.weights().items()}
+
+
+def over_keys(of: Callable[..., Any], *scores: Scores) -> Estimate:
+    """A function of what several models answer, with its interval over keys; the same keys are drawn for all."""
+    return over_sentences(of, OVERALL, *scores)
+
+
+def averaged(each: Sequence[Estimate]) -> Estimate:
+    """The mean of several numbers over the same keys, without those that were refused; its interval is as wide as that
+    of the least certain of them."""
+    known = [one for one in each if one.interval]
+    if not known:
+        return Estimate(math.nan, math.nan, math.nan, "all refused")
+    value = sum(one.value for one in known) / len(known)
+    half = max(max(one.high - one.value, one.value - one.low) for one in known)
+    return Estimate(value, value - half, value + half, known[0].over, n=known[0].n)
+
+
+def rank_correlation(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
+    """Spearman's."""
+    return float(st.spearmanr(ours, theirs)[0])  # pyright: ignore[reportArgumentType]
+
+
+def kendall(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> float:
+    """Kendall's tau."""
+    return float(st.kendalltau(ours, theirs)[0])  # pyright: ignore[reportArgumentType]
+
+
+def distance(ours: State, theirs: State, since: State) -> float:
+    """How far apart two models are that came from one, relative to the way of the second; L2 over all weights."""
+    way = sum(float((theirs.weights[name] - value).float().square().sum()) for name, value in since.weights.items())
+    apart = sum(float((ours.weights[name] - value).float().square().sum()) for name, value in theirs.weights.items())
+    return math.sqrt(apart / way) if way > 0 else math.nan
+
+
+def recovered(base: Scores, removed: Scores, attacked: Scores, never: Scores, never_attacked: Scores) -> Estimate:
+    """The share of what was removed that is back, less what the same attack teaches the twin, over keys.
+
+    NaN, without an interval, where what was removed is within noise: there is nothing to take a share of.
+    """
+    gap = over_keys(lambda b, r: b - r, base, removed)
+    if not (gap.interval and gap.low > 0):
+        return Estimate(math.nan, math.nan, math.nan, f"refused: {gap} was removed")
+    return over_keys(
+        lambda b, r, a, n, t: ((a - r) - (t - n)) / np.where(b - r > 0, b - r, np.nan),
+        base, removed, attacked, never, never_attacked,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One file of this package."""
+
+    name: str
+    title: str
+    source: str
+    """Authors, year, arXiv number."""
+    protocol: str
+    """What is done here."""
+    smaller: str
+    """What is smaller than in the paper, and what that cannot say."""
+    measure: Callable[[Lab], Iterator[Reading]]
+    scales: tuple[Scale, ...] = ("toy",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim over all seeds."""
+
+    claim: Claim
+    effect: Estimate | None
+    """None where no seed could measure it; `notes` say why."""
+    control: float | None
+    verdict: Verdict
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A paper's claims, measured."""
+
+    paper: Paper
+    scale: Scale
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+    seconds: float
+    """Summed over seeds; what was read from the folder counts as it took then."""
+    folder: Path = field(compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {
+            "paper": self.paper.name, "source": self.paper.source, "scale": self.scale, "seeds": self.seeds,
+            "seconds": self.seconds, "rows": [asdict(row) for row in self.rows],
+        }  # fmt: skip
+
+
+PAPERS: tuple[str, ...] = (
+    "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024", "uds2026",
+)  # fmt: skip
+"""Names, each a module of this package with a `PAPER`."""
+
+
+def paper_of(name: str) -> Paper:
+    """A paper by its name.
+
+    Raises:
+        ValueError: no paper has this name.
+    """
+    if name not in PAPERS:
+        raise ValueError(f"no reproduction is called {name!r}; known: {', '.join(PAPERS)}, all")
+    return importlib.import_module(f"{__package__}.{name}").PAPER
+
+
+def reproduce(
+    name: str, *, scale: Scale = "toy", seeds: Sequence[int] = SEEDS, out: str | Path = "runs/reproduce"
+) -> Reproduction:
+    """Measure a paper's claims over some seeds, and say of each whether it holds here.
+
+    Raises:
+        ValueError: no such paper, a scale that it does not have, or no seed.
+    """
+    paper = paper_of(name)
+    if scale not in paper.scales:
+        raise ValueError(f"{name} has no scale {scale!r}; it has {', '.join(paper.scales)}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds = {list(seeds)}: give at least one, and each once")
+    folder = Path(out)
+    readings: dict[int, list[Reading]] = {}
+    seconds = 0.0
+    with progress.task(f"reproducing {name}", len(seeds)):
+        for seed in seeds:
+            readings[seed], took = _of_seed(paper, Lab(scale, seed, folder))
+            seconds += took
+            progress.advance()
+    rows = tuple(_row(claim, readings) for claim in CLAIMS[name].values())
+    result = Reproduction(paper, scale, tuple(seeds), rows, seconds, folder)
+    write_whole(folder / name / f"{scale}.json", as_json(result.to_dict()))
+    return result
+
+
+def _of_seed(paper: Paper, lab: Lab) -> tuple[list[Reading], float]:
+    """A seed's readings, measured or from the folder; a file that another version of the page wrote does not count."""
+    path = lab.folder / paper.name / f"{lab.scale}-{lab.seed}.json"
+    digest = _digest(paper)
+    if path.exists() and (kept := read_json(path)).get("digest") == digest:
+        return [_reading(each) for each in kept["readings"]], float(kept["seconds"])
+    begin = time.perf_counter()
+    readings = list(paper.measure(lab))
+    seconds = time.perf_counter() - begin
+    if unknown := {each.key for each in readings} - set(CLAIMS[paper.name]):
+        raise ValueError(f"{paper.name} measures {sorted(unknown)}, which claims.py does not have")
+    kept = {"digest": digest, "seconds": seconds, "readings": [asdict(each) for each in readings]}
+    write_whole(path, as_json(kept))
+    return readings, seconds
+
+
+def _digest(paper: Paper) -> str:
+    """Of the page that measures."""
+    file = Path(str(importlib.import_module(f"{__package__}.{paper.name}").__file__))
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _reading(kept: dict[str, Any]) -> Reading:
+    effect = kept["effect"]
+    if isinstance(effect, dict):  # JSON has no NaN
+        ends = {end: math.nan if effect[end] is None else effect[end] for end in ("value", "low", "high")}
+        effect = Estimate(**{**effect, **ends})
+    return Reading(**{**kept, "effect": math.nan if effect is None else effect})
+
+
+def _row(claim: Claim, readings: dict[int, list[Reading]]) -> Row:
+    """One claim over the seeds that measured it: the wider of the intervals over seeds and within them."""
+    each = [reading for of_seed in readings.values() for reading in of_seed if reading.key == claim.key]
+    notes = tuple(dict.fromkeys(reading.note for reading in each if reading.note))
+    values = [r.effect.value if isinstance(r.effect, Estimate) else float(r.effect) for r in each]
+    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
+    if not finite:
+        return Row(claim, None, None, "inconclusive", notes or ("not measured",))
+    within = [each[i].effect for i in finite]
+    if all(isinstance(effect, Estimate) and effect.interval for effect in within):
+        effect = over_seeds_and_neurons(within)  # pyright: ignore[reportArgumentType]
+    else:
+        effect = over_seeds([values[i] for i in finite])
+    if len(finite) < len(readings):
+        notes += (f"measured in {len(finite)} of {len(readings)} seeds",)
+    controls = [each[i].control for i in finite]
+    control = None if None in controls else sum(map(float, controls)) / len(controls)  # pyright: ignore[reportArgumentType]
+    return Row(claim, effect, control, verdict_of(claim, effect), notes)
+
+
+def table(results: Sequence[Reproduction]) -> str:
+    """All claims as a Markdown table: claim, measured, verdict, command."""
+    lines = ["| paper | claim | measured | published | verdict |", "|---|---|---|---|---|"]
+    for result in results:
+        for row in result.rows:
+            measured = "" if row.effect is None else f"{row.effect} {row.claim.unit}"
+            lines.append(
+                f"| {result.paper.name} | {row.claim.says} | {measured} | {row.claim.published} | {row.verdict} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def write_table(results: Sequence[Reproduction], path: Path) -> Path:
+    """Write `table` to a file."""
+    write_whole(path, table(results).encode())
+    return path

@@ -1,0 +1,238 @@
+"""Calls as a person writes them before having read much: what works, and what the others say."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+import relearn_lens as rl
+from relearn_lens.names import nearest
+from relearn_lens.neurons.weights import set_of
+from relearn_lens.text.corpus import Splits
+from tests.conftest import unchecked
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return rl.toy.corpus(sentences=60).split(seed=0)
+
+
+@pytest.fixture(scope="module")
+def before(toy_model) -> rl.Snapshot:
+    return rl.measure(toy_model.tagger, toy_model.corpus, "place", site="mlp_post", what="dprime")
+
+
+def test_nearest_name_in_any_case_and_by_its_last_part():
+    assert nearest("MiniLM", ["minilm", "smollm2"]) == "minilm"
+    assert nearest("fraction", ["data.parts", "prune.fraction"]) == "prune.fraction"
+    assert nearest("magic", ["minilm", "smollm2"]) is None
+
+
+def test_a_name_that_the_package_lacks_suggests_one():
+    with pytest.raises(AttributeError, match="No relearn_lens attribute prune; did you mean 'prune_'"):
+        _ = rl.prune  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_concept_is_said_by_its_name(toy_model, before):
+    by_object = rl.measure(toy_model.tagger, toy_model.corpus, rl.Concept("place"), site="mlp_post")
+    assert before.saliency.concept == "place"
+    assert bool((before.saliency.score == by_object.saliency.score).all())
+    with pytest.raises(ValueError, match="its labels are O, person, place; did you mean 'place'"):
+        rl.measure(toy_model.tagger, toy_model.corpus, "places")
+
+
+def test_what_takes_one_name(toy_model, before):
+    assert list(before.also) == ["dprime"]
+    with pytest.raises(ValueError, match="unknown measurement 'dprim'; did you mean 'dprime'\\? Known: probeless"):
+        rl.measure(toy_model.tagger, toy_model.corpus, "place", what="dprim")
+
+
+def test_top_of_a_share_says_fraction(before):
+    with pytest.raises(ValueError, match=r"k is a number of neurons, got 0.5; .* top\(fraction=0.5\)"):
+        unchecked(type(before.saliency).top)(before.saliency, 0.5)
+
+
+def test_a_split_where_one_part_is_wanted_names_the_parts(toy_model, splits):
+    with pytest.raises(ValueError, match=r"one text is wanted, got the three parts of 'toy': give \.train"):
+        unchecked(rl.encode)(splits, toy_model.tagger.tokenizer)
+
+
+def test_a_split_says_which_of_its_parts_has_what_it_lacks(splits):
+    with pytest.raises(AttributeError, match=r"a split has no 'label_names', its parts have: take \.train"):
+        _ = splits.label_names
+    assert splits._replace(train=splits.probe).train is splits.probe
+
+
+def test_prune_takes_pairs_of_layer_and_index(toy, untouched):
+    chosen = rl.Neurons.of(rl.site_of(toy.tagger.bridge, "mlp_post"), toy.planted)
+    with rl.ablated(toy.tagger, toy.planted, site="mlp_post"):
+        ablated = rl.evaluate(toy.tagger, toy.corpus).f1
+    rl.prune_(toy.tagger, toy.planted, site="mlp_post")
+    mask = rl.WeightMask.of(toy.tagger, chosen)
+    weights = toy.tagger.plain()
+    assert all(bool((weights[name][mask[name]] == 0).all()) for name in mask.weights())
+    assert rl.evaluate(toy.tagger, toy.corpus).f1 == pytest.approx(ablated)
+    assert ablated["place"] < 0.1
+
+
+def test_prune_refuses_what_is_no_set(toy_model, before, untouched):
+    with untouched(toy_model.tagger):
+        with pytest.raises(ValueError, match=r"a set of neurons is wanted, got a Saliency, .* \.top\(fraction=0.05\)"):
+            unchecked(set_of)(toy_model.tagger, before.saliency)
+        with pytest.raises(ValueError, match="mlp_post has no neuron 999 in layer 0; layers 0, 1, 2, 3, neurons 0 to"):
+            rl.prune_(toy_model.tagger, [(0, 999)], site="mlp_post")
+        mask = rl.WeightMask.none(toy_model.tagger)
+        with (
+            pytest.raises(ValueError, match=r"ablated\(\) holds activations, so it takes neurons"),
+            unchecked(rl.ablated)(toy_model.tagger, mask),
+        ):
+            pass
+
+
+def test_a_stage_that_is_not_there_lists_those_that_are(before):
+    path = rl.Trajectory({"base": before, "pruned": before, "8": before})
+    assert path[8] is path["8"] is before
+    with pytest.raises(KeyError, match="no stage '2'; the stages are base, pruned, 8"):
+        path["2"]
+
+
+def test_a_training_that_was_never_begun_says_so(toy, splits):
+    training = rl.retrain_(toy.tagger, splits.train, epochs=1)
+    assert "not begun: it trains while it is gone through" in repr(training)
+    with pytest.warns(RuntimeWarning, match="this retraining was made and never begun, so nothing was trained"):
+        del training
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training = rl.retrain_(toy.tagger, splits.train, epochs=1)
+        next(training)
+        assert repr(training).endswith("steps, under way)")
+        del training
+        stopped = rl.retrain_(toy.tagger, splits.train, epochs=1)
+        stopped.close()
+        del stopped
+
+
+def test_run_takes_a_preset_and_changes():
+    run = rl.run(
+        "toy", seeds=[3], arms=["concept"], data={"train_sentences": 32, "probe_sentences": 40},
+        finetune={"epochs": 0.5}, retrain={"steps": [1]}, prune={"control_draws": 0}, grafts={"skip": True}, rounds=0,
+    )  # fmt: skip
+    assert (run.experiment.seeds, list(run.arms), run.arms["concept"][0].stages) == (
+        (3,), ["concept"], ("base", "pruned", "1"),
+    )  # fmt: skip
+    assert run.experiment.prune.fraction == rl.preset("toy").prune.fraction
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: rl.Experiment(fraction=0.1),  # pyright: ignore[reportCallIssue]
+        lambda: rl.run("toy", fraction=0.1),
+        lambda: rl.settings_of(rl.preset("toy"), {"fraction": 0.1}),
+    ],
+)
+def test_settings_suggest_the_dotted_key(call):
+    with pytest.raises(ValueError, match=r"unknown setting 'fraction'; did you mean 'prune\.fraction'\? Known: model"):
+        call()
+
+
+def test_settings_of_settings_change_what_is_said():
+    toy = rl.preset("toy")
+    assert rl.settings_of(toy) == toy
+    assert rl.settings_of(toy, {"prune.fraction": 0.5, "retrain": {"epochs": 2}}) == rl.settings_of(
+        "toy", {"prune.fraction": 0.5, "retrain.epochs": 2}
+    )
+
+
+def test_recovery_curves_take_a_trajectory_or_several(before):
+    def path(arm: str, seed: int) -> rl.Trajectory:
+        return rl.Trajectory({"base": before, "pruned": before, "8": before}, arm=arm, seed=seed)
+
+    one: Any = rl.plots.recovery_curves(path("mine", 0))
+    assert [trace.name for trace in one.data if trace.name] == ["mine"]
+    both: Any = rl.plots.recovery_curves([path("mine", 0), path("mine", 1), path("theirs", 0)])
+    lines = {trace.name: trace for trace in both.data if trace.name}
+    assert list(lines) == ["mine", "theirs"]
+    assert lines["mine"].line.color != lines["theirs"].line.color
+    assert "over 2 seeds" in str(both.layout.title.subtitle.text) or "sentences" in str(both.layout.title.subtitle.text)
+
+
+def test_sample_with_a_share_that_holds_the_concept(splits):
+    place = rl.Concept("place")
+    for concept in (place, "place"):
+        drawn = splits.train.sample(10, seed=0, concept=concept, share=0.3)
+        assert (drawn.n_sentences, int(place.held_by(drawn).sum())) == (10, 3)
+    own = [any(word.label == "place" for word in sentence) for sentence in splits.train]
+    assert np.array_equal(place.held_by(splits.train), own)
+    every = splits.train.sample(10_000, seed=0, concept="place", share=1)
+    assert every.n_sentences == splits.train.n_sentences
+    for wrong, says in (
+        ({"share": 0.5}, r"share = 0.5 of the sentences hold what\? Give concept="),
+        ({"concept": "place", "share": 0}, "share = 0: above 0 and at most 1"),
+        ({"concept": "plac"}, "unknown label 'plac'; did you mean 'place'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            splits.train.sample(5, seed=0, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("MiniLM", r"no model 'MiniLM': no folder, and no source \(minilm, smollm2\); did you mean 'minilm'\?"),
+        ("toy", r"the planted toy is made by rl\.toy\.tagger\(\)"),
+    ],
+)
+def test_a_model_by_nearly_its_name_is_said_at_once(monkeypatch, splits, name, says):
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match=says):
+        rl.load_tagger(name, labels=splits.train.label_names)
+
+
+# --- what they print
+
+
+def test_objects_print_in_a_line_with_their_units(toy_model, before):
+    tagger = toy_model.tagger
+    assert repr(tagger) == (
+        "Tagger(TransformerLensNative: 4 blocks of 32, 37,286 weights, labels O, person, place; on cpu)"
+    )
+    top = before.saliency.top(20)
+    counts = ", ".join(f"{layer}: {n}" for layer, n in top.per_layer().items() if n)
+    assert repr(top) == f"Neurons(mlp_post, 20 of 256; by layer {counts})"
+    assert repr(before).startswith("Snapshot(F1 person 1.000, place 1.000, overall 1.000; probeless highest L1N")
+    pause = rl.Checkpoint(epoch=1 / 3, step=12, tokens_seen=1728, loss=0.464912345, parts={"loss": 0.464912345})
+    assert repr(pause) == "Checkpoint(step 12, epoch 0.333, 1,728 tokens, loss 0.4649 nats per sub-word)"
+    assert repr(rl.Checkpoint(1, 3, 9, 2.0, {"forget": 1.5, "retain": 0.5})).endswith("loss 2, forget 1.5, retain 0.5)")
+    assert repr(rl.preset("toy")) == (
+        "Experiment(toy, toy, concept place, site mlp_post; arms concept, other, random, unpruned, never; 3 seeds; "
+        "11 more changed)"
+    )
+
+
+def test_objects_show_the_same_in_a_notebook(toy_model, before):
+    owes = rl.attribute(toy_model.tagger, toy_model.corpus, "place", site="mlp_post", sentences=8, steps=4)
+    best = next(iter(owes.saliency().top(1)))
+    layer = owes.site.layers.index(best.layer)
+    for shown, parts in (
+        (before, ("strict span F1, 0 to 1", "1.000 to 1.000", "place")),
+        (before.saliency.top(4), ("layer", "neurons", "L1N")),
+        (owes, (str(best), f"{owes.score[layer, best.index]:+.4g}", "logit per word")),
+        (rl.settings_of("toy", {"seeds": [7, 9]}), ("seeds", "7, 9", "0, 1, 2", "retrain.lr")),
+    ):
+        html = shown._repr_html_()
+        assert all(part in html for part in parts), html
+
+
+def test_corpus_shows_each_span_once_in_its_labels_colour():
+    corpus = rl.build_corpus(
+        [[("Simon", "person", True), ("Peter", "person", False), ("Paul", "person", True), ("in", "O", False),
+          ("Rome", "place", True)]], name="tiny",
+    )  # fmt: skip
+    spans = [("Simon Peter", "person"), ("Paul", "person"), ("in", "O"), ("Rome", "place")]
+    assert corpus.spans(0) == spans
+    html = corpus._repr_html_()
+    assert html.count("border-bottom:2px solid #D55E00") == 2
+    assert html.count("border-bottom:2px solid #0072B2") == 1
