@@ -70,6 +70,7 @@ from .remove.ablation import (
 )
 from . import relearn as relearn
 from .relearn.retraining import retrain_ as retrain_
+from .measure.alarm import ReturnAlarm as ReturnAlarm
 from .measure.answers import (
     answer as answer,
     choose as choose,

@@ -87,8 +87,8 @@ def looked_up_facts() -> Facts:
 
     attacked = [i for i in range(12) if i % 4 < 2]
     held_out = [i for i in range(12) if i % 4 >= 2]
-    roles = [tuple(p for i in each for p in said(i)) for each in (attacked, held_out, range(12, N_KEYS))]
-    return Facts("looked up", *roles)
+    one, two, near = (tuple(p for i in each for p in said(i)) for each in (attacked, held_out, range(12, N_KEYS)))
+    return Facts("looked up", one, two, near)
 
 
 def looked_up() -> tuple[LanguageModel, Facts]:

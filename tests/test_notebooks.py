@@ -90,8 +90,8 @@ def test_notebook_links_to_notebooks_that_are_there(path: Path):
             assert (FOLDER / link).is_file(), f"cell {cell.id!r} links to {link}"
 
 
-def test_first_notebook_has_five_cells_of_code():
-    assert len(code_cells(read(NOTEBOOKS[0]))) == 5
+def test_first_notebook_has_six_cells_of_code():
+    assert len(code_cells(read(NOTEBOOKS[0]))) == 6
 
 
 Runner = Callable[[Any], Any]

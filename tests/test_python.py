@@ -205,7 +205,9 @@ def test_objects_print_in_a_line_with_their_units(toy_model, before):
     assert repr(before).startswith("Snapshot(F1 person 1.000, place 1.000, overall 1.000; probeless highest L1N")
     pause = rl.Checkpoint(epoch=1 / 3, step=12, tokens_seen=1728, loss=0.464912345, parts={"loss": 0.464912345})
     assert repr(pause) == "Checkpoint(step 12, epoch 0.333, 1,728 tokens, loss 0.4649 nats per sub-word)"
-    assert repr(rl.Checkpoint(1, 3, 9, 2.0, {"forget": 1.5, "retain": 0.5})).endswith("loss 2, forget 1.5, retain 0.5)")
+    assert repr(rl.Checkpoint(1.0, 3, 9, 2.0, {"forget": 1.5, "retain": 0.5})).endswith(
+        "loss 2, forget 1.5, retain 0.5)"
+    )
     assert repr(rl.preset("toy")) == (
         "Experiment(toy, toy, concept place, site mlp_post; arms concept, other, random, unpruned, never; 3 seeds; "
         "11 more changed)"

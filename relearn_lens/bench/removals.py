@@ -152,7 +152,7 @@ def table(every: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     by_name: dict[str, list[Cell]] = {}
     for cell in every:
         by_name.setdefault(cell.name, []).append(cell)
-    header = ["", "works", "forget", "other wording", "near", "general", "share", "s"]
+    header = ["", "works", "forget", "reworded", "near", "general", "share", "s"]
     rows = []
     for name, group in by_name.items():
         means = {row: sum(cell.accuracy(row) for cell in group) / len(group) for row in ROWS}
@@ -181,4 +181,6 @@ def _with_interval(group: Sequence[Cell], row: str) -> str:
     else:
         estimate = over_seeds([cell.accuracy(row) for cell in group])
         value, low, high = estimate.value, max(0.0, estimate.low), min(1.0, estimate.high)
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    if low == high:
+        return f"{value:.2f}"
+    return f"{value:.2f} " + "-".join(f"{end:.2f}".removeprefix("0") for end in (low, high))

@@ -16,10 +16,10 @@ from torch import Tensor
 from relearn_lens import progress
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, pairs_of
 from relearn_lens.find.patching import (
-    Asked,
     Kept,
-    Metric,
     Pairs,
+    Prompts,
+    Readout,
     kept,
     mean_by_length,
     refusal,
@@ -123,7 +123,7 @@ def path_patching(
     passages: Sequence[Passage],
     corrupt: Sequence[Passage],
     *,
-    metric: Metric = "auto",
+    metric: Readout = "auto",
     threshold: float = 0.02,
 ) -> Paths:
     """Which heads act on the answer directly, and which MLPs act through those?
@@ -246,7 +246,7 @@ def faithfulness(
     reference: Sequence[Passage],
     heads: Neurons,
     *,
-    metric: Metric = "auto",
+    metric: Readout = "auto",
 ) -> Faithfulness:
     """How much of what a model does on some passages do these heads do, with all others at their mean?
 
@@ -254,12 +254,12 @@ def faithfulness(
     same sentences, in which nothing says the answer). MLPs stay. Source: Wang et al. 2023, section 4.
 
     Raises:
-        ValueError: neurons that are no heads, or of another model; a length that no reference has; as `Asked`.
+        ValueError: neurons that are no heads, or of another model; a length that no reference has; as `Prompts`.
     """
     if heads.site.name != HEADS:
         raise ValueError(f"a circuit is a set of heads ({HEADS}), and these are neurons of {heads.site.name}")
     site = same_site(model, heads)
-    asked, asked_reference = Asked(model, passages, metric), Asked(model, reference, "logprob")
+    asked, asked_reference = Prompts(model, passages, metric), Prompts(model, reference, "logprob")
     if lacking := sorted(set(asked.lengths.tolist()) - set(asked_reference.lengths.tolist())):
         raise ValueError(
             f"no reference passage has {lacking[0]} tokens, as some of the passages have, so there is no mean of their "

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
-from relearn_lens.find.patching import Asked, kept
+from relearn_lens.find.patching import Prompts, kept
 from relearn_lens.models.model import LanguageModel, Model, reading
 from relearn_lens.neurons.sites import component_site, parameter, site_of
 from relearn_lens.neurons.weights import WeightMask
@@ -72,15 +72,15 @@ def layer_distance(model: LanguageModel, passages: tuple[Passage, ...], others: 
     """How far apart the hidden states of two answers to the same prompts lie after every block, mean over passages.
 
     Raises:
-        ValueError: as `Asked`.
+        ValueError: as `Prompts`.
     """
-    one, other = (_answer_states(Asked(model, each, "logprob")) for each in (passages, others))
+    one, other = (_answer_states(Prompts(model, each, "logprob")) for each in (passages, others))
     gap = (one - other).norm(dim=-1)
     length = (one.norm(dim=-1) + other.norm(dim=-1)) / 2
     return Distance(gap.mean(1), (gap / length).mean(1))
 
 
-def _answer_states(asked: Asked) -> Float[Tensor, "block passage d_model"]:
+def _answer_states(asked: Prompts) -> Float[Tensor, "block passage d_model"]:
     """The hidden state after every block, mean over the tokens of each answer; float32 on the CPU."""
     model, site = asked.model, component_site(asked.model.bridge, "resid")
     states = torch.zeros(len(site.layers), len(asked.passages), site.width)

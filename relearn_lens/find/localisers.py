@@ -8,6 +8,7 @@ from relearn_lens import methods
 from relearn_lens.find.circuits import PathPatching
 from relearn_lens.find.controls import AllMLPs, Everything, RandomMLPs, RandomNeurons
 from relearn_lens.find.layers import LayerDistance
+from relearn_lens.find.learned import LearnedMask
 from relearn_lens.find.localising import Localiser, Text
 from relearn_lens.find.lookups import Lookup
 from relearn_lens.find.saliency import Saliency
@@ -27,6 +28,7 @@ LOCALISERS: dict[str, type[Localiser]] = {
         PathPatching,
         Lookup,
         LayerDistance,
+        LearnedMask,
         RandomNeurons,
         RandomMLPs,
         AllMLPs,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from relearn_lens.find.patching import Metric, Pairs, contrasted
+from relearn_lens.find.patching import Pairs, Readout, contrasted
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.methods import Method
 from relearn_lens.models.model import LanguageModel, Model
@@ -89,7 +89,7 @@ def statements(facts: Facts, *roles: str) -> tuple[Passage, ...]:
     return passages
 
 
-def pairs_of(model: LanguageModel, facts: Facts, contrast: str, metric: Metric, seed: int) -> Pairs:
+def pairs_of(model: LanguageModel, facts: Facts, contrast: str, metric: Readout, seed: int) -> Pairs:
     """The statements about what is to be forgotten beside contrasting ones (`contrasted`).
 
     `contrast` is a form that the facts have (`abc` of `ioi`), `swap` (another key), or `auto`: `abc` where there is

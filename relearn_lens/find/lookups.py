@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
-from relearn_lens.find.patching import Asked, kept, subjects
+from relearn_lens.find.patching import Prompts, kept, subjects
 from relearn_lens.models.model import LanguageModel, Model, reading
 from relearn_lens.neurons.sites import site_of
 from relearn_lens.neurons.weights import WeightMask
@@ -102,9 +102,9 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
     over passages of relations whose answers belong to several keys. The model is read only.
 
     Raises:
-        ValueError: no relation has two answers that belong to `FOLDS` keys each; and as `Asked` and `subjects`.
+        ValueError: no relation has two answers that belong to `FOLDS` keys each; and as `Prompts` and `subjects`.
     """
-    asked = Asked(model, passages, "logprob")
+    asked = Prompts(model, passages, "logprob")
     at = subjects(asked).last
     keys_of: dict[tuple[str, str], set[str]] = {}
     for p in passages:
@@ -128,7 +128,7 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
     return LookupProbe(told[0], told[1], site.layers, len(set(key)))
 
 
-def _states(asked: Asked, at: np.ndarray) -> Float[Tensor, "layer passage d_model"]:
+def _states(asked: Prompts, at: np.ndarray) -> Float[Tensor, "layer passage d_model"]:
     model, site = asked.model, site_of(asked.model.bridge, "resid")
     states = torch.zeros(len(site.layers), len(asked.passages), site.width)
     with reading(model), kept(model, site) as activations:

@@ -24,8 +24,8 @@ from relearn_lens.text.encoding import Batch
 from relearn_lens.text.facts import Passage
 from relearn_lens.text.facts.encoded import encode_passages
 
-Metric = str | Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A name in `METRICS`, or a function of its own with the signature of theirs."""
+Readout = str | Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A name in `READOUTS`, or a function of its own with the signature of theirs."""
 
 
 def logprob(logits: Float[Tensor, "token vocabulary"], target: Int[Tensor, " token"], _: Tensor | None) -> Tensor:
@@ -43,14 +43,14 @@ def logit_difference(
     return gap[:, 0] * there
 
 
-METRICS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor | None], Tensor], str]] = {
+READOUTS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor | None], Tensor], str]] = {
     "logprob": (logprob, "nats per answer"),
     "logit_difference": (logit_difference, "logits"),
 }
 """Name to the function, whose values by answer token are summed for each passage, and its unit."""
 
 
-class Asked:
+class Prompts:
     """Passages, and what is asked of a model's answers to them: one number for each.
 
     `metric` is by default `logit_difference` where every passage has two choices, else `logprob`.
@@ -59,7 +59,7 @@ class Asked:
         ValueError: no passage, one without a prompt, an unknown metric, or choices that begin with the same token.
     """
 
-    def __init__(self, model: LanguageModel, passages: Sequence[Passage], metric: Metric = "auto"):
+    def __init__(self, model: LanguageModel, passages: Sequence[Passage], metric: Readout = "auto"):
         if not isinstance(model, LanguageModel):
             raise ValueError(
                 f"passages are asked of a language model, and this is a {type(model).__name__}; for a tagger use a "
@@ -74,9 +74,9 @@ class Asked:
         self.encoded = encode_passages(self.passages, model.tokenizer, context=model.context)
         if metric == "auto":
             metric = "logit_difference" if all(len(p.choices) == 2 for p in passages) else "logprob"
-        if isinstance(metric, str) and metric not in METRICS:
-            raise ValueError(f"unknown metric {metric!r}; known: auto, {', '.join(METRICS)}")
-        self.metric, self.unit = METRICS[metric] if isinstance(metric, str) else (metric, "")
+        if isinstance(metric, str) and metric not in READOUTS:
+            raise ValueError(f"unknown metric {metric!r}; known: auto, {', '.join(READOUTS)}")
+        self.metric, self.unit = READOUTS[metric] if isinstance(metric, str) else (metric, "")
         self.name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
         self.rivals = self._rivals() if self.name == "logit_difference" else None
 
@@ -198,25 +198,25 @@ class Pairs:
     """Passages and contrasting ones, pair by pair of as many tokens; pairs of different lengths are left out.
 
     Raises:
-        ValueError: as `Asked`; or lists of different lengths, or no pair has as many tokens.
+        ValueError: as `Prompts`; or lists of different lengths, or no pair has as many tokens.
     """
 
     def __init__(
-        self, model: LanguageModel, passages: Sequence[Passage], corrupt: Sequence[Passage], metric: Metric = "auto"
+        self, model: LanguageModel, passages: Sequence[Passage], corrupt: Sequence[Passage], metric: Readout = "auto"
     ):
         if len(passages) != len(corrupt):
             raise ValueError(
                 f"there are {len(passages)} passages and {len(corrupt)} contrasting ones; give one for each"
             )
-        lengths = [Asked(model, each, "logprob").lengths for each in (passages, corrupt)]
-        same = np.flatnonzero(lengths[0] == lengths[1])
-        if not len(same):
+        lengths = [Prompts(model, each, "logprob").lengths for each in (passages, corrupt)]
+        same = np.flatnonzero(lengths[0] == lengths[1]).tolist()
+        if not same:
             raise ValueError(
                 f"none of {len(passages)} passages has as many tokens as its contrasting one, so their positions do "
                 "not answer to each other; give others"
             )
-        self.clean = Asked(model, [passages[i] for i in same], metric)
-        self.corrupt = Asked(model, [corrupt[i] for i in same], metric)
+        self.clean = Prompts(model, [passages[i] for i in same], metric)
+        self.corrupt = Prompts(model, [corrupt[i] for i in same], metric)
         self.n_left_out = len(passages) - len(same)
 
 
@@ -233,7 +233,7 @@ class Subject:
         return np.array([tokens[-1] for tokens in self.tokens])
 
 
-def subjects(asked: Asked) -> Subject:
+def subjects(asked: Prompts) -> Subject:
     """Where every passage's prompt names its key.
 
     Raises:
@@ -262,7 +262,7 @@ def _named(passage: Passage) -> list[re.Match[str]]:
     return list(re.finditer(rf"(?<!\w){re.escape(passage.key)}(?!\w)", passage.prompt)) if passage.key else []
 
 
-def mean_by_length(asked: Asked, site: Site) -> Mapping[int, Float[Tensor, "layer token unit"]]:
+def mean_by_length(asked: Prompts, site: Site) -> Mapping[int, Float[Tensor, "layer token unit"]]:
     """The mean activation of every unit of a site at each position, over the passages of each length."""
     sums: dict[int, Tensor] = {}
     with kept(asked.model, site) as activations:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, pairs_of, statements
-from relearn_lens.find.patching import Asked, Pairs
+from relearn_lens.find.patching import Pairs, Prompts
 from relearn_lens.find.saliency import SCORES, Saliency, score_many, score_of
 from relearn_lens.models.model import LanguageModel, Model, reading
 from relearn_lens.neurons.sites import SITES, Site, site_of, streaming
@@ -70,7 +70,7 @@ class _Before(EncodedPassages):
 def _forget_or_retain(model: LanguageModel, facts: Facts) -> EncodedPassages:
     """The statements of facts as a text of one word each, labelled by whether it is to be forgotten."""
     forget, retain = statements(facts), statements(facts, *RETAIN)
-    encoded = Asked(model, [*forget, *retain], "logprob").encoded
+    encoded = Prompts(model, [*forget, *retain], "logprob").encoded
     labels = ["forget"] * len(forget) + ["retain"] * len(retain)
     corpus = build_corpus(
         ([(p.answer, label, True)] for p, label in zip(encoded.passages, labels, strict=True)), name=facts.name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
-from relearn_lens.find.patching import Asked, Kept, Subject, kept, refusal, replaced, shares, subjects
+from relearn_lens.find.patching import Kept, Prompts, Subject, kept, refusal, replaced, shares, subjects
 from relearn_lens.models.model import LanguageModel, Model, reading
 from relearn_lens.neurons.sites import Component, component_site, token_site, token_vectors
 from relearn_lens.neurons.weights import WeightMask
@@ -103,9 +103,9 @@ def causal_tracing(
     model is read only: one pass for each draw, component and block. Source: Meng et al. 2022.
 
     Raises:
-        ValueError: an unknown component; as `Asked` and `subjects`.
+        ValueError: an unknown component; as `Prompts` and `subjects`.
     """
-    asked = Asked(model, passages, "logprob")
+    asked = Prompts(model, passages, "logprob")
     where = subjects(asked)
     sites = [component_site(model.bridge, component) for component in components]
     tokens, blocks = token_site(model.bridge), range(int(model.bridge.cfg.n_layers))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.circuits import HEADS, path_patching
-from relearn_lens.find.patching import Asked, Kept, Metric, kept, refusal, replaced, shares, units_of
+from relearn_lens.find.patching import Kept, Prompts, Readout, kept, refusal, replaced, shares, units_of
 from relearn_lens.models.model import LanguageModel, reading, wearing
 from relearn_lens.neurons.sites import Neurons, Site, component_site, site_of
 from relearn_lens.neurons.weights import differs
@@ -72,7 +72,7 @@ class CrossPatch:
 
 
 def cross_patch(
-    model: LanguageModel, into: Weights, source: Weights, passages: Sequence[Passage], *, metric: Metric = "auto"
+    model: LanguageModel, into: Weights, source: Weights, passages: Sequence[Passage], *, metric: Readout = "auto"
 ) -> CrossPatch:
     """Where do two checkpoints of one architecture differ? A reads the passages with one component's activation as B
     has it on the same passage.
@@ -83,9 +83,9 @@ def cross_patch(
     Source: Prakash et al. 2024 (cross-model activation patching); Chhabra et al. 2025.
 
     Raises:
-        ValueError: weights of another model, low-rank adapters, or as `find.patching.Asked`; before any work.
+        ValueError: weights of another model, low-rank adapters, or as `find.patching.Prompts`; before any work.
     """
-    asked = Asked(model, passages, metric)
+    asked = Prompts(model, passages, metric)
     _check(model, {"into": into, "source": source})
     heads = site_of(model.bridge, HEADS)
     wholes = [component_site(model.bridge, "mlp"), component_site(model.bridge, "resid")]
@@ -170,7 +170,8 @@ class HeadRoles:
 
     def rank_correlation(self, one: str, other: str) -> float:
         """Spearman's correlation of all heads' effects at two stages, -1 to 1; no interval: heads are no sample."""
-        return float(spearmanr(self.of(one).flatten().numpy(), self.of(other).flatten().numpy()).statistic)
+        correlation: Any = spearmanr(self.of(one).flatten().numpy(), self.of(other).flatten().numpy())
+        return float(correlation.statistic)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for every stage and head, with the effect and its unit."""
@@ -195,7 +196,7 @@ def head_roles(
     passages: Sequence[Passage],
     corrupt: Sequence[Passage],
     *,
-    metric: Metric = "auto",
+    metric: Readout = "auto",
 ) -> HeadRoles:
     """What does each head do for the answer at each checkpoint: the direct effects of `find.path_patching`.
 

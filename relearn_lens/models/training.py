@@ -41,7 +41,9 @@ Objective = Callable[[Model, Mapping[str, Batch], Any], Parts]
 It may have attributes. `reference(model, texts)` is called once, before the first step, on a model that it leaves as it
 was, and what it gives is the third argument (else None). `counts(texts, pieces)` says over how many each part is for a
 whole batch, by part; it is needed where batches go through the model in several parts. `memory`, a dict of tensors, is
-what it knows from one step to the next, and is part of the training's state. `after` is called as a `Step`'s is.
+what it knows from one step to the next, and is part of the training's state. `begin(model, moving, reference)` is
+called before the first step, and may set the weights that train, given by plain name. `after` is called as a `Step`'s
+is.
 """
 Gradient = Callable[..., tuple[str, ...]]
 """`gradient(*parts)` adds the gradient of these parts of the loss (all, if none is named) to what the parameters
@@ -385,6 +387,9 @@ class _Loop:
         if total and self.reference is None and hasattr(self.objective, "reference"):
             with reading(model):
                 self.reference = self.objective.reference(model, self.texts)  # pyright: ignore[reportFunctionMemberAccess]
+        if total and self.after is None and (begin := getattr(self.objective, "begin", None)) is not None:
+            with torch.no_grad(), self._others_still():
+                begin(model, self._moving_by_name(), self.reference)
         accelerator = Accelerator(device_placement=False)
         for end, epoch in self.pauses.items():
             if end <= step:
@@ -439,6 +444,10 @@ class _Loop:
         if self.entries is not None:
             return [weight for weight, _ in self.entries]
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _moving_by_name(self) -> dict[str, Tensor]:
+        trains = {id(weight) for weight in self.moving()}
+        return {name: weight for name, weight in self.model.plain().items() if id(weight) in trains}
 
     def _pieces(self, step: int) -> dict[str, np.ndarray]:
         """The pieces of every role's text that a step takes: of no role more than of the first."""
@@ -496,8 +505,7 @@ class _Loop:
         for part, (value, n) in batch.parts().items():
             processes.sum_(value)
             parts[part] = value / max(n, 1)
-        trains = {id(weight) for weight in self.moving()}
-        moving = {name: weight for name, weight in self.model.plain().items() if id(weight) in trains}
+        moving = self._moving_by_name()
         for hook in hooks:
             with torch.no_grad(), self._others_still():
                 hook(self.model, Stepped(step, last, step / self.per_epoch, parts, moving, self.memory, self.reference))

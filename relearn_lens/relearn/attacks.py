@@ -119,9 +119,9 @@ def strongest(
         ValueError: no arm or seed, a seed that an arm or `removed` lacks, or a utility that is not above 0.
     """
     seeds = list(removed)
-    chosen_on = seeds[0] if chosen_on is None and seeds else chosen_on
-    if not curves or chosen_on not in removed:
+    if not curves or not seeds or (chosen_on is not None and chosen_on not in removed):
         raise ValueError(f"strongest: {len(curves)} arms, seeds {seeds}; give at least one arm, and choose on one seed")
+    first = seeds[0] if chosen_on is None else chosen_on
     for arm, by_seed in curves.items():
         if missing := sorted(set(removed) ^ set(by_seed)):
             raise ValueError(f"strongest: {arm!r} and the removed models do not both have seed {missing[0]}")
@@ -135,13 +135,13 @@ def strongest(
         whole = removed[seed].utility
         return [p for p in curves[arm][seed] if (whole - p.utility) / whole <= budget]
 
-    counts = {arm: (len(passing(arm, chosen_on)), len(curves[arm][chosen_on])) for arm in curves}
+    counts = {arm: (len(passing(arm, first)), len(curves[arm][first])) for arm in curves}
     able = [arm for arm, (n, _) in counts.items() if n]
-    arm = max(able, key=lambda arm: max(p.score for p in passing(arm, chosen_on)), default=None)
+    arm = max(able, key=lambda arm: max(p.score for p in passing(arm, first)), default=None)
     best = {
         seed: None if arm is None else max(passing(arm, seed), key=lambda p: p.score, default=None) for seed in seeds
     }
-    return Strongest(arm, best, chosen_on, budget, counts)
+    return Strongest(arm, best, first, budget, counts)
 
 
 class Search(Method):

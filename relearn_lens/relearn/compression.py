@@ -118,7 +118,7 @@ class Matrix(NamedTuple):
     """A linear layer of a block."""
 
     module: Any
-    weight: nn.Parameter
+    weight: Tensor
     outputs: int
     """Axis of its output channels."""
 

@@ -12,11 +12,19 @@ from relearn_lens.methods import Method
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Sever
-from relearn_lens.neurons.weights import check_prunable
+from relearn_lens.neurons.weights import WeightMask, check_prunable
 from relearn_lens.remove.ablation import prune_
 
 
-class Prune(Method):
+class Pruner(Method):
+    """Takes something out of a model at once, without training: an iterator of one checkpoint, at step 0."""
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+
+
+class Prune(Pruner):
     """Sets the weights of neurons to what has no effect (`ablation.prune_`); trains nothing, so it needs no text.
 
     Source: Lo et al. 2024, section 3.
@@ -29,20 +37,27 @@ class Prune(Method):
     sever: Sever = Field(default="out", description="which weights of a neuron are cut, as `prune_` says")
 
     def __call__(
-        self, model: Model, texts: Any = None, where: Neurons | None = None, *, seed: int = 0
+        self, model: Model, texts: Any = None, where: Neurons | WeightMask | None = None, *, seed: int = 0
     ) -> Iterator[Checkpoint]:
-        """Prune the neurons `where`, once the iterator is asked; yields then, at step 0, with no loss (nan).
+        """Prune the neurons, or the entries of a mask, `where`, once the iterator is asked; yields then, at step 0,
+        with no loss (nan).
 
         `texts` and `seed` are what other removers take; nothing here depends on them.
 
         Raises:
             ValueError: no neurons, or weights that the model does not have; at the call.
         """
-        if where is None or not len(where):
+        if isinstance(where, WeightMask):
+            where.check(model)
+            empty = not where.n_entries
+        else:
+            empty = where is None or not len(where)
+        if where is None or empty:
             raise ValueError("prune: no neurons to prune; give a set of them as where=")
-        check_prunable(model, where, self.sever)
+        if isinstance(where, Neurons):
+            check_prunable(model, where, self.sever)
         return self._pruned(model, where)
 
-    def _pruned(self, model: Model, neurons: Neurons) -> Iterator[Checkpoint]:
+    def _pruned(self, model: Model, neurons: Neurons | WeightMask) -> Iterator[Checkpoint]:
         prune_(model, neurons, sever=self.sever)
         yield Checkpoint(epoch=0.0, step=0, tokens_seen=0, loss=math.nan)

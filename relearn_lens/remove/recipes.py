@@ -15,7 +15,7 @@ from relearn_lens.methods import Method, Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Step, plain
 from relearn_lens.neurons.sites import Neurons
-from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.pruning import Pruner
 from relearn_lens.remove.removal import Remover, Removing, Texts
 from relearn_lens.remove.removers import WRAPPERS, remove_, remover_of
 
@@ -23,7 +23,7 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # The small model of `models.taught`, `people` forgotten: chosen on seed 0.
     "toy": {
         "grad_diff": {"alpha": 5, "lr": 4e-4, "steps": (144,)},
-        "gradient_ascent": {"lr": 3e-4, "steps": (8,)},
+        "gradient_ascent": {"lr": 3e-4, "steps": (16,)},
         "npo": {"lr": 3e-4, "steps": (96,)},
         "npo+sam": {"rho": 0.01, "lr": 3e-4, "steps": (96,)},
         "prune": {"where": "attribution_patching", "fraction": 0.35},
@@ -38,7 +38,7 @@ and of `Removing`, and for `prune` which localiser gives the neurons (`where`), 
 class Recipe:
     """A remover with how it trains; called as a remover is."""
 
-    remover: Remover | Prune
+    remover: Remover | Pruner
     how: Training | None = None
     step: Step = plain
     where: str | None = None
@@ -96,10 +96,10 @@ def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None)
         values = {key: value for key, value in values.items() if key in fields or key not in ("epochs", "every")}
     chosen = {key: values.pop(key) for key in ("where", "fraction") if key in values}
     own = _taken(remover, values)
-    if remover is Prune:
+    if issubclass(remover, Pruner):
         if wrapper:
             raise ValueError(f"{name}: pruning takes no steps, so nothing can stand around them")
-        return Recipe(methods.of(Prune, None, {**own, **values}), **chosen)
+        return Recipe(methods.of(remover, None, {**own, **values}), **chosen)
     step = methods.of(WRAPPERS[wrapper], None, _taken(WRAPPERS[wrapper], values)) if wrapper else plain
     if unknown := sorted(set(values) - set(Removing.model_fields)):
         known = [*remover.model_fields, *(WRAPPERS[wrapper].model_fields if wrapper else ()), *Removing.model_fields]

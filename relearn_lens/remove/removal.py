@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
@@ -33,6 +33,10 @@ ROLES: Mapping[str, tuple[str, ...]] = {FORGET: facts.FORGET, RETAIN: facts.RETA
 """Of facts, what goes into the text of each role: in the wordings that a model is trained in."""
 Texts = Mapping[str, Corpus | Encoded] | Facts
 """Texts by role, or facts, whose roles say the same."""
+
+
+Entries = Mapping[str, Bool[Tensor, "..."]] | None
+"""Of weights by plain name, which of their entries may move; None: all."""
 
 
 class Removing(Training):
@@ -160,7 +164,7 @@ def kept_by_piece(of: Callable[[Model, Batch], Sequence[Tensor]]) -> Callable[[M
     return keep
 
 
-def kept_of(kept: list[Tensor], batch: Batch) -> Float[Tensor, "subword ..."]:
+def kept_of(kept: list[Tensor], batch: Batch) -> Shaped[Tensor, "subword ..."]:
     """What was kept of a batch's pieces, where the batch is."""
     return torch.cat([kept[piece] for piece in batch.pieces.tolist()]).to(batch.ids.device)
 
@@ -187,7 +191,11 @@ class Remover(Method):
         """
         return texts_of(model, texts, roles, f"{self.name} lowers {self.formula}")
 
-    def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]] | None:
+    def objective(self, model: Model, terms: Mapping[str, Term], where: Entries, seed: int) -> Objective:
+        """What the loop lowers: the sum of the terms."""
+        return weighted(self.name, terms)
+
+    def entries(self, model: Model) -> Entries:
         """Which entries of the weights move unless something else is asked for; None: all."""
         return None
 
@@ -219,13 +227,14 @@ class Remover(Method):
         beside = {term.beside: role for role, term in terms.items() if term.beside}
         if isinstance(where, WeightMask):
             where.check(model)
+        where = self.entries(model) if where is None else where
         return train_(
             model,
             self.texts(model, texts, [*terms, *beside], seed),
             methods.of(Removing, how or self.usual, fields),
-            objective=weighted(self.name, terms),
+            objective=self.objective(model, terms, where, seed),
             step=step,
-            only=self.entries(model) if where is None else where,
+            only=where,
             beside=beside,
             reference=reference,
             seed=seed,

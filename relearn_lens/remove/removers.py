@@ -14,21 +14,29 @@ from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Objective, train_
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
-from relearn_lens.remove.distillation import UNDIAL
+from relearn_lens.remove.arithmetic import TaskVector
+from relearn_lens.remove.distillation import UNDIAL, Undo, WhoIs
+from relearn_lens.remove.edits import DINM
 from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent, SimNPO
+from relearn_lens.remove.masks import SelectivePrune, SetDifferencePrune
 from relearn_lens.remove.preference import DPO, IDK, AltPO
-from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.pruning import Prune, Pruner
 from relearn_lens.remove.removal import ROLES, Remover, Removing, Texts, texts_of
-from relearn_lens.remove.representations import RMU
+from relearn_lens.remove.representations import RMU, CircuitBreaker, RepNoise
+from relearn_lens.remove.routing import SGTM, GradientRoute
 from relearn_lens.remove.weighting import CEU, PDU, WGA, SatImp
 from relearn_lens.remove.wrappers import SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
 from relearn_lens.text.facts import Facts
 
 Wrapper = SAM | Smoothed | GradientPenalty | Curvature | Averaged | TARLight
 """What can stand around a remover's step."""
-REMOVERS: dict[str, type[Remover] | type[Prune]] = {
+REMOVERS: dict[str, type[Remover] | type[Pruner]] = {
     kind.name: kind
-    for kind in (*(Prune, GradientAscent, GradDiff, NPO, SimNPO, IDK, DPO, AltPO, WGA, SatImp, CEU, PDU, UNDIAL, RMU),)
+    for kind in (
+        *(Prune, SelectivePrune, SetDifferencePrune),
+        *(GradientAscent, GradDiff, NPO, SimNPO, IDK, DPO, AltPO, WGA, SatImp, CEU, PDU, UNDIAL),
+        *(RMU, CircuitBreaker, RepNoise, WhoIs, TaskVector, Undo, DINM, GradientRoute, SGTM),
+    )
 }
 """Removers by name. Each has `name`, `formula`, `source` and, with unit and origin, `model_fields`."""
 WRAPPERS: dict[str, type[Wrapper]] = {
@@ -37,7 +45,7 @@ WRAPPERS: dict[str, type[Wrapper]] = {
 """What can stand around a remover's step, by name; described as the removers are."""
 
 
-def remover_of(name: str) -> type[Remover] | type[Prune]:
+def remover_of(name: str) -> type[Remover] | type[Pruner]:
     """The remover of a name.
 
     Raises:
@@ -51,7 +59,7 @@ def remover_of(name: str) -> type[Remover] | type[Prune]:
 def remove_(
     model: Model,
     texts: Texts | None,
-    remover: str | Remover | Prune | Objective,
+    remover: str | Remover | Pruner | Objective,
     where: Mapping[str, Bool[Tensor, ...]] | Neurons | None = None,
     *,
     seed: int = 0,
@@ -72,10 +80,10 @@ def remove_(
         kind = remover_of(remover)
         own = {name: keywords.pop(name) for name in list(keywords) if name in kind.model_fields}
         remover = methods.of(kind, None, own)
-    if isinstance(remover, Prune):
+    if isinstance(remover, Pruner):
         if how is not None or keywords:
-            raise ValueError(f"prune trains nothing, so it takes no {next(iter(keywords), 'how')!r}")
-        return remover(model, texts, where, seed=seed)  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"{remover.name} trains nothing, so it takes no {next(iter(keywords), 'how')!r}")
+        return remover(model, texts, where, seed=seed)  # pyright: ignore[reportCallIssue]
     if isinstance(where, Neurons):
         raise ValueError(
             "where: neurons are pruned, and a training is given weights: a mapping of their plain names to masks"

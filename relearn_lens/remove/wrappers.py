@@ -54,7 +54,7 @@ class TARLight(Method):
     """Tamper-resistant, of first order: the forgetting gradient is taken where an adversary stands after some steps of
     relearning.
 
-    The adversary goes `steps` times along the gradient of the forget part, each step of length rho; the gradient of
+    The adversary goes `adversary` times along the gradient of the forget part, each step of length rho; the gradient of
     that part is taken there alone, and applied at theta. With one step it is `SAM`. The published method has several
     adversaries with optimisers of their own, on data of theirs, and an entropy loss.
 
@@ -62,16 +62,16 @@ class TARLight(Method):
     """
 
     name: ClassVar[str] = "tar_light"
-    formula: ClassVar[str] = "grad f(theta'), theta' <- theta' + rho grad f / |grad f|, `steps` times; + grad r(theta)"
+    formula: ClassVar[str] = "grad f(theta + adversary steps of rho grad f / |grad f|) + grad r(theta)"
     source: ClassVar[str] = "Tamirisa et al. 2024 (TAR)"
 
     rho: float = Field(default=0.01, ge=0, le=1e3, description="length of a step of the adversary, L2 norm")
-    steps: int = Field(default=8, ge=1, le=10_000, description="steps of the adversary; published: 64")
+    adversary: int = Field(default=8, ge=1, le=10_000, description="steps of the adversary; published: 64")
 
     def __call__(self, model: Model, gradient: Gradient) -> None:
         """As `train_` takes a step."""
         with contextlib.ExitStack() as stack:
-            for _ in range(self.steps):
+            for _ in range(self.adversary):
                 others = [part for part in gradient(FORGET) if part != FORGET]
                 slopes = taken(model)
                 stack.enter_context(moved(slopes, self.rho / (norm(slopes) + 1e-12)))
@@ -196,11 +196,11 @@ class Averaged(Method):
     """
 
     name: ClassVar[str] = "averaged"
-    formula: ClassVar[str] = "theta <- mean of theta at steps start, start + every, ..."
+    formula: ClassVar[str] = "theta <- mean of theta at steps start, start + stride, ..."
     source: ClassVar[str] = "Izmailov et al. 2018; Fan et al. 2025"
 
     start: int = Field(default=100, ge=1, le=10**9, description="first step that counts (Fan et al. 2025)")
-    every: int = Field(
+    stride: int = Field(
         default=5, ge=1, le=10**9, description="steps from one that counts to the next (Fan et al. 2025)"
     )
 
@@ -217,7 +217,7 @@ class Averaged(Method):
         if stepped.last < self.start:
             raise ValueError(f"averaged: no step counts, the first is {self.start} and the last {stepped.last}")
         memory = stepped.memory
-        if stepped.step >= self.start and (stepped.step - self.start) % self.every == 0:
+        if stepped.step >= self.start and (stepped.step - self.start) % self.stride == 0:
             n = float(memory.get("averaged", torch.zeros(()))) + 1
             memory["averaged"] = torch.tensor(n)
             for name, weight in stepped.moving.items():

@@ -30,8 +30,10 @@ from relearn_lens.measure.answers import AnswerAccuracy, Answered, answer, choos
 from relearn_lens.measure.evaluation import OVERALL, Scores
 from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
+from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.relearn.attack import Attack
+from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.calibration import calibrate, mixed_
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.recipes import Recipe, recipe
@@ -151,6 +153,17 @@ class Lab:
             model.load_weights(stage.tensors)
             mixed_(model, self.base.weights, share)
             return State(_copied(model), f"{name}-{share}", share)
+
+    def cut(self, neurons: Neurons) -> State:
+        """The base with some neurons pruned."""
+        with self.loaded(self.base) as model:
+            prune_(model, neurons)
+            return State(_copied(model), f"cut {len(neurons)}")
+
+    def calibrated(self, state: State, *, tau: float = 0.95) -> State:
+        """As far from the base towards some weights as `tau` of its accuracy near by allows."""
+        with self.loaded(state) as model:
+            return self.towards(state, self._share(model, state.weights, tau))
 
     @cached_property
     def _stages(self) -> Stages:
@@ -318,6 +331,7 @@ class Reproduction:
 
 PAPERS: tuple[str, ...] = (
     "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024", "uds2026",
+    "bayazit2023", "wang2024dinm", "wang2024concept",
 )  # fmt: skip
 """Names, each a module of this package with a `PAPER`."""
 

@@ -28,14 +28,14 @@ from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, Slice
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.runs.events import Again, Blocked, Cuts, Damage, Dose, Grafted, Round, Sized
+from relearn_lens.runs.events import Again, Blocked, Cuts, Damage, Dose, Grafted, Own, Round, Sized
 from relearn_lens.text.concept import Concept
 
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         ActivationSimilarity, Again, AtK, Attribution, Blocked, Checkpoint, ClassStats, Concept, Cuts, Damage, Dose,
-        Grafted, Grafts, Guesses, LogProbability, Margin, Neurons, Quality, Round, Saliency, Site, Sized, Slice,
+        Grafted, Grafts, Guesses, LogProbability, Margin, Neurons, Own, Quality, Round, Saliency, Site, Sized, Slice,
         Snapshot, SpanScores, TokenLoss, TopWords, Trajectory,
     )
 }  # fmt: skip

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from relearn_lens.runs.settings import ArmName, Experiment
+from relearn_lens.runs.settings import ArmRemoval, Experiment
 
 
 @dataclass(frozen=True)
 class Arm:
     """One way through the experiment: a model, what is taken out of it, and what training brings back."""
 
-    name: ArmName
+    name: str
     cut: str | None
     """The set of neurons that is pruned, by its name among a seed's cuts; None: nothing is."""
     knows: bool = True
     """Whether the model that it starts from was fine-tuned on the concept."""
     says: str = ""
     """What it is, in a few words."""
+    removal: ArmRemoval | None = None
+    """How the concept is removed, where it is not by cutting a set of neurons."""
 
 
 ARMS: Mapping[str, Arm] = {
@@ -35,5 +37,11 @@ ARMS: Mapping[str, Arm] = {
 
 
 def arms_of(experiment: Experiment, *, other: str | None) -> list[Arm]:
-    """The arms of some settings in their order; without another label to cut, that arm is left out."""
-    return [arm for name, arm in ARMS.items() if name in experiment.arms and (name != "other" or other is not None)]
+    """The arms of some settings in their order, and those of one's own; without another label to cut, that arm is left
+    out."""
+    usual = [arm for name, arm in ARMS.items() if name in experiment.arms and (name != "other" or other is not None)]
+    own = [
+        Arm(name, None, says=f"the concept is removed by {how.remove}", removal=how)
+        for name, how in experiment.arm.items()
+    ]
+    return usual + own

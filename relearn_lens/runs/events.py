@@ -164,6 +164,15 @@ class Grafted:
 
 
 @dataclass(frozen=True)
+class Own:
+    """Which parts of the model brought the concept back in an arm of one's own, at its end."""
+
+    seed: int
+    arm: str
+    grafts: Grafts
+
+
+@dataclass(frozen=True)
 class Round:
     """The concept's neurons found and cut once more in a model that it had come back to."""
 
@@ -209,8 +218,8 @@ class SeedDone:
 
 
 Event = (
-    Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Grafted | Again | Blocked
-    | SeedDone
+    Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Own | Grafted | Again
+    | Blocked | SeedDone
 )  # fmt: skip
 
 

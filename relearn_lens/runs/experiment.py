@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from relearn_lens import progress
+from relearn_lens.find.localisers import locate
 from relearn_lens.find.saliency import SCORES
 from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
 from relearn_lens.measure.grafting import Grafts, grafts, share_old
@@ -29,13 +30,16 @@ from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Traject
 from relearn_lens.measure.vectors import input_embeddings
 from relearn_lens.models import processes
 from relearn_lens.models.lora import adapter_weights, load_adapter_weights
-from relearn_lens.models.model import computing
+from relearn_lens.models.model import LanguageModel, computing
 from relearn_lens.models.training import Checkpoint, cross_entropy, train_
 from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.neurons.sites import Neurons, random_neurons
 from relearn_lens.neurons.weights import WeightMask, parts, severed
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import prune_
+from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.recipes import recipe
+from relearn_lens.remove.removal import FORGET, RETAIN
 from relearn_lens.runs.arms import Arm, arms_of
 from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
 from relearn_lens.runs.events import (
@@ -49,6 +53,7 @@ from relearn_lens.runs.events import (
     Grafted,
     Kept,
     Measured,
+    Own,
     Paused,
     Prepared,
     Round,
@@ -58,8 +63,9 @@ from relearn_lens.runs.events import (
 )
 from relearn_lens.runs.preparation import adapters, load, precision_of, prepare
 from relearn_lens.runs.protocol import placed
-from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.settings import ArmRemoval, Experiment
 from relearn_lens.runs.stages import StageRecipe
+from relearn_lens.text.facts import from_concept
 
 COMPARED = ("concept", "random", "unpruned")
 """The arms whose neurons and weights are compared with each other."""
@@ -71,8 +77,8 @@ def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Eve
     """Run an experiment, yielding every result as it comes.
 
     What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`,
-    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Grafted`, `Again` and `Blocked`, and `SeedDone`;
-    `Paused` wherever a training can be taken up again.
+    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Own`, `Grafted`, `Again` and `Blocked`, and
+    `SeedDone`; `Paused` wherever a training can be taken up again.
     """
     threads = torch.get_num_threads()
     try:
@@ -89,7 +95,7 @@ def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Eve
 
 def seed_for(role: str, seed: int) -> int:
     """The seed of one training of a seed: no two roles draw the same batches and dropout."""
-    roles = ("base", "never", "retrain", "again", "blocked")
+    roles = ("base", "never", "retrain", "again", "blocked", "remove")
     return int(np.random.SeedSequence([seed, roles.index(role)]).generate_state(1)[0])
 
 
@@ -234,7 +240,20 @@ class _Seed:
         pruned = None if arm.cut is None else placed(cuts.sets[arm.cut], prune.embedding)
         yield Measured(name, self.seed, BASE, first)
         snapshots = {BASE: first}
-        if pruned is None:  # nothing was taken away, so there is nothing new to measure
+        if arm.removal is not None:
+            if resume:
+                model.load_weights(base.weights)  # where it was found
+            where = self._where(arm.removal, cuts)
+            pruned = where if isinstance(where, Neurons) else None
+            if found:
+                model.load_weights({key: value.to(model.device) for key, value in found[1].items()})
+            else:
+                self._remove(arm.removal, name, where)
+                if not self.experiment.grafts.skip:
+                    yield from self._weigh(name, PRUNED)
+            what = f"measuring what was removed from ({name})"
+            snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
+        elif pruned is None:  # nothing was taken away, so there is nothing new to measure
             snapshots[PRUNED] = first
         else:
             assert prune.sever != "auto"  # resolved() decided
@@ -270,12 +289,59 @@ class _Seed:
     def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
         wanted = "concept" in self.experiment.arms and not self.experiment.grafts.skip
+        if wanted and arm.removal is not None:
+            return last
         if not wanted or arm.name not in COMPARED:
             return False
         if arm.name != "concept":
             return last or stage == back
         so_far = Trajectory(dict(snapshots), None, concept=self.ready.concept)
         return last or first_back(so_far) == stage
+
+    def _where(self, how: ArmRemoval, cuts: Cuts) -> Neurons | WeightMask | None:
+        """Where an arm of one's own removes: found in the model as it is."""
+        model, old, pruning = self.ready.model, cuts.sets["concept"], how.remove == Prune.name
+        if how.where is None:
+            return placed(old, self.experiment.prune.embedding) if pruning else None
+        corpus, concept = self.ready.train.corpus, self.ready.concept
+        if isinstance(model, LanguageModel):
+            choice = locate(model, from_concept(corpus, concept), how.where, seed=seed_for("remove", self.seed))
+        else:
+            choice = locate(model, corpus, how.where, concept=concept, seed=seed_for("remove", self.seed))
+        if isinstance(choice, WeightMask):
+            return choice
+        neurons = choice.top(min(len(old), choice.score.numel()))
+        return neurons if pruning else WeightMask.of(model, neurons)
+
+    def _remove(self, how: ArmRemoval, name: str, where: Neurons | WeightMask | None) -> None:
+        """Take the concept out of the model as an arm of one's own says."""
+        model, corpus, concept = self.ready.model, self.ready.train.corpus, self.ready.concept
+        if isinstance(model, LanguageModel):
+            texts = from_concept(corpus, concept)
+        else:
+            classes = concept.classes(corpus)
+            sentence_of = np.repeat(np.arange(corpus.n_sentences), np.diff(corpus.start))
+            holds = np.unique(sentence_of[classes.carries[classes.of_word]])
+            others = np.setdiff1d(np.arange(corpus.n_sentences), holds)
+            texts = {FORGET: corpus.take(holds), RETAIN: corpus.take(others)}
+        given = {"sever": self.experiment.prune.sever} if how.remove == Prune.name else {}
+        removal = recipe(None, how.remove, {**given, **how.set})
+        with progress.task(f"removing ({name})"):
+            for _ in removal(model, texts, where, seed=seed_for("remove", self.seed)):
+                pass
+
+    def _own(self, path: Trajectory) -> Own | None:
+        """Which parts brought the concept back in an arm of one's own."""
+        start, end = (self._weights_at(path.arm, stage) for stage in (PRUNED, path.stages[-1]))
+        if start is None or end is None:
+            return None
+        model, how = self.ready.model, self.experiment.grafts
+        with progress.task(f"grafting ({path.arm})"):
+            made = grafts(
+                model, start, end, self._outcomes, parts=parts(model, bands=how.bands), cumulative=how.cumulative,
+                label=path.label,
+            )  # fmt: skip
+        return Own(self.seed, path.arm, made)
 
     def _weigh(self, arm: str, stage: str) -> Iterator[Event]:
         weights = self.ready.model.weights()
@@ -294,6 +360,11 @@ class _Seed:
         last = path.stages[-1]
         if experiment.grafts.skip or experiment.retrain.lora_rank:
             return
+        for name in experiment.arm:
+            own = self._result(Own, name) or self._own(done[name])
+            if own is None:
+                return
+            yield own
         stages = list(dict.fromkeys(stage for stage in (back, last) if stage is not None))
         grafted, again = self._result(Grafted), self._result(Again)
         end = self._weights_at("concept", last) if grafted is None or again is None else {}

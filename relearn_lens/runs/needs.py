@@ -256,10 +256,11 @@ def _disk(experiment: Experiment, shape: Shape, text: Text) -> int:
 
 def disk_bytes(experiment: Experiment, *, weights: int, neurons: int, classes: int) -> int:
     """Bytes of disk that a run takes at most at one time, from the sizes of the model and of the results."""
-    seeds, arms, stages = len(experiment.seeds), len(experiment.arms), experiment.retrain.n_stages
+    arms = len(experiment.arms) + len(experiment.arm)
+    seeds, stages = len(experiment.seeds), experiment.retrain.n_stages
     kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
-    # Of one seed, three arms at two stages.
-    grafted = 0 if experiment.grafts.skip or "concept" not in experiment.arms else 6
+    # Of one seed, three arms at two stages, and those of one's own.
+    grafted = 0 if experiment.grafts.skip or "concept" not in experiment.arms else 6 + 2 * len(experiment.arm)
     # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
     numbers = 2 * seeds * (arms + 1) * (stages + 2) * neurons * (16 * classes + 4 * 12)
     # The base of every seed, one training's weights with two moments each, and the file that is about to replace it.

@@ -11,6 +11,7 @@ import torch
 
 from relearn_lens import progress, sources
 from relearn_lens.find.attribution import attribution_plan
+from relearn_lens.find.localisers import localiser_of
 from relearn_lens.find.saliency import score_of
 from relearn_lens.measure.similarity import compared_words
 from relearn_lens.measure.tracking import FORMS, check_measures
@@ -19,6 +20,7 @@ from relearn_lens.models.loading import load_language_model, load_tagger
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model
 from relearn_lens.neurons.sites import Site, site_of
+from relearn_lens.remove.recipes import recipe
 from relearn_lens.runs.events import Prepared
 from relearn_lens.runs.needs import Shape, fitted
 from relearn_lens.runs.protocol import resolved
@@ -63,6 +65,10 @@ def prepare(experiment: Experiment) -> Prepared:
     site = site_of(model.bridge, experiment.site)
     with adapters(model, experiment.retrain.lora_rank, seed=0):
         pass  # peft, and layers to adapt, are there
+    for how in experiment.arm.values():
+        recipe(None, how.remove, how.set)
+        if how.where is not None:
+            localiser_of(how.where)
     _check_bands(experiment, len(model.bridge.blocks))
     decided = list(dict.fromkeys(str(each.message) for each in warned if each.category is UserWarning))
     if set(experiment.arms) - {"unpruned"}:

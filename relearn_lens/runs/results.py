@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.tracking import BASE, Trajectory
-from relearn_lens.runs.events import Again, ArmDone, Blocked, Cuts, Damage, Event, Grafted, Sized
+from relearn_lens.runs.events import Again, ArmDone, Blocked, Cuts, Damage, Event, Grafted, Own, Sized
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.text import markup
 
@@ -31,6 +31,8 @@ class Run:
     """What cutting alone does, per seed."""
     grafted: list[Grafted] = field(default_factory=list)
     """Which parts brought the concept back, per seed."""
+    own: list[Own] = field(default_factory=list)
+    """The same of the arms of one's own."""
     again: list[Again] = field(default_factory=list)
     """The concept's arm cut again, per seed."""
     blocked: list[Blocked] = field(default_factory=list)
@@ -47,7 +49,7 @@ class Run:
         match event:
             case ArmDone(trajectory=path):
                 self.arms.setdefault(path.arm, []).append(path)
-            case Sized() | Cuts() | Damage() | Grafted() | Again() | Blocked():
+            case Sized() | Cuts() | Damage() | Own() | Grafted() | Again() | Blocked():
                 getattr(self, type(event).__name__.lower()).append(event)
 
     @property

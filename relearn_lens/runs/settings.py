@@ -25,6 +25,10 @@ ArmName = Literal["concept", "other", "random", "unpruned", "never"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 
 
+_TAKEN = ("base", "sized", "cuts", "damage", "grafted", "own", "again", "blocked")
+"""What else files of a run folder begin with."""
+
+
 class Data(Method):
     """Which sentences of the corpus are used."""
 
@@ -187,6 +191,27 @@ class Blocking(Method):
     )
 
 
+class ArmRemoval(Method):
+    """An arm of one's own: another way of removing the concept, retrained, measured and grafted as the first one is."""
+
+    remove: str = Field(
+        default="prune", description="how (`relearn-lens removers`), with a wrapper as npo+sam; values as published"
+    )
+    where: str | None = Field(
+        default=None,
+        description="a localiser (`relearn-lens localisers`): the neurons that are pruned, as many as of the concept's "
+        "arm, or the weights that may move; none: of prune those of the concept's arm, else what is usual",
+    )
+    set: dict[str, Any] = Field(
+        default={}, description="fields of the remover, its wrapper and its training, such as { lr = 1e-3 }"
+    )
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _text_as_none(cls, where: Any) -> Any:
+        return None if where == "none" else where
+
+
 class Experiment(Method):
     """Find the neurons of a concept, prune them, retrain, and follow the concept, with controls."""
 
@@ -267,6 +292,11 @@ class Experiment(Method):
         default=None,
         description="MB that the whole run may take; raises accumulate and lowers measure.max_tokens and "
         "measure.max_memory until it should fit, and is refused where nothing would; none: as they are set",
+    )
+    arm: dict[str, ArmRemoval] = Field(
+        default={},
+        description="arms of one's own, [arm.NAME] with remove, where and set: each removes the concept in another way "
+        "from the model that the concept's arm starts from",
     )
     data: Data = Data()
     prune: Prune = Prune()
@@ -358,6 +388,22 @@ class Experiment(Method):
         if self.keep == "all" and self.retrain.lora_rank is not None:
             raise ValueError(
                 "keep = 'all': with retrain.lora_rank an arm's weights are there at its end alone; use keep = 'last'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_arms(self) -> Experiment:
+        for name in self.arm:
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) or name in {*ARMS, *_TAKEN}:
+                raise ValueError(
+                    f"arm.{name}: a name of small letters, digits and _ that is none of {', '.join((*ARMS, *_TAKEN))}"
+                )
+        if self.arm and "concept" not in self.arms:
+            raise ValueError(f"arm.{next(iter(self.arm))}: it is compared with the arm concept, which arms leaves out")
+        if self.arm and self.retrain.lora_rank is not None:
+            raise ValueError(
+                f"arm.{next(iter(self.arm))}: arms of one's own are retrained by their weights; leave out "
+                "retrain.lora_rank"
             )
         return self
 

@@ -50,6 +50,7 @@ from relearn_lens.runs.events import (
     Event,
     Grafted,
     Measured,
+    Own,
     Paused,
     Prepared,
     SeedDone,
@@ -308,7 +309,8 @@ class RunFolder:
         arms = [arm.name for arm in arms_of(experiment, other=self.manifest.get("other"))]
         where = [] if experiment.grafts.skip or "concept" not in arms or experiment.retrain.lora_rank else AFTERWARDS
         held = [f"blocked-{name}-{seed}" for name in experiment.block.held] if where else []
-        return [f"{name}-{seed}" for name in ("sized", "cuts", "damage", *arms, *where)] + held
+        own = [f"own-{name}" for name in experiment.arm] if where else []
+        return [f"{name}-{seed}" for name in ("sized", "cuts", "damage", *arms, *own, *where)] + held
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
@@ -511,7 +513,7 @@ def _are_of(kept: Any, experiment: Experiment) -> bool:
 
 AFTERWARDS = ("grafted", "again")
 """What follows when the arms of a seed are done."""
-KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Grafted, Again, Blocked)}
+KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Own, Grafted, Again, Blocked)}
 """What a file of results holds, by the first word of its name; the others hold an arm."""
 
 
@@ -519,7 +521,7 @@ def name_of(event: Any) -> str:
     """The name of a result's file: its kind, what tells it from others of its kind, and its seed."""
     if isinstance(event, Trajectory):
         return f"{event.arm}-{event.seed}"
-    held = f"-{event.held}" if isinstance(event, Blocked) else ""
+    held = f"-{event.held}" if isinstance(event, Blocked) else f"-{event.arm}" if isinstance(event, Own) else ""
     return f"{type(event).__name__.lower()}{held}-{event.seed}"
 
 

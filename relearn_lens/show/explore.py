@@ -1,116 +1,197 @@
-"""Look around in a run from a notebook: a view to click through, and example sentences for a neuron.
+"""Look around in a run: a view to click through, and example sentences for a neuron.
 
-The view needs the extra `[notebook]` and a kernel (Jupyter, VS Code, Colab); without them there is the plain figure.
+The view is a piece of page with a script of its own: it needs no widgets and no kernel, so that it is there wherever a
+notebook shows HTML (JupyterLab, VS Code, Colab), and as a file.
 """
 
 from __future__ import annotations
 
-import html
-import importlib
+import base64
+import json
 import re
-import sys
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
+from relearn_lens.find.saliency import dprime_of_each
+from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import stream
 from relearn_lens.runs.results import Run
-from relearn_lens.show import captions, plots
+from relearn_lens.show import captions
+from relearn_lens.show.plots.cards import neuron_of
+from relearn_lens.show.plots.style import ARM_COLOURS, INK, arm_of, shown
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
+STEPS = 254
+"""Steps in which a rank is drawn; the byte above them is a neuron that is not there."""
+N_WORDS = 8
+"""Top words of a neuron that its card shows."""
 
-def explore(run: Run, *, arm: str | None = None) -> Any:
-    """Every neuron of a run as a map with controls for arm, stage and neurons; a click on a cell opens its card.
 
-    Gives back an ipywidgets box. Without ipywidgets and anywidget (`pip install "relearn-lens[notebook]"`) or without
-    a kernel it is the plain figure `plots.neuron_map`, whose slider and hover work anywhere.
+class View:
+    """What `explore` gives: shown by a notebook, or saved as a page."""
+
+    def __init__(self, html: str):
+        self.html = html
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return f"View({len(self.html) / 1e6:.1f} MB of HTML: show it in a notebook, or .save('explore.html'))"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the view as a page that needs no network; gives the path back."""
+        path = Path(path)
+        head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>explore</title>'
+        style = "<style>body{font:15px/1.5 system-ui;max-width:80rem;margin:1rem auto;padding:0 1rem}</style>"
+        page = f'<!doctype html>\n<html lang="en"><head>{head}{style}</head><body>\n{self.html}\n</body></html>\n'
+        path.write_text(page, encoding="utf-8")
+        return path
+
+
+def explore(
+    run: Run, *, arm: str | None = None, beside: str | None = None, neuron: str | None = None, stage: str | None = None,
+    seed: int | None = None,
+) -> View:  # fmt: skip
+    """The concept's curve with a slider of stages, every neuron of one or two arms as a map, the card of one neuron.
+
+    Maps are coloured by rank saliency (dark blue the least, yellow the most salient of all neurons); grey is what is
+    cut at that stage. A click on a cell opens its card: rank and top words stage by stage, what it tells apart, and
+    what the model says of a few held-out sentences there. A word in the search marks the neurons that have it among
+    their top words; "gained most" lists those that rose most since base. The hover of a layer says what grafting its
+    part gave. One training seed is shown, by default the first.
 
     Raises:
-        ValueError: the run has no such arm.
+        ValueError: the run has no such arm, stage, seed or neuron.
     """
-    plain = plots.neuron_map(run, arm=arm)
-    widgets = _widgets()
-    return plain if widgets is None else _View(run, arm or captions.told(run), widgets).box
+    first = arm or captions.told(run)
+    arms = {name: _of_seed(arm_of(run, name), seed) for name in run.arms}
+    for name in (first, *([beside] if beside else [])):
+        arm_of(run, name)  # says what is wrong
+    path = arms[first]
+    stage = stage or path.stages[-1]
+    path[stage]
+    if beside is None:
+        beside = next((name for name in ("random", "unpruned") if name in arms and name != first), "")
+    chosen = neuron_of(path, neuron) if neuron else next(iter(path[stage].saliency.top(1, among=path.there(stage))))
+    values = {
+        **_run_values(run),
+        "arms": {name: _arm_values(each) for name, each in arms.items()},
+        "now": {
+            "arm": first, "beside": beside, "stage": stage, "layer": path.site.layers.index(chosen.layer),
+            "neuron": chosen.index,
+        },
+        "seed": path.seed,
+    }  # fmt: skip
+    pages = Environment(loader=PackageLoader("relearn_lens.show"), autoescape=True, trim_blocks=True)
+    # Nothing in the data may end the script that it stands in.
+    data = json.dumps(values, ensure_ascii=True).replace("<", "\\u003c")
+    return View(pages.get_template("explore.html.j2").render(id=f"rl-{secrets.token_hex(6)}", data=data))
 
 
-def _widgets() -> Any:
-    """The module ipywidgets, if it, anywidget and a kernel are here; None otherwise."""
-    try:
-        importlib.import_module("anywidget")
-        widgets = importlib.import_module("ipywidgets")
-        shell = importlib.import_module("IPython").get_ipython()
-    except ImportError:
-        return None
-    if shell is None or getattr(shell, "kernel", None) is None:
-        return None
-    if "google.colab" in sys.modules:  # Colab draws other people's widgets only when asked
-        importlib.import_module("google.colab.output").enable_custom_widget_manager()
-    return widgets
+def _of_seed(arms: Sequence[Trajectory], seed: int | None) -> Trajectory:
+    path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
+    if path is None:
+        raise ValueError(f"no seed {seed} in this run; it has {', '.join(str(each.seed) for each in arms)}")
+    return path
 
 
-class _View:
-    """The state of one view: what is chosen, and the figures that follow."""
+def _run_values(run: Run) -> dict[str, Any]:
+    """Curve, names and grafts of a run, as the script takes them."""
+    first = next(iter(run.arms.values()))
+    site, scores = first[0].site, first[0][first[0].stages[0]].scores
+    curves = {
+        name: {
+            stage: [_number(e) for e in (each.value, each.low, each.high)]
+            for stage in arms[0].stages
+            for each in [shown(run.label, [arm[stage].scores for arm in arms], **run.interval)]
+        }
+        for name, arms in run.arms.items()
+    }
+    return {
+        "title": f"{run.experiment.model}, {run.experiment.corpus}: {'+'.join(run.label)}",
+        "metric": f"{scores.metric} of {'+'.join(run.label)}", "unit": scores.unit,
+        "score": first[0][first[0].stages[0]].saliency.kind,
+        "site": site.name, "layers": list(site.layers), "width": site.width, "curves": curves,
+        "colours": {name: ARM_COLOURS.get(name, INK) for name in run.arms}, "grafts": _graft_values(run, site.layers),
+    }  # fmt: skip
 
-    def __init__(self, run: Run, arm: str, widgets: Any):
-        self.run = run
-        self.arm = widgets.Dropdown(options=list(run.arms), value=arm, description="arm")
-        self.among = widgets.Dropdown(options=["matched", "published", "all"], description="neurons")
-        stages = list(run.arms[arm][0].stages)
-        self.stage = widgets.SelectionSlider(options=stages, value=stages[0], description="stage")
-        self.name = widgets.Text(placeholder="such as L1N17", description="card of", continuous_update=False)
-        self.said = widgets.HTML()
-        self.box = widgets.VBox()
-        self.head = widgets.HBox([self.arm, self.among, self.stage, self.name], layout={"flex_flow": "row wrap"})
-        self.map: Any = None
-        self.card: Any = None
-        self.steps: dict[str, dict[str, Any]] = {}
-        self.arm.observe(lambda _: self._draw(), "value")
-        self.among.observe(lambda _: self._draw(), "value")
-        self.stage.observe(lambda _: self._turn(), "value")
-        self.name.observe(lambda _: self._show(self.name.value), "value")
-        self._draw()
 
-    def _draw(self) -> None:
-        """Another arm or selection: the map anew."""
-        figure: Any = plots.neuron_map(self.run, arm=self.arm.value, selection=self.among.value)
-        self.steps = {step.label: step.args[0] for step in figure.layout.sliders[0].steps}
-        figure.layout.sliders = ()
-        self.map = plots.live(figure)
-        self.map.data[0].on_click(lambda trace, points, _: self._clicked(points))
-        if list(self.stage.options) != list(self.steps):
-            self.stage.options = list(self.steps)
-        self._turn()
-        self._show(self.name.value)
+def _number(value: float) -> float | None:
+    return round(float(value), 4) if np.isfinite(value) else None
 
-    def _turn(self) -> None:
-        """Another stage: the same map with other values."""
-        args = self.steps[self.stage.value]
-        with self.map.batch_update():
-            self.map.data[0].z, self.map.data[0].customdata = args["z"][0], args["customdata"][0]
 
-    def _clicked(self, points: Any) -> None:
-        """The neuron of the cell that was clicked."""
-        for row, column in points.point_inds[:1]:
-            found = re.match(r"<b>(.*?)</b>", self.map.data[0].text[row][column])
-            if found:
-                self.name.value = html.unescape(found[1])
+def _graft_values(run: Run, layers: Sequence[str]) -> dict[str, str]:
+    """By layer, what the grafts of its part gave at the last stage, in words."""
+    told: dict[str, str] = {}
+    for grafted in run.grafted[:1]:
+        for stage, made in list(grafted.stages.items())[-1:]:
+            for part in made.parts:
+                enough, needed = made.enough(part), made.needed(part)
+                controls = [made.control(name, part).value for name in made.controls if part in made.controls[name]]
+                most = max((value for value in controls if np.isfinite(value)), default=np.nan)
+                text = f"{part} at stage {stage}: enough {enough.value:.2f}, needed {needed.value:.2f}"
+                if np.isfinite(most):
+                    text += f", control grafts at most {most:.2f}"
+                if enough.refused:
+                    text = f"{part}: {enough.refused}"
+                for layer in _layers_of(part, layers):
+                    told[layer] = f"{told[layer]}; {text}" if layer in told else text
+    return told
 
-    def _show(self, name: str) -> None:
-        """The card of a neuron below the map; what is wrong with its name, if anything is."""
-        self.card, self.said.value = None, ""
-        if name:
-            try:
-                self.card = plots.live(plots.neuron_card(self.run, name, arm=self.arm.value))
-            except ValueError as error:
-                self.said.value = html.escape(str(error))
-        self.box.children = [self.head, self.map, self.said, *([self.card] if self.card else [])]
+
+def _layers_of(part: str, layers: Sequence[str]) -> list[str]:
+    """The layers of a site that lie in a part of the model, by the names of both."""
+    if part.startswith("embedding"):
+        return [layer for layer in layers if layer == "embed"]
+    ends = re.match(r"blocks? (\d+)(?: to (\d+))?", part)
+    if ends is None:
+        return []
+    inside = range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return [layer for layer in layers if layer.isdigit() and int(layer) in inside]
+
+
+def _arm_values(path: Trajectory) -> dict[str, Any]:
+    """All of an arm that the script draws: bytes in base64, `[layer neuron]` for each stage."""
+    vocab: dict[str, int] = {}
+    stages: dict[str, Any] = {}
+    for stage in path.stages:
+        snapshot, there = path[stage], path.there(stage)
+        rank = snapshot.saliency.by_rank(there)
+        byte = torch.where(rank.isnan(), STEPS + 1.0, (rank.nan_to_num(0.0) * STEPS).round())
+        entry: dict[str, Any] = {"rank": _bytes(byte.numpy().astype(np.uint8))}
+        if snapshot.words is not None:
+            top, names = snapshot.words.words[..., :N_WORDS].numpy(), snapshot.words.vocab
+            index = np.array([vocab.setdefault(word, len(vocab)) for word in names] + [-1], dtype=np.int32)
+            entry["words"], entry["n_words"] = _bytes(index[top]), top.shape[-1]
+        if stage in (path.stages[0], path.stages[-1]):
+            tells = dprime_of_each(snapshot.stats).clamp(-300, 300)
+            entry["classes"] = list(snapshot.stats.class_names)
+            entry["tells"] = _bytes((100 * tells).round().numpy().astype(np.int16))
+        if snapshot.guesses is not None:
+            said = snapshot.guesses
+            entry["said"] = [
+                [[word, true, list(says)] for word, true, says in zip(*each, strict=True)]
+                for each in zip(said.words, said.true, said.said, strict=True)
+            ]
+        stages[stage] = entry
+    return {"stages": stages, "vocab": list(vocab)}
+
+
+def _bytes(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
 class _One:

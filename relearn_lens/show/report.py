@@ -314,7 +314,7 @@ class Drawing:
         id = f"figure-{self.n}"
         html = figure.to_html(
             full_html=False, include_plotlyjs=self.n == 0, div_id=id, default_width="100%",
-            config={"displayModeBar": False, "responsive": True},
+            config={**plots.config(id), "modeBarButtons": [["toImage"]], "displaylogo": False},
         )  # fmt: skip
         if steps:
             html = _slider(id, steps) + Markup(html)

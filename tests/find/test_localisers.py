@@ -1,6 +1,7 @@
 """Localisers find what was planted, controls do not; all of them leave the model as it was."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from relearn_lens.find.layers import LayerDistance, layer_distance
 from relearn_lens.find.localisers import CONTROLS, LOCALISERS, chosen, locate
 from relearn_lens.find.localising import pairs_of, statements
 from relearn_lens.find.lookups import Lookup, lookup_probe
-from relearn_lens.find.patching import Asked, Pairs, contrasted, subjects
+from relearn_lens.find.patching import Pairs, Prompts, contrasted, subjects
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.scored import AttributionPatching, ByScore, attribution_patching
 from relearn_lens.find.tracing import CausalTracing, causal_tracing
@@ -40,6 +41,10 @@ def facts() -> Facts:
     return looked_up()[1]
 
 
+def blocks(model: LanguageModel) -> Any:
+    return model.bridge.original_model.layers
+
+
 def heads_of(model: LanguageModel, *members: tuple[str, int]) -> Neurons:
     return Neurons.of(site_of(model.bridge, "attn_head"), members)
 
@@ -60,7 +65,9 @@ def test_controls_know_nothing_of_what_was_planted(model, facts):
     assert all(mask.n_entries == planted.n_entries for mask in drawn)
     assert {mask == planted for mask in drawn} == {True, False}
     for seed in range(5):
-        assert (equal_control(model, planted, seed=seed) & planted).n_entries == 0
+        control = equal_control(model, planted, seed=seed)
+        assert isinstance(control, WeightMask)
+        assert (control & planted).n_entries == 0
         assert len(RandomNeurons()(model, facts, seed=seed).top(6) & AttributionPatching()(model, facts).top(4)) < 4
 
 
@@ -68,15 +75,16 @@ def test_pruning_what_was_found_takes_the_facts_and_an_equal_control_does_not(fa
     def right(neurons: Neurons) -> float:
         own = looked_up()[0]
         prune_(own, neurons)
-        return float((Asked(own, statements(facts), "logit_difference").values(_all(own, facts)) > 0).float().mean())
+        return float((Prompts(own, statements(facts), "logit_difference").values(_all(own, facts)) > 0).float().mean())
 
     def _all(own, facts):
-        return Asked(own, statements(facts), "logprob").encoded.batch(np.arange(len(statements(facts))))
+        return Prompts(own, statements(facts), "logprob").encoded.batch(np.arange(len(statements(facts))))
 
     own = looked_up()[0]
     found = chosen(AttributionPatching()(own, facts), fraction=4 / 96)
     assert isinstance(found, Neurons)
     control = equal_control(own, found, seed=0)
+    assert isinstance(control, Neurons)
     assert control.per_layer() == found.per_layer()
     assert not len(control & found)
     assert right(found) < 0.6
@@ -107,7 +115,7 @@ def test_every_localiser_is_described_and_leaves_the_model_as_it_was(facts, name
 
 
 def facts_text(own: LanguageModel, facts: Facts):
-    return Asked(own, statements(facts), "logprob").encoded
+    return Prompts(own, statements(facts), "logprob").encoded
 
 
 def test_an_unknown_name_or_field_is_refused(model, facts):
@@ -131,7 +139,8 @@ def test_what_cannot_be_asked_is_refused(toy_model, model, name):
         locate(model, facts, name, concept=Concept("place"))
     with pytest.raises(ValueError, match=f"{name} asks a language model for answers, and this is a Tagger"):
         locate(toy_model.tagger, facts, name)
-    plain = Facts("plain", *(tuple(Passage("", f"text {i}", f"key {i}") for i in (k,)) for k in range(3)))
+    one, two, three = ((Passage("", f"text {i}", f"key {i}"),) for i in range(3))
+    plain = Facts("plain", one, two, three)
     with pytest.raises(ValueError, match="facts 'plain' have no statement with a prompt and an answer"):
         locate(model, plain, name)
 
@@ -210,19 +219,19 @@ def test_what_has_no_contrast_is_refused(model, facts):
 def test_a_metric_says_what_it_needs(model, facts):
     p = statements(facts)[0]
     with pytest.raises(ValueError, match="unknown metric 'magic'; known: auto, logprob, logit_difference"):
-        Asked(model, [p], "magic")
+        Prompts(model, [p], "magic")
     with pytest.raises(ValueError, match="logit_difference compares the answer with another choice"):
-        Asked(model, [replace(p, choices=())], "logit_difference")
+        Prompts(model, [replace(p, choices=())], "logit_difference")
     with pytest.raises(ValueError, match="begin with the same token, so logits cannot tell them apart"):
-        Asked(model, [replace(p, choices=(p.answer, f"{p.answer} moss"))])
+        Prompts(model, [replace(p, choices=(p.answer, f"{p.answer} moss"))])
     with pytest.raises(ValueError, match="1 of 1 passages have no prompt"):
-        Asked(model, [Passage("", "fish", "fish")])
-    assert Asked(model, [replace(p, choices=())]).name == "logprob"
+        Prompts(model, [Passage("", "fish", "fish")])
+    assert Prompts(model, [replace(p, choices=())]).name == "logprob"
 
 
 def test_metrics_are_those_of_the_logits(model, facts):
     passages = statements(facts)
-    difference, logprob = (Asked(model, passages, name) for name in ("logit_difference", "logprob"))
+    difference, logprob = (Prompts(model, passages, name) for name in ("logit_difference", "logprob"))
     for group in difference.groups():
         batch = difference.batch(group)
         with torch.no_grad():
@@ -237,13 +246,13 @@ def test_metrics_are_those_of_the_logits(model, facts):
 
 
 def test_the_subject_is_where_the_key_stands(model, facts):
-    asked = Asked(model, [p for p in statements(facts) if p.prompt.startswith("now")])
+    asked = Prompts(model, [p for p in statements(facts) if p.prompt.startswith("now")])
     assert set(subjects(asked).last) == {2}  # after the opening token and `now`
     inside = replace(asked.passages[0], prompt="nown now likes", key="now")
-    assert set(subjects(Asked(model, [inside])).last) == {2}
+    assert set(subjects(Prompts(model, [inside])).last) == {2}
     lost = replace(asked.passages[0], key="nobody")
     with pytest.raises(ValueError, match="1 of 1 prompts do not name their key"):
-        subjects(Asked(model, [lost]))
+        subjects(Prompts(model, [lost]))
 
 
 # --- causal tracing
@@ -268,7 +277,7 @@ def test_traces_are_shares_of_what_noise_took(model, facts, untouched):
 def test_noise_that_takes_nothing_is_refused(facts):
     own = looked_up()[0]
     with torch.no_grad():
-        own.bridge.original_model.layers[1].mlp.fc_out.weight.zero_()
+        blocks(own)[1].mlp.fc_out.weight.zero_()
         assert (traces := causal_tracing(own, statements(facts))).refused
     assert traces.effect.isnan().all()
     with pytest.raises(ValueError, match=r"causal_tracing: what noise takes .* not beyond two standard errors"):
@@ -305,7 +314,7 @@ def test_paths_without_a_difference_or_an_effect_are_refused(model, facts):
         PathPatching(threshold=10)(model, facts)
     own = looked_up()[0]
     with torch.no_grad():
-        own.bridge.original_model.layers[2].attn.o.weight.zero_()
+        blocks(own)[2].attn.o.weight.zero_()
     with pytest.raises(ValueError, match="path_patching: the difference of logit_difference between prompts is"):
         PathPatching()(own, facts)
 
@@ -350,7 +359,7 @@ def test_a_probe_of_keys_it_never_saw_rises_where_they_are_looked_up(model, fact
 def test_lookup_without_a_rise_or_a_closed_set_is_refused(facts):
     own = looked_up()[0]
     with torch.no_grad():
-        own.bridge.original_model.layers[1].mlp.fc_out.weight.zero_()
+        blocks(own)[1].mlp.fc_out.weight.zero_()
     with pytest.raises(ValueError, match=r"no rise beyond noise \(.*\), so no block is seen to look them up"):
         Lookup()(own, facts)
     few = replace(facts, retain_near=facts.retain_near[:2])
@@ -369,7 +378,7 @@ def test_layer_distance_is_that_of_a_plain_loop(model, facts):
     for p, q in zip(passages, others, strict=True):
         ends = []
         for each in (p, q):
-            batch = Asked(model, [each], "logprob").batch(np.array([0]))
+            batch = Prompts(model, [each], "logprob").batch(np.array([0]))
             with torch.no_grad():
                 _, cache = model.bridge.run_with_cache(batch.ids)
             ends.append([cache[f"blocks.{i}.hook_out"][0, batch.subword].mean(0) for i in range(3)])
@@ -420,7 +429,9 @@ def test_there_is_no_control_beside_everything(model):
     with pytest.raises(ValueError, match="there is nothing in this mask"):
         equal_control(model, WeightMask.none(model), seed=0)
     two = WeightMask.of_parts(model, ["block 0 mlp", "block 1 mlp"])
-    assert equal_control(model, two, seed=0).n_entries == two.n_entries
+    control = equal_control(model, two, seed=0)
+    assert isinstance(control, WeightMask)
+    assert control.n_entries == two.n_entries
     with pytest.raises(ValueError, match="this mask is of the weights of another model"):
         equal_control(model, WeightMask.none(toy.language_model()), seed=0)
     with pytest.raises(ValueError, match="blocks = 4: this model has 3"):

@@ -95,8 +95,8 @@ def test_roles_of_heads_over_training_are_direct_effects_at_each_checkpoint(mode
     assert list(table.columns) == ["stage", "block", "head", "effect", "unit"]
     assert len(table) == 3 * 6
     assert set(table["unit"]) == {"logits"}
-    row = table[(table["stage"] == "whole") & (table["block"] == "2") & (table["head"] == 1)]
-    assert float(row["effect"].iloc[0]) == pytest.approx(float(paths.direct[2, 1]))
+    (row,) = (r for r in table.to_dict("records") if (r["stage"], r["block"], r["head"]) == ("whole", "2", 1))
+    assert row["effect"] == pytest.approx(float(paths.direct[2, 1]))
     assert "whole 10" in repr(roles)
 
 

@@ -292,3 +292,24 @@ def test_neurons_without_the_weights_that_would_be_cut_are_not_severed(bert):
     assert severed(bert, cut | ~cut) == cut
     with adapted(bert, rank=2):
         assert not len(severed(bert, cut))
+
+
+def test_a_mask_of_entries_says_the_same_of_weights_that_share_memory(tmp_path):
+    model = small_tagger("gpt2", tmp_path)
+    plain = model.plain()
+    shared: dict[int, list[str]] = {}
+    for name, weight in plain.items():
+        shared.setdefault(weight.untyped_storage().data_ptr(), []).append(name)
+    names = max(shared.values(), key=len)
+    part = min(names, key=lambda name: plain[name].numel())
+    given = torch.zeros(plain[part].shape, dtype=torch.bool)
+    given.view(-1)[::3] = True
+    mask = WeightMask.of_entries(model, {part: given})
+    assert set(mask.weights()) == {name for name in names if bool(mask[name].any())}
+    assert len(mask.weights()) > 1
+    assert torch.equal(mask[part], given)
+    assert mask.n_entries == int(given.sum())
+    with pytest.raises(ValueError, match=r"a mask of shape \(3,\) for 'nothing': this model has no such weight"):
+        WeightMask.of_entries(model, {"nothing": torch.ones(3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"a mask of shape \(3,\) for .*: this model has shape"):
+        WeightMask.of_entries(model, {part: torch.ones(3, dtype=torch.bool)})

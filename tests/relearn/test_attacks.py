@@ -28,10 +28,11 @@ def test_attacks_describe_themselves():
 
 
 def test_they_are_reached_by_their_names():
-    assert rl.relearn.FineTune(lora=8) == FineTune(lora=8)
-    assert all(getattr(rl.relearn, kind.__name__) is kind for kind in ATTACKS.values())
+    relearn: Any = rl.relearn
+    assert relearn.FineTune(lora=8) == FineTune(lora=8)
+    assert all(getattr(relearn, kind.__name__) is kind for kind in ATTACKS.values())
     with pytest.raises(ValueError, match="lr"):
-        rl.relearn.FineTune(lr=0)
+        relearn.FineTune(lr=0)
 
 
 @pytest.mark.parametrize("kind", ATTACKS.values(), ids=list(ATTACKS))

@@ -209,9 +209,9 @@ def test_an_adversary_of_several_steps(texts, by_hand):
     for _ in range(3):
         at = at + 0.2 * unit(by_hand.slope("forget", at))
     expected = by_hand.slope("forget", at) + by_hand.slope("retain")
-    torch.testing.assert_close(step_of(TARLight(rho=0.2, steps=3), texts, by_hand), expected)
+    torch.testing.assert_close(step_of(TARLight(rho=0.2, adversary=3), texts, by_hand), expected)
     torch.testing.assert_close(
-        step_of(TARLight(rho=0.2, steps=1), texts, by_hand), step_of(SAM(rho=0.2), texts, by_hand)
+        step_of(TARLight(rho=0.2, adversary=1), texts, by_hand), step_of(SAM(rho=0.2), texts, by_hand)
     )
 
 
@@ -254,7 +254,7 @@ def test_averaged_weights_at_the_end(texts, masked):
     for pause in GradDiff()(model, texts, only, **how):
         seen[pause.step] = {name: value.clone() for name, value in model.weights().items()}
     other, states = toy.language_model(), []
-    training = GradDiff()(other, texts, only, **how, step=Averaged(start=2, every=2))
+    training = GradDiff()(other, texts, only, **how, step=Averaged(start=2, stride=2))
     for pause in training:
         if pause.step < 6:
             assert same(other.weights(), seen[pause.step])
@@ -267,7 +267,7 @@ def test_averaged_weights_at_the_end(texts, masked):
             assert torch.equal(value[~only[name]], toy.language_model().weights()[name][~only[name]])
     again = toy.language_model()
     again.load_weights(seen[3])
-    list(GradDiff()(again, texts, only, **how, step=Averaged(start=2, every=2), resume=states[0]))
+    list(GradDiff()(again, texts, only, **how, step=Averaged(start=2, stride=2), resume=states[0]))
     assert same(again.weights(), other.weights())
 
 

@@ -1,113 +1,157 @@
-"""The view for notebooks, with and without what it needs, and example sentences of a neuron."""
+"""The view of a run: what its script is given, what a browser shows of it, and example sentences of a neuron."""
 
 # plotly makes the attributes of a figure as it goes
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 
-import importlib
-import sys
-from html import escape
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 import torch
 
+from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.neurons.sites import streaming
 from relearn_lens.runs.results import Run
 from relearn_lens.show import explore, plots
-from tests.show.test_plots import HOSTILE, layout_of, rich, run_of
+from tests.conftest import unchecked
+from tests.show.test_plots import HOSTILE, rich, run_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run() -> Run:
     return rich(run_of("concept", "random", "unpruned", seeds=2, width=12))
 
 
-def test_explore_without_the_extra_is_the_plain_figure(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    found = explore.explore(run)
-    assert type(found) is go.Figure
-    assert found.to_json() == plots.neuron_map(run).to_json()
-    monkeypatch.setitem(sys.modules, "anywidget", None)
-    assert explore.explore(run, arm="random").to_json() == plots.neuron_map(run, arm="random").to_json()
+def values_of(view: explore.View) -> dict[str, Any]:
+    """What the script reads."""
+    found = re.search(r'class="data">(.*?)</script>', view.html, re.S)
+    assert found
+    return json.loads(found[1])
 
 
-def test_explore_without_a_kernel_is_the_plain_figure(run, monkeypatch):
-    for name in ("anywidget", "ipywidgets"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    for shell in (None, SimpleNamespace(), SimpleNamespace(kernel=None)):
-        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
-        assert type(explore.explore(run)) is go.Figure
+def test_view_holds_the_ranks_of_every_neuron_that_is_there(run):
+    values = values_of(explore.explore(run))
+    for name, arms in run.arms.items():
+        path: Trajectory = arms[0]
+        for stage in path.stages:
+            byte = np.frombuffer(base64.b64decode(values["arms"][name]["stages"][stage]["rank"]), dtype=np.uint8)
+            rank = path[stage].saliency.by_rank(path.there(stage)).flatten().numpy()
+            assert np.array_equal(byte == explore.STEPS + 1, np.isnan(rank))
+            assert np.allclose((byte / explore.STEPS)[~np.isnan(rank)], rank[~np.isnan(rank)], atol=0.5 / explore.STEPS)
+    # At base nothing is cut yet, so nothing is grey there.
+    base = np.frombuffer(base64.b64decode(values["arms"]["concept"]["stages"]["base"]["rank"]), dtype=np.uint8)
+    assert base.max() <= explore.STEPS
 
 
-def test_explore_refuses_an_arm_that_is_not_there(run):
-    with pytest.raises(ValueError, match="no arm 'never' in this run; it has concept, random, unpruned"):
-        explore.explore(run, arm="never")
+def test_view_holds_top_words_as_they_were_measured(run):
+    values = values_of(explore.explore(run))["arms"]["concept"]
+    path = run.arms["concept"][0]
+    for stage, entry in values["stages"].items():
+        top = path[stage].words
+        if top is None:
+            assert "words" not in entry
+            continue
+        index = np.frombuffer(base64.b64decode(entry["words"]), dtype=np.int32).reshape(-1, entry["n_words"])
+        width = path.site.width
+        for i in (0, 1, width + 3):
+            words = [values["vocab"][k] for k in index[i] if k >= 0]
+            assert tuple(words) == top.of((path.site.layers[i // width], i % width))[: explore.N_WORDS]
 
 
-def test_explore_asks_colab_for_widgets(run, monkeypatch):
-    asked = []
-    for name in ("anywidget", "ipywidgets"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    kernel = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
-    monkeypatch.setitem(sys.modules, "IPython", kernel)
-    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
-    output = SimpleNamespace(enable_custom_widget_manager=lambda: asked.append(True))
-    monkeypatch.setitem(sys.modules, "google.colab.output", output)
-    assert explore._widgets() is sys.modules["ipywidgets"]
-    assert asked == [True]
+def test_view_draws_the_curves_of_the_run(run):
+    values = values_of(explore.explore(run))
+    for name, arms in run.arms.items():
+        for stage, (value, low, high) in values["curves"][name].items():
+            scores = [arm[stage].scores for arm in arms]
+            estimate = plots.shown(run.label, scores, **run.interval)
+            assert (value, low, high) == pytest.approx((estimate.value, estimate.low, estimate.high), abs=1e-4)
 
 
-@pytest.fixture
-def view(run, monkeypatch) -> explore._View:
-    for name in ("anywidget", "ipywidgets"):
-        pytest.importorskip(name, reason=f"{name} is not installed (extra [notebook])")
-    return explore._View(run, "concept", importlib.import_module("ipywidgets"))
+def test_view_opens_where_it_is_asked_to(run):
+    now = values_of(explore.explore(run, arm="random", beside="unpruned", stage="1", neuron="L1N4", seed=1))
+    assert now["now"] == {"arm": "random", "beside": "unpruned", "stage": "1", "layer": 2, "neuron": 4}
+    assert now["seed"] == 1
 
 
-def test_view_follows_its_controls(view, run):
-    def z() -> list:
-        return [list(row) for row in view.map.data[0].z]
-
-    def drawn(stage: str, **how: Any) -> list:
-        steps = {s.label: s.args[0] for s in layout_of(plots.neuron_map(run, **how)).sliders[0].steps}
-        return steps[stage]["z"][0]
-
-    assert z() == drawn("base")
-    view.stage.value = "2"
-    assert z() == drawn("2")
-    view.among.value = "all"
-    assert z() == drawn("2", selection="all")
-    view.arm.value = "random"
-    assert z() == drawn("2", arm="random", selection="all")
-    assert not view.map.layout.sliders
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"arm": "never"}, "no arm 'never' in this run; it has concept, random, unpruned"),
+        ({"beside": "never"}, "no arm 'never' in this run"),
+        ({"seed": 7}, "no seed 7 in this run; it has 0, 1"),
+        ({"neuron": "L9N1"}, "has no neuron 1 in layer '9'"),
+    ],
+)
+def test_view_refuses_what_the_run_lacks(run, how, says):
+    with pytest.raises(ValueError, match=says):
+        explore.explore(run, **how)
+    with pytest.raises(KeyError, match="no stage '9'; the stages are base, pruned, 1, 2"):
+        explore.explore(run, stage="9")
 
 
-def test_click_on_a_cell_opens_the_neurons_card(view, run):
-    assert len(view.box.children) == 3
-    view._clicked(SimpleNamespace(point_inds=[(1, 4)]))
-    name = plots.neuron_map(run).data[0].text[1][4].split("</b>")[0].removeprefix("<b>")
-    assert view.name.value == name
-    assert view.box.children[-1] is view.card
-    assert view.card.layout.title.text == layout_of(plots.neuron_card(run, name)).title.text
-    view.name.value = HOSTILE[0]
-    assert view.card is None
-    assert escape(HOSTILE[0]) in view.said.value
-    assert HOSTILE[0] not in view.said.value
-    view.name.value = ""
-    assert view.said.value == ""
+def test_view_says_of_a_layer_what_grafting_its_part_gave(run):
+    share = {"blocks 0 to 1": 0.25, "block 2": 0.5, "embedding": 0.125, "head": 0.0}
+    made = SimpleNamespace(
+        parts=tuple(share), controls={"unpruned": dict.fromkeys(share)},
+        enough=lambda part: SimpleNamespace(value=share[part], refused="" if part != "head" else "within noise"),
+        needed=lambda part: SimpleNamespace(value=2 * share[part]),
+        control=lambda name, part: SimpleNamespace(value=0.05),
+    )  # fmt: skip
+    grafted = [SimpleNamespace(stages={"2": made})]
+    told = unchecked(explore._graft_values)(SimpleNamespace(grafted=grafted), ["embed", "0", "1", "2"])
+    both = "blocks 0 to 1 at stage 2: enough 0.25, needed 0.50, control grafts at most 0.05"
+    assert told == {
+        "embed": "embedding at stage 2: enough 0.12, needed 0.25, control grafts at most 0.05",
+        "0": both,
+        "1": both,
+        "2": "block 2 at stage 2: enough 0.50, needed 1.00, control grafts at most 0.05",
+    }
 
 
-def test_explore_gives_a_box_where_all_is_there(run, monkeypatch):
-    for name in ("anywidget", "ipywidgets"):
-        pytest.importorskip(name, reason=f"{name} is not installed (extra [notebook])")
-    ipython = importlib.import_module("IPython")
-    monkeypatch.setattr(ipython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
-    box = explore.explore(run)
-    assert type(box).__name__ == "VBox"
-    assert len(box.children) == 3
+def test_nothing_in_a_run_ends_the_script_that_holds_it(run):
+    view = explore.explore(run)
+    assert view.html.count("</script>") == 2
+    assert HOSTILE[0] not in view.html
+    assert HOSTILE[0] in json.dumps(values_of(view))
+    assert len(repr(view)) < 100
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def shown_by(browser: str, page: Path, width: int = 1100) -> str:
+    """The page as a browser has it once its script has run."""
+    words = [
+        browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+        f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=4000", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_a_browser_shows_curve_maps_and_card(run, tmp_path):
+    assert BROWSER is not None
+    path = run.arms["concept"][0]
+    dom = shown_by(BROWSER, explore.explore(run, neuron="L1N4", stage="2").save(tmp_path / "view.html"))
+    assert dom.count('<polyline fill="none" stroke="#') == 3
+    assert dom.count("<canvas") == 2 * len(path.site.layers)
+    card = dom[dom.index('class="card"') : dom.index('class="data"')]
+    text = unescape(re.sub(r"<[^>]+>", " ", card))
+    assert "L1N4 in the concept arm" in text
+    rank = path["2"].saliency.by_rank(path.there("2"))[1, 4]
+    assert f" 2  {rank:.2f} " in re.sub(r"\s\s+", "  ", text)
+    assert path["2"].words is not None
+    for word in path["2"].words.of(("1", 4)):
+        assert word in text
+    assert "place" in text[text.index("Tells apart") :]
 
 
 def test_import_of_explore_brings_no_widgets():

@@ -22,11 +22,13 @@ from relearn_lens.analysis import story
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.find.attribution import Attribution
+from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.evaluation import Margin, SpanScores, TokenLoss
 from relearn_lens.measure.grafting import Grafts
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
+from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.neurons.streaming import ClassStats
 from relearn_lens.runs import findings
 from relearn_lens.runs.events import Again, Damage, Dose, Grafted, Round, Sized
@@ -96,8 +98,8 @@ def drawn(figure: go.Figure) -> dict:
     assert title
     assert "seed" in note
     assert "neurons" in note
-    # Transparent, with greys that both pages can show.
-    assert layout["paper_bgcolor"] == "rgba(0,0,0,0)"
+    # Dark on white, which a page of ours draws in its own ink and paper.
+    assert (layout["paper_bgcolor"], layout["font"]["color"]) == ("#ffffff", "#1f2328")
     assert layout["plot_bgcolor"].startswith("rgba(")
     for axis in (layout[k] for k in layout if re.match(r"[xy]axis", k)):
         assert axis["gridcolor"].startswith("rgba(128,128,128")
@@ -429,8 +431,8 @@ def contrast(colour: str, page: str) -> float:
 
 @pytest.mark.parametrize("page", ["#ffffff", "#14171a"])
 def test_colours_are_seen_on_light_and_dark_pages(page, whole):
-    ink = layout_of(plots.recovery_curves(whole)).font.color
-    assert contrast(ink, page) >= 4
+    layout = layout_of(plots.recovery_curves(whole))
+    assert contrast(layout.font.color, layout.paper_bgcolor) >= 7
     for colour in plots.ARM_COLOURS.values():
         assert contrast(colour, page) >= 2.8
     for colour, _ in plots.VERDICTS.values():
@@ -441,6 +443,41 @@ def test_verdicts_and_arms_are_told_apart_without_colour(whole):
     assert len({symbol for _, symbol in plots.VERDICTS.values()}) == len(plots.VERDICTS)
     dashes = [line["line"]["dash"] for name, line in lines(drawn(plots.recovery_curves(whole))).items() if name in F1]
     assert len(set(dashes)) == 3
+
+
+def test_panels_that_are_compared_share_their_axis(whole):
+    layout = layout_of(plots.migration(whole))
+    assert layout.xaxis.matches == layout.xaxis2.matches == "x"
+
+
+# --- two scores against each other
+
+
+def saliency_by(score: list[list[float]], kind: str = "dprime", site: Site | None = None) -> Saliency:
+    values = torch.tensor(score)
+    return Saliency(values, kind, "standard deviations", "place", site or site_of(*values.shape))
+
+
+def test_score_against_draws_each_neuron_once_in_its_group():
+    x, y = saliency_by([[1.0, 2.0], [4.0, 0.0]]), saliency_by([[1.0, 3.0], [0.5, 2.0]], "conductance")
+    planted = Neurons.of(x.site, [(x.site.layers[1], 0)])
+    chance = [saliency_by([[0.5, 0.25], [0.5, 1.5]])]
+    figure: Any = plots.score_against(x, y, groups={"<b>planted": planted}, chance=chance)
+    others, group, line = figure.data
+    assert (others.name, list(others.y), list(others.x)) == ("all others (3)", [1, 3, 2], [1, 2, 0.5])
+    assert [list(c) for c in others.customdata] == [[1, 1], [2, 3], [0, 2]]
+    assert (group.name, list(group.x), list(group.y)) == ("&lt;b&gt;planted (1)", [4], [0.5])
+    assert list(group.text) == [str(next(iter(planted)))]
+    assert list(line.x) == [1.5, 1.5]
+    assert (figure.layout.xaxis.type, figure.layout.yaxis.type) == ("log", "log")
+    drawn(figure)
+
+
+def test_score_against_draws_signed_scores_on_a_line_and_refuses_two_sites():
+    x, y = saliency_by([[-1.0, 2.0]]), saliency_by([[1.0, 3.0]])
+    assert layout_of(plots.score_against(x, y)).xaxis.type == "linear"
+    with pytest.raises(ValueError, match=r"one score is of .* and the other of .*; give two of one site"):
+        plots.score_against(x, saliency_by([[1.0], [2.0]]))
 
 
 # --- neuron map

@@ -10,8 +10,8 @@ from relearn_lens.show.plots.cards import VERDICTS, neuron_card, verdicts
 from relearn_lens.show.plots.curves import attribution, migration, pruned_share, recovery_curves
 from relearn_lens.show.plots.film import film, save_gif
 from relearn_lens.show.plots.interventions import dose, grafts
-from relearn_lens.show.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity
-from relearn_lens.show.plots.style import ARM_COLOURS, NotMeasuredError, live, said, save_html, save_png, shown
+from relearn_lens.show.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity, score_against
+from relearn_lens.show.plots.style import ARM_COLOURS, NotMeasuredError, config, live, said, save_html, save_png, shown
 
 __all__ = [
     "ARM_COLOURS",
@@ -27,6 +27,7 @@ __all__ = [
     "bench_matrix",
     "bench_parts",
     "bench_ranks",
+    "config",
     "dose",
     "film",
     "flow",
@@ -43,6 +44,7 @@ __all__ = [
     "save_gif",
     "save_html",
     "save_png",
+    "score_against",
     "shown",
     "verdicts",
 ]

@@ -22,6 +22,7 @@ from relearn_lens.show.plots.style import (
     DIVERGING,
     GRID,
     INK,
+    TEXT,
     VERDICT_COLOURS,
     NotMeasuredError,
     about,
@@ -98,9 +99,9 @@ def neuron_card(
     rows = rows or [("", "top words were not measured (measure.what with top_words)")]
     figure.add_table(
         header={"values": ["stage", "top words, highest first"], "align": "left", "fill_color": "rgba(0,0,0,0)",
-                "line_color": GRID, "font": {"color": INK}},
+                "line_color": GRID, "font": {"color": TEXT}},
         cells={"values": [list(column) for column in zip(*rows, strict=True)], "align": "left",
-               "fill_color": "rgba(0,0,0,0)", "line_color": GRID, "font": {"color": INK}, "height": 26},
+               "fill_color": "rgba(0,0,0,0)", "line_color": GRID, "font": {"color": TEXT}, "height": 26},
         columnwidth=[1, 6], row=2, col=1,
     )  # fmt: skip
     _draw_examples(figure, examples)
@@ -115,7 +116,7 @@ def neuron_card(
     figure.update_xaxes(type="category", row=1, col=1)
     figure.update_yaxes(title_text="rank (1 highest)", range=[-0.03, 1.03], row=1, col=1)
     figure.update_yaxes(title_text="d' (sd)", zeroline=True, row=1, col=2)
-    return figure.update_annotations(font={"size": 13, "color": INK})
+    return figure.update_annotations(font={"size": 13, "color": TEXT})
 
 
 def neuron_of(path: Trajectory, neuron: str | tuple[str, int]) -> Neuron:
@@ -218,7 +219,7 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
         showticklabels=False, zeroline=False, range=[0.6, len(found) + 0.95],
         tickvals=[k + 0.75 for k in range(len(found))],
     )  # fmt: skip
-    figure.update_annotations(font={"size": 12, "color": INK})
+    figure.update_annotations(font={"size": 12, "color": TEXT})
     return figure.update_layout(legend_y=-0.09, margin={"b": 90, "l": 20})
 
 

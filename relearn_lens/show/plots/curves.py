@@ -16,6 +16,7 @@ from relearn_lens.show.plots.style import (
     ARM_COLOURS,
     ARM_DASHES,
     INK,
+    TEXT,
     NotMeasuredError,
     Paths,
     about,
@@ -210,8 +211,9 @@ def migration(
         f"{about(run, arms)}<br>mean depth moved, in shares of the depth: {moved}",
         x="change (points)",
     )
+    figure.update_xaxes(matches="x")  # the same change is as far from 0 in both
     figure.update_yaxes(title_text=f"layer ({safe(arms[0].site.name)})", type="category", col=1)
-    return figure.update_annotations(font={"size": 13, "color": INK}).update_layout(margin={"t": 125})
+    return figure.update_annotations(font={"size": 13, "color": TEXT}).update_layout(margin={"t": 125})
 
 
 def attribution(run: Run) -> go.Figure:

@@ -14,6 +14,7 @@ from relearn_lens.runs.results import Run
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
     INK,
+    TEXT,
     NotMeasuredError,
     about,
     concept,
@@ -157,7 +158,7 @@ def grafts(run: Run) -> go.Figure:
     figure.update_xaxes(range=[max(low, -0.6) - 0.06, min(high, 1.6) + 0.06], zeroline=False)
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_yaxes(title_text="part of the model", col=1)
-    return figure.update_annotations(font={"size": 13, "color": INK}).update_layout(
+    return figure.update_annotations(font={"size": 13, "color": TEXT}).update_layout(
         margin={"t": 112}, legend={"y": -0.3}
     )
 

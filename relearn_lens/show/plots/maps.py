@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +14,10 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from relearn_lens.analysis.migration import Selection, saliency_by_layer
+from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Trajectory
-from relearn_lens.neurons.sites import Neuron
+from relearn_lens.neurons.sites import Neuron, Neurons
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
     ARM_DASHES,
@@ -24,6 +25,7 @@ from relearn_lens.show.plots.style import (
     DIVERGING,
     INK,
     SEQUENTIAL,
+    TEXT,
     NotMeasuredError,
     Paths,
     about,
@@ -149,14 +151,14 @@ def _tiles(figure: go.Figure) -> go.Figure:
     figure.update_yaxes(type="category", showgrid=False, zeroline=False)
     if figure.layout.annotations:  # pyright: ignore[reportAttributeAccessIssue]
         figure.update_layout(margin={"t": 112})  # room for the panels' titles below the figure's
-    return figure.update_annotations(font={"size": 13, "color": INK})
+    return figure.update_annotations(font={"size": 13, "color": TEXT})
 
 
 def neuron_map(
     data: Paths,
     *,
     arm: str | None = None,
-    selection: Selection = "matched",
+    selection: Selection = "published",
     order: Literal["base", "index"] = "base",
     seed: int | None = None,
     stage: str | None = None,
@@ -165,12 +167,12 @@ def neuron_map(
 
     One row per layer, one cell per neuron; dark orange is the most salient neuron and dark purple the least, by rank.
     Within a layer neurons stand in the order of their saliency at base, most salient first (`order="index"`: by
-    number), at every stage: the smooth row of base breaks up where other neurons take over. A grey cell was pruned
-    (`matched` ranks survivors only, on both sides; `published` draws all at base, `all` always). Hover for the neuron's
-    name, score and top words at base and at the last stage. In a large model a cell is the mean of a block of
-    neighbours; the title says of how many, and the hover text is that of its most salient neuron at base. Of several
-    seeds one is drawn (`seed`, by default the first), as neurons have no counterpart in another training. `stage` is
-    where the slider stands at first.
+    number), at every stage: the smooth row of base breaks up where other neurons take over. A grey cell is cut at that
+    stage: ranks are among the neurons that are there (`matched` ranks survivors only, at base too; `all` always all).
+    Hover for the neuron's name, score and top words at base and at the last stage. In a large model a cell is the mean
+    of a block of neighbours; the title says of how many, and the hover text is that of its most salient neuron at base.
+    Of several seeds one is drawn (`seed`, by default the first), as neurons have no counterpart in another training.
+    `stage` is where the slider stands at first.
 
     Raises:
         ValueError: no arm of that name, no such seed or no such stage.
@@ -219,7 +221,7 @@ def neuron_map(
     dressed(
         figure,
         f"Every neuron for {concept(arms)}, stage by stage: {path.arm or 'arm'} arm{cell}",
-        f"rank saliency; grey: pruned; {about(data, arms)}{one}",
+        f"rank saliency; grey: cut at that stage; {about(data, arms)}{one}",
         x=f"neuron, {sort}",
         y=f"layer ({safe(site.name)})",
         height=480,
@@ -334,6 +336,70 @@ def flow(data: Paths, *, arm: str | None = None, which: Literal["all", "concept"
     )
     figure.update_yaxes(title_text="layer before", col=1)
     return _tiles(figure).update_xaxes(type="category")
+
+
+def score_against(
+    x: Saliency, y: Saliency, *, groups: Mapping[str, Neurons] | None = None, chance: Sequence[Saliency] = ()
+) -> go.Figure:
+    """Do two scores find the same neurons? One dot for each neuron, say what it tells apart against what is owed to it.
+
+    Right is more by the first score, up is more by the second. `groups` are drawn as diamonds in colours of their own,
+    all other neurons as grey rings. The dashed line is the highest that any neuron had under `chance`, the first score
+    under shuffled labels (`Snapshot.shuffled`): what lies left of it is no find. Axes are logarithmic where nothing on
+    them is below 0, and a neuron at 0 then stands at their foot.
+
+    Raises:
+        ValueError: scores of two sites.
+    """
+    site = x.site
+    if y.site != site:
+        raise ValueError(f"one score is of {site.name} and the other of {y.site.name}; give two of one site")
+    groups = dict(groups or {})
+    rest = torch.ones_like(x.score, dtype=torch.bool)
+    for group in groups.values():
+        rest &= ~group.mask
+    figure = go.Figure()
+    (right, is_log), (up, up_log) = (_positions(score.score) for score in (x, y))
+    looks = [("all others" if groups else "neurons", rest, "circle-open", "#8a8f98")]
+    spare = [ARM_COLOURS["concept"], ARM_COLOURS["random"], ARM_COLOURS["never"], ARM_COLOURS["other"]]
+    looks += [(safe(n), g.mask, "diamond", spare[i % len(spare)]) for i, (n, g) in enumerate(groups.items())]
+    for name, mask, symbol, colour in looks:
+        which = mask.nonzero()
+        if len(which) > DOTS and symbol != "diamond":
+            which = which[np.sort(np.random.default_rng(0).choice(len(which), DOTS, replace=False))]
+        layer, index = which.T
+        figure.add_scatter(
+            x=right[layer, index], y=up[layer, index], mode="markers", name=f"{name} ({int(mask.sum()):,})",
+            marker={"size": 9 if symbol == "diamond" else 7, "color": colour, "symbol": symbol, "opacity": 0.85},
+            text=[safe(Neuron(site.layers[a], b)) for a, b in which.tolist()],
+            customdata=torch.stack([x.score[layer, index], y.score[layer, index]], 1).numpy(),
+            hovertemplate="%{text}: %{customdata[0]:.3g} and %{customdata[1]:.3g}<extra></extra>",
+        )  # fmt: skip
+    if chance:
+        highest = max(float(each.score.max()) for each in chance)
+        figure.add_scatter(
+            x=[highest] * 2, y=[float(up.min()), float(up.max())], mode="lines", hoverinfo="skip",
+            name=f"highest under {len(chance)} shuffles of the labels", line={"color": INK, "dash": "dash", "width": 2},
+        )  # fmt: skip
+    dressed(
+        figure,
+        f"{safe(x.concept)}: {safe(x.kind)} against {safe(y.kind)}",
+        f"{safe(site.name)}, {site.n_neurons:,} neurons of one seed"
+        + (f"; {DOTS:,} of the others drawn" if int(rest.sum()) > DOTS else ""),
+        x=f"{safe(x.kind)} ({safe(x.unit)})",
+        y=f"{safe(y.kind)} ({safe(y.unit)})",
+        height=480,
+    )
+    figure.update_xaxes(type="log" if is_log else "linear").update_yaxes(type="log" if up_log else "linear")
+    return figure
+
+
+def _positions(score: Tensor) -> tuple[Tensor, bool]:
+    """Where to draw scores, and whether on a logarithmic axis: their zeros then stand below all else."""
+    above = score[score > 0]
+    if (score < 0).any() or not len(above):
+        return score, False
+    return score.clamp(min=max(float(above.min()), float(above.max()) / 1e6) / 2), True
 
 
 def saliency_against_similarity(

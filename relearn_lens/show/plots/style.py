@@ -7,6 +7,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import plotly.graph_objects as go
@@ -17,11 +18,31 @@ from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs.results import Run
 
+
+class _Looks(dict[str, str]):
+    """What the usual arms look like; one of one's own has another look, always the same by its name."""
+
+    def __init__(self, usual: Mapping[str, str], others: Sequence[str]):
+        super().__init__(usual)
+        self.others = others
+
+    def __missing__(self, name: str) -> str:
+        return self.others[crc32(name.encode()) % len(self.others)]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `[name]`: every arm has a look."""
+        return self[name]
+
+
 # Okabe-Ito: told apart with every common kind of colour blindness, on white and on black.
-ARM_COLOURS = {
-    "concept": "#D55E00", "other": "#CC79A7", "random": "#0072B2", "unpruned": "#999999", "never": "#009E73",
-}  # fmt: skip
-ARM_DASHES = {"concept": "solid", "other": "longdash", "random": "dash", "unpruned": "dot", "never": "dashdot"}
+ARM_COLOURS = _Looks(
+    {"concept": "#D55E00", "other": "#CC79A7", "random": "#0072B2", "unpruned": "#999999", "never": "#009E73"},
+    ("#56B4E9", "#E69F00", "#8C6BB1", "#6B8E23", "#B5651D"),
+)
+ARM_DASHES = _Looks(
+    {"concept": "solid", "other": "longdash", "random": "dash", "unpruned": "dot", "never": "dashdot"},
+    ("longdashdot", "6px,2px", "2px,6px"),
+)
 """Arms differ in their line too, for print and for eyes that see no colour."""
 
 VERDICT_COLOURS = {
@@ -32,8 +53,10 @@ VERDICT_COLOURS = {
 DIVERGING = [[0, "#5e3c99"], [0.25, "#b2abd2"], [0.5, "#f4f2ef"], [0.75, "#fdb863"], [1, "#d45500"]]
 """ColorBrewer's PuOr, dark orange high: its ends differ in lightness from its middle and in hue from each other."""
 SEQUENTIAL = "cividis"
+TEXT, PAPER = "#1f2328", "#ffffff"
+"""Figures are dark on white, also in a dark notebook; our pages put their own ink and paper in the place of these."""
 INK, GRID, BLANK = "#7d7d7d", "rgba(128,128,128,0.25)", "rgba(128,128,128,0.3)"
-"""Greys that are read on white and on black; `BLANK` is behind maps, so a cell without a value is grey in both."""
+"""Greys of lines, seen on white and on black; `BLANK` is behind maps, so a cell without a value is grey in both."""
 
 
 def measured_by(arms: Sequence[Trajectory]) -> str:
@@ -134,14 +157,14 @@ def shown(label: Label, scores: Sequence[Scores], **interval: Any) -> Estimate:
 
 
 def dressed(figure: go.Figure, title: str, note: str, *, x: str = "", y: str = "", height: int = 420) -> go.Figure:
-    """Title, note and axes; transparent, so that the page's own light or dark background shows."""
+    """Title, note and axes, dark on white."""
     figure.update_layout(
         title={"text": title, "subtitle": {"text": note}, "x": 0.01, "xanchor": "left"},
         height=height,
-        paper_bgcolor="rgba(0,0,0,0)",
+        paper_bgcolor=PAPER,
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"t": 84, "r": 20, "l": 60, "b": 60},
-        font={"color": INK, "size": 13},
+        font={"color": TEXT, "size": 13},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK, "remove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d"]},
         hoverlabel={"bgcolor": "#262626", "bordercolor": "#262626", "font": {"color": "#ffffff"}},
         legend={"orientation": "h", "y": -0.25},  # below, so that a phone has room for the picture
@@ -164,6 +187,12 @@ def said(figure: go.Figure) -> tuple[str, str]:
     return title.text or "", title.subtitle.text or ""
 
 
+def config(name: str) -> dict[str, Any]:
+    """How plotly shows a figure on a page: as wide as there is room, with a button that saves it as a PNG."""
+    picture = {"format": "png", "scale": 2, "filename": f"relearn-lens-{name}"}
+    return {"responsive": True, "displayModeBar": "hover", "toImageButtonOptions": picture}
+
+
 def live(figure: go.Figure) -> Any:
     """The figure as a widget that Python can change while it is shown.
 
@@ -179,7 +208,7 @@ def save_html(figure: go.Figure, path: str | Path, *, plotlyjs: bool = True) -> 
     `plotlyjs=False` leaves plotly.js out, for a page that has it.
     """
     body = figure.to_html(
-        full_html=False, include_plotlyjs=plotlyjs, auto_play=False, config={"displaylogo": False, "responsive": True}
+        full_html=False, include_plotlyjs=plotlyjs, auto_play=False, config={"displaylogo": False, **config("figure")}
     )
     head = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{said(figure)[0]}</title>'
     path = Path(path)

@@ -1,0 +1,87 @@
+"""Removers that edit one place: a few steps on one matrix teach another answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool
+from pydantic import Field
+from torch import Tensor
+
+from relearn_lens.methods import Training
+from relearn_lens.models.model import Model
+from relearn_lens.models.training import Gradient, Step, plain
+from relearn_lens.neurons.sites import parameter, site_of
+from relearn_lens.remove.losses import Retained
+from relearn_lens.remove.preference import PREFERRED, Preferring
+from relearn_lens.remove.removal import FORGET, Removing, Term, Texts
+from relearn_lens.text.encoding import Batch
+
+
+class DINM(Preferring):
+    """Detoxification by one matrix: some steps on the MLP output matrix of one block teach the preferred answer.
+
+    The block is to be that at which preferred and forgotten answers lie farthest apart: give its matrix as `where`
+    (`find`'s `layer_distance`, which divides by the length of the hidden states, as these grow with depth), or `layer`.
+
+    In the release no gradient goes through the KL: `faithful=True` leaves it out of the gradient. It also stops when
+    the loss is below 1e-4, which here is left to the number of steps.
+
+    Source: Wang et al. 2024 (DINM); for Mistral a learning rate of 1e-5.
+    """
+
+    name: ClassVar[str] = "dinm"
+    formula: ClassVar[str] = "edit CE(preferred) + alpha KL_r(pi0, pi), on W_out of one block"
+    source: ClassVar[str] = "Wang et al. 2024 (DINM)"
+    usual: ClassVar[Training] = Removing(lr=5e-4, steps=(10,))
+
+    layer: int | None = Field(default=None, ge=0, le=10_000, description="block, from 0; none: the last, or `where`")
+    edit: float = Field(default=0.1, gt=0, le=1e6, description="weight of the preferred answers")
+    retain: Retained = Field(default="kl", description=Preferring.model_fields["retain"].description)
+    faithful: bool = Field(default=False, description="no gradient of what is retained, as released")
+
+    def terms(self, model: Model, seed: int) -> dict[str, Term]:
+        """As of `Remover`."""
+
+        def value(model: Model, batches: tuple[Batch, Batch], _: None) -> tuple[Tensor, int]:
+            nats = model.losses(batches[1])
+            return nats.sum(), len(nats)
+
+        def count(texts: Any, pieces: Any) -> int:
+            return texts[1].n_subwords(pieces)
+
+        return {FORGET: Term(value, count, weight=self.edit, beside=PREFERRED), **self.kept(model)}
+
+    def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]]:
+        """All of the MLP's output matrix of the block.
+
+        Raises:
+            ValueError: the model does not have it.
+        """
+        site, n = site_of(model.bridge, "mlp_post"), int(model.bridge.cfg.n_layers)
+        layer = n - 1 if self.layer is None else self.layer
+        if layer >= n:
+            raise ValueError(f"layer = {layer}: this model has {n} blocks, 0 to {n - 1}")
+        trained = {id(parameter(model.bridge, part)) for part in site.writes[layer]}
+        return {
+            name: torch.ones_like(weight, dtype=torch.bool)
+            for name, weight in model.plain().items()
+            if id(weight) in trained
+        }
+
+    def __call__(self, model: Model, texts: Texts, where: Any = None, *, step: Step = plain, **keywords: Any) -> Any:
+        """As of `Remover`.
+
+        Raises:
+            ValueError: as of `Remover`, or `faithful` with a wrapper.
+        """
+        if self.faithful and step is not plain:
+            raise ValueError("faithful = True takes the gradient of the edit alone, so no wrapper can stand around it")
+        own = _edit_alone if self.faithful else step
+        return super().__call__(model, texts, where, step=own, **keywords)
+
+
+def _edit_alone(model: Model, gradient: Gradient) -> None:
+    gradient(FORGET)
