@@ -234,11 +234,10 @@ def bench(
     folder = out or Path("runs") / Path(settings).stem
     to = sys.stderr if json else sys.stdout
     jobs = sum(1 for _ in asked.every_seed) * -(-(len(asked.rows) + benches.has_twin(asked)) // benches.ROWS_A_JOB)
-    print(f"{len(asked.rows)} removers, {len(asked.columns)} ways back, {len(asked.every_seed)} seeds > {folder}", file=to)
+    sizes = f"{len(asked.rows)} removers, {len(asked.columns)} ways back, {len(asked.every_seed)} seed(s)"
+    print(f"{sizes} > {folder}", file=to)
     try:
-        benched = benches.run(
-            asked, folder, on=on, processes=processes, fresh=fresh, tell=_sweeping(jobs, to)
-        )
+        benched = benches.run(asked, folder, on=on, processes=processes, fresh=fresh, tell=_sweeping(jobs, to))
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -253,12 +252,16 @@ def bench(
 @app.command()
 def audit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a source, or a name on the hub.")],
-    facts: Annotated[str | None, typer.Option(help="people, countries, ontology; or give --forget and --retain.")] = None,
+    facts: Annotated[
+        str | None, typer.Option(help="people, countries, ontology; or give --forget and --retain.")
+    ] = None,
     forget: Annotated[str | None, typer.Option(help="What is said to be gone: a JSONL file or hf:NAME.")] = None,
     retain: Annotated[str | None, typer.Option(help="What was to stay: a JSONL file or hf:NAME.")] = None,
     original: Annotated[str | None, typer.Option(metavar="BASE", help="The model that it was made from.")] = None,
     never: Annotated[str | None, typer.Option(metavar="TWIN", help="One that never knew what is to be gone.")] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt that it is served with.")] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The system prompt that it is served with.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where audit.json and the page go.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print audit.json instead.")] = False,
     fail_over: Annotated[
@@ -274,9 +277,8 @@ def audit(
         raise ValueError("give what is to be gone: --facts NAME, or --forget FILE with --retain FILE")
     from relearn_lens.bench import audit as audits
     from relearn_lens.models.loading import load_language_model
-    from relearn_lens.runs import removals
-
     from relearn_lens.progress import reported
+    from relearn_lens.runs import removals
 
     with _following() as follow, reported(follow.progress if sys.stdout.isatty() else None):
         subject = removals.subject(model, str(facts or forget), retain=retain, seed=seed)

@@ -64,7 +64,7 @@ class Evidence:
     zeroed: float = 0.0
     """Share of the blocks' matrices in rows or columns of nothing but 0; with an original, entries that were not 0."""
     alike: float | None = None
-    """Mean cosine between hidden states of forgotten facts less that of retained ones, at the block where it is most."""
+    """Mean cosine between hidden states of forgotten facts less that of retained ones, at the block where most."""
     moved: float | None = None
     """Norm of the change over the norm of the original; None without one."""
     original_answers: float | None = None
@@ -86,9 +86,9 @@ class Evidence:
 
     @property
     def left_behind(self) -> float | None:
-        """What relearning brings of the held-out half beyond the twin's gain; without a twin it is not told from
-        teaching."""
-        return None if self.back is None else self.back - (self.twin_back or 0.0)
+        """What relearning brings of the held-out half beyond what the twin gains, if it does; without a twin it is not
+        told from teaching."""
+        return None if self.back is None else self.back - max(0.0, self.twin_back or 0.0)
 
     @property
     def reached(self) -> float:
@@ -133,7 +133,9 @@ def decide(found: Evidence) -> Verdict:
             "led astray", f"its hidden states of these facts point one way (cosine {found.alike:+.2f} beyond the rest)"
         )
     if found.moved is not None and found.moved < NEAR:
-        return verdict("trained away", f"its weights are near the original's (moved by {found.moved:.2f} of their norm)")
+        return verdict(
+            "trained away", f"its weights are near the original's (moved by {found.moved:.2f} of their norm)"
+        )
     inside, behind = found.left_inside, found.left_behind
     left = [value for value in (inside, behind if found.has_twin else None) if value is not None]
     if any(value > MORE for value in left):

@@ -25,9 +25,9 @@ from relearn_lens import progress
 from relearn_lens.analysis.audit import Evidence, Verdict, decide
 from relearn_lens.analysis.matrix import Course, share
 from relearn_lens.measure.answers import AnswerAccuracy, answer, choose
+from relearn_lens.measure.asking import ask
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.grafting import grafts
-from relearn_lens.measure.asking import ask
 from relearn_lens.measure.inside import STATES, KnownInside
 from relearn_lens.measure.states import states_of
 from relearn_lens.models.model import LanguageModel
@@ -153,8 +153,8 @@ def audit(
     evidence = Evidence(**found)
     shown = {name: curve[name] for name in ("all_steps", "all", "twin") if name in curve}
     return Audit(
-        evidence, decide(evidence), numbers, {"steps": shown.pop("all_steps"), "model": shown.pop("all"), **shown}, rate,
-        curve["at"], where, inside, items, facts.name, (*facts.notes, *skipped),
+        evidence, decide(evidence), numbers, {"steps": shown.pop("all_steps"), "model": shown.pop("all"), **shown},
+        rate, curve["at"], where, inside, items, facts.name, (*facts.notes, *skipped),
     )  # fmt: skip
 
 
@@ -263,7 +263,9 @@ def _weights(model: LanguageModel, original: LanguageModel | None) -> dict[str, 
         return {"zeroed": zeroed / max(total, 1)}
     theirs = {name: value.float() for name, value in original.weights().items() if value.is_floating_point()}
     if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in mine):
-        raise ValueError("--original: its weights are of another architecture than the model's; give what it was made from")
+        raise ValueError(
+            "--original: its weights are of another architecture than the model's; give what it was made from"
+        )
     zeroed = sum(int(((value == 0) & (theirs[name].to(value.device) != 0)).sum()) for name, value in blocks.items())
     change = sum(float((value - theirs[name].to(value.device)).square().sum()) for name, value in mine.items())
     size = sum(float(value.square().sum()) for value in theirs.values())
@@ -323,10 +325,10 @@ def _where(
     """By part: what it alone, taken from the relearned model, brings back; the model is put back."""
     start = {name: value.detach().clone() for name, value in model.weights().items()}
     blocks = len(model.bridge.blocks)
-    found = grafts(
-        model, start, relearned, lambda _: {"accuracy": known()}, parts=parts(model, bands=min(blocks, 6))
-    )
-    return [{"part": part, "enough": found.enough(part).value, "needed": found.needed(part).value} for part in found.parts]
+    found = grafts(model, start, relearned, lambda _: {"accuracy": known()}, parts=parts(model, bands=min(blocks, 6)))
+    return [
+        {"part": part, "enough": found.enough(part).value, "needed": found.needed(part).value} for part in found.parts
+    ]
 
 
 # --- what is printed
@@ -402,8 +404,9 @@ def write(name: str, done: Audit, folder: Path) -> Path:
         draw(plots.audit_parts, done.grafts), draw(plots.audit_states, done.states),
     ]  # fmt: skip
     page = report.page(
-        "audit.html.j2", title=f"Audit of {name}", heading=f"Audit of {name}: {done.verdict.kind}", why=done.verdict.why,
-        missing=done.verdict.missing, lines=lines(name, done)[2:], pictures=[p for p in pictures if p],
+        "audit.html.j2", title=f"Audit of {name}", heading=f"Audit of {name}: {done.verdict.kind}",
+        why=done.verdict.why, missing=done.verdict.missing, lines=lines(name, done)[2:],
+        pictures=[p for p in pictures if p],
         items=(["prompt", "answer", "state"], [[i["prompt"], i["answer"], i["state"]] for i in done.items]),
         notes=done.notes, facts=done.facts,
     )  # fmt: skip

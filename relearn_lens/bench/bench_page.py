@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 LIMITS = (
     "What this does not say. The model is small and was taught invented facts, each in a handful of wordings: "
-    "fine-tuning facts in makes them sit otherwise than pretraining does, and the robustness of a removal is overstated "
-    "by such facts (Deeb & Roger 2024). Only the attacks above were tried, for as many steps: 'not back by these "
+    "fine-tuning facts in makes them sit otherwise than pretraining does, and such facts overstate how robust a "
+    "removal is (Deeb & Roger 2024). Only the attacks above were tried, for as many steps: 'not back by these "
     "attacks' is not 'erased', and nothing here can say that. The intervals hold for these keys and seeds; that a "
     "ranking of removers carries over to a larger model is not shown by it."
 )
@@ -70,20 +70,21 @@ def lines(benched: Benched) -> list[str]:
         if len(results.rows) > 7:
             out.append(f"... and {len(results.rows) - 7} more removers in {benched.folder.name}/summary.json")
         width = max(map(len, table)) + 1
-        columns = list(results.columns)[: max(1, (80 - width - 20) // 16)]
-        out.append("".join([f"{'':{width}}{'moved':>5} {'left':<14}", *(f"{name[:15]:<16}" for name in columns)]).rstrip())
+        columns = list(results.columns)[: max(1, (80 - width - 22) // 16)]
+        out.append(
+            "".join([f"{'':{width}}{'moved':>5} {'left':<16}", *(f"{name[:15]:<16}" for name in columns)]).rstrip()
+        )
         for row in [*results.rows[:7], *([NEVER] if results.twin else [])]:
             moved = sum(results.cells[row, s].moved for s in results.seeds) / len(results.seeds)
             left = short(matrix.left(results, row))
             cells = [short(table[row][c].recovery if row != NEVER else table[row][c].left) for c in columns]
             moved_text = "" if row == NEVER else f"{moved:.2f}"
-            out.append("".join([f"{row:{width}}{moved_text:>5} {left:<14}", *(f"{cell:<16}" for cell in cells)]).rstrip())
-        out.append(
-            "moved: share of the removal kept at equal ability; left: answered there; then"
-        )
-        out.append(
-            f"the share back, less the twin's gain{' (never: what it answers)' if results.twin else ' (no twin: nothing is recovered)'}"
-        )
+            out.append(
+                "".join([f"{row:{width}}{moved_text:>5} {left:<16}", *(f"{cell:<16}" for cell in cells)]).rstrip()
+            )
+        out.append("moved: share of the removal kept at equal ability; left: answered there; then")
+        beside = "never: what it answers" if results.twin else "no twin: nothing is recovered"
+        out.append(f"the share back, less the twin's gain ({beside})")
         out += _ranking_lines(results)
     if benched.failed:
         first = next(iter(benched.failed.items()))
@@ -101,9 +102,7 @@ def _ranking_lines(results: Results) -> list[str]:
     told = matrix.pairs(results)
     apart = [pair for pair in told if pair.p_holm < 0.05]
     if told:
-        shown = "; ".join(
-            f"{pair.one} {'>' if pair.difference.value > 0 else '<'} {pair.other}" for pair in apart[:4]
-        )
+        shown = "; ".join(f"{pair.one} {'>' if pair.difference.value > 0 else '<'} {pair.other}" for pair in apart[:4])
         more = f" and {len(apart) - 4} more" if len(apart) > 4 else ""
         says = f"{shown}{more}" if apart else "none"
         out.append(f"more comes back (Holm over {len(told)} pairs): {says}"[:80])
@@ -200,7 +199,9 @@ def render(benched: Benched) -> str:
     pictures["ranks"] = draw(plots.bench_ranks, results)
     for where, by in benched.parts.items():
         rate = where.rpartition(" ")[2]
-        chosen = {row: each for row, each in by.items() if matrix.rate_of(results, row, next(iter(bench.columns))) == rate}
+        chosen = {
+            row: each for row, each in by.items() if matrix.rate_of(results, row, next(iter(bench.columns))) == rate
+        }
         about = f"{where}, seed {bench.seeds[0]}: removers for which this rate was chosen; intervals over keys"
         pictures[f"parts-{where}"] = draw(plots.bench_parts, results, chosen, about) if chosen else None
     pictures["components"] = draw(plots.bench_components, results)

@@ -1,10 +1,10 @@
-"""One cell of a bench: a model is removed from, calibrated and attacked; every stage of it computed once, by its recipe.
+"""One cell of a bench: a model is removed from, calibrated and attacked; every stage is computed once, by its recipe.
 
-    base, never       a pretrained model taught the facts, and its twin (the small taught model is kept in the cache)
-    removed           the remover's weights, and what they leave
-    calibrated        how far towards them the base's retained ability is kept
-    attacked          one attack at one learning rate: what is answered at every checkpoint
-    grafted           which part of the model brought it back
+base, never       a pretrained model taught the facts, and its twin (the small taught model is kept in the cache)
+removed           the remover's weights, and what they leave
+calibrated        how far towards them the base's retained ability is kept
+attacked          one attack at one learning rate: what is answered at every checkpoint
+grafted           which part of the model brought it back
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ class Work:
         return drawn(self.facts, RETAIN, self.bench.keys, self.bench.wordings, self.seed)
 
     def _known(self, passages: Sequence[Passage]) -> AnswerAccuracy:
-        if not all(bool(torch.isfinite(value).all()) for value in self.model.weights().values() if value.is_floating_point()):
+        if not all(
+            bool(torch.isfinite(value).all()) for value in self.model.weights().values() if value.is_floating_point()
+        ):
             raise FloatingPointError("weights that are not finite")
         return answer(self.model, passages, closed=self.facts.answers()).accuracy
 
@@ -258,7 +260,11 @@ class Work:
             numbers, tensors = self._asked(weights)
             masks = {f"cut.{k}": neurons.mask for k, neurons in enumerate(cut)}
             site = cut[0].site.name if cut else None
-            return {**numbers, "steps": steps, "site": site}, {**_prefixed("asked.", tensors), **_prefixed("", masks), **_prefixed("w.", weights)}
+            return {**numbers, "steps": steps, "site": site}, {
+                **_prefixed("asked.", tensors),
+                **_prefixed("", masks),
+                **_prefixed("w.", weights),
+            }
 
         recipe, stage = self._made("removed", {**common, "weights": self._sha(self.base), "how": says}, remove)
         weights = {name[2:]: value for name, value in stage.tensors.items() if name.startswith("w.")}
@@ -279,9 +285,7 @@ class Work:
         for _ in train_(self.model, text, how, seed=self.seed, what="repairing"):
             pass
 
-    def _calibrated(
-        self, removed: StageRecipe, stage: Stage, common: Mapping[str, Any]
-    ) -> tuple[StageRecipe, Stage]:
+    def _calibrated(self, removed: StageRecipe, stage: Stage, common: Mapping[str, Any]) -> tuple[StageRecipe, Stage]:
         """How far towards the removed model the base's retained ability is kept, and what is answered there."""
         bench = self.bench
 
@@ -294,7 +298,13 @@ class Work:
             best = calibrate(self.model, self.base, ability, tau=bench.tau, points=bench.points)
             mixed_(self.model, self.base, best.share)
             numbers, tensors = self._asked(_copied(self.model.weights()))
-            return {**numbers, "moved": best.share, "kept": best.score, "base": best.base, "removed": best.removed}, tensors
+            return {
+                **numbers,
+                "moved": best.share,
+                "kept": best.score,
+                "base": best.base,
+                "removed": best.removed,
+            }, tensors
 
         fields = {**common, "from": removed.digest, "tau": bench.tau, "points": bench.points}
         return self._made("calibrated", fields, search)
@@ -398,11 +408,15 @@ def read_cell(index: Mapping[str, Any], stages: Stages) -> tuple[Cell, dict[str,
                 parts[f"{column} {rate}".strip()] = one.numbers["grafts"]
 
     def sums_of(of: Stage, key: str) -> np.ndarray:
-        return (of.tensors.get(key) if key in of.tensors else of.tensors[f"asked.{key}"]).numpy()  # pyright: ignore[reportOptionalMemberAccess]
+        return of.tensors[key if key in of.tensors else f"asked.{key}"].numpy()
+
+    kept, removed_kept, calibrated_kept = (
+        float(share(sums_of(of, "retained").sum(0))) for of in (base, removed, calibrated)
+    )
 
     cell = Cell(
         index["row"], int(index["seed"]), sums_of(base, "held_out"), sums_of(removed, "held_out"),
-        sums_of(calibrated, "held_out"), *(float(share(sums_of(of, "retained").sum(0))) for of in (base, removed, calibrated)),
+        sums_of(calibrated, "held_out"), kept, removed_kept, calibrated_kept,
         moved=float(index["moved"]), courses=courses, chance=float(base.numbers["chance"]),
     )  # fmt: skip
     return cell, parts

@@ -1,4 +1,4 @@
-"""What a bench asks for: removers by ways back by seeds, over one set of facts; its presets, and every way to change one.
+"""What a bench asks for: removers by ways back by seeds over one set of facts; presets, and every way to change one.
 
     preset = "facts-toy"
     seeds = [1, 2, 3]                # reported
@@ -68,7 +68,9 @@ class Teaching(Method):
 class Bench(Method):
     """Removers by ways back by seeds, over one set of facts."""
 
-    model: str = Field(default="taught", description="taught (a small model made for these facts), a source, a folder or a name")
+    model: str = Field(
+        default="taught", description="taught (a small model made for these facts), a source, a folder or a name"
+    )
     facts: str = Field(default="people", description="people, countries, ontology, a JSONL file or hf:NAME")
     retain: str | None = Field(default=None, description="what is to stay, of facts that are a file or hf:NAME")
     teach: Teaching | None = Field(
@@ -182,7 +184,9 @@ def bench_of(source: str | Path = "facts-toy", sets: Sequence[str] = ()) -> Benc
     elif path.suffix == ".toml":
         values = _from_file(path)
     else:
-        raise ValueError(f"unknown bench {str(source)!r}; known: {', '.join(PRESETS)} (a file of settings ends in .toml)")
+        raise ValueError(
+            f"unknown bench {str(source)!r}; known: {', '.join(PRESETS)} (a file of settings ends in .toml)"
+        )
     for text in sets:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not key:
@@ -229,7 +233,7 @@ def _value(text: str) -> Any:
 def _line(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        *above, last = error["loc"]
+        *above, _ = error["loc"]
         kind = {"rows": Row, "columns": Column, "teach": Teaching}.get(str(above[0]) if above else "", Bench)
         return f"unknown setting {key!r}; known here: {', '.join(kind.model_fields)}"
     if error["type"] == "missing":

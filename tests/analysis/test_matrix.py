@@ -36,11 +36,17 @@ def results(rows, twin=None, seeds=(1, 2, 3), columns=("relearn",), **how):
 
 
 STEPS = (0, 1, 2)
-TWIN = (0.1, {"relearn": {"a": course(STEPS, (0.1, 0.1, 0.2), (1, 1, 1)), "b": course(STEPS, (0.1, 0.1, 0.1), (1, 1, 1))}})
+TWIN = (
+    0.1,
+    {"relearn": {"a": course(STEPS, (0.1, 0.1, 0.2), (1, 1, 1)), "b": course(STEPS, (0.1, 0.1, 0.1), (1, 1, 1))}},
+)
 
 
 def test_recovery_is_what_came_back_of_what_was_removed_less_the_twins_gain():
-    row = (0.2, {"relearn": {"a": course(STEPS, (0.2, 0.4, 0.6), (1, 1, 1)), "b": course(STEPS, (0.2, 0.2, 0.2), (1, 1, 1))}})
+    row = (
+        0.2,
+        {"relearn": {"a": course(STEPS, (0.2, 0.4, 0.6), (1, 1, 1)), "b": course(STEPS, (0.2, 0.2, 0.2), (1, 1, 1))}},
+    )
     entry = matrix.entry(results({"x": row}, TWIN), "x", "relearn")
     assert (entry.rate, entry.steps) == ("a", (2, 2, 2))
     assert entry.recovery.value == pytest.approx((0.6 - 0.2) / 0.8 - (0.2 - 0.1) / 0.8)
@@ -49,6 +55,14 @@ def test_recovery_is_what_came_back_of_what_was_removed_less_the_twins_gain():
     alone = matrix.entry(results({"x": row}), "x", "relearn")
     assert alone.twin is None
     assert alone.recovery.value == pytest.approx(0.5)
+
+
+def test_a_twin_that_loses_is_not_counted_for_the_attack():
+    row = (0.2, {"relearn": {"a": course(STEPS, (0.2, 0.4, 0.6), (1, 1, 1))}})
+    twin = (0.1, {"relearn": {"a": course(STEPS, (0.1, 0.0, 0.0), (1, 1, 1))}})
+    entry = matrix.entry(results({"x": row}, twin), "x", "relearn")
+    assert entry.twin.value == pytest.approx(-0.1 / 0.8)
+    assert entry.recovery.value == pytest.approx(0.5)
 
 
 def test_what_broke_the_model_does_not_count():
@@ -62,7 +76,15 @@ def test_what_broke_the_model_does_not_count():
 
 
 def test_none_passes_is_said():
-    row = (0.2, {"relearn": {"a": course(STEPS, (0.2, 0.9, 0.9), (1, 0.5, 0.5)), "b": course(STEPS, (0.2, 0.9, 0.9), (1, 0.5, 0.5))}})
+    row = (
+        0.2,
+        {
+            "relearn": {
+                "a": course(STEPS, (0.2, 0.9, 0.9), (1, 0.5, 0.5)),
+                "b": course(STEPS, (0.2, 0.9, 0.9), (1, 0.5, 0.5)),
+            }
+        },
+    )
     found = results({"x": row})
     entry = matrix.entry(found, "x", "relearn")
     assert entry.recovery is None
@@ -72,7 +94,9 @@ def test_none_passes_is_said():
 
 def test_the_rate_is_chosen_on_its_own_seed_and_reported_on_the_others():
     def attacks(good, bad):
-        return {"relearn": {"a": course(STEPS, (0.2, 0.2, good), (1, 1, 1)), "b": course(STEPS, (0.2, 0.2, bad), (1, 1, 1))}}
+        return {
+            "relearn": {"a": course(STEPS, (0.2, 0.2, good), (1, 1, 1)), "b": course(STEPS, (0.2, 0.2, bad), (1, 1, 1))}
+        }
 
     found = results({"x": (0.2, attacks(0.9, 0.3))})
     flipped = {**found.cells, ("x", 0): cell("x", 0, 0.2, attacks(0.3, 0.9))}
@@ -163,7 +187,9 @@ def test_attacks_that_are_one_have_one_component():
     for seed in (0, 1, 2):
         for row in ("x", "y", "z"):
             x = float(rng.uniform(0.2, 0.9))
-            attacks = {name: {"": course((0, 1), (0.1, x * k), (1, 1))} for name, k in (("a", 1), ("b", 0.5), ("c", 0.8))}
+            attacks = {
+                name: {"": course((0, 1), (0.1, x * k), (1, 1))} for name, k in (("a", 1), ("b", 0.5), ("c", 0.8))
+            }
             cells[row, seed] = cell(row, seed, 0.1, attacks)
     found = matrix.components(Results(cells, ("x", "y", "z"), ("a", "b", "c"), (1, 2), 0, draws=100, twin=False))
     assert found.explained[0] == pytest.approx(1, abs=1e-9)

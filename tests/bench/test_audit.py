@@ -100,9 +100,10 @@ def test_a_system_prompt_is_put_by_the_models_own_template(folders):
 
 
 def said(capsys, *command: str) -> str:
-    with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["relearn-lens", *command])
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
     assert ended.value.code == 1
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1

@@ -20,7 +20,8 @@ from relearn_lens.text.facts import people
 SMALL = taught.Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
 SETS = [
     "seeds=[1]", "chooses=0", "keys=8", "wordings=1", "draws=200", "points=4",
-    'rows={gd={remover="grad_diff", fields={steps=[4], lr=1e-3}}, ga={remover="gradient_ascent", fields={steps=[2], lr=3e-4}}, '
+    'rows={gd={remover="grad_diff", fields={steps=[4], lr=1e-3}}, '
+    'ga={remover="gradient_ascent", fields={steps=[2], lr=3e-4}}, '
     'cut={remover="prune", rounds=2, repair=2, held=true, fields={where="random", fraction=0.2}}}',
     'columns={relearn={attack="relearn", rates=[1e-4, 1e-3], fields={steps=[1, 4]}}, quantised={attack="quantised"}}',
 ]  # fmt: skip
@@ -94,7 +95,9 @@ def test_nothing_is_computed_twice(benched, small, monkeypatch, untouched):
     """The same again, more seeds of it, or another attack on the same models: removers are not run again."""
     removed = []
     plainly = cells.Recipe.__call__
-    monkeypatch.setattr(cells.Recipe, "__call__", lambda self, *a, **k: removed.append(self.remover.name) or plainly(self, *a, **k))
+    monkeypatch.setattr(
+        cells.Recipe, "__call__", lambda self, *a, **k: removed.append(self.remover.name) or plainly(self, *a, **k)
+    )
     again = benches.run(benched.bench, benched.folder)
     assert removed == []
     assert json.dumps(bench_page.summary(again)["rows"]) == json.dumps(bench_page.summary(benched)["rows"])
@@ -126,7 +129,9 @@ def test_a_bench_that_is_stopped_goes_on_and_gives_the_same(benched, small, tmp_
 def test_one_row_that_fails_stops_no_other(benched, small, tmp_path, monkeypatch):
     plainly = Work.cell
     monkeypatch.setattr(
-        Work, "cell", lambda self, name: plainly(self, name) if name != "ga" else (_ for _ in ()).throw(ValueError("broke"))
+        Work,
+        "cell",
+        lambda self, name: plainly(self, name) if name != "ga" else (_ for _ in ()).throw(ValueError("broke")),
     )
     partly = benches.run(benched.bench, tmp_path / "b")
     assert partly.results.rows == ("gd", "cut")

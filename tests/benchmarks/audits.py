@@ -1,8 +1,8 @@
 """Does the audit's rule tell five kinds of model apart, on seeds that it was not fixed on?
 
-Five unnamed models a seed, in an order drawn by the seed: a twin of another training seed that never knew the facts; the
-original that keeps silent behind a system prompt; pruned; NPO; RMU. Each is audited with and without a twin that never
-knew; seed 0, on which the bars were fixed, is printed apart.
+Five unnamed models a seed, in an order drawn by the seed: a twin of another training seed that never knew the facts;
+the original that keeps silent behind a system prompt; pruned; NPO; RMU. Each is audited with and without a twin that
+never knew; seed 0, on which the bars were fixed, is printed apart.
 
     python -m tests.benchmarks audits
 """
@@ -97,7 +97,9 @@ def measured(seed: int, folder: Path) -> list[tuple[str, Evidence]]:
         found.append((name, done.evidence))
         print(f"seed {seed}, {name}: {decide(done.evidence).kind}; {done.evidence}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([(name, {**vars(evidence), "by_layer": dict(evidence.by_layer)}) for name, evidence in found]))
+    path.write_text(
+        json.dumps([(name, {**vars(evidence), "by_layer": dict(evidence.by_layer)}) for name, evidence in found])
+    )
     return found
 
 
@@ -125,7 +127,10 @@ def report(seeds: Sequence[int] = (1, 2, 3, 4), folder: Path | None = None) -> N
     """Print the confusion matrices; what was measured is kept in the cache folder."""
     folder = folder or sources.cache_dir() / "benchmarks" / "audits"
     torch.set_num_threads(1)
-    for title, chosen in (("seed 0, on which the bars were fixed", (0,)), (f"seeds {', '.join(map(str, seeds))}", seeds)):
+    for title, chosen in (
+        ("seed 0, on which the bars were fixed", (0,)),
+        (f"seeds {', '.join(map(str, seeds))}", seeds),
+    ):
         found = [each for seed in chosen for each in measured(seed, folder)]
         for how, change in (
             ("with --original and --never", lambda e: e), ("without --never", without_twin),

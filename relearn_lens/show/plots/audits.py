@@ -22,13 +22,19 @@ def audit_layers(found: Evidence) -> go.Figure:
     if not found.by_layer:
         raise NotMeasuredError("no closed sets of answers")
     figure = go.Figure()
-    figure.add_bar(x=[f"block {safe(name)}" for name in found.by_layer], y=list(found.by_layer.values()), marker_color=MODEL)
+    figure.add_bar(
+        x=[f"block {safe(name)}" for name in found.by_layer], y=list(found.by_layer.values()), marker_color=MODEL
+    )
     if found.inside_chance is not None:
         figure.add_hline(y=found.inside_chance, line={"color": INK, "dash": "dot"})
     figure.update_yaxes(range=[0, 1.02])
     beside = [
         f"{who} {value:.2f}"
-        for who, value in (("original", found.original_inside), ("twin", found.twin_inside), ("chance", found.inside_chance))
+        for who, value in (
+            ("original", found.original_inside),
+            ("twin", found.twin_inside),
+            ("chance", found.inside_chance),
+        )
         if value is not None
     ]
     return dressed(figure, "Read inside", ", ".join(beside), y="share that a probe reads", height=340)

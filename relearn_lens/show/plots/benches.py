@@ -32,7 +32,8 @@ def _with(estimate: Estimate | None, between: str = "<br>") -> str:
 
 def _about(results: Results) -> str:
     seeds = ", ".join(map(str, results.seeds))
-    return f"seeds {seeds}; learning rates chosen on seed {results.chooses}; {100 * results.level:.0f} % intervals over keys and seeds"
+    level = f"{100 * results.level:.0f} % intervals over keys and seeds"
+    return f"seeds {seeds}; learning rates chosen on seed {results.chooses}; {level}"
 
 
 def bench_matrix(results: Results) -> go.Figure:
@@ -101,17 +102,22 @@ def bench_curves(results: Results, column: str) -> go.Figure:
         figure.add_scatter(
             x=x, y=y, name=name, legendgroup=row, mode="lines+markers",
             line={"color": colour, "width": 2.5, "dash": "dash" if row == NEVER else "solid"},
-            marker={"size": 8, "symbol": [m if k else f"{m}-open" for m, k in zip([_marker(results, row)] * len(kept), kept, strict=True)]},
+            marker={"size": 8, "symbol": [f"{_marker(results, row)}{'' if each else '-open'}" for each in kept]},
             customdata=[[s, a, b] for s, a, b in zip(steps, low, high, strict=True)],
             hovertemplate="step %{customdata[0]}: %{y:.2f} [%{customdata[1]:.2f}, %{customdata[2]:.2f}]"
             f"<extra>{safe(row)}</extra>",
         )  # fmt: skip
     if not n:
         raise NotMeasuredError(f"{column} has no course to draw: it changes the model once")
-    ticks = sorted({step for row in rows for rate in results.cells[row, results.seeds[0]].courses[column].values() for step in rate.steps})
-    figure.update_xaxes(
-        type="log", tickvals=[0.5 if t == 0 else t for t in ticks], ticktext=[str(t) for t in ticks]
+    ticks = sorted(
+        {
+            step
+            for row in rows
+            for rate in results.cells[row, results.seeds[0]].courses[column].values()
+            for step in rate.steps
+        }
     )
+    figure.update_xaxes(type="log", tickvals=[0.5 if t == 0 else t for t in ticks], ticktext=[str(t) for t in ticks])
     figure.update_yaxes(range=[-0.03, 1.05])
     return dressed(
         figure, f"Held-out facts under {safe(column)}", _about(results), x="steps of the attack",
@@ -150,7 +156,9 @@ def bench_ranks(results: Results) -> go.Figure:
         tickvals=[0, 1], ticktext=["as the remover ends", "at the same ability"], range=[-0.55, 1.55], showgrid=False
     )
     figure.update_yaxes(autorange="reversed", tickvals=list(range(1, len(results.rows) + 1)), zeroline=False)
-    note = f"Kendall's tau {ranking.tau.value:.2f}" if ranking.tau.value == ranking.tau.value else "no order on one side"
+    note = (
+        f"Kendall's tau {ranking.tau.value:.2f}" if ranking.tau.value == ranking.tau.value else "no order on one side"
+    )
     if ranking.tau.interval:
         note += f" [{ranking.tau.low:.2f}, {ranking.tau.high:.2f}] over {ranking.tau.over}"
     height = 190 + 42 * len(results.rows)
@@ -179,14 +187,19 @@ def bench_parts(results: Results, parts: Mapping[str, Sequence[Mapping[str, Any]
         known = [p for p in each if p["enough"] is not None]
         if not known:
             continue
+        values = [p["enough"] for p in known]
+        ends = {
+            end: [p[f"enough_{end}"] if p[f"enough_{end}"] is not None else p["enough"] for p in known]
+            for end in ("low", "high")
+        }
         figure.add_scatter(
-            x=[safe(p["part"]) for p in known], y=[p["enough"] for p in known], name=safe(row), mode="markers+lines",
+            x=[safe(p["part"]) for p in known], y=values, name=safe(row), mode="markers+lines",
             line={"color": colour_of(results, row), "width": 1, "dash": "dot"},
             marker={"size": 9, "symbol": _marker(results, row), "color": colour_of(results, row)},
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.2,
-                "array": [(p["enough_high"] if p["enough_high"] is not None else p["enough"]) - p["enough"] for p in known],
-                "arrayminus": [p["enough"] - (p["enough_low"] if p["enough_low"] is not None else p["enough"]) for p in known],
+                "array": [high - value for high, value in zip(ends["high"], values, strict=True)],
+                "arrayminus": [value - low for low, value in zip(ends["low"], values, strict=True)],
             },
         )  # fmt: skip
     if not figure.data:
@@ -224,6 +237,7 @@ def bench_components(results: Results) -> go.Figure:
             line={"color": INK, "width": 1.5}, textfont={"color": INK, "size": 11}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
     three = float(found.explained[:3].sum())
-    note = f"{len(found.models)} models, {len(found.attacks)} attacks; three components have {100 * three:.0f} % of the variance"
+    sizes = f"{len(found.models)} models, {len(found.attacks)} attacks"
+    note = f"{sizes}; three components have {100 * three:.0f} % of the variance"
     axes = [f"component {k + 1} ({100 * found.explained[k]:.0f} %)" for k in range(2)]
     return dressed(figure, "Attacks as directions", note, x=axes[0], y=axes[1])
