@@ -357,11 +357,11 @@ def ranking(results: Results) -> Ranking | None:
     if len(results.rows) < 3:
         return None
     by_draw: dict[str, list[np.ndarray]] = {"removed": [], "calibrated": []}
-    values: dict[str, list[np.ndarray]] = {"removed": [], "calibrated": []}
+    values: dict[str, list[float]] = {"removed": [], "calibrated": []}
     for what in by_draw:
         for row in results.rows:
             each = [_drawer(results, seed)(getattr(results.cells[row, seed], what)) for seed in results.seeds]
-            values[what].append(np.mean([one.value for one in each]))
+            values[what].append(float(np.mean([one.value for one in each])))
             by_draw[what].append(np.mean([one.draws for one in each], axis=0))
     before, after = np.array(values["removed"]), np.array(values["calibrated"])
     taus = np.array([_tau(one, other) for one, other in zip(*(np.array(by_draw[k]).T for k in by_draw), strict=True)])
@@ -380,7 +380,7 @@ def ranking(results: Results) -> Ranking | None:
 
 def _tau(one: np.ndarray, other: np.ndarray) -> float:
     """Kendall's tau-b; NaN where one side has no order at all."""
-    return float(st.kendalltau(one, other).statistic)
+    return float(st.kendalltau(one, other)[0])
 
 
 def curve(results: Results, row: str, column: str, rate: str) -> list[tuple[int, Estimate]]:
@@ -428,7 +428,7 @@ def components(results: Results) -> Components | None:
             line.append(math.nan if course is None else float(np.max(share(course.held_out.sum(1)))))
         table.append(line)
     whole = np.array(table)
-    keep = np.isfinite(whole).all(1)
+    keep = np.asarray(np.isfinite(whole).all(1))
     whole = whole[keep]
     if whole.shape[0] < 4 or whole.shape[1] < 3:
         return None

@@ -102,10 +102,14 @@ def _ranking_lines(results: Results) -> list[str]:
     told = matrix.pairs(results)
     apart = [pair for pair in told if pair.p_holm < 0.05]
     if told:
-        shown = "; ".join(f"{pair.one} {'>' if pair.difference.value > 0 else '<'} {pair.other}" for pair in apart[:4])
-        more = f" and {len(apart) - 4} more" if len(apart) > 4 else ""
-        says = f"{shown}{more}" if apart else "none"
-        out.append(f"more comes back (Holm over {len(told)} pairs): {says}"[:80])
+        out.append(f"more comes back, Holm over {len(told)} pairs: {'none' if not apart else f'{len(apart)} apart'}")
+        both = [(p.one, p.other) if p.difference.value > 0 else (p.other, p.one) for p in apart]
+        line = ""
+        for more, less in both:
+            if len(line) + len(f"; {more} > {less}") > 78:
+                break
+            line += f"{'; ' if line else ''}{more} > {less}"
+        out += [f"  {line}"] if line else []
     return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -53,21 +53,19 @@ def check(bench: Bench) -> None:
         ValueError: all of them, one line each.
     """
     wrong = []
-    for kind, named, make in (("rows", bench.rows, _recipe), ("columns", bench.columns, _attacks)):
+    kinds: tuple[tuple[str, Mapping[str, Any], Callable[[Bench, Any], Any]], ...] = (
+        ("rows", bench.rows, _recipe), ("columns", bench.columns, _attacks),
+    )  # fmt: skip
+    for kind, named, make in kinds:
         for name, each in named.items():
             try:
-                for _ in _tried(make(bench, each)):
-                    pass
+                make(bench, each)
             except ValueError as error:
                 wrong.append(f"{kind}.{name}: {error}")
     if bench.model == removals.TAUGHT and bench.teach is not None:
         wrong.append("teach: the model 'taught' is taught these facts anyway; leave it out, or name a pretrained model")
     if wrong:
         raise ValueError("\n".join(wrong))
-
-
-def _tried(made: Any) -> Iterable[Any]:
-    return made.values() if isinstance(made, dict) else (made,)
 
 
 def _recipe(bench: Bench, row: Row) -> Recipe:

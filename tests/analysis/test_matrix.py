@@ -1,6 +1,7 @@
 """Removers against ways back, on numbers made by hand: shares, twin, choice of rate and checkpoint, refusals, tau."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,12 +48,12 @@ def test_recovery_is_what_came_back_of_what_was_removed_less_the_twins_gain():
         0.2,
         {"relearn": {"a": course(STEPS, (0.2, 0.4, 0.6), (1, 1, 1)), "b": course(STEPS, (0.2, 0.2, 0.2), (1, 1, 1))}},
     )
-    entry = matrix.entry(results({"x": row}, TWIN), "x", "relearn")
+    entry: Any = matrix.entry(results({"x": row}, TWIN), "x", "relearn")
     assert (entry.rate, entry.steps) == ("a", (2, 2, 2))
     assert entry.recovery.value == pytest.approx((0.6 - 0.2) / 0.8 - (0.2 - 0.1) / 0.8)
     assert entry.twin.value == pytest.approx(0.1 / 0.8)
     assert entry.left.value == pytest.approx(0.6)
-    alone = matrix.entry(results({"x": row}), "x", "relearn")
+    alone: Any = matrix.entry(results({"x": row}), "x", "relearn")
     assert alone.twin is None
     assert alone.recovery.value == pytest.approx(0.5)
 
@@ -60,14 +61,14 @@ def test_recovery_is_what_came_back_of_what_was_removed_less_the_twins_gain():
 def test_a_twin_that_loses_is_not_counted_for_the_attack():
     row = (0.2, {"relearn": {"a": course(STEPS, (0.2, 0.4, 0.6), (1, 1, 1))}})
     twin = (0.1, {"relearn": {"a": course(STEPS, (0.1, 0.0, 0.0), (1, 1, 1))}})
-    entry = matrix.entry(results({"x": row}, twin), "x", "relearn")
+    entry: Any = matrix.entry(results({"x": row}, twin), "x", "relearn")
     assert entry.twin.value == pytest.approx(-0.1 / 0.8)
     assert entry.recovery.value == pytest.approx(0.5)
 
 
 def test_what_broke_the_model_does_not_count():
     row = (0.2, {"relearn": {"a": course(STEPS, (0.2, 0.4, 0.9), (1, 0.95, 0.85))}})
-    entry = matrix.entry(results({"x": row}), "x", "relearn")
+    entry: Any = matrix.entry(results({"x": row}), "x", "relearn")
     assert entry.steps == (1, 1, 1)
     assert entry.recovery.value == pytest.approx(0.25)
     # Utility is relative to the removed model, not to 1.
@@ -86,7 +87,7 @@ def test_none_passes_is_said():
         },
     )
     found = results({"x": row})
-    entry = matrix.entry(found, "x", "relearn")
+    entry: Any = matrix.entry(found, "x", "relearn")
     assert entry.recovery is None
     assert entry.why == "no checkpoint is usable at any rate"
     assert matrix.column_of(found, "x") is None
@@ -100,14 +101,16 @@ def test_the_rate_is_chosen_on_its_own_seed_and_reported_on_the_others():
 
     found = results({"x": (0.2, attacks(0.9, 0.3))})
     flipped = {**found.cells, ("x", 0): cell("x", 0, 0.2, attacks(0.3, 0.9))}
-    entry = matrix.entry(Results(flipped, ("x",), ("relearn",), (1, 2, 3), 0, draws=200, twin=False), "x", "relearn")
+    entry: Any = matrix.entry(
+        Results(flipped, ("x",), ("relearn",), (1, 2, 3), 0, draws=200, twin=False), "x", "relearn"
+    )
     assert entry.rate == "b"
     assert entry.left.value == pytest.approx(0.3)
 
 
 def test_a_share_of_nothing_removed_is_refused():
     row = (1.0, {"relearn": {"a": course(STEPS, (1, 1, 1), (1, 1, 1))}})
-    entry = matrix.entry(results({"x": row}, TWIN), "x", "relearn")
+    entry: Any = matrix.entry(results({"x": row}, TWIN), "x", "relearn")
     assert entry.recovery is None
     assert entry.why == "nothing is removed beyond noise"
     assert matrix.verdict(entry) == "undecided"
@@ -142,7 +145,7 @@ def test_ranks_that_turn_round_have_a_tau_of_minus_one():
     for seed in (0, 1, 2):
         for row, before, after in (("x", 0.1, 0.9), ("y", 0.2, 0.5), ("z", 0.3, 0.2)):
             cells[row, seed] = cell(row, seed, after, {}, removed=before)
-    found = matrix.ranking(Results(cells, ("x", "y", "z"), (), (1, 2), 0, draws=200, twin=False))
+    found: Any = matrix.ranking(Results(cells, ("x", "y", "z"), (), (1, 2), 0, draws=200, twin=False))
     assert found.tau.value == pytest.approx(-1)
     assert found.tau.interval == pytest.approx((-1, -1))
     assert found.before == pytest.approx({"x": 0.1, "y": 0.2, "z": 0.3})
@@ -191,7 +194,7 @@ def test_attacks_that_are_one_have_one_component():
                 name: {"": course((0, 1), (0.1, x * k), (1, 1))} for name, k in (("a", 1), ("b", 0.5), ("c", 0.8))
             }
             cells[row, seed] = cell(row, seed, 0.1, attacks)
-    found = matrix.components(Results(cells, ("x", "y", "z"), ("a", "b", "c"), (1, 2), 0, draws=100, twin=False))
+    found: Any = matrix.components(Results(cells, ("x", "y", "z"), ("a", "b", "c"), (1, 2), 0, draws=100, twin=False))
     assert found.explained[0] == pytest.approx(1, abs=1e-9)
     assert found.attacks == ("a", "b", "c")
     assert len(found.models) == 9

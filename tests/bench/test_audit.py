@@ -61,7 +61,7 @@ def test_a_model_that_answers_and_one_that_never_knew(folders, untouched):
         done = audit(knows, FACTS, never=never, **QUICK)
         assert done.verdict.kind == "still answers"
         assert done.evidence.answers > 0.9
-        assert done.evidence.inside > done.evidence.inside_chance
+        assert (done.evidence.inside or 0) > (done.evidence.inside_chance or 0)
         assert done.evidence.reached > 0.9
         assert sum(done.states.values()) == pytest.approx(1)
         gone = audit(never, FACTS, original=knows, **QUICK)
@@ -93,7 +93,9 @@ def test_a_system_prompt_is_put_by_the_models_own_template(folders):
     with pytest.raises(ValueError, match=r"--system: the tokenizer of .* has no chat template.*leave --system out"):
         framing(model, "be quiet")
     model.tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    framed = framing(model, "be quiet")(passages)
+    put = framing(model, "be quiet")
+    assert put is not None
+    framed = put(passages)
     assert framed[0].prompt == f"<system>be quiet<user>{passages[0].prompt}"
     assert [p.answer for p in framed] == [p.answer for p in passages]
     assert framing(model, None) is None

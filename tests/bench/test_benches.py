@@ -62,6 +62,7 @@ def benched(small, tmp_path_factory) -> benches.Benched:
 def test_a_bench_gives_every_row_column_and_the_twin(benched):
     assert benched.failed == {}
     results = benched.results
+    assert results is not None
     assert results.rows == ("gd", "ga", "cut")
     assert results.columns == ("relearn", "quantised")
     assert {row for row, _ in results.cells} == {"gd", "ga", "cut", NEVER}
@@ -104,6 +105,7 @@ def test_nothing_is_computed_twice(benched, small, monkeypatch, untouched):
     more = bench_of("facts-toy", [*SETS, 'columns.pruned={attack="pruned"}'])
     wider = benches.run(more, benched.folder)
     assert removed == []
+    assert wider.results is not None
     assert wider.results.columns == ("relearn", "quantised", "pruned")
     other = bench_of("facts-toy", [*SETS, "rows.gd.fields.lr=5e-4"])
     benches.run(other, benched.folder)
@@ -134,6 +136,7 @@ def test_one_row_that_fails_stops_no_other(benched, small, tmp_path, monkeypatch
         lambda self, name: plainly(self, name) if name != "ga" else (_ for _ in ()).throw(ValueError("broke")),
     )
     partly = benches.run(benched.bench, tmp_path / "b")
+    assert partly.results is not None
     assert partly.results.rows == ("gd", "cut")
     assert any("ga: broke" in why for why in partly.failed.values())
 

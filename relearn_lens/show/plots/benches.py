@@ -61,7 +61,7 @@ def bench_matrix(results: Results) -> go.Figure:
     figure.add_heatmap(
         z=values, x=[safe(c) for c in results.columns], y=[safe(r) for r in rows], text=text, hovertext=hover,
         texttemplate="%{text}", hoverinfo="text", zmin=0, zmax=1, colorscale="Oranges", xgap=3, ygap=3,
-        colorbar={"title": "back", "thickness": 12},
+        colorbar={"thickness": 10},
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed")
     height = 170 + 52 * len(rows)
@@ -144,7 +144,7 @@ def bench_ranks(results: Results) -> go.Figure:
     figure = go.Figure()
     for row in results.rows:
         left = ranking.before[row], ranking.after[row]
-        names = [f"{safe(row)} {left[0]:.2f}  ", f"  {left[1]:.2f} {safe(row)}"]
+        names = [f"{left[0]:.2f}  ", f"  {left[1]:.2f} {safe(row)}"]
         figure.add_scatter(
             x=[0, 1], y=[place[row] for place in places], mode="lines+markers+text", text=names,
             textposition=["middle left", "middle right"], showlegend=False, name=safe(row),
@@ -153,7 +153,7 @@ def bench_ranks(results: Results) -> go.Figure:
             hovertemplate=f"{safe(row)}: %{{text}}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(
-        tickvals=[0, 1], ticktext=["as the remover ends", "at the same ability"], range=[-0.55, 1.55], showgrid=False
+        tickvals=[0, 1], ticktext=["as the remover ends", "at the same ability"], range=[-0.4, 2.3], showgrid=False
     )
     figure.update_yaxes(autorange="reversed", tickvals=list(range(1, len(results.rows) + 1)), zeroline=False)
     note = (
