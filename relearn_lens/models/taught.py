@@ -134,6 +134,7 @@ def teach_(model: LanguageModel, facts: Facts, courses: Sequence[Course]) -> Les
     training = train_(model, encoded, how, seed=recipe.seed, what="teaching")
     path = _place(facts, courses)
     if (lesson := _read(path, model)) is not None:
+        training.close()  # it was made to be checked, and is not needed
         return lesson
     begin = time.perf_counter()
     (end,) = training

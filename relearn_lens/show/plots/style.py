@@ -12,6 +12,7 @@ from zlib import crc32
 import numpy as np
 import plotly.graph_objects as go
 
+from relearn_lens.analysis import recovery
 from relearn_lens.analysis.intervals import Estimate, estimate
 from relearn_lens.analysis.recovery import name_of
 from relearn_lens.measure.evaluation import Label, Scores
@@ -61,8 +62,7 @@ INK, GRID, BLANK = "#7d7d7d", "rgba(128,128,128,0.25)", "rgba(128,128,128,0.3)"
 
 def measured_by(arms: Sequence[Trajectory]) -> str:
     """What the stages are named by: optimiser steps, or epochs."""
-    last = arms[0][arms[0].stages[-1]].at
-    return "steps" if last is not None and last.by == "step" else "epochs"
+    return f"{recovery.measured_by(arms)}s"
 
 
 def stage_title(arms: Sequence[Trajectory]) -> str:
