@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -442,11 +442,6 @@ def components(results: Results) -> Components | None:
         tuple(f"{column} {rate}".strip() for column, rate in attacks),
         left * singular, right.T, singular**2 / total,
     )  # fmt: skip
-
-
-def on(results: Results, *seeds: int) -> Results:
-    """The same results, reported on some seeds alone."""
-    return replace(results, seeds=seeds)
 
 
 def _drawer(results: Results, seed: int) -> Callable[[Sums], Drawn]:
