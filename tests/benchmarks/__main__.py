@@ -177,6 +177,7 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "false-alarms": _elsewhere("false_alarms", "false_alarms"),
     "returns": _elsewhere("returns", "returns"),
     "power": _elsewhere("power", "power"),
+    "audits": _elsewhere("audits", "report"),
 }
 """What runs only when it is named."""
 
