@@ -304,7 +304,7 @@ def measure(
 
 @overload
 def measure(
-    model: Model, probe: Corpus | Encoded, concept: Concept, how: Measuring | None = None, **keywords: Any
+    model: Model, probe: Corpus | Encoded, concept: Concept | str, how: Measuring | None = None, **keywords: Any
 ) -> Snapshot: ...
 
 
@@ -430,7 +430,7 @@ def track(
 def track(
     model: Model,
     probe: Corpus | Encoded,
-    concept: Concept,
+    concept: Concept | str,
     checkpoints: Iterable[Checkpoint],
     how: Measuring | None = None,
     **keywords: Any,

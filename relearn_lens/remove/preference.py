@@ -39,7 +39,7 @@ class Preferring(Keeping):
         default="idk", description="preferred answers that are made of facts; idk: refusals; alt_po: other answers"
     )
 
-    def texts(self, model: Model, texts: Texts | None, roles: Iterable[str], seed: int) -> Texts:
+    def texts(self, model: Model, texts: Texts | None, roles: Iterable[str], seed: int) -> dict[str, Corpus | Encoded]:
         """As of `Remover`, with the preferred answers."""
         if not isinstance(texts, Facts):
             return super().texts(model, texts, roles, seed)

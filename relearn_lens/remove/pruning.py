@@ -23,6 +23,14 @@ class Pruner(Method):
     formula: ClassVar[str]
     source: ClassVar[str]
 
+    def __call__(self, model: Model, texts: Any = None, where: Any = None, *, seed: int = 0) -> Iterator[Checkpoint]:
+        """Take it out, once the iterator is asked; yields then.
+
+        Raises:
+            ValueError: nothing to take out, or what it needs is not there; at the call.
+        """
+        raise NotImplementedError
+
 
 class Prune(Pruner):
     """Sets the weights of neurons to what has no effect (`ablation.prune_`); trains nothing, so it needs no text.

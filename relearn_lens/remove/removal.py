@@ -52,11 +52,11 @@ class Removing(Training):
 class Term:
     """One term of a loss, on the text of one role."""
 
-    value: Callable[[Model, Batch, Any], tuple[Tensor, int]]
+    value: Callable[[Any, Any, Any], tuple[Tensor, int]]
     """Its sum on a batch, and over how many it is a mean; the third argument is what `keep` gave."""
     count: Callable[[Any, np.ndarray], int] | None
     """Over how many it is for some pieces of a text; None: only a whole batch can say, so it cannot go in parts."""
-    keep: Callable[[Model, Encoded], Any] | None = None
+    keep: Callable[[Any, Any], Any] | None = None
     """What it compares with: taken from the model, for a whole text, before the first step."""
     weight: float = 1.0
     beside: str | None = None
@@ -183,7 +183,7 @@ class Remover(Method):
         """What it lowers, by role of text; the first role gives the steps of an epoch."""
         raise NotImplementedError
 
-    def texts(self, model: Model, texts: Texts | None, roles: Iterable[str], seed: int) -> Texts:
+    def texts(self, model: Model, texts: Texts | None, roles: Iterable[str], seed: int) -> dict[str, Corpus | Encoded]:
         """The texts of the roles that it needs; what it makes of facts beside what `ROLES` says.
 
         Raises:

@@ -125,7 +125,7 @@ class PDU(Remover):
         """As of `Remover`."""
         if self.faithful and not isinstance(model, LanguageModel):
             raise ValueError("faithful = True is about next-token predictions, and this model is a tagger")
-        memory = {"lambda": torch.tensor(self.start)}
+        memory: dict[str, Tensor] = {"lambda": torch.tensor(self.start)}
 
         def flat(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
             if self.faithful:
@@ -141,7 +141,7 @@ class PDU(Remover):
             # Its value is the loss, its gradient that of lambda times the loss.
             return share * (nats - nats.detach()) + nats.detach(), len(batch.subword)
 
-        def follow(_: Model, stepped: Stepped, kept: None) -> None:
+        def follow(_: Model, stepped: Stepped, kept: Any) -> None:
             if stepped.epoch > self.warmup_epochs:
                 risen = memory["lambda"] + self.rate * (stepped.parts[RETAIN].cpu() - self.eps)
                 memory["lambda"] = risen.clamp(min=0.0)

@@ -233,7 +233,7 @@ class Averaged(Method):
 
 def taken(model: Model) -> list[tuple[Tensor, Tensor]]:
     """The gradients that the parameters have, which have none afterwards."""
-    slopes = [(weight, weight.grad) for weight in model.parameters() if weight.grad is not None]
+    slopes: list[tuple[Tensor, Tensor]] = [(w, w.grad) for w in model.parameters() if w.grad is not None]
     for weight, _ in slopes:
         weight.grad = None
     return slopes

@@ -35,7 +35,7 @@ from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.relearn.attack import Attack
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.calibration import calibrate, mixed_
-from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.pruning import Pruner
 from relearn_lens.remove.recipes import Recipe, recipe
 from relearn_lens.reproduce.claims import CLAIMS, Claim, Verdict, verdict_of
 from relearn_lens.runs import removals
@@ -154,7 +154,7 @@ class Lab:
             mixed_(model, self.base.weights, share)
             return State(_copied(model), f"{name}-{share}", share)
 
-    def cut(self, neurons: Neurons) -> State:
+    def cut(self, neurons: Neurons | WeightMask) -> State:
         """The base with some neurons pruned."""
         with self.loaded(self.base) as model:
             prune_(model, neurons)
@@ -176,7 +176,7 @@ class Lab:
             place = localiser(model, self.facts, seed=self.seed)
             if isinstance(place, Saliency):
                 place = place.top(fraction=removal.fraction or 0.05)
-                place = place if isinstance(removal.remover, Prune) else WeightMask.of(model, place)
+                place = place if isinstance(removal.remover, Pruner) else WeightMask.of(model, place)
         for _ in removal(model, self.facts, place, seed=self.seed):
             pass
         return _copied(model)

@@ -34,7 +34,7 @@ from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
-from relearn_lens.remove.pruning import Prune
+from relearn_lens.remove.pruning import Pruner
 from relearn_lens.remove.recipes import RECIPES, Recipe, recipe
 from relearn_lens.runs import needs
 from relearn_lens.runs.files import as_json, write_tensors, write_whole
@@ -159,7 +159,7 @@ def located(
             f"localiser {removal.where!r} ranks neurons, and nothing says how many of them; give --set fraction=0.01"
         )
     neurons = choice.top(fraction=removal.fraction)
-    return neurons if isinstance(removal.remover, Prune) else WeightMask.of(model, neurons)
+    return neurons if isinstance(removal.remover, Pruner) else WeightMask.of(model, neurons)
 
 
 def carry_out(
@@ -182,7 +182,7 @@ def carry_out(
     """
     check_free(out)
     model, facts = subject.model, subject.facts
-    chosen = isinstance(removal.remover, Prune) or removal.where is not None
+    chosen = isinstance(removal.remover, Pruner) or removal.where is not None
     if lora is not None and (chosen or removal.remover.entries(model) is not None):  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(
             f"lora = {lora}: adapters train in the place of all weights, and {removal.remover.name} works on some; "
@@ -202,7 +202,7 @@ def carry_out(
     seconds = time.perf_counter() - begin
     after = know(model, facts)
     place = f"adapters of rank {lora}" if lora else "all weights" if where is None else repr(where)
-    if where is None and not isinstance(removal.remover, Prune) and removal.remover.entries(model) is not None:
+    if where is None and not isinstance(removal.remover, Pruner) and removal.remover.entries(model) is not None:
         place = f"what is usual for {removal.remover.name}"
     done = Removed(before, after, pause, place, seconds, out, tuple(notes), memory)
     if out is not None:
@@ -223,7 +223,7 @@ def memory_of(subject: Subject, removal: Recipe, *, lora: int | None = None) -> 
     if lora is not None:
         with adapted(model, rank=lora):
             moving = sum(p.numel() for p in adapter_weights(model).values())
-    elif isinstance(removal.remover, Prune) or (usual := removal.remover.entries(model)) is None:
+    elif isinstance(removal.remover, Pruner) or (usual := removal.remover.entries(model)) is None:
         moving = n
     else:
         moving = sum(mask.numel() for mask in usual.values())

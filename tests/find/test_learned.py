@@ -81,7 +81,7 @@ def test_loss_and_gradient_by_hand():
         before = model.predictions(batch)[0].softmax(-1).detach()
         handles = [
             block.mlp.fc_out.register_forward_pre_hook(lambda module, args, row=row: (args[0] * keep[row],))
-            for row, block in enumerate(model.bridge.original_model.layers)
+            for row, block in enumerate(list(model.bridge.original_model.layers))  # pyright: ignore[reportArgumentType]
         ]
         p = model.predictions(batch)[0].softmax(-1)
         for handle in handles:

@@ -40,7 +40,9 @@ def test_value_and_gradient_by_hand(texts, faithful):
     seen: list[torch.Tensor] = []
 
     def take(optimizer: Any, *_: Any) -> None:
-        seen.append(model.plain()[name].grad.clone())
+        gradient = model.plain()[name].grad
+        assert gradient is not None
+        seen.append(gradient.clone())
 
     handle = register_optimizer_step_pre_hook(take)
     try:

@@ -48,7 +48,8 @@ def test_a_recipe_removes_as_its_parts_do():
     ends = []
     texts = {"forget": toy.corpus(sentences=6), "retain": toy.corpus(sentences=6, seed=1)}
     made = recipe("toy", "npo+sam", {"steps": (2,)})
-    for remover, more in ((made, {}), (made.remover, {"how": made.how, "step": made.step})):
+    each: Any = ((made, {}), (made.remover, {"how": made.how, "step": made.step}))
+    for remover, more in each:
         model: Any = toy.language_model()
         list(remover(model, texts, seed=5, **more))
         ends.append({name: value.clone() for name, value in model.weights().items()})

@@ -46,7 +46,7 @@ def test_a_routed_gradient_by_hand(texts):
     forget, retain = (model.encode(texts[role]).batch(np.arange(6)) for role in ("forget", "retain"))
     scale = torch.full((64,), -0.5)
     scale[-8:] = 1.0
-    blocks = list(model.bridge.original_model.layers)[:2]
+    blocks: Any = list(model.bridge.original_model.layers)[:2]  # pyright: ignore[reportArgumentType]
 
     def before(module: Any, args: Any) -> Any:
         x = args[0].clone()
