@@ -11,7 +11,6 @@ clipping lead: AdamW does not see the length of a gradient, so 2 grad f + grad r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from relearn_lens.relearn.finetuning import FineTune
 from relearn_lens.reproduce.protocol import Lab, Paper, Reading, State, averaged, distance, over_keys
@@ -50,7 +49,7 @@ def measure(lab: Lab) -> Iterator[Reading]:
     yield Reading("mended", min(ways), note=f"seed {lab.seed}: penalty {ways[0]:.3f}, curvature {ways[1]:.3f}")
 
 
-def _few(lab: Lab, remover: str, **fields: Any) -> State:
+def _few(lab: Lab, remover: str, **fields: float) -> State:
     return lab.removed(remover, calibrated=False, **FEW, **fields)
 
 
