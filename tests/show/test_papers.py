@@ -1,7 +1,7 @@
 """Figures of claims and of heads: what is drawn equals what was measured."""
 
 # plotly makes the attributes of a figure as it goes
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import math
 from pathlib import Path
