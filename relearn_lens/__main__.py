@@ -205,6 +205,109 @@ def _print_reproduction(result: Reproduction) -> None:
 
 
 @app.command()
+def bench(
+    settings: Annotated[
+        str, typer.Argument(metavar="[PRESET | FILE.toml]", help="facts-toy, facts-toy-slowed, facts-smollm2.")
+    ] = "facts-toy",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The bench's folder; by default runs/ and the preset's name.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Any setting; can be given again."),
+    ] = None,
+    on: Annotated[str, typer.Option("--on", metavar="local|ray", help="What runs the jobs.")] = "local",
+    processes: Annotated[
+        int | None, typer.Option(help="Jobs at a time, with --on local; by default what fits this machine.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what the folder holds first.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print summary.json instead.")] = False,
+) -> None:
+    """Removers against ways back over one set of facts: what comes back of the half that the attacker never had.
+
+    The same command continues a bench that was interrupted. Exit code 1 if a job failed.
+    """
+    from relearn_lens.bench import bench_page, benches
+    from relearn_lens.bench.plan import bench_of
+
+    asked = bench_of(settings, set_ or [])
+    folder = out or Path("runs") / Path(settings).stem
+    to = sys.stderr if json else sys.stdout
+    jobs = sum(1 for _ in asked.every_seed) * -(-(len(asked.rows) + benches.has_twin(asked)) // benches.ROWS_A_JOB)
+    sizes = f"{len(asked.rows)} removers, {len(asked.columns)} ways back, {len(asked.every_seed)} seed(s)"
+    print(f"{sizes} > {folder}", file=to)
+    try:
+        benched = benches.run(asked, folder, on=on, processes=processes, fresh=fresh, tell=_sweeping(jobs, to))
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if json:
+        print((benched.folder / benches.SUMMARY).read_text(encoding="utf-8"), end="")
+    else:
+        print(*bench_page.lines(benched), sep="\n")
+        print(f"page: {folder / benches.PAGE}")
+    raise typer.Exit(bool(benched.failed))
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a source, or a name on the hub.")],
+    facts: Annotated[
+        str | None, typer.Option(help="people, countries, ontology; or give --forget and --retain.")
+    ] = None,
+    forget: Annotated[str | None, typer.Option(help="What is said to be gone: a JSONL file or hf:NAME.")] = None,
+    retain: Annotated[str | None, typer.Option(help="What was to stay: a JSONL file or hf:NAME.")] = None,
+    original: Annotated[str | None, typer.Option(metavar="BASE", help="The model that it was made from.")] = None,
+    never: Annotated[str | None, typer.Option(metavar="TWIN", help="One that never knew what is to be gone.")] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The system prompt that it is served with.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where audit.json and the page go.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print audit.json instead.")] = False,
+    fail_over: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with 1 if more of the facts than this can be reached.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of made facts, of what is drawn and of relearning.")] = 0,
+) -> None:
+    """Somebody else's unlearned model: what it answers, what can be read inside, and what comes back.
+
+    It is asked in other wordings and forms, probed, quantised, pruned and relearned on half of the facts.
+    """
+    if (facts is None) == (forget is None):
+        raise ValueError("give what is to be gone: --facts NAME, or --forget FILE with --retain FILE")
+    from relearn_lens.bench import audit as audits
+    from relearn_lens.models.loading import load_language_model
+    from relearn_lens.progress import reported
+    from relearn_lens.runs import removals
+
+    with _following() as follow, reported(follow.progress if sys.stdout.isatty() else None):
+        subject = removals.subject(model, str(facts or forget), retain=retain, seed=seed)
+        base, twin = (None if name is None else load_language_model(name) for name in (original, never))
+        done = audits.audit(subject.model, subject.facts, original=base, never=twin, system=system, seed=seed)
+    page = audits.write(model, done, out) if out else None
+    if json:
+        from relearn_lens.runs.files import as_json
+
+        print(as_json({"model": model, **done.to_dict()}).decode(), end="")
+    else:
+        print(*audits.lines(Path(model).name, done)[: 24 if page else 25], sep="\n")
+        if page:
+            print(f"page: {page}")
+    raise typer.Exit(fail_over is not None and done.evidence.reached > fail_over)
+
+
+@app.command(hidden=True, name="bench-job")
+def bench_job(
+    task: Annotated[Path, typer.Argument(help="What a bench wrote for one of its processes.")],
+    out: Annotated[Path, typer.Option(help="The bench's folder.")],
+) -> None:
+    """Run some rows of one seed of a bench."""
+    from relearn_lens.bench import benches
+
+    benches.perform(task, out, say=lambda text: print(text, flush=True))
+
+
+@app.command()
 def show(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     all_: Annotated[bool, typer.Option("--all", help="Print every table, and every answer in full.")] = False,

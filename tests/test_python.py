@@ -210,7 +210,7 @@ def test_objects_print_in_a_line_with_their_units(toy_model, before):
     )
     assert repr(rl.preset("toy")) == (
         "Experiment(toy, toy, concept place, site mlp_post; arms concept, other, random, unpruned, never; 3 seeds; "
-        "11 more changed)"
+        "9 more changed)"
     )
 
 

@@ -8,8 +8,10 @@ recognised by their result: each check computes what would come out if one had m
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -96,6 +98,8 @@ def check_class_means(class_means: Callable) -> None:
                  "means of the batches, so a word in a small batch weighs more. Keep sums and counts, and divide once, "
                  "at the end."),
                 (_means(last, shape), "Only the last batch is in your means: start the sums once, before the loop."),
+                (_means([[x for xs in by_class for x in xs]] * classes, shape), "You pooled the words of all classes "
+                 "into one mean; each class has its own."),
                 (_means(by_class, shape, less=1), "It looks like you divided by n - 1. A mean divides by n; n - 1 is "
                  "for variances."),
                 (_means(by_class, shape) * n.clamp(min=1).view(-1, 1, 1), "These are sums: divide them by the counts."),
@@ -175,10 +179,17 @@ def check_probeless(probeless: Callable) -> None:
                  "each before you sum."),
                 (torch.stack(away).sum(0).abs(), "You took the absolute value of the sum; take it of each difference, "
                  "then sum, or they cancel."),
+                ((means[concept] - torch.stack([means[k] for k in others]).mean(0)).abs(), "You compared with the mean "
+                 "of the other classes' means; take the distance to each of them, then sum."),
                 (torch.stack(away).square().sum(0), "You squared the differences; probeless sums their absolute "
                  "values, so its unit is that of activations."),
                 (right / len(away), "You took the mean over the other classes; probeless is their sum."),
                 (right.div(weights.sum()), "You divided by a number of words; the means are divided already."),
+                (sum(w * d.abs() for w, d in zip(weights, away, strict=True)) / weights.sum(), "You weighted the "
+                 "classes by how many words they have (a count-weighted mean), so the largest class decides. Every "
+                 "other class counts once here, and they are summed."),
+                (sum(w * d.abs() for w, d in zip(weights, away, strict=True)), "You multiplied each distance by the "
+                 "class's number of words; every other class counts once."),
                 ((means[concept] - rest).abs(), "You pooled all other words into one class. That is the two-class form "
                  '(contrast="rest"); here each other class counts for itself.'),
                 (torch.stack(away).abs().amax(0), "You took the largest difference; probeless is their sum."),
@@ -307,6 +318,43 @@ def check_f1_without(f1_without: Callable) -> None:
         raise Wrong(said + "Look at which activations the hooks are on: blocks.{i}.mlp.out.hook_in is what the MLP's "
                     "output matrix reads.")  # fmt: skip
     _holds("f1_without: the planted neurons carry place and nothing else does; no hook is left behind.")
+
+
+# --- 2c dissociation
+
+
+def check_dissociation(dissociation: Callable) -> None:
+    """What two cuts cost two labels to how specific both are."""
+    name = "dissociation"
+    # By hand: place loses .9 by its own cut and .1 by the other's, person .7 and .2: .8 and .5, so .5.
+    for lost in (_t([[0.9, 0.2], [0.1, 0.7]]), _t([[0.8, 0.75], [0.3, 0.9]]), _t([[0.4, 0.15], [0.5, 0.9]])):
+        found = _called(name, dissociation, lost.clone())
+        if isinstance(found, Tensor) and found.numel() == 1:
+            found = found.item()
+        if not isinstance(found, float | int):
+            raise Wrong(f"{name} must return a number, it returned {_kind(found)}.")
+        (a, b), (c, d) = lost.tolist()
+        right = min(a - c, d - b)
+        for value, says in (
+            (right, ""),
+            ((a - c + d - b) / 2, "That is the mean of the two labels, behind which one that any cut breaks can hide; "
+             "take the smaller."),
+            (max(a - c, d - b), "That is the larger of the two; a double dissociation is as good as the worse half."),
+            (min(a - b, d - c), "You compared along a row: two labels under one cut, of which one may just be easier "
+             "to break. Compare one label under the two cuts, down a column."),
+            (min(abs(a - c), abs(d - b)), "You took the size of the difference: a label that loses less by its own cut "
+             "than by the other's is the contrary of specific, and stays below 0."),
+            (-right, "The sign is the wrong way round: what the own cut costs, less what the other's does."),
+            (min(c - a, b - d), "The sign is the wrong way round: what the own cut costs, less what the other's does."),
+            (min(a, d), "That is what the own cuts cost; take off what the other's cut costs the same label."),
+        ):  # fmt: skip
+            if math.isclose(found, value, abs_tol=1e-5):
+                if says:
+                    raise Wrong(f"{name}: for {lost.tolist()} it should be {right:.2f}, yours is {found:.2f}. {says}")
+                break
+        else:
+            raise Wrong(f"{name}: for {lost.tolist()} it should be {right:.2f}, yours is {found:.2f}.")
+    _holds("dissociation: each label by its own cut against the other's, and the worse of the two.")
 
 
 # --- 3 conductance
@@ -597,6 +645,45 @@ def _equal(one: dict[str, Tensor], two: dict[str, Tensor], start: dict[str, Tens
     return bool((a - b).norm() <= 1e-3 * b.norm())
 
 
+def check_graft(graft: Callable) -> None:
+    """Two sets of weights to one that has a single layer from the second."""
+    name = "graft"
+    draw = _generator(8)
+    names = ["trunk.tok_embed.weight", "trunk.layers.1.w", "trunk.layers.1.b", "trunk.layers.10.w", "head.weight"]
+    cut, retrained = ({k: torch.randn(3, generator=draw) for k in names} for _ in range(2))
+    for layer in (1, 10):
+        given = [{k: v.clone() for k, v in each.items()} for each in (cut, retrained)]
+        found = _called(name, graft, *given, layer)
+        if any(not torch.equal(v, was[k]) for each, was in zip(given, (cut, retrained), strict=True)
+               for k, v in each.items()):  # fmt: skip
+            raise Wrong(f"{name}: a model that was passed in has changed. Make a new dictionary, of copies.")
+        if not isinstance(found, dict) or set(found) != set(names):
+            raise Wrong(f"{name} must return a weight for each name of `cut`, it returned {_kind(found)}.")
+        part = {k for k in names if k.startswith(f"trunk.layers.{layer}.")}
+        taken = {k for k in names if torch.equal(found[k], retrained[k])}
+        kept = {k for k in names if torch.equal(found[k], cut[k])}
+        if taken | kept != set(names):
+            strange = next(k for k in names if k not in taken | kept)
+            raise Wrong(f"{name}: {strange} is neither as cut nor as retrained; take each weight whole from one.")
+        if taken != part:
+            if taken == set(names) - part:
+                raise Wrong(
+                    f"{name}: that is the retrained model with this layer as it was cut: it asks whether the layer is "
+                    "needed. Wanted is the cut model with this layer as retrained: is it enough?"
+                )
+            if layer == 1 and "trunk.layers.10.w" in taken:
+                raise Wrong(
+                    f"{name}: for layer 1 you took layer 10 as well: both begin with 'trunk.layers.1'. Compare with "
+                    "the dot behind the number, 'trunk.layers.1.'."
+                )
+            if not taken:
+                raise Wrong(f"{name}: nothing was taken from the retrained model.")
+            raise Wrong(f"{name}: for layer {layer} expected {sorted(part)} as retrained, found {sorted(taken)}.")
+        if any(found[k].data_ptr() in {v.data_ptr() for each in given for v in each.values()} for k in names):
+            raise Wrong(f"{name}: what you return shares its memory with what was passed in; clone() the weights.")
+    _holds("graft: the cut model with one layer as retrained, all else as it was cut.")
+
+
 # --- 5 the matched control
 
 
@@ -880,7 +967,15 @@ def _called(name: str, function: Callable, *arguments: Any, **keywords: Any) -> 
             f"{name} is not written yet: put your code in place of `raise NotImplementedError`, and run both cells."
         ) from None
     except Exception as error:
-        error.add_note(f"{name} raised this on the check's input; the line of your function is above.")
+        note = f"{name} raised this on the check's input."
+        error.add_note(note)
+        mine = inspect.getsourcefile(inspect.unwrap(function)) if inspect.isfunction(function) else None
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == mine]
+        said = [f"✘ {note}"]
+        said += [f"    line {frame.lineno} of {frame.name}:  {frame.line or ''}".rstrip() for frame in frames]
+        said.append(f"{type(error).__name__}: {error}")
+        # Jupyter shows this in place of a traceback through code that is not the learner's.
+        error._render_traceback_ = lambda: said  # pyright: ignore[reportAttributeAccessIssue]
         raise
 
 
@@ -913,6 +1008,12 @@ def _same(
         )
 
     if close(right):
+        if found.is_floating_point() != right.is_floating_point():
+            kinds = {True: "floating-point numbers (float32)", False: "whole numbers (int64)"}
+            raise Wrong(
+                f"{name}: the values are right, but they are {str(found.dtype).removeprefix('torch.')}; expected "
+                f"{kinds[right.is_floating_point()]}, so that they can be used as such."
+            )
         return
     for wrong, says in mistakes:
         if close(wrong, equal_nan=True):

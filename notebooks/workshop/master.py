@@ -284,15 +284,53 @@ for name, chosen in {"planted": planted, "decoys": decoys, "random, 4 of layer 1
     by_hand = f1_without(tagger, text.validation, grouped(chosen))
     with rl.ablated(tagger, chosen):
         assert by_hand == rl.evaluate(tagger, text.validation).f1
-    print(f"{name:>20}: F1 place {by_hand['place']:.2f}, person {by_hand['person']:.2f}")
+    scored = before.saliency.score[chosen.mask].mean()
+    print(f"{name:>20}: F1 place {by_hand['place']:.2f}, person {by_hand['person']:.2f}; probeless {scored:.2f} (mean)")
 
 # %% [notice] id=notice-ablation
-# **What do you notice?** Decoys and planted neurons scored alike. And why is the random set there?
+# **What do you notice?** The score put the decoys (1.97) and the planted neurons (8.04) among its first twelve, both
+# far above the random set. Would a quarter of the score have let you expect a quarter of the effect? And why is the
+# random set there?
 # ---
-# Ablating the planted neurons kills places and leaves persons alone; ablating the decoys does nothing. The random set
-# says what taking away *any* four neurons of layer 1 does: here nothing, so the damage is that of these neurons. In a
-# real model half of all neurons at random often does as much damage as the chosen half; then "pruning the concept's
-# neurons destroys the concept" says little about these neurons.
+# The decoys' effect is not a quarter, it is none: a score is no amount of use. Ablating the planted neurons kills
+# places and leaves persons alone; ablating the decoys does nothing. The random set says what taking away *any* four
+# neurons of layer 1 does: here nothing, so the damage is that of these neurons. In a real model half of all neurons at
+# random often does as much damage as the chosen half; then "pruning the concept's neurons destroys the concept" says
+# little about these neurons.
+
+# %% [exercise] id=dissociation title="2c. Double dissociation" level=2 minutes=5
+# Two cuts, two labels: `lost[i, k]` is the F1 that label $k$ loses when the neurons of label $i$ are ablated. A cut
+# that breaks everything costs its own label a lot too, and so does any cut if the label is a fragile one. Return how
+# much more each label loses by its **own** cut than by the **other's**, and of the two labels the smaller: only if both
+# are large are the cuts specific.
+
+
+# %% [solution] id=dissociation
+def dissociation(lost: Float[Tensor, "cut label"]) -> float:
+    """The smaller of what the two labels lose by their own cut beyond what the other's cut costs them, in F1."""
+    own = lost.diagonal()
+    crossed = lost.flip(0).diagonal()  # the same label, the other cut
+    return float((own - crossed).min())
+
+
+# %% [check] id=dissociation
+checks.check_dissociation(dissociation)
+
+# %% [hint] id=dissociation-1
+# Compare down a column (one label, two cuts), not along a row. `min`, not the mean: one label that any cut breaks would
+# hide behind the other.
+
+# %% [code] id=dissociation-compare
+persons = rl.Neurons.of(site, rl.toy.PERSON_NEURONS)
+whole = f1_without(tagger, text.validation, {})
+lost_by = torch.tensor(
+    [
+        [whole[label] - f1_without(tagger, text.validation, grouped(chosen))[label] for label in ("place", "person")]
+        for chosen in (planted, persons)
+    ]
+)
+print("F1 lost, a row for each cut (place's, person's), a column for each label:", lost_by.round(decimals=2).tolist())
+print(f"double dissociation {dissociation(lost_by):.2f} of F1")
 
 # %% [markdown] id=break-1 minutes=15 title="Break"
 # ---
@@ -504,6 +542,64 @@ print(f"free, at the end: F1 {arms['planted, free'][-1]:.2f}, {without_planted:.
 # Neither is the whole of it: what remains of F1 without them is carried elsewhere, so "the concept moved to X" says too
 # much. The random arm never lost anything, so here the curve of the concept arm is about these neurons and not about
 # pruning as such.
+
+# %% [exercise] id=graft title="4c. Graft a part" level=2 minutes=10
+# Scores and ablations describe the retrained model. To ask which part *brought the concept back*, move that part alone:
+# give the weights of the cut model, with one layer's as the retrained model has them. If the concept is back then, that
+# layer is **enough**. (What was passed in must not change, also not later.)
+
+
+# %% [solution] id=graft
+def graft(cut: dict[str, Tensor], retrained: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """The weights of the cut model, but those of one layer (`trunk.layers.{layer}.`) from the retrained one; copies."""
+    part = f"trunk.layers.{layer}."  # with the dot: layer 1 is not layer 10
+    return {name: (retrained if name.startswith(part) else cut)[name].clone() for name in cut}
+
+
+# %% [check] id=graft
+checks.check_graft(graft)
+
+# %% [hint] id=graft-1
+# A new dictionary over the names of `cut`; `name.startswith(f"trunk.layers.{layer}.")` says whether a weight is of the
+# part. `clone()` what you put in.
+
+# %% [code] id=graft-compare
+retrained = {name: weight.clone() for name, weight in tagger.weights().items()}  # the last arm: planted, free
+tagger.load_weights(base)
+prune_mlp_(tagger, grouped(planted))
+cut = {name: weight.clone() for name, weight in tagger.weights().items()}
+
+
+def margin(model: rl.Tagger) -> rl.SpanScores:
+    """The library's measure for grafts: how far the right tag is above the best other one, in logits."""
+    return rl.evaluate(model, text.validation).margin
+
+
+ends = {}
+for name, weights in {"cut": cut, "retrained": retrained}.items():
+    tagger.load_weights(weights)
+    ends[name] = margin(tagger).shown("place")
+enough = []
+for layer in range(4):
+    tagger.load_weights(graft(cut, retrained, layer))
+    enough.append((margin(tagger).shown("place") - ends["cut"]) / (ends["retrained"] - ends["cut"]))
+print("margin of place:", {name: round(value, 1) for name, value in ends.items()})
+print("share that each layer alone brings back:", [round(share, 2) for share in enough])
+
+library = rl.grafts(tagger, cut, retrained, margin, label="place")
+for layer, share in enumerate(enough):
+    assert abs(library.enough(f"block {layer}").value - share) < 1e-3
+print(library)
+tagger.load_weights(base)
+
+# %% [notice] id=notice-graft
+# **What do you notice?** Does the layer that is enough for most lie where the neurons were cut? Do the shares sum to 1?
+# ---
+# Layer 1 had the planted neurons, and its weights may grow back; layer 2 has the decoys, which the tagger learns to
+# read. A share here is what the part does alone, in a model that lacks all else that was learned. Shares need not sum
+# to 1: parts work together, or stand in for each other. That is why the library also asks the reverse, what is lost
+# when the part alone is put back as it was cut (*needed*), and grafts the same part of an arm that lost nothing, which
+# should bring nothing back.
 
 # %% [markdown] id=comeback-library
 # The library: `rl.prune_`, `rl.held`, `rl.retrain_` (a generator that pauses; its learning rate falls to 0, so it is

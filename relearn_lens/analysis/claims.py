@@ -43,6 +43,7 @@ from relearn_lens.analysis.intervals import (
     over_seeds_and_neurons,
     same_end,
 )
+from relearn_lens.analysis.recovery import measured_by
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 from relearn_lens.neurons.sites import Neurons
@@ -279,16 +280,16 @@ def _collapse(run: Evidence) -> Claim:
 
 
 def _returns(run: Evidence) -> Claim:
-    says, bar = "The concept returns within a few epochs", 0.9
+    says, bar, by = "The concept returns within a few epochs", 0.9, measured_by(run.concept)
     had = "what the unpruned arm has then" if run.unpruned else "what the base had"
-    measures = f"share of the lost {run.quantity} that is back after {run.last} epoch(s), up to {had}"
+    measures = f"share of the lost {run.quantity} that is back after {run.last} {by}(s), up to {had}"
     back = _back(run, run.concept)
     if back.share is None:
         return _unmeasured("C2", says, measures, bar, f"the damage ({back.damage}) is within noise")
     if not math.isfinite(back.share.value):
         return _unmeasured("C2", says, measures, bar, "in a seed pruning did no damage that could be made good")
     control = None
-    beside = f"{back.share.value:.0%} of the loss is back after {run.last} epoch(s)"
+    beside = f"{back.share.value:.0%} of the loss is back after {run.last} {by}(s)"
     if run.random:
         theirs = _back(run, run.random)
         control = theirs.share.value if theirs.share and math.isfinite(theirs.share.value) else None

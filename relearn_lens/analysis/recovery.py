@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.integrate import trapezoid
@@ -71,6 +71,12 @@ class Savings:
     relearn, negative slower. None where either never gets there, or the fresh model is there at once."""
     area: Estimate
     """Mean F1 over the epochs that both have, relearning minus fresh (trapezoid)."""
+
+
+def measured_by(arms: Sequence[Arm]) -> Literal["step", "epoch"]:
+    """What the stages of some arms are named by."""
+    last = arms[0][arms[0].stages[-1]].at
+    return "epoch" if last is None else last.by
 
 
 def name_of(arm: Arm) -> str:

@@ -32,7 +32,8 @@ class Relearned:
     taught: Estimate | None
     """(twin attacked - twin) / (base - removed): what the same attack gets out of the twin. None without a twin."""
     recovered: Estimate | None
-    """`brought` less `taught`; None without a twin, or where the damage is within noise."""
+    """`brought` less `taught`, of which less than nothing is nothing: a twin that the attack harms lends nothing. None
+    without a twin, or where the damage is within noise."""
 
     def __str__(self) -> str:
         if self.brought is None:
@@ -90,7 +91,7 @@ def relearned(
     if never is None:
         return Relearned(stage, damage, brought, None, None)
     taught = over(lambda b, r, n, m: _share(m - n, b - r), (0, 1, 3, 4))
-    net = over(lambda b, r, a, n, m: _share(a - r - (m - n), b - r), (0, 1, 2, 3, 4))
+    net = over(lambda b, r, a, n, m: _share(a - r - np.maximum(m - n, 0), b - r), (0, 1, 2, 3, 4))
     return Relearned(stage, damage, brought, taught, net)
 
 

@@ -20,7 +20,14 @@ from relearn_lens.analysis.migration import (
     score_by_layer,
     shift,
 )
-from relearn_lens.analysis.recovery import Recovery, first_stage_at, name_of, recovery, retraining_stages
+from relearn_lens.analysis.recovery import (
+    Recovery,
+    first_stage_at,
+    measured_by,
+    name_of,
+    recovery,
+    retraining_stages,
+)
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 
@@ -56,7 +63,7 @@ def what_happened(arms: Mapping[str, Sequence[Trajectory]], label: Label, **inte
     unpruned = arms.get("unpruned")
     back = recovery(concept, label, last, unpruned=unpruned, **interval)
     before, cut, now = (_shown(concept, stage, label) for stage in (BASE, PRUNED, last))
-    metric = concept[0][BASE].scores.metric
+    metric, by = concept[0][BASE].scores.metric, measured_by(concept)
     first = f"Pruning the neurons of {name_of(concept[0])!r} took its {metric} from {before} to {cut}"
     if metric != "F1":
         first += f" {concept[0][BASE].scores.unit}"
@@ -64,7 +71,7 @@ def what_happened(arms: Mapping[str, Sequence[Trajectory]], label: Label, **inte
         first += f" (change {back.damage}), which is within noise, so there is nothing to recover from"
     else:
         first += (
-            f", and {last} epoch(s) of retraining brought it to {now}: {_percent(back.share)} of "
+            f", and {last} {by}(s) of retraining brought it to {now}: {_percent(back.share)} of "
             f"the loss came back, {_half(concept, label, unpruned, **interval)}"
         )
     first += _against_random(arms, label, last, **interval)
@@ -100,7 +107,7 @@ def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last
     widened = {**interval, "level": bonferroni(level, len(stages))}
     apart, alike = [], []
     for stage in stages:
-        when = {PRUNED: "right after pruning", last: "at the end"}.get(stage, f"at epoch {stage}")
+        when = {PRUNED: "right after pruning", last: "at the end"}.get(stage, f"at {measured_by(concept)} {stage}")
         gap = gap_at(concept, random, label, stage, **widened)
         if gap.excludes(0):
             scores = concept[0][BASE].scores
@@ -169,7 +176,7 @@ def _where(arms: Mapping[str, Sequence[Trajectory]], last: str, level: float) ->
 def _half(arms: Sequence[Trajectory], label: Label, unpruned: Sequence[Trajectory] | None, **interval) -> str:
     """By when half of the loss was back."""
     half = first_stage_at(arms, label, unpruned=unpruned, **interval)
-    return f"half of it by epoch {half}" if half else "less than half of it at any stage"
+    return f"half of it by {measured_by(arms)} {half}" if half else "less than half of it at any stage"
 
 
 def _shown(arms: Sequence[Trajectory], stage: str, label: Label) -> str:

@@ -321,7 +321,7 @@ def run(
         engines.need_ray()
     folder = Path(out or folder_of(asked)).absolute()
     _check_folder(folder)
-    with _locked(folder):
+    with locked(folder):
         if fresh:
             for cell in asked.cells:
                 _remove(folder / cell.name)
@@ -359,7 +359,7 @@ def _perform(
     else:
         started = (lambda name: tell(name, "started", None)) if tell else None
         ends = engines.local(jobs, workers=workers or engines.workers_for(jobs), started=started)
-    with _stoppable(), contextlib.closing(ends) as ends:
+    with stoppable(), contextlib.closing(ends) as ends:
         for done in ends:
             if done.error is not None:
                 failed[done.name] = done.error
@@ -371,7 +371,7 @@ def _perform(
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """To be told to end (by a scheduler, say) is to be interrupted: the cells' processes are stopped then too."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -395,7 +395,12 @@ def _check_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """For a while, this process alone works into a folder.
+
+    Raises:
+        BlockingIOError: another one does.
+    """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -417,7 +422,7 @@ def _remove(cell: Path) -> None:
     from relearn_lens.runs.verify import MANIFEST
 
     if (cell / MANIFEST).is_file():
-        with _locked(cell):
+        with locked(cell):
             shutil.rmtree(cell)
 
 

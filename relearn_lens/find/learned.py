@@ -27,8 +27,8 @@ class LearnedMask(Localiser):
 
     Of each neuron a score s; the model computes with (1 - m) times its activation, where m is 0 or 1, drawn anew every
     step by a straight-through Gumbel-sigmoid of s; p is what it then predicts, p0 what it predicts as it is. KL is the
-    mean over answer tokens. Adam moves s alone. The learnt mask has the neurons whose s is above 0 at the end, which may
-    be none, where nothing can go without what stays. Published: sparsities of 98 % and more.
+    mean over answer tokens. Adam moves s alone. The learnt mask has the neurons whose s is above 0 at the end, which
+    may be none, where nothing can go without what stays. Published: sparsities of 98 % and more.
 
     Source: Bayazit et al. 2024 (knowledge-critical subnetworks).
     """

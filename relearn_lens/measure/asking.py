@@ -161,8 +161,9 @@ def read_answers(
     Raises:
         ValueError: no passage, as `encode_passages`; or a loss that is not finite.
     """
-    encoded = passages
-    if not isinstance(encoded, EncodedPassages):
+    if isinstance(passages, EncodedPassages):
+        encoded = passages
+    else:
         encoded = encode_passages(passages, model.tokenizer, context=model.context)
     tokens = _Tokens(model, encoded)
     stream(model, encoded, (), readers=[tokens], max_tokens=max_tokens)

@@ -267,7 +267,7 @@ def track_facts(
         if on_measured:
             on_measured(stage, snapshots[stage])
 
-    if needs_removed:
+    if reference is not None and needs_removed:
         reference = replace(reference, removed=start)
     take(REMOVED, None)
     for checkpoint in checkpoints:

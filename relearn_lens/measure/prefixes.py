@@ -42,7 +42,7 @@ class States:
     """Passes beyond this are not kept, and are computed again in full."""
     passes: list[_Pass] = field(default_factory=list)
     whole: bool = True
-    """False where passes are not to be shared: with gradients or dropout, or seen by hooks that the reading set."""
+    """False where passes cannot be shared: with gradients or dropout, or seen by hooks that the reading set."""
     n_bytes: int = 0
 
 

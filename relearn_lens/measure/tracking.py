@@ -20,6 +20,7 @@ from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Sco
 from relearn_lens.measure import course, meaning
 from relearn_lens.measure.asking import Asked, Metric, Reference
 from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, evaluate, judge_of
+from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
@@ -144,6 +145,8 @@ class Trajectory:
     neurons that survive in the concept arm, or choosing those by their score at base would look like a move."""
     similarity: Mapping[str, ActivationSimilarity] = field(default_factory=dict)
     """Activations at base against those at the last stage: over `"all"` words and over the `"concept"`'s."""
+    examples: Examples | None = None
+    """What some neurons do at the words of a few sentences at the last stage, where that was kept."""
     ends: course.Ends | None = field(default=None, init=False, compare=False)
     """The weights of its start and end, where `track` kept them; no file holds them."""
 
@@ -467,7 +470,8 @@ def track_text(
     stage's name and snapshot as it comes. With `keep_weights` the trajectory holds copies of the weights after pruning
     and at its end, for `grafts`.
 
-    Warns where two stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
+    Warns where there is nothing to lose: a label that the model of `before` does not know beyond noise. And where two
+    stages measure the same to the bit: checkpoints that hold the same weights, such as one file saved
     under two names, draw a flat line that means nothing.
 
     Raises:
@@ -482,6 +486,8 @@ def track_text(
         if on_measured:
             on_measured(stage, snapshots[stage])
 
+    if before is not None:
+        _warn_of_unknown(before.scores)
     take(PRUNED, None)
     start = course.copied(model) if keep_weights else None
     for checkpoint in checkpoints:
@@ -499,6 +505,20 @@ def track_text(
 
         object.__setattr__(path, "ends", course.Ends(model, start, course.copied(model), outcomes, path.label))
     return path
+
+
+def _warn_of_unknown(scores: Scores) -> None:
+    """Warn of labels that a model does not know, so that no cut can take them."""
+    if not isinstance(scores, SpanScores):
+        return
+    support = scores.support()
+    if unknown := [name for name in scores.labels if support[name] and not scores.interval(name)[0] > 0]:
+        shown = ", ".join(f"{name} ({scores.f1[name]:.2f} over {support[name]} spans)" for name in unknown)
+        warnings.warn(
+            f"before the cut the model does not know {shown}, so there is nothing to lose and nothing to come back; "
+            "train it longer, faster or on more text (finetune_ with epochs=, lr=)",
+            stacklevel=3,
+        )
 
 
 def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:

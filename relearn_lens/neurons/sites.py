@@ -424,8 +424,8 @@ class Neurons:
 
     def _repr_html_(self) -> str:
         """How many there are in each layer."""
-        most = max(self.per_layer().values())
-        return markup.box(repr(self), markup.bars(["layer", "neurons"], self.per_layer(), most=max(most, 1)))
+        counts = {layer: float(n) for layer, n in self.per_layer().items()}
+        return markup.box(repr(self), markup.bars(["layer", "neurons"], counts, most=max(*counts.values(), 1.0)))
 
 
 def random_neurons(

@@ -356,6 +356,17 @@ def parts(model: Model, *, bands: int | None = None, within: Iterable[int] = ())
     return {" and ".join(at): tuple(names) for at, names in named}
 
 
+def apart(model: Model, part: str, *, bands: int | None = None) -> dict[str, tuple[str, ...]]:
+    """The next finer parts of one that `parts` names: the blocks of a group, attention and MLP of a block; none of any
+    other part."""
+    blocks = [i for i, name in enumerate(_bands(len(model.bridge.blocks), bands)) if name == part]
+    if not blocks:
+        return {}
+    if len(blocks) > 1:
+        return {name: of for name, of in parts(model).items() if name in {f"block {i}" for i in blocks}}
+    return {name: of for name, of in parts(model, within=blocks).items() if name.startswith(f"block {blocks[0]} ")}
+
+
 def differs(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str | None:
     """What tells two models' weights apart, in words; None where nothing does."""
     if names := sorted(set(mine) ^ set(theirs)):

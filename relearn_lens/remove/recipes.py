@@ -22,12 +22,27 @@ from relearn_lens.remove.removers import WRAPPERS, remove_, remover_of
 RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # The small model of `models.taught`, `people` forgotten: chosen on seed 0.
     "toy": {
+        "alt_po": {"lr": 3e-4, "epochs": 5},
+        "circuit_breaker": {
+            "layers": (1, 2, 3),
+            "horizon": 192,
+            "reading": "before",
+            "lr": 1e-3,
+            "steps": (96,),
+        },
+        "dinm": {"where": "layer_distance"},
+        "dpo": {"lr": 3e-4, "epochs": 5},
         "grad_diff": {"alpha": 5, "lr": 4e-4, "steps": (144,)},
         "gradient_ascent": {"lr": 3e-4, "steps": (16,)},
+        "idk": {"lr": 3e-4, "epochs": 5},
         "npo": {"lr": 3e-4, "steps": (96,)},
         "npo+sam": {"rho": 0.01, "lr": 3e-4, "steps": (96,)},
+        "pdu": {"gamma": 0.1, "eps": 0.05, "warmup_epochs": 1, "lr": 3e-4, "epochs": 5},
         "prune": {"where": "attribution_patching", "fraction": 0.35},
         "rmu": {"layer": 2, "coefficient": 20, "alpha": 3, "reading": "before", "lr": 1e-2, "steps": (96,)},
+        "simnpo": {"gamma": 1, "lr": 3e-4, "epochs": 5},
+        "task_vector": {"scale": 3, "lr": 3e-4, "steps": (48,)},
+        "wga": {"lr": 1e-4, "epochs": 5},
     },
 }
 """By kind of model, and by remover (`npo`) or remover and wrapper (`npo+sam`): fields of the remover, of the wrapper

@@ -21,8 +21,8 @@ def measure(lab: Lab) -> Iterator[Reading]:
     """What the learnt mask takes, and what comes back after it."""
     with lab.loaded(lab.base) as model:
         scores = LearnedMask()(model, lab.facts, seed=lab.seed)
-        n = int((scores.values > 0).sum())
-        share = n / scores.values.numel()
+        n = int((scores.score > 0).sum())
+        share = n / scores.score.numel()
         if not n:
             yield Reading("target", float("nan"), note=f"seed {lab.seed}: the mask is empty")
             return

@@ -21,6 +21,7 @@ from relearn_lens.find.attribution import Attribution
 from relearn_lens.find.probes import AtK, Quality
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.evaluation import Guesses, LogProbability, Margin, SpanScores, TokenLoss
+from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.grafting import Grafts
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords
@@ -35,8 +36,8 @@ TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         ActivationSimilarity, Again, AtK, Attribution, Blocked, Checkpoint, ClassStats, Concept, Cuts, Damage, Dose,
-        Grafted, Grafts, Guesses, LogProbability, Margin, Neurons, Own, Quality, Round, Saliency, Site, Sized, Slice,
-        Snapshot, SpanScores, TokenLoss, TopWords, Trajectory,
+        Examples, Grafted, Grafts, Guesses, LogProbability, Margin, Neurons, Own, Quality, Round, Saliency, Site,
+        Sized, Slice, Snapshot, SpanScores, TokenLoss, TopWords, Trajectory,
     )
 }  # fmt: skip
 """The types that a file may hold."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from relearn_lens.runs.settings import ArmRemoval, Experiment
@@ -34,6 +34,11 @@ ARMS: Mapping[str, Arm] = {
     )
 }
 """The arms by name, in the order in which they run: what grafts compare with is known when they are asked for."""
+
+
+def cut_anything(arms: Sequence[Arm]) -> bool:
+    """Whether there is anything to cut in some arms, and so a size to be found."""
+    return any(arm.cut is not None for arm in arms)
 
 
 def arms_of(experiment: Experiment, *, other: str | None) -> list[Arm]:

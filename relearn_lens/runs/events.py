@@ -161,6 +161,9 @@ class Grafted:
 
     seed: int
     stages: Mapping[str, Grafts]
+    within: Mapping[str, Grafts] = field(default_factory=dict)
+    """By stage, the part that alone brings back most taken apart: a group of blocks into blocks, a block into attention
+    and MLP."""
 
 
 @dataclass(frozen=True)

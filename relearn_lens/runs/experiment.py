@@ -23,7 +23,8 @@ from relearn_lens import progress
 from relearn_lens.find.localisers import locate
 from relearn_lens.find.saliency import SCORES
 from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
-from relearn_lens.measure.grafting import Grafts, grafts, share_old
+from relearn_lens.measure.examples import Examples, examples
+from relearn_lens.measure.grafting import CUT, Grafts, grafts, share_old
 from relearn_lens.measure.prefixes import recorded, resumed, unchanged_before
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure
@@ -34,13 +35,13 @@ from relearn_lens.models.model import LanguageModel, computing
 from relearn_lens.models.training import Checkpoint, cross_entropy, train_
 from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.neurons.sites import Neurons, random_neurons
-from relearn_lens.neurons.weights import WeightMask, parts, severed
+from relearn_lens.neurons.weights import Parts, WeightMask, apart, parts, severed
 from relearn_lens.relearn.retraining import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.recipes import recipe
 from relearn_lens.remove.removal import FORGET, RETAIN
-from relearn_lens.runs.arms import Arm, arms_of
+from relearn_lens.runs.arms import Arm, arms_of, cut_anything
 from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
 from relearn_lens.runs.events import (
     Again,
@@ -71,6 +72,8 @@ COMPARED = ("concept", "random", "unpruned")
 """The arms whose neurons and weights are compared with each other."""
 BACK = 0.9
 """Share of what it was at which a concept counts as back: where grafts are taken first."""
+EXAMPLES = 50
+"""Neurons whose activations at a few sentences are kept: half of them cut, half of them carriers at the end."""
 
 
 def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Event]:
@@ -118,17 +121,21 @@ class _Seed:
         ready = self.ready
         base = yield from self._base()
         yield base
-        whole = self.seed == self.experiment.seeds[0]
-        sized = self._result(Sized) or size(ready, base, whole=whole)
-        yield sized
-        cuts = self._result(Cuts) or Cuts(self.seed, cuts_of(ready, base, sized.fraction))
-        yield cuts
-        yield self._result(Damage) or damage(ready, base, cuts.sets)
+        arms = arms_of(self.experiment, other=ready.other.name if ready.other else None)
+        cuts = Cuts(self.seed, {})
+        if cut_anything(arms):
+            whole = self.seed == self.experiment.seeds[0]
+            sized = self._result(Sized) or size(ready, base, whole=whole)
+            yield sized
+            cuts = self._result(Cuts) or Cuts(self.seed, cuts_of(ready, base, sized.fraction))
+            yield cuts
+            yield self._result(Damage) or damage(ready, base, cuts.sets)
         done: dict[str, Trajectory] = {}
         back: str | None = None
-        for arm in arms_of(self.experiment, other=ready.other.name if ready.other else None):
+        again = self._lacks_weights()
+        for arm in arms:
             finished = self.kept.arm(arm.name, self.seed, ready.site) if self.kept else None
-            if finished is None:
+            if finished is None or (again and arm.name in COMPARED):
                 finished = yield from self._arm(arm, base, cuts, back)
                 yield ArmDone(finished, ready.model.weights())
             else:
@@ -140,6 +147,16 @@ class _Seed:
             yield from self._afterwards(base, cuts, done, back)
         self.weighed.clear()
         yield SeedDone(self.seed)
+
+    def _lacks_weights(self) -> bool:
+        """Whether grafts, or what follows them, are to be made anew from arms that were finished, and whose weights are
+        gone: then these arms are trained again, to the same bits."""
+        concept = self.kept.arm("concept", self.seed, self.ready.site) if self.kept else None
+        how = self.experiment
+        if concept is None or how.grafts.skip or how.retrain.lora_rank:
+            return False
+        wanted = [self._result(Grafted), self._result(Again), *(self._result(Blocked, name) for name in how.block.held)]
+        return None in wanted and self._weights_at("concept", concept.stages[-1]) is None
 
     def _result(self, kind: type, name: str = "") -> Any:
         return self.kept.result(kind, self.seed, name) if self.kept else None
@@ -282,9 +299,10 @@ class _Seed:
                     yield from self._weigh(name, stage)
                 weights = adapter_weights(model) if how.lora_rank else model.weights()
                 yield Paused(name, self.seed, checkpoint, weights, training.state())
-        compare = ~placed(cuts.sets["concept"], prune.embedding) if pruned is None else None
+        compare = ~placed(cuts.sets["concept"], prune.embedding) if pruned is None and cuts.sets else None
         similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
-        return Trajectory(snapshots, pruned, name, self.seed, ready.concept, compare, similarity)
+        path = Trajectory(snapshots, pruned, name, self.seed, ready.concept, compare, similarity)
+        return replace(path, examples=self._examples(path)) if name == "concept" and self._is_dear(arm) else path
 
     def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
@@ -367,12 +385,23 @@ class _Seed:
             yield own
         stages = list(dict.fromkeys(stage for stage in (back, last) if stage is not None))
         grafted, again = self._result(Grafted), self._result(Again)
-        end = self._weights_at("concept", last) if grafted is None or again is None else {}
+        lacking = (
+            grafted is None or again is None or any(self._result(Blocked, h) is None for h in experiment.block.held)
+        )
+        end = self._weights_at("concept", last) if lacking else {}
         if end is None:
             return
         if grafted is None:
-            made = {stage: self._graft(stage, base, cuts, done) for stage in stages}
-            grafted = Grafted(self.seed, {stage: each for stage, each in made.items() if each is not None})
+            whole, within = {}, {}
+            for stage in stages:
+                made = self._graft(stage, base, cuts, done)
+                if made is None:
+                    continue
+                whole[stage] = made
+                finer = self._finer(made)
+                if finer and (inner := self._graft(stage, base, cuts, done, finer)) is not None:
+                    within[stage] = inner
+            grafted = Grafted(self.seed, whole, within)
         yield grafted
         yield again or self._again(end, cuts, path)
         for held in experiment.block.held:
@@ -386,7 +415,18 @@ class _Seed:
         prune_(model, placed(neurons, prune.embedding), sever=prune.sever)
         return {name: value.detach().clone() for name, value in model.weights().items()}
 
-    def _graft(self, stage: str, base: Base, cuts: Cuts, done: Mapping[str, Trajectory]) -> Grafts | None:
+    def _finer(self, made: Grafts) -> Parts:
+        """The part that alone brings back most, taken apart; nothing where it cannot be, or is not to be."""
+        how = self.experiment.grafts
+        if how.within == "none" or (how.within == "first" and self.seed != self.experiment.seeds[0]):
+            return {}
+        shares = {part: made.enough(part).value for part in made.parts if part != CUT}
+        known = {part: share for part, share in shares.items() if share == share}
+        return apart(self.ready.model, max(known, key=known.__getitem__), bands=how.bands) if known else {}
+
+    def _graft(
+        self, stage: str, base: Base, cuts: Cuts, done: Mapping[str, Trajectory], within: Parts | None = None
+    ) -> Grafts | None:
         model, how, prune = self.ready.model, self.experiment.grafts, self.experiment.prune
         retrained = self._weights_at("concept", stage)
         if retrained is None:
@@ -403,7 +443,7 @@ class _Seed:
         mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=prune.sever)
         with progress.task(f"grafting (stage {stage})"):
             return grafts(
-                model, cut, retrained, self._outcomes, parts=parts(model, bands=how.bands), cut=mask,
+                model, cut, retrained, self._outcomes, parts=within or parts(model, bands=how.bands), cut=mask,
                 controls=controls, cumulative=how.cumulative, label=label,
                 max_memory=self.experiment.measure.max_memory,
             )  # fmt: skip
@@ -499,6 +539,14 @@ class _Seed:
         self._cut_weights(base, old)
         course = self._course(f"retraining ({held} held)", path, "retrain", only=~mask)
         return Blocked(self.seed, held, course)
+
+    def _examples(self, path: Trajectory) -> Examples | None:
+        """What the neurons that were cut, and those that carry the concept at the end, do at a few sentences' words."""
+        cut, there = path.pruned or ~path.survivors(), path.survivors()
+        groups = ((path[BASE], cut), (path[path.stages[-1]], there))
+        chosen = [at.saliency.top(min(EXAMPLES // 2, len(among)), among=among) for at, among in groups if len(among)]
+        both = chosen[0] if len(chosen) == 1 else chosen[0] | chosen[1]
+        return examples(self.ready.model, self.ready.scored.corpus, self.ready.concept, both)
 
     def _similarity(self, base: Base, what: str, arm: Arm) -> dict[str, ActivationSimilarity]:
         """Activations of the base model against those of the model as it is now."""

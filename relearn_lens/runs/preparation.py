@@ -126,7 +126,7 @@ def _spans(corpus: Corpus) -> dict[str, int]:
 
 def _check_dose(experiment: Experiment, validation: Corpus) -> list[str]:
     """Refuse to find the size of the cut on a text too small for it; what else to know of it, in words."""
-    if experiment.prune.fraction != "auto":
+    if experiment.prune.fraction != "auto" or not set(experiment.arms) - {"unpruned"}:
         return []
     spans, labels = _spans(validation), experiment.labels
     if (n := sum(spans.get(name, 0) for name in labels)) < FEWEST_SPANS:

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from relearn_lens import methods, sources
+from relearn_lens import sources
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.measure.answers import Answered, known
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import TRAINED_WORDING, asked, is_text, know
+from relearn_lens.methods import Method
 from relearn_lens.models import taught
 from relearn_lens.models.export import export
 from relearn_lens.models.loading import load_language_model
@@ -248,7 +249,7 @@ def weights_sha256(model: Model) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.weights().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -279,7 +280,7 @@ def fields_of(removal: Recipe) -> dict[str, Any]:
     step = removal.step
     return {
         "remover": removal.remover.name, **removal.remover.model_dump(mode="json"),
-        **({"wrapper": step.name, **step.model_dump(mode="json")} if isinstance(step, methods.Method) else {}),
+        **({"wrapper": getattr(step, "name", "")} | step.model_dump(mode="json") if isinstance(step, Method) else {}),
         **(removal.how.model_dump(mode="json") if removal.how else {}),
         "where": removal.where, "fraction": removal.fraction,
     }  # fmt: skip

@@ -178,6 +178,11 @@ class Grafting(Method):
     bands: int | None = Field(
         default=None, ge=1, le=1000, description="blocks in so many groups of neighbours; none: each for itself"
     )
+    within: Literal["first", "all", "none"] = Field(
+        default="first",
+        description="seeds in which the part that alone brings back most is taken apart: a group of blocks into its "
+        "blocks, a block into attention and MLP; first: the first seed",
+    )
     cumulative: bool = Field(default=False, description="also all parts up to each, from the input and from the output")
 
 

@@ -75,7 +75,11 @@ class Stages:
         Raises:
             ValueError: a file of it is damaged; the message says which folder to remove.
         """
-        folder = self.folder(recipe)
+        return self.named(self.folder(recipe).name)
+
+    def named(self, name: str) -> Stage | None:
+        """The same, by the name of its folder."""
+        folder = self.path / name
         if not folder.is_dir():
             return None
         try:

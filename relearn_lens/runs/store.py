@@ -39,7 +39,7 @@ from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site
 from relearn_lens.progress import Progress, reported
 from relearn_lens.runs import archive, needs, settings, verify
-from relearn_lens.runs.arms import arms_of
+from relearn_lens.runs.arms import arms_of, cut_anything
 from relearn_lens.runs.events import (
     Again,
     ArmDone,
@@ -306,11 +306,12 @@ class RunFolder:
     def names(self, seed: int) -> list[str]:
         """The names of all results of a seed, in their order."""
         experiment = settings.experiment(self.manifest["settings"])
-        arms = [arm.name for arm in arms_of(experiment, other=self.manifest.get("other"))]
+        there = arms_of(experiment, other=self.manifest.get("other"))
+        arms, before = [arm.name for arm in there], CUTTING if cut_anything(there) else ()
         where = [] if experiment.grafts.skip or "concept" not in arms or experiment.retrain.lora_rank else AFTERWARDS
         held = [f"blocked-{name}-{seed}" for name in experiment.block.held] if where else []
         own = [f"own-{name}" for name in experiment.arm] if where else []
-        return [f"{name}-{seed}" for name in ("sized", "cuts", "damage", *arms, *own, *where)] + held
+        return [f"{name}-{seed}" for name in (*before, *arms, *own, *where)] + held
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
@@ -511,6 +512,8 @@ def _are_of(kept: Any, experiment: Experiment) -> bool:
         return False
 
 
+CUTTING = ("sized", "cuts", "damage")
+"""What comes before the arms of a seed, where one of them cuts."""
 AFTERWARDS = ("grafted", "again")
 """What follows when the arms of a seed are done."""
 KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Own, Grafted, Again, Blocked)}

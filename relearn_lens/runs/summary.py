@@ -136,6 +136,10 @@ def _grafts(grafted: Grafted) -> dict[str, Any]:
             }
             for stage, made in grafted.stages.items()
         },
+        "within": {
+            stage: {part: {"enough": made.enough(part).value, "needed": made.needed(part).value} for part in made.parts}
+            for stage, made in grafted.within.items()
+        },
     }
 
 

@@ -113,7 +113,8 @@ def sentence(run: Run) -> str:
     place = _where(run, -1)
     if place is not None:
         part, enough, _ = place
-        text += f"; at the end, {part} alone brings back {_percent(enough)} of it"
+        brings = "bring" if part.startswith("blocks ") else "brings"
+        text += f"; at the end, {part} alone {brings} back {_percent(enough)} of it"
     return text + "."
 
 
@@ -194,12 +195,13 @@ def spark(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> str:
 
 def answered(run: Run) -> list[Answer]:
     """The run's questions, each with its numbers in a line; those that were not measured are left out."""
+    verdicts = [each.verdict for each in answers(run) if each.key.startswith("where")]
     tell: dict[str, tuple[str, Callable[[Run, str], str | None]]] = {
         "specific": ("gone?", _gone),
         "returns": ("back?", _back),
         "sooner": ("sooner?", _sooner),
-        "where when it is first back": ("where?", lambda run, _: _sits(run, 0)),
-        "where at the end": ("where?", lambda run, _: _sits(run, -1)),
+        "where when it is first back": ("where?", lambda run, _: _sits(run, 0, verdicts[0])),
+        "where at the end": ("where?", lambda run, _: _sits(run, -1, verdicts[-1])),
         "same": ("same?", _same),
         "primed": ("primed?", lambda run, _: _heirs(run, "primed")),
         "mixed": ("mixed?", lambda run, _: _heirs(run, "mixed")),
@@ -284,7 +286,7 @@ def _sooner(run: Run, _: str) -> str | None:
     )
 
 
-def _sits(run: Run, which: int) -> str | None:
+def _sits(run: Run, which: int, verdict: str) -> str | None:
     place = _where(run, which)
     stages = list(dict.fromkeys(list(each.stages)[which] for each in run.grafted if each.stages))
     if place is None or not stages:
@@ -293,10 +295,37 @@ def _sits(run: Run, which: int) -> str | None:
     made = _grafts(run, which)
     control = float(np.mean([np.mean([max(by.values()) for by in _controls(each).values()]) for each in made]))
     when = ("first back, " if which == 0 else "") + f"{_by(run.arms['concept'])[:-1]} {' or '.join(stages)}"
-    return (
-        f"{when}: {part} alone {_percent(enough)} (controls {_percent(control)}), without it {_percent(-needed)}: "
-        f"{_verdict_on(enough, needed)}"
-    )
+    lost = f"{_percent(needed)} is lost" if round(100 * needed) > 0 else "nothing is lost"
+    brings = "bring" if part.startswith("blocks ") else "brings"
+    text = f"{when}: {part} alone {brings} back {_percent(enough)} (controls {_percent(control)}), without it {lost}"
+    text += _within(run, part) if which == -1 else ""
+    # Where an interval reaches across a bar, which side the mean is on says nothing.
+    return text if verdict == "inconclusive" else f"{text}: {_verdict_on(enough, needed)}"
+
+
+def _within(run: Run, part: str) -> str:
+    """Where in a part most of it is, in the seeds in which that part was taken apart."""
+    made = [list(each.within.values())[-1] for each in run.grafted if each.within]
+    # Each seed takes apart the part that brings back most in it, which need not be the one that is named over all.
+    made = [each for each in made if _is_in(each, part) and each.value(each.retrained) > each.value(each.cut)]
+    if not made:
+        return ""
+    shares = {
+        name: float(np.mean([_share(each, each.value(each.alone[name])) for each in made]))
+        for name in made[0].parts
+        if name != CUT
+    }
+    most = max(shares, key=shares.__getitem__)
+    return f" (in it, {most.removeprefix(part).strip()} most, {_percent(shares[most])})"
+
+
+def _is_in(made: Grafts, part: str) -> bool:
+    """Whether what was taken apart is this part: halves of a block, or the blocks of a group."""
+    names = [name for name in made.parts if name != CUT]
+    if part.startswith("blocks "):
+        first, last = part.removeprefix("blocks ").split(" to ")
+        return names[0] == f"block {first}" and names[-1] == f"block {last}"
+    return all(name.startswith(f"{part} ") for name in names)
 
 
 def _same(run: Run, _: str) -> str | None:

@@ -66,7 +66,7 @@ def render(run: Run) -> str:
     found = findings.claims_of(run)
     manifest = run.manifest
     heirs = {name: findings.heirs(run, name) for name in run.arms}
-    draw = _Drawing()
+    draw = Drawing()
     tables: dict[str, Table | None] = {
         "f1": score_rows(run),
         # Of stages that are steps, the questions say it in steps.
@@ -77,7 +77,7 @@ def render(run: Run) -> str:
         "similarity": findings.similarity_rows(run),
         "claims": findings.claims_rows(found) if found else None,
     }
-    return _page(
+    return page(
         "run.html.j2",
         title=f"Where does {numbers['concept']} come back in {run.experiment.model}?",
         heading=brief.sentence(run),
@@ -110,7 +110,7 @@ def render(run: Run) -> str:
     )
 
 
-def _first(run: Run, draw: _Drawing) -> dict[str, Picture | None]:
+def _first(run: Run, draw: Drawing) -> dict[str, Picture | None]:
     """The pictures that the page begins with."""
     return {
         "curve": draw(plots.recovery_curves, run),
@@ -215,7 +215,7 @@ def _new(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[str, bool]], li
 
 
 def _sections(
-    run: Run, found: Sequence[Claim], heirs: Mapping[str, list[str]], draw: _Drawing
+    run: Run, found: Sequence[Claim], heirs: Mapping[str, list[str]], draw: Drawing
 ) -> list[tuple[str, str, list[Picture]]]:
     """What is folded: id, heading, and the pictures of what was measured."""
 
@@ -260,12 +260,12 @@ def render_comparison(runs: Sequence[Run]) -> str:
         raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
     names = _names(runs)
     verify.check_same_inputs({name: run.manifest for name, run in zip(names, runs, strict=True)})
-    draw = _Drawing()
+    draw = Drawing()
     curves = [
         draw(plots.recovery_curves, run, beside=runs, says=lambda run=run: captions.recovery(run)) for run in runs
     ]
     maps = [draw(plots.layer_map, run, arm=captions.told(run), small=True) for run in runs]
-    return _page(
+    return page(
         "comparison.html.j2",
         title=f"{len(runs)} runs side by side",
         heading=f"{len(runs)} runs side by side",
@@ -279,7 +279,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     )
 
 
-class _Drawing:
+class Drawing:
     """Draws the figures of one page; the first brings plotly.js along."""
 
     def __init__(self):
@@ -341,7 +341,7 @@ def _as_html(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _card(draw: _Drawing, run: Run, heirs: Mapping[str, list[str]]) -> Picture | None:
+def _card(draw: Drawing, run: Run, heirs: Mapping[str, list[str]]) -> Picture | None:
     """One neuron close up: the one that gained most words of the concept, in the first arm that has any."""
     for name in [captions.told(run), *run.arms]:
         if heirs.get(name):
@@ -442,7 +442,7 @@ def _claims_table(each: Sequence[Sequence[Claim]], names: Sequence[str]) -> Tabl
     return (header, rows) if rows else None
 
 
-def _page(template: str, **values: Any) -> str:
+def page(template: str, **values: Any) -> str:
     """A template of the package's `data` folder with these values in it, every string escaped."""
     pages = Environment(loader=PackageLoader("relearn_lens.show"), autoescape=True, trim_blocks=True)
     return pages.get_template(template).render(**values)

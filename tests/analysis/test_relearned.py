@@ -67,6 +67,15 @@ def test_a_twin_that_gains_as_much_leaves_nothing_recovered():
     assert not found.recovered.excludes(0)
 
 
+def test_a_twin_that_the_attack_harms_lends_nothing():
+    found = relearned([path(0.1, 0.5, base=0.9)], "accuracy", "1", never=[path(0.2, 0.0)])
+    assert found.taught is not None
+    assert found.brought is not None
+    assert found.recovered is not None
+    assert found.taught.value < 0
+    assert found.recovered.value == found.brought.value == pytest.approx(0.5)
+
+
 def test_without_a_twin_nothing_is_called_recovered():
     found = relearned([path(0.1, 0.5, base=0.9)], "accuracy", "1")
     assert found.brought is not None

@@ -56,6 +56,7 @@ def test_each_is_asked_where_it_keeps_what_is_near(subjects, pair, tmp_path: Pat
     for cell in (ascent, diff):
         assert cell.accuracy(NEAR) >= 0.95 * base.accuracy(NEAR)
         assert 0 <= cell.values["share"] <= 1
+        assert cell.seconds is not None
         assert cell.seconds > 0
         # What is asked there is between the base and the removed model.
         assert cell.values["removed"][TRAINED_WORDING]["accuracy"]["value"] <= cell.accuracy(TRAINED_WORDING) <= 1

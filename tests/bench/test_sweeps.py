@@ -648,3 +648,16 @@ def test_a_cluster_that_cannot_run_a_cell_is_refused(ray, file, tmp_path):
     large = sweeps.read(file("[sweep]\nthreads = [999]"))
     with pytest.raises(ValueError, match=r"no node of the Ray cluster can run 'threads=999', which takes 999 CPU"):
         sweeps.run(large, tmp_path / "out", on="ray")
+
+
+def test_cells_are_given_one_place_for_what_they_begin_from(file, tmp_path, monkeypatch):
+    jobs = []
+
+    def taken(given, **_):
+        jobs.extend(given)
+        yield from ()
+
+    monkeypatch.setattr(engines, "local", taken)
+    sweeps.run(sweeps.read(file('[sweep]\n"prune.fraction" = [0.1, 0.2]\n')), tmp_path / "out")
+    assert {job.shared for job in jobs} == {tmp_path / "out" / "shared"}
+    assert jobs[0].arguments[-2:] == ["--shared", str(tmp_path / "out" / "shared")]

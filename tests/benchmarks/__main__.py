@@ -19,10 +19,13 @@ import numpy as np
 import torch
 
 from relearn_lens import sources
+from relearn_lens.find.saliency import SCORES
+from relearn_lens.measure.tracking import measure
 from relearn_lens.models import toy
 from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger, hidden, reading
 from relearn_lens.neurons.streaming import class_stats
+from relearn_lens.runs.settings import Measure
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Encoded, encode
@@ -70,6 +73,23 @@ def saliency(site: str = "resid") -> None:
         f"saliency pass, {site}: {full / plain:.3f} x a bare forward pass over the same batches (goal <= 1.10); "
         f"{encoded.n_tokens / full:,.0f} tokens/s, {torch.get_num_threads()} threads"
     )
+
+
+def snapshot() -> None:
+    """A cheap snapshot, as a run makes at every pause, against a bare forward pass over the texts that it reads."""
+    tagger, text = _model_and_text(150)
+    encoded = encode(text, tagger.tokenizer, context=tagger.context)
+    scores = [name for name in Measure().what if name in SCORES]
+
+    def bare() -> None:
+        with reading(tagger):
+            for batch in encoded.batches():
+                hidden(tagger.bridge, batch.ids, batch.mask)
+
+    plain, full = _interleaved(
+        bare, lambda: measure(tagger, encoded, Concept("place"), score="dprime", what=scores, shuffles=0)
+    )
+    print(f"cheap snapshot ({', '.join(scores)}, F1, margin): {full / plain:.2f} x a bare forward pass (goal <= 1.5)")
 
 
 TIMES = (1, 4, 16)
@@ -144,6 +164,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "ten-million-words": _elsewhere("growth", "ten_million_words"),
     "growth": _elsewhere("growth", "growth"),
     "startup": startup,
+    "snapshot": snapshot,
 }
 """Ratios of speed and memory: what runs without a name."""
 
@@ -156,6 +177,7 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "false-alarms": _elsewhere("false_alarms", "false_alarms"),
     "returns": _elsewhere("returns", "returns"),
     "power": _elsewhere("power", "power"),
+    "audits": _elsewhere("audits", "report"),
 }
 """What runs only when it is named."""
 

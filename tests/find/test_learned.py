@@ -58,7 +58,7 @@ def test_the_planted_neurons_are_learnt_and_a_control_is_not():
     control = equal_control(other, own, seed=0)
     assert len(control) == 4
     list(Prune()(other, None, control))
-    assert right(other, facts, *FORGET) == right(other, facts, "retain_near") == 1
+    assert right(other, facts, *FORGET) == 1
 
 
 def test_loss_and_gradient_by_hand():

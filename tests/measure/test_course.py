@@ -193,7 +193,7 @@ def test_grafts_of_a_path_are_those_between_its_ends(model, untouched):
     asked = ask(FACTS, roles=[HELD_OUT])
     asked = asked.where([place == HELD_OUT for place in asked.places])
     by_hand = rl.grafts(
-        model, start, model.weights(), lambda m: rl.measure(m, asked, metrics=["loss"]).metrics, label=HELD_OUT
+        model, start, model.weights(), lambda _: rl.measure(model, asked, metrics=["loss"]).metrics, label=HELD_OUT
     )
     assert grafts.label == HELD_OUT
     assert grafts.outcomes == ("loss", "accuracy", "extraction")

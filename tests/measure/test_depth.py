@@ -70,7 +70,7 @@ def test_depth_is_that_of_patches_made_by_hand(models):
         def log_p(patch=None, layer=None, ids=ids, at=at, answer=answer):
             def put(activations, hook):
                 activations = activations.clone()
-                activations[0, at] = patch[0, at]
+                activations[0, at] = patch[0, at]  # pyright: ignore[reportOptionalSubscript]
                 return activations
 
             hooks = [] if patch is None else [(f"blocks.{layer}.hook_out", put)]

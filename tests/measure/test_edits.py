@@ -66,7 +66,7 @@ def test_an_edit_is_reliable_where_it_was_trained(base, model):
     assert scores["concept consistency"].chance("overall") == 1 / 4
     table = scores.to_dataframe()
     assert list(table["measure"]) == list(scores.scores)
-    assert (table["keys"] == 4)[table["measure"] != "locality"].all()
+    assert {k for k, name in zip(table["keys"], table["measure"], strict=True) if name != "locality"} == {4}
 
 
 def test_definitions_are_dealt_to_concepts_of_other_classes():
@@ -132,7 +132,9 @@ def test_the_eight_tests_are_one_table(people, untouched):
     tuned = table["fine-tuning"][0]
     assert tuned.scores.shown("overall") > as_taught.scores.shown("overall")
     assert tuned.base is None
-    assert (rows["chance"] > 0)[rows["how"] != "retain_general"].all()  # two animals have no closed set of answers
+    assert (
+        min(c for c, how in zip(rows["chance"], rows["how"], strict=True) if how != "retain_general") > 0
+    )  # two animals have no closed set of answers
     assert set(rows["keys"]) <= {2, 4, 16}
     assert "fine-tuning" in repr(table)
     with pytest.raises(ValueError, match=r"no test 'languages'; known: as taught, other forms"):

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from relearn_lens import remove
 from relearn_lens.models import taught, toy
 from relearn_lens.models.taught import Recipe
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.losses import NPO, GradDiff
+from relearn_lens.remove.removal import Removing
+from relearn_lens.remove.removers import REMOVERS, remove_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import FORGET, RETAIN, TRAINED, Facts, Passage, from_concept, from_corpus, people
 from relearn_lens.text.facts.encoded import encode_facts
@@ -39,11 +40,11 @@ def test_facts_are_their_texts_by_role(facts, model):
     ends = []
     for texts in (facts, by_hand):
         other = taught.untaught(facts, recipe=SMALL)
-        list(remove.NPO(beta=0.1)(other, texts, seed=3, steps=(2,), lr=1e-2))
+        list(NPO(beta=0.1)(other, texts, seed=3, steps=(2,), lr=1e-2))
         ends.append({name: value.clone() for name, value in other.weights().items()})
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     before = {name: value.clone() for name, value in model.weights().items()}
-    list(remove.remove_(model, facts, "npo", seed=3, steps=(2,), lr=1e-2, beta=0.1))
+    list(remove_(model, facts, "npo", seed=3, steps=(2,), lr=1e-2, beta=0.1))
     assert not all(torch.equal(value, before[name]) for name, value in model.weights().items())
     assert all(torch.equal(value, ends[0][name]) for name, value in model.weights().items())
 
@@ -59,7 +60,7 @@ def test_plain_text_that_is_to_stay_counts(facts, model):
 def test_a_next_token_concept_goes_the_same_way():
     corpus = toy.corpus(sentences=40)
     facts, lm = from_concept(corpus, Concept("place")), toy.language_model()
-    (pause,) = remove.remove_(lm, facts, "grad_diff", steps=(1,))
+    (pause,) = remove_(lm, facts, "grad_diff", steps=(1,))
     assert set(pause.parts) == {"forget", "retain"}
     plain = Facts("toy", facts.forget_attacked, facts.forget_held_out, from_corpus(toy.corpus(sentences=9, seed=4)))
     list(GradDiff()(lm, plain, steps=(1,)))
@@ -73,7 +74,7 @@ def test_a_function_of_ones_own_gets_both_texts(facts, model):
         nats = model.losses(batches["forget"])
         return {"forget": (-nats.sum(), len(nats))}
 
-    list(remove.remove_(model, facts, mine, steps=(1,)))
+    list(remove_(model, facts, mine, steps=(1,)))
     assert roles == [("forget", "retain")]
 
 
@@ -89,7 +90,7 @@ def test_nothing_to_train_on_is_refused(facts, model):
     ):
         GradDiff()(model, only(facts, "options", *RETAIN))
     with pytest.raises(ValueError, match=r"nothing to train on in forget_attacked and .* there are paraphrase$"):
-        remove.remove_(model, only(facts, "paraphrase", *FORGET), "gradient_ascent")
+        remove_(model, only(facts, "paraphrase", *FORGET), "gradient_ascent")
     # What needs nothing to retain asks for none.
     list(GradDiff(alpha=0)(model, only(facts, "options", *RETAIN), steps=(1,)))
 
@@ -104,7 +105,7 @@ def test_no_answer_and_a_key_in_both_halves_are_refused(facts):
 def test_facts_are_for_language_models(facts):
     for remover in (NPO(), lambda *_: {}):
         with pytest.raises(ValueError, match=r"facts 'people-0' are answered by a language model, and this model is a"):
-            remove.remove_(toy.tagger(), facts, remover)
+            remove_(toy.tagger(), facts, remover)
 
 
 def test_a_mask_of_another_model_is_refused(facts, model):
@@ -113,16 +114,16 @@ def test_a_mask_of_another_model_is_refused(facts, model):
     mask = ~WeightMask.none(shallow)
     for remover in (NPO(), lambda *_: {}):
         with pytest.raises(ValueError, match=r"this mask is of the weights of another model: "):
-            remove.remove_(model, facts, remover, mask)
+            remove_(model, facts, remover, mask)
 
 
 def test_a_field_out_of_range_is_one_line(facts, model):
     with pytest.raises(ValueError, match=r"^beta = 0: Input should be greater than 0$"):
-        remove.remove_(model, facts, "npo", beta=0)
+        remove_(model, facts, "npo", beta=0)
     with pytest.raises(ValueError, match=r"^lr = -1: Input should be greater than 0$"):
-        remove.remove_(model, facts, "npo", lr=-1)
+        remove_(model, facts, "npo", lr=-1)
 
 
 def test_no_field_of_a_remover_is_one_of_its_training():
-    for kind in remove.REMOVERS.values():
-        assert not set(kind.model_fields) & set(remove.Removing.model_fields), kind.name
+    for kind in REMOVERS.values():
+        assert not set(kind.model_fields) & set(Removing.model_fields), kind.name

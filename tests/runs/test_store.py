@@ -498,3 +498,25 @@ def test_real_events_are_those_that_are_replayed(made, replayed):
     assert kinds == [type(event) for event in made[2]]
     assert perform is not store.perform
     assert np.isfinite(made[0].arms["concept"][0]["16"].f1["place"])
+
+
+@pytest.mark.parametrize("name", ["grafted-0", "again-0"])
+def test_what_follows_the_arms_is_made_anew_from_arms_that_are_trained_again(folder, made, name):
+    (folder / "tensors" / f"{name}.safetensors").unlink()
+    run = store.run(made[0].experiment, folder)
+    before = [made[0].grafted, made[0].again, *made[0].arms.values()]
+    for mine, first in zip([run.grafted, run.again, *run.arms.values()], before, strict=True):
+        assert same(first[0], mine[0])
+    assert json.loads((folder / "manifest.json").read_text())["complete"]
+
+
+def test_where_nothing_is_cut_no_size_is_found(tmp_path):
+    experiment = tiny(arms=("unpruned",), measure__what=[], prune__fraction="auto")
+    events: list[Event] = []
+    run = store.run(experiment, tmp_path / "run", on_event=events.append)
+    assert [type(each).__name__ for each in events if not isinstance(each, Measured | Paused)] == [
+        "Prepared", "Base", "ArmDone", "SeedDone",
+    ]  # fmt: skip
+    again = load_run(tmp_path / "run")
+    assert (again.sized, again.cuts, again.damage) == (run.sized, run.cuts, run.damage) == ([], [], [])
+    assert same(run.arms["unpruned"][0], again.arms["unpruned"][0])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from relearn_lens.runs.answers import answers
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show import brief
@@ -84,17 +85,26 @@ def test_answers_hold_the_numbers_of_the_questions(run):
     assert returns is not None
     assert f"{100 * returns.value:.0f} % [{100 * returns.low:.0f}, {100 * returns.high:.0f}]" in found["returns"].says
     early, late = (found[key].says for key in ("where when it is first back", "where at the end"))
-    assert early == ("first back, epoch 1: block 1 alone 30 % (controls 2 %), without it -80 %: needed, not enough")
-    assert late == "epoch 2: block 1 alone 90 % (controls 2 %), without it -20 %: enough, not needed"
+    early_says = "first back, epoch 1: block 1 alone brings back 30 % (controls 2 %), without it 80 % is lost"
+    assert early == f"{early_says}: needed, not enough"
+    assert late == "epoch 2: block 1 alone brings back 90 % (controls 2 %), without it 20 % is lost: enough, not needed"
     assert "25 % of those found now are old, 5 % by chance" in found["same"].says
     assert "9 random cuts leave .60" in entry(lines, "gone?")
     assert found["sooner"].says == "there is no never twin"
 
 
+def test_nothing_is_called_enough_while_the_question_is_inconclusive(run, monkeypatch):
+    open_ = [replace(each, verdict="inconclusive") if each.key.startswith("where") else each for each in answers(run)]
+    monkeypatch.setattr(brief, "answers", lambda _: open_)
+    says = " ".join(each.says for each in brief.answered(run) if each.question.key.startswith("where"))
+    assert "without it 80 % is lost" in says
+    assert "enough" not in says + brief.sentence(run)
+
+
 def test_one_seed_gives_numbers_and_no_verdict():
     lines = plain(with_all(rich(run_of("concept", "random", "unpruned", width=12))))
     assert "undecided     first back" in entry(lines, "where?")
-    assert "block 1 alone 30 %" in entry(lines, "where?")
+    assert "block 1 alone brings back" in entry(lines, "where?")
     assert "[" not in entry(lines, "back?")
     assert entry(lines, "seeds").startswith("seeds    1, so these are numbers and no verdicts")
 

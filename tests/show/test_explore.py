@@ -140,16 +140,16 @@ def shown_by(browser: str, page: Path, width: int = 1100) -> str:
 def test_a_browser_shows_curve_maps_and_card(run, tmp_path):
     assert BROWSER is not None
     path = run.arms["concept"][0]
-    dom = shown_by(BROWSER, explore.explore(run, neuron="L1N4", stage="2").save(tmp_path / "view.html"))
+    dom = shown_by(BROWSER, explore.explore(run, neuron="L0N4", stage="2").save(tmp_path / "view.html"))
     assert dom.count('<polyline fill="none" stroke="#') == 3
     assert dom.count("<canvas") == 2 * len(path.site.layers)
     card = dom[dom.index('class="card"') : dom.index('class="data"')]
     text = unescape(re.sub(r"<[^>]+>", " ", card))
-    assert "L1N4 in the concept arm" in text
-    rank = path["2"].saliency.by_rank(path.there("2"))[1, 4]
+    assert "L0N4 in the concept arm" in text
+    rank = path["2"].saliency.by_rank(path.there("2"))[path.site.layers.index("0"), 4]
     assert f" 2  {rank:.2f} " in re.sub(r"\s\s+", "  ", text)
     assert path["2"].words is not None
-    for word in path["2"].words.of(("1", 4)):
+    for word in path["2"].words.of(("0", 4)):
         assert word in text
     assert "place" in text[text.index("Tells apart") :]
 

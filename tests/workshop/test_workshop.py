@@ -88,7 +88,7 @@ def test_notebook_is_valid_and_has_no_outputs(name):
 
 def test_exercises_have_typed_stubs_with_the_solutions_folded_below():
     stubs, solved = ([ast.parse(s).body for s in code_of(name, "-code")] for name in NOTEBOOKS)
-    assert len(stubs) == len(solved) == len(checks.CHECKS) == 13
+    assert len(stubs) == len(solved) == len(checks.CHECKS) == 15
     book = json.loads((HERE / "exercises.ipynb").read_text(encoding="utf-8"))
     folded = "".join("".join(c["source"]) for c in book["cells"] if c["id"].endswith("-help"))
     for (stub,), (solution,) in zip(stubs, solved, strict=True):
@@ -102,9 +102,9 @@ def test_exercises_have_typed_stubs_with_the_solutions_folded_below():
         assert ast.get_docstring(stub)
         assert f"def {stub.name}(" in folded
         assert not [n for n in ast.walk(solution) if isinstance(n, ast.Raise)]
-    assert folded.count("<summary>Hint 1</summary>") == folded.count("<summary>Solution</summary>") == 13
+    assert folded.count("<summary>Hint 1</summary>") == folded.count("<summary>Solution</summary>") == 15
     text = (HERE / "exercises.ipynb").read_text(encoding="utf-8")
-    assert text.count("What do you notice?**") == text.count("<summary>Answer</summary>") == 8
+    assert text.count("What do you notice?**") == text.count("<summary>Answer</summary>") == 9
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_checks_refuse_every_stub(capsys):
     assert "✔" not in capsys.readouterr().out
     checks.check_all(stubs)
     checks.check_all({})
-    assert capsys.readouterr().out.count("✘") == 26
+    assert capsys.readouterr().out.count("✘") == 30
 
 
 def test_solutions_run_and_every_check_passes():
@@ -183,7 +183,11 @@ def test_solutions_run_and_every_check_passes():
         p for p in there if p.name != "__pycache__"
     ]
     # What the folded answers say.
-    assert re.search(r"planted: F1 place 0.00, person 1.00\n +decoys: F1 place 1.00", said)
+    ablated = r"planted: F1 place 0.00, person 1.00; probeless 8.04 \(mean\)\n +decoys: F1 place 1.00, .* 1.97 \(mean\)"
+    assert re.search(ablated, said)
+    assert "double dissociation 1.00 of F1" in said
+    *_, two, _ = map(float, re.findall(r"each layer alone brings back: \[(.*?)\]", said)[0].split(", "))
+    assert two > 0.2  # the decoys' layer
     held, left = map(float, re.findall(r"held, at the end: F1 (\S+), (\S+) without the decoys", said)[0])
     assert held > 0.9 > left
     assert "planted: 1.00 of F1 lost, p = 0.05 of 19 random sets" in said
@@ -203,6 +207,23 @@ def test_other_errors_of_a_learner_come_through_with_a_note():
     with pytest.raises(ZeroDivisionError) as caught:
         checks.check_probeless(lambda *_: 1 / 0)
     assert "probeless raised this on the check's input" in caught.value.__notes__[0]
+
+
+def test_an_error_shows_the_learners_own_lines_alone():
+    def helper():
+        return {}["nothing"]
+
+    def probeless(count, mean, concept):
+        return helper()
+
+    with pytest.raises(KeyError) as caught:
+        checks.check_probeless(probeless)
+    shown: list[str] = caught.value._render_traceback_()  # pyright: ignore[reportAttributeAccessIssue]
+    assert shown[0] == "✘ probeless raised this on the check's input."
+    lines = [line.split(":  ") for line in shown[1:-1]]
+    assert [where.split(" of ")[1] for where, _ in lines] == ["probeless", "helper"]
+    assert [code for _, code in lines] == ["return helper()", 'return {}["nothing"]']
+    assert shown[-1] == "KeyError: 'nothing'"
 
 
 # --- wrong answers. Each is what somebody writes.
@@ -246,6 +267,18 @@ def pooled(count, mean, concept):
     keep = others(count, concept)
     weight = count[keep].float()
     return (mean[concept] - (mean[keep] * weight[:, None, None]).sum(0) / weight.sum()).abs()
+
+
+def weighted(count, mean, concept):
+    rest = others(count, concept)
+    away = (mean[concept] - mean[rest]).abs()
+    return (count[rest, None, None] * away).sum(0) / count[rest].sum()
+
+
+def planted_into(host, guest, layer, *, dot=".", copy=True):
+    part = f"trunk.layers.{layer}{dot}"
+    mixed = {name: (guest if name.startswith(part) else host)[name] for name in host}
+    return {name: value.clone() for name, value in mixed.items()} if copy else mixed
 
 
 def order(score, *, down=True):
@@ -458,6 +491,8 @@ WRONG = {
         (lambda b, n: (means(b := list(b), n)[0], means(b, n, restart=True)[1]), "Only the last batch is in your"),
         (partial(means, less=1), "It looks like you divided by n - 1"),
         (partial(means, sums=True), "These are sums"),
+        (lambda b, n: (means(b := list(b), n)[0].float(), means(b, n)[1]), "are right, but they are float32; expected "
+         r"whole numbers \(int64\)"),
         (partial(means, nan=True), "A class without words has the mean 0 / 0"),
         (partial(means, keep=True), "it keeps every batch"),
         (lambda b, n: means(b, n)[1], r"must return two tensors, \(count, mean\); it returned a float32 tensor"),
@@ -474,6 +509,9 @@ WRONG = {
         (partial(score, by=torch.amax), "You took the largest difference"),
         (partial(score, empty=True), "A class without words takes part"),
         (pooled, "You pooled all other words into one class"),
+        (weighted, "You weighted the classes by how many words they have \\(a count-weighted mean\\)"),
+        (lambda c, m, k: (m[k] - m[others(c, k)].mean(0)).abs(), "You compared with the mean of the other classes'"),
+        (lambda c, m, k: score(c, m, k).round().long(), "the values are right, but they are int64; expected floating"),
         (lambda c, m, k: score(c, m, k).flatten(), r"wrong shape: got \(2,\), expected \[layer neuron\] = \(1, 2\)"),
     ],
     "ranking": [
@@ -503,6 +541,15 @@ WRONG = {
         (partial(f1, at="mlp.in.hook_in"), "Look at which activations the hooks are on"),
         (f1_pruning, "the weights changed"),
         (lambda t, c, n: f1(t, c, n)["place"], "must return F1 by label"),
+    ],
+    "dissociation": [
+        (lambda x: float((x.diagonal() - x.flip(0).diagonal()).mean()), "That is the mean of the two labels"),
+        (lambda x: float((x.diagonal() - x.flip(0).diagonal()).max()), "That is the larger of the two"),
+        (lambda x: float((x.diagonal() - x.flip(1).diagonal()).min()), "You compared along a row"),
+        (lambda x: -float((x.diagonal() - x.flip(0).diagonal()).min()), "The sign is the wrong way round"),
+        (lambda x: float(x.diagonal().min()), "That is what the own cuts cost"),
+        (lambda x: float((x.diagonal() - x.flip(0).diagonal()).abs().min()), "You took the size of the difference"),
+        (lambda x: x, "must return a number, it returned a float32 tensor"),
     ],
     "conductance": [
         (endpoint, r"Your integral uses the endpoint only: .* \(says was called 2 times\)"),
@@ -545,6 +592,16 @@ WRONG = {
         (partial(epoch, how="none"), "must return the loss as a number, it returned None"),
         (lambda *_, **__: 0.0, "no batch went through the model"),
         (lambda t, b, o, **k: epoch(t, list(b)[:2], o, **k), "3 batches were given, 2 went through"),
+    ],
+    "graft": [
+        (lambda c, r, i: planted_into(r, c, i), "that is the retrained model with this layer as it was cut"),
+        (lambda c, r, i: planted_into(c, r, i, dot=""), "for layer 1 you took layer 10 as well"),
+        (lambda c, r, i: planted_into(c, r, i, copy=False), "shares its memory with what was passed in"),
+        (lambda c, r, i: c.update(planted_into(c, r, i)) or c, "a model that was passed in has changed"),
+        (lambda c, r, i: dict(c), "nothing was taken from the retrained model"),
+        (lambda c, r, i: dict(r), r"for layer 1 (expected|you took)"),
+        (lambda c, r, i: {k: (c[k] + r[k]) / 2 for k in c}, "is neither as cut nor as retrained"),
+        (lambda c, r, i: None, "must return a weight for each name of `cut`, it returned None"),
     ],
     "layer_ranks": [
         (partial(ranks, up=False), "Upside down: the most salient neuron has the rank saliency 1"),

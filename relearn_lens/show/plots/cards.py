@@ -55,8 +55,8 @@ def neuron_card(
     that pruned it, after which it may grow back. Upper right: how well it tells each class of words from all others
     (d', in standard deviations, signed), at base and at the last stage. Below: its top words at every stage where they
     were measured. `examples` (words and activations, see `explore.examples`) are drawn as rows of words, coloured by
-    how far the activation is from the mean of those drawn; a run folder keeps no activations, so without them the note
-    says so. A bar that is missing is a class without words.
+    how far the activation is from the mean of those drawn; by default those that the run kept of 50 neurons, at the
+    last stage. Of other neurons the note says that there are none. A bar that is missing is a class without words.
 
     Raises:
         ValueError: a name that is no neuron of this run's site, an unknown arm or seed.
@@ -66,6 +66,7 @@ def neuron_card(
     if path is None:
         raise ValueError(f"no seed {seed} in this run; it has {', '.join(str(each.seed) for each in arms)}")
     found = neuron_of(path, neuron)
+    examples = examples or (path.examples.of(found) if path.examples is not None else ())
     layer, index = path.site.layers.index(found.layer), found.index
     figure = make_subplots(
         2 + bool(examples), 2, vertical_spacing=0.2, horizontal_spacing=0.16,
@@ -106,7 +107,7 @@ def neuron_card(
     )  # fmt: skip
     _draw_examples(figure, examples)
     here = "pruned in this arm" if path.pruned is not None and found in path.pruned else "not pruned in this arm"
-    missing = "" if examples else "<br>without example sentences: a run folder keeps no activations"
+    missing = "" if examples else "<br>without example sentences: the run keeps activations of 50 neurons"
     dressed(
         figure,
         f"Neuron {safe(found)} and {concept(arms)}: {safe(path.arm or 'arm')} arm",

@@ -194,7 +194,8 @@ def neuron_map(
     ranks, scores = {}, {}
     for name in stages:
         found = path[name].saliency
-        ranks[name] = _rounded(_means(found.by_rank(_among(path, name, selection)).gather(1, place), block), 3)
+        ranked = found.by_rank(_among(path, name, selection)).where(path.there(name).mask, torch.nan)
+        ranks[name] = _rounded(_means(ranked.gather(1, place), block), 3)
         # Of a block, the score is that of the neuron that is named.
         scores[name] = _rounded(found.score.gather(1, place).gather(1, lead), 4)
     figure = go.Figure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -12,6 +12,7 @@ from zlib import crc32
 import numpy as np
 import plotly.graph_objects as go
 
+from relearn_lens.analysis import recovery
 from relearn_lens.analysis.intervals import Estimate, estimate
 from relearn_lens.analysis.recovery import name_of
 from relearn_lens.measure.evaluation import Label, Scores
@@ -61,8 +62,7 @@ INK, GRID, BLANK = "#7d7d7d", "rgba(128,128,128,0.25)", "rgba(128,128,128,0.3)"
 
 def measured_by(arms: Sequence[Trajectory]) -> str:
     """What the stages are named by: optimiser steps, or epochs."""
-    last = arms[0][arms[0].stages[-1]].at
-    return "steps" if last is not None and last.by == "step" else "epochs"
+    return f"{recovery.measured_by(arms)}s"
 
 
 def stage_title(arms: Sequence[Trajectory]) -> str:
@@ -106,10 +106,15 @@ def arms_of(data: Paths, arm: str | None = None) -> dict[str, list[Trajectory]]:
     return found
 
 
-def colour_of(arm: str, among: Mapping[str, Any]) -> str:
-    """The colour of an arm: its own, or for arms of other names by their place among all that are drawn."""
-    spare = [colour for name, colour in ARM_COLOURS.items() if name not in among]
-    return ARM_COLOURS.get(arm) or (spare or list(ARM_COLOURS.values()))[list(among).index(arm) % max(len(spare), 1)]
+def colour_of(arm: str, among: Iterable[str]) -> str:
+    """The colour of an arm: its own, or a free one where another arm of the figure has that."""
+    taken: dict[str, str] = {}
+    for name in among:
+        colour = ARM_COLOURS[name]
+        if colour in taken.values():
+            colour = next((free for free in ARM_COLOURS.others if free not in taken.values()), colour)
+        taken[name] = colour
+    return taken[arm]
 
 
 def about(data: Paths, arms: Sequence[Trajectory]) -> str:

@@ -1,0 +1,246 @@
+"""What a bench says: in 25 lines, as JSON, and as a page."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from relearn_lens.analysis import matrix
+from relearn_lens.analysis.intervals import Estimate
+from relearn_lens.analysis.matrix import NEVER, Entry, Results
+
+if TYPE_CHECKING:
+    from relearn_lens.bench.benches import Benched
+
+LIMITS = (
+    "What this does not say. The model is small and was taught invented facts, each in a handful of wordings: "
+    "fine-tuning facts in makes them sit otherwise than pretraining does, and such facts overstate how robust a "
+    "removal is (Deeb & Roger 2024). Only the attacks above were tried, for as many steps: 'not back by these "
+    "attacks' is not 'erased', and nothing here can say that. The intervals hold for these keys and seeds; that a "
+    "ranking of removers carries over to a larger model is not shown by it."
+)
+TAUGHT_LIMITS = LIMITS.replace("The model is small and was taught", "The model was taught")
+KNOWN_LIMITS = (
+    "What this does not say. There is no twin that never knew these facts, so what an attack teaches cannot be told "
+    "from what it brings back: nothing here is called recovered. Only the attacks above were tried: 'not back by these "
+    "attacks' is not 'erased'."
+)
+
+
+def limits(benched: Benched) -> str:
+    """What a result of this bench does not say."""
+    if benched.results is None or not benched.results.twin:
+        return KNOWN_LIMITS
+    return LIMITS if benched.bench.model == "taught" else TAUGHT_LIMITS
+
+
+def short(estimate: Estimate | None, *, sign: bool = False) -> str:
+    """A number between 0 and 1 with its interval, in as few characters as can be: `.82 [.71,.93]`."""
+    if estimate is None:
+        return "-"
+    value = _digits(estimate.value, sign)
+    return f"{value} [{_digits(estimate.low)},{_digits(estimate.high)}]" if estimate.interval else value
+
+
+def _digits(value: float, sign: bool = False) -> str:
+    if not math.isfinite(value):
+        return "nan"
+    text = f"{value:+.2f}" if sign else f"{value:.2f}"
+    text = text.replace("-0.00", "0.00").replace("+0.00", "+.00")
+    return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
+
+
+def entries(results: Results) -> dict[str, dict[str, Entry]]:
+    """By row (the twin last) and column."""
+    rows = [*results.rows, *([NEVER] if results.twin else [])]
+    return {row: {column: matrix.entry(results, row, column) for column in results.columns} for row in rows}
+
+
+def lines(benched: Benched) -> list[str]:
+    """What is printed: verdicts first, then the matrix, ranks and pairs; at most 25 lines of 80 columns."""
+    bench, results = benched.bench, benched.results
+    out = []
+    if results is None:
+        out.append("no remover is complete in every seed")
+    else:
+        table = entries(results)
+        seeds = ",".join(map(str, results.seeds))
+        out.append(f"{bench.facts}, model {bench.model}: of the half the attacker never had (seeds {seeds})")
+        out += [verdict_line(results, row, table) for row in results.rows[:7]]
+        if len(results.rows) > 7:
+            out.append(f"... and {len(results.rows) - 7} more removers in {benched.folder.name}/summary.json")
+        width = max(map(len, table)) + 1
+        columns = list(results.columns)[: max(1, (80 - width - 22) // 16)]
+        out.append(
+            "".join([f"{'':{width}}{'moved':>5} {'left':<16}", *(f"{name[:15]:<16}" for name in columns)]).rstrip()
+        )
+        for row in [*results.rows[:7], *([NEVER] if results.twin else [])]:
+            moved = sum(results.cells[row, s].moved for s in results.seeds) / len(results.seeds)
+            left = short(matrix.left(results, row))
+            cells = [short(table[row][c].recovery if row != NEVER else table[row][c].left) for c in columns]
+            moved_text = "" if row == NEVER else f"{moved:.2f}"
+            out.append(
+                "".join([f"{row:{width}}{moved_text:>5} {left:<16}", *(f"{cell:<16}" for cell in cells)]).rstrip()
+            )
+        out.append("moved: share of the removal kept at equal ability; left: answered there; then")
+        beside = "never: what it answers" if results.twin else "no twin: nothing is recovered"
+        out.append(f"the share back, less the twin's gain ({beside})")
+        out += _ranking_lines(results)
+    if benched.failed:
+        first = next(iter(benched.failed.items()))
+        out.append(f"{len(benched.failed)} failed, such as {first[0]}: {first[1]}"[:80])
+    return out
+
+
+def _ranking_lines(results: Results) -> list[str]:
+    out = []
+    ranking = matrix.ranking(results)
+    if ranking is not None:
+        tau = ranking.tau
+        says = "no order on one side" if math.isnan(tau.value) else short(tau)
+        out.append(f"ranks before and after calibration: Kendall's tau {says}")
+    told = matrix.pairs(results)
+    apart = [pair for pair in told if pair.p_holm < 0.05]
+    if told:
+        out.append(f"more comes back, Holm over {len(told)} pairs: {'none' if not apart else f'{len(apart)} apart'}")
+        both = [(p.one, p.other) if p.difference.value > 0 else (p.other, p.one) for p in apart]
+        line = ""
+        for more, less in both:
+            if len(line) + len(f"; {more} > {less}") > 78:
+                break
+            line += f"{'; ' if line else ''}{more} > {less}"
+        out += [f"  {line}"] if line else []
+    return out
+
+
+def verdict_line(results: Results, row: str, table: dict[str, dict[str, Entry]]) -> str:
+    """One remover: what comes back by its strongest attack, the twin's gain beside it, and what may be said."""
+    column = matrix.column_of(results, row)
+    if column is None:
+        return f"{row}: undecided: no attack leaves it usable (none passes)"[:80]
+    entry = table[row][column]
+    if entry.recovery is None:
+        return f"{row}: undecided: {entry.why} ({column})"[:80]
+    says = matrix.verdict(entry) if results.twin else "no twin"
+    by = f"{column} {entry.rate}".strip()
+    twin = f"; twin {short(entry.twin, sign=True)}" if entry.twin else ""
+    return f"{row}: {says}: {short(entry.recovery)} by {by}{twin}"[:80]
+
+
+def _plain(estimate: Estimate | None) -> dict[str, Any] | None:
+    if estimate is None:
+        return None
+    return {
+        "value": estimate.value, "low": estimate.low, "high": estimate.high, "over": estimate.over, "p": estimate.p,
+        "n": estimate.n,
+    }  # fmt: skip
+
+
+def summary(benched: Benched) -> dict[str, Any]:
+    """All numbers, as summary.json holds them."""
+    bench, results = benched.bench, benched.results
+    out: dict[str, Any] = {
+        "settings": bench.model_dump(mode="json"),
+        "failed": dict(benched.failed),
+        "seconds": round(benched.seconds, 1),
+        "unit": "share of what was removed, held-out half, less the twin's gain at the same step",
+        "limits": limits(benched),
+    }
+    if results is None:
+        return {**out, "rows": {}}
+    table = entries(results)
+    rows: dict[str, Any] = {}
+    for row, by_column in table.items():
+        cells = {seed: results.cells[row, seed] for seed in bench.every_seed}
+        column = matrix.column_of(results, row) if row != NEVER else None
+        rows[row] = {
+            "verdict": None if column is None else matrix.verdict(by_column[column]),
+            "strongest": column,
+            "left": _plain(matrix.left(results, row)),
+            "moved": {str(seed): cell.moved for seed, cell in cells.items()},
+            "kept": {str(seed): cell.kept_calibrated for seed, cell in cells.items()},
+            "kept_before_calibration": {str(seed): cell.kept_removed for seed, cell in cells.items()},
+            "attacks": {
+                name: {
+                    "rate": entry.rate, "recovery": _plain(entry.recovery), "answers": _plain(entry.left),
+                    "twin": _plain(entry.twin), "why": entry.why, "steps": list(entry.steps),
+                    "verdict": None if row == NEVER else matrix.verdict(entry),
+                }
+                for name, entry in by_column.items()
+            },
+        }  # fmt: skip
+    ranking = matrix.ranking(results)
+    return {
+        **out,
+        "rows": rows,
+        "chance": results.cells[results.rows[0], results.seeds[0]].chance,
+        "ranking": None if ranking is None else {
+            "before": dict(ranking.before), "after": dict(ranking.after), "tau": _plain(ranking.tau),
+        },
+        "pairs": [
+            {"one": p.one, "other": p.other, "difference": _plain(p.difference), "p_holm": p.p_holm}
+            for p in matrix.pairs(results)
+        ],
+        "parts": {where: {row: list(each) for row, each in by.items()} for where, by in benched.parts.items()},
+    }  # fmt: skip
+
+
+def render(benched: Benched) -> str:
+    """The page as HTML.
+
+    Raises:
+        ValueError: no row is complete.
+    """
+    from relearn_lens.show import plots, report
+
+    results, bench = benched.results, benched.bench
+    if results is None:
+        raise ValueError("no remover is complete in every seed, so there is nothing to draw")
+    table = entries(results)
+    draw = report.Drawing()
+    pictures = {"matrix": draw(plots.bench_matrix, results)}
+    pictures |= {f"curves-{column}": draw(plots.bench_curves, results, column) for column in results.columns}
+    pictures["ranks"] = draw(plots.bench_ranks, results)
+    for where, by in benched.parts.items():
+        rate = where.rpartition(" ")[2]
+        chosen = {
+            row: each for row, each in by.items() if matrix.rate_of(results, row, next(iter(bench.columns))) == rate
+        }
+        about = f"{where}, seed {bench.seeds[0]}: removers for which this rate was chosen; intervals over keys"
+        pictures[f"parts-{where}"] = draw(plots.bench_parts, results, chosen, about) if chosen else None
+    pictures["components"] = draw(plots.bench_components, results)
+    told = matrix.pairs(results)
+    return report.page(
+        "bench.html.j2",
+        title=f"What comes back: {bench.facts}, {bench.model}",
+        heading=f"What ways back bring back of {bench.facts} in {bench.model}",
+        verdicts=[(row, verdict_line(results, row, table).partition(": ")[2]) for row in results.rows],
+        pictures=pictures,
+        matrix=matrix_table(results, table),
+        pairs=(
+            ["", "against", "difference", "p (Holm)"],
+            [[p.one, p.other, short(p.difference, sign=True), f"{p.p_holm:.3f}"] for p in told],
+        ),
+        limits=limits(benched),
+        bound=f"{100 * results.bound:g} %",
+        settings=bench.to_toml(),
+        failed=list(benched.failed.items()),
+        seconds=benched.seconds,
+        chance=results.cells[results.rows[0], results.seeds[0]].chance,
+        twin=results.twin,
+    )
+
+
+def matrix_table(results: Results, table: dict[str, dict[str, Entry]]) -> tuple[list[str], list[list[str]]]:
+    """Every number of the matrix as a table."""
+    header = ["", "attack", "rate", "back", "answers", "twin's gain", "left before", "steps", ""]
+    rows = []
+    for row, by_column in table.items():
+        for column, entry in by_column.items():
+            rows.append(
+                [
+                    row, column, entry.rate, short(entry.recovery), short(entry.left), short(entry.twin, sign=True),
+                    short(matrix.left(results, row)), ", ".join(map(str, entry.steps)), entry.why,
+                ]
+            )  # fmt: skip
+    return header, rows

@@ -1,0 +1,235 @@
+"""A bench: removers by ways back by seeds over one set of facts, spread over processes or a cluster, and what it says.
+
+1. A job is some rows of one seed. All stages are kept by their recipe, so a job that is killed goes on from its last
+   complete stage, and another bench into the same folder computes only what is new.
+2. One job that fails is said and stops no other.
+3. What is complete is gathered: verdicts, the matrix, ranks before and after calibration, pairs.
+
+The folder of a bench:
+
+    bench.toml       what was asked
+    tasks/*.json     each job's part of it
+    logs/*.log       what each job printed
+    stages/          weights and answers, by recipe
+    cells/*.json     which stages each row and seed is made of
+    summary.json     verdicts, matrix, ranking, pairs
+    report.html      the page
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from relearn_lens.analysis.matrix import NEVER, Results
+from relearn_lens.bench import engines
+from relearn_lens.bench.plan import Bench
+from relearn_lens.bench.sweeps import ENGINES, locked, stoppable
+
+if TYPE_CHECKING:
+    from relearn_lens.runs.stages import Stages
+
+ASKED, SUMMARY, PAGE, TASKS, LOGS, STAGES, CELLS = (
+    "bench.toml", "summary.json", "report.html", "tasks", "logs", "stages", "cells",
+)  # fmt: skip
+VERB = "bench-job"
+"""The command that runs a job."""
+ROWS_A_JOB = 3
+"""Of one seed: they share the loading of the model."""
+
+Tell = Callable[[str, str, engines.Done | None], object]
+"""As of a sweep: a job's name, what it is now, and its end."""
+
+
+@dataclass(frozen=True)
+class Benched:
+    """What a bench found."""
+
+    folder: Path
+    bench: Bench
+    results: Results | None
+    """None where no row is complete in every seed."""
+    parts: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+    """By attack and rate, then by row: what each part of the model brings back."""
+    failed: Mapping[str, str]
+    """Job or cell to its error, in one line."""
+    seconds: float
+
+
+def has_twin(bench: Bench) -> bool:
+    """Whether there is a model that never knew: of the taught one, or where a pretrained one is taught here."""
+    return bench.model == "taught" or bench.teach is not None
+
+
+def run(
+    bench: Bench,
+    out: str | Path,
+    *,
+    on: str = "local",
+    processes: int | None = None,
+    fresh: bool = False,
+    tell: Tell | None = None,
+) -> Benched:
+    """Run what is missing of a bench, and gather what is complete.
+
+    `processes` is how many jobs run at once here, by default what cores and GPUs allow. `fresh` removes what the folder
+    holds of a bench first.
+
+    Raises:
+        ValueError: removers or attacks that there are not, an unknown engine.
+        FileExistsError: the folder holds something that is no bench.
+        BlockingIOError: another process runs into the folder.
+    """
+    from relearn_lens.bench.cells import check
+    from relearn_lens.runs.files import as_json, write_whole
+
+    if on not in ENGINES:
+        raise ValueError(f"on = {on!r}: no such engine; known: {', '.join(ENGINES)}")
+    if processes is not None and (processes < 1 or on != "local"):
+        raise ValueError(f"processes = {processes}: one at least, and with on = 'local' alone (Ray counts CPUs itself)")
+    check(bench)
+    if on == "ray":
+        engines.need_ray()
+    folder, begin = Path(out).absolute(), time.monotonic()
+    _check_folder(folder)
+    with locked(folder):
+        if fresh:
+            for name in (TASKS, LOGS, STAGES, CELLS):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        write_whole(folder / ASKED, bench.to_toml().encode())
+        (folder / LOGS).mkdir(exist_ok=True)
+        jobs = []
+        for seed in bench.every_seed:
+            missing = [row for row in _rows(bench) if _index(folder, bench, row, seed) is None]
+            for k in range(0, len(missing), ROWS_A_JOB):
+                rows = missing[k : k + ROWS_A_JOB]
+                name = f"seed {seed}: {', '.join(rows)}"
+                task = folder / TASKS / f"{seed}-{'-'.join(rows)}.json"
+                write_whole(task, as_json({"bench": bench.model_dump(mode="json"), "rows": rows, "seed": seed}))
+                log = folder / LOGS / f"{task.stem}.log"
+                jobs.append(engines.Job(name, task, folder, log, bench.device, bench.threads, verb=VERB, work=_on_ray))
+        failed = _performed(jobs, folder, on, processes, tell) if jobs else {}
+        return gathered(bench, folder, failed, time.monotonic() - begin)
+
+
+def _rows(bench: Bench) -> list[str]:
+    return [*([NEVER] if has_twin(bench) else []), *bench.rows]
+
+
+def _performed(
+    jobs: Sequence[engines.Job], folder: Path, on: str, processes: int | None, tell: Tell | None
+) -> dict[str, str]:
+    failed: dict[str, str] = {}
+    if on == "ray":
+        ends = engines.on_ray(jobs, shared=folder)
+    else:
+        started = (lambda name: tell(name, "started", None)) if tell else None
+        ends = engines.local(jobs, workers=processes or engines.workers_for(jobs), started=started)
+    with stoppable(), contextlib.closing(ends) as ends:
+        for done in ends:
+            if done.error is not None:
+                failed[done.name] = done.error
+            if tell:
+                tell(done.name, "failed" if done.error is not None else "done", done)
+    return failed
+
+
+def _on_ray(job: engines.Job, file: TextIO) -> None:
+    perform(job.settings, job.folder, say=lambda text: file.write(f"{text}\n"))
+
+
+def perform(task: Path, folder: Path, *, say: Callable[[str], object] = print) -> None:
+    """Run one job: some rows of one seed. A row that fails is said at the end, after the others.
+
+    Raises:
+        ValueError: rows that failed, one line each.
+    """
+    import torch
+
+    from relearn_lens.bench.cells import Work
+    from relearn_lens.runs.files import as_json, read_json, write_whole
+    from relearn_lens.runs.stages import Stages
+
+    given = read_json(task)
+    bench, seed = Bench.model_validate(given["bench"]), int(given["seed"])
+    if bench.threads:
+        torch.set_num_threads(bench.threads)
+    work = Work(bench, seed, Stages(folder / STAGES))
+    wrong = []
+    for row in given["rows"]:
+        begin = time.monotonic()
+        try:
+            index = work.cell(row)
+        except (ValueError, FloatingPointError) as error:
+            wrong.append(f"{row}: {error}")
+            continue
+        index |= {"key": _key(bench, row, seed), "seconds": round(time.monotonic() - begin, 1)}
+        write_whole(folder / CELLS / f"{row}@{seed}.json", as_json(index))
+        say(f"seed {seed}, {row}: {index['seconds']:.0f} s")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _key(bench: Bench, row: str, seed: int) -> str:
+    """Hash of all that a cell depends on."""
+    values = bench.model_dump(mode="json", exclude={"rows", "seeds", "draws"})
+    values["first"] = bench.seeds[0]  # where parts are moved
+    values["row"] = bench.rows[row].model_dump(mode="json") if row in bench.rows else None
+    return hashlib.sha256(json.dumps([values, seed], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _index(folder: Path, bench: Bench, row: str, seed: int) -> dict[str, Any] | None:
+    """A cell that is complete; None where it is not, or where it is another bench's."""
+    try:
+        index = json.loads((folder / CELLS / f"{row}@{seed}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index if isinstance(index, dict) and index.get("key") == _key(bench, row, seed) else None
+
+
+def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: float) -> Benched:
+    """What is complete, as numbers, with summary and page written."""
+    from relearn_lens.bench import bench_page
+    from relearn_lens.bench.cells import read_cell
+    from relearn_lens.runs.files import as_json, write_whole
+    from relearn_lens.runs.stages import Stages
+
+    stages: Stages = Stages(folder / STAGES)
+    wrong, cells, parts = dict(failed), {}, {}
+    for row in _rows(bench):
+        for seed in bench.every_seed:
+            index = _index(folder, bench, row, seed)
+            if index is None:
+                if not any(f"seed {seed}:" in name and row in name for name in failed):
+                    wrong[f"{row}@{seed}"] = "not there"
+                continue
+            cells[row, seed], grafts = read_cell(index, stages)
+            for where, each in grafts.items():
+                parts.setdefault(where, {})[row] = each
+    whole = tuple(row for row in bench.rows if all((row, seed) in cells for seed in bench.every_seed))
+    results = None
+    if whole:
+        twin = all((NEVER, seed) in cells for seed in bench.every_seed)
+        results = Results(
+            {at: cell for at, cell in cells.items() if twin or at[0] != NEVER}, whole, tuple(bench.columns),
+            bench.seeds, bench.chooses, bench.bound, bench.draws, twin=twin,
+        )  # fmt: skip
+    benched = Benched(folder, bench, results, parts, wrong, seconds)
+    write_whole(folder / SUMMARY, as_json(bench_page.summary(benched)))
+    if results is not None:
+        write_whole(folder / PAGE, bench_page.render(benched).encode())
+    return benched
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise FileExistsError(f"{str(folder)!r} is a file; choose a folder with --out")
+    if folder.is_dir() and not (folder / ASKED).is_file() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise FileExistsError(f"{str(folder)!r} holds files that are no bench; choose another folder with --out")

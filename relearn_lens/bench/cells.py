@@ -1,0 +1,452 @@
+"""One cell of a bench: a model is removed from, calibrated and attacked; every stage is computed once, by its recipe.
+
+base, never       a pretrained model taught the facts, and its twin (the small taught model is kept in the cache)
+removed           the remover's weights, and what they leave
+calibrated        how far towards them the base's retained ability is kept
+attacked          one attack at one learning rate: what is answered at every checkpoint
+grafted           which part of the model brought it back
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relearn_lens import methods, progress
+from relearn_lens.analysis.matrix import NEVER, Cell, Course, share
+from relearn_lens.bench.plan import Bench, Column, Row
+from relearn_lens.find.localisers import localiser_of
+from relearn_lens.measure.answers import AnswerAccuracy, answer
+from relearn_lens.measure.evaluation import OVERALL
+from relearn_lens.measure.grafting import grafts
+from relearn_lens.methods import Training
+from relearn_lens.models.model import LanguageModel, computing
+from relearn_lens.models.training import train_
+from relearn_lens.neurons.sites import Neurons
+from relearn_lens.neurons.weights import parts
+from relearn_lens.relearn.attack import Attack
+from relearn_lens.relearn.attacks import ATTACKS
+from relearn_lens.remove.calibration import calibrate, mixed_
+from relearn_lens.remove.recipes import Recipe
+from relearn_lens.runs import removals
+from relearn_lens.runs.stages import Stage, StageRecipe, Stages
+from relearn_lens.text.facts import FORGET, RETAIN, Facts, Passage
+from relearn_lens.text.facts.encoded import encode_facts
+
+HELD_OUT = "forget_held_out"
+Weights = Mapping[str, Tensor]
+
+
+def check(bench: Bench) -> None:
+    """Refuse removers, attacks and fields that there are not, before anything is computed.
+
+    Raises:
+        ValueError: all of them, one line each.
+    """
+    wrong = []
+    kinds: tuple[tuple[str, Mapping[str, Any], Callable[[Bench, Any], Any]], ...] = (
+        ("rows", bench.rows, _recipe), ("columns", bench.columns, _attacks),
+    )  # fmt: skip
+    for kind, named, make in kinds:
+        for name, each in named.items():
+            try:
+                make(bench, each)
+            except ValueError as error:
+                wrong.append(f"{kind}.{name}: {error}")
+    if bench.model == removals.TAUGHT and bench.teach is not None:
+        wrong.append("teach: the model 'taught' is taught these facts anyway; leave it out, or name a pretrained model")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _recipe(bench: Bench, row: Row) -> Recipe:
+    kind = None if row.recipe == "auto" else row.recipe
+    removal = removals.recipe_for(bench.model, row.remover, row.fields, kind=kind)
+    if removal.where is not None:
+        localiser_of(removal.where, **row.where)
+    return removal
+
+
+def _attacks(bench: Bench, column: Column) -> dict[str, Attack]:
+    """By learning rate, as it is named (`""` of an attack that has none, or its own)."""
+    if column.attack not in ATTACKS:
+        raise ValueError(f"unknown attack {column.attack!r}; known: {', '.join(ATTACKS)}")
+    kind = ATTACKS[column.attack]
+    if not column.rates:
+        return {"": methods.of(kind, None, column.fields)}
+    if "lr" not in kind.model_fields:
+        raise ValueError(f"{column.attack} trains nothing, so it has no learning rates; leave rates out")
+    return {f"{lr:g}": methods.of(kind, None, {**column.fields, "lr": lr}) for lr in column.rates}
+
+
+@dataclass
+class Work:
+    """The cells of one seed, which share a base and its twin."""
+
+    bench: Bench
+    seed: int
+    stages: Stages
+
+    @cached_property
+    def _subject(self) -> removals.Subject:
+        bench = self.bench
+        subject = removals.subject(bench.model, bench.facts, retain=bench.retain, seed=self.seed)
+        if bench.device != "auto":
+            subject.model.to(bench.device)
+        return subject
+
+    @property
+    def model(self) -> LanguageModel:
+        """The one model that all weights go through."""
+        return self._subject.model
+
+    @property
+    def facts(self) -> Facts:
+        """What it knows."""
+        return self._subject.facts
+
+    @cached_property
+    def base(self) -> Weights:
+        """The weights that everything is removed from."""
+        if self.bench.teach is not None:
+            return self._taught("base", (*FORGET, *RETAIN)).tensors
+        return _copied(self.model.weights())
+
+    @cached_property
+    def never(self) -> Weights | None:
+        """The twin's; None where there is none."""
+        if self.bench.teach is not None:
+            return self._taught(NEVER, RETAIN).tensors
+        return None if self._subject.never is None else _copied(self._subject.never.weights())
+
+    def _taught(self, name: str, roles: Sequence[str]) -> Stage:
+        teach = self.bench.teach
+        assert teach is not None
+        start = self._start
+        recipe = StageRecipe(
+            name,
+            {
+                "weights": removals.weights_sha256(self.model), "facts": self.facts.sha256(), "roles": list(roles),
+                "teach": teach.model_dump(mode="json"), **self._common,
+            },
+        )  # fmt: skip
+
+        def train() -> tuple[dict[str, Any], Weights]:
+            self.model.load_weights(start)
+            text = encode_facts(self.facts, *roles, tokenizer=self.model.tokenizer, context=self.model.context)
+            how = Training(**teach.model_dump())
+            (end,) = list(train_(self.model, text, how, seed=self.seed, what=f"teaching ({name})"))[-1:]
+            return {"loss": end.loss, "steps": end.step}, self.model.weights()
+
+        try:
+            return self.stages.made(recipe, train)
+        finally:
+            self.model.load_weights(start)
+
+    @cached_property
+    def _start(self) -> Weights:
+        return _copied(self.model.weights())
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        where = {"device": self.model.device.type, "precision": self.bench.precision, "threads": self.bench.threads}
+        return {"seed": self.seed, **where}
+
+    @cached_property
+    def _held_out(self) -> tuple[Passage, ...]:
+        return drawn(self.facts, (HELD_OUT,), self.bench.keys, self.bench.wordings, self.seed)
+
+    @cached_property
+    def _retained(self) -> tuple[Passage, ...]:
+        return drawn(self.facts, RETAIN, self.bench.keys, self.bench.wordings, self.seed)
+
+    def _known(self, passages: Sequence[Passage]) -> AnswerAccuracy:
+        if not all(
+            bool(torch.isfinite(value).all()) for value in self.model.weights().values() if value.is_floating_point()
+        ):
+            raise FloatingPointError("weights that are not finite")
+        return answer(self.model, passages, closed=self.facts.answers()).accuracy
+
+    def _sums(self, passages: Sequence[Passage], attack: Attack | None = None) -> Float[np.ndarray, "key 2"]:
+        """Passages answered right and asked, by key in the order of the passages as they are without any attack."""
+        asked = passages if attack is None else attack.asked(passages, self.facts, seed=self.seed)
+        accuracy = self._known(asked)
+        by_key = dict(zip(accuracy.keys, accuracy.sums(OVERALL), strict=True))
+        return np.stack([by_key.get(key, np.zeros(2)) for key in dict.fromkeys(p.key for p in passages)])
+
+    # --- one cell
+
+    def cell(self, name: str) -> dict[str, Any]:
+        """Everything of one row; gives the folders of its stages."""
+        asks = {"held_out": _hash(self._held_out), "retained": _hash(self._retained)}
+        common = {"facts": self.facts.sha256(), **asks, **self._common}
+        at_base = self._made("asked", {**common, "weights": self._sha(self.base)}, lambda: self._asked(self.base))
+        index: dict[str, Any] = {"row": name, "seed": self.seed, "base": self._name(at_base[0])}
+        neurons: Neurons | None = None
+        if name == NEVER:
+            assert self.never is not None
+            start, origin = self.never, self._sha(self.never)
+            left = self._made("asked", {**common, "weights": origin}, lambda: self._asked(start))
+            index |= {"removed": self._name(left[0]), "calibrated": self._name(left[0]), "moved": 1.0}
+        else:
+            row = self.bench.rows[name]
+            removed, stage, neurons = self._removed(row, common)
+            index["removed"] = self._name(removed)
+            calibrated, found = self._calibrated(removed, stage, common)
+            index |= {"calibrated": self._name(calibrated), "moved": found.numbers["moved"]}
+            self.model.load_weights(stage.tensors)
+            mixed_(self.model, self.base, found.numbers["moved"])
+            start, origin = _copied(self.model.weights()), calibrated.digest
+        index["courses"] = {}
+        for column, how in self.bench.columns.items():
+            held = neurons if name != NEVER and self.bench.rows[name].held else None
+            index["courses"][column] = {
+                rate: self._name(self._attacked(start, origin, column, rate, attack, held, common, name)[0])
+                for rate, attack in _attacks(self.bench, how).items()
+            }
+        return index
+
+    def _sha(self, weights: Weights) -> str:
+        self.model.load_weights(weights)
+        return removals.weights_sha256(self.model)
+
+    def _name(self, recipe: StageRecipe) -> str:
+        return self.stages.folder(recipe).name
+
+    def _made(
+        self, kind: str, fields: Mapping[str, Any], make: Callable[[], tuple[Mapping[str, Any], Weights | None]]
+    ) -> tuple[StageRecipe, Stage]:
+        recipe = StageRecipe(kind, fields)
+        return recipe, self.stages.made(recipe, make)
+
+    def _asked(self, weights: Weights) -> tuple[dict[str, Any], Weights]:
+        """What some weights answer."""
+        self.model.load_weights(weights)
+        accuracy = self._known(self._held_out)
+        tensors = {"held_out": self._sums(self._held_out), "retained": self._sums(self._retained)}
+        return {"chance": accuracy.chance(OVERALL)}, {k: torch.from_numpy(v) for k, v in tensors.items()}
+
+    def _removed(self, row: Row, common: Mapping[str, Any]) -> tuple[StageRecipe, Stage, Neurons | None]:
+        """The remover's weights, what they answer, and the neurons that were cut, if any were."""
+        removal = _recipe(self.bench, row)
+        says = {**removals.fields_of(removal), "localiser": row.where, "rounds": row.rounds}
+        if row.rounds > 1:
+            says |= {"repair": row.repair, "repair_lr": row.repair_lr}
+        cut: list[Neurons] = []
+
+        def remove() -> tuple[dict[str, Any], Weights]:
+            self.model.load_weights(self.base)
+            steps = 0
+            for k in range(row.rounds):
+                if k:
+                    self._repaired(row)
+                where = removals.located(self.model, self.facts, removal, row.where, seed=self.seed + k)
+                if isinstance(where, Neurons):
+                    cut.append(where)
+                for pause in removal(self.model, self.facts, where, seed=self.seed + k):
+                    steps += 0 if math.isnan(pause.loss) else pause.step
+            weights = _copied(self.model.weights())
+            numbers, tensors = self._asked(weights)
+            masks = {f"cut.{k}": neurons.mask for k, neurons in enumerate(cut)}
+            site = cut[0].site.name if cut else None
+            return {**numbers, "steps": steps, "site": site}, {
+                **_prefixed("asked.", tensors),
+                **_prefixed("", masks),
+                **_prefixed("w.", weights),
+            }
+
+        recipe, stage = self._made("removed", {**common, "weights": self._sha(self.base), "how": says}, remove)
+        weights = {name[2:]: value for name, value in stage.tensors.items() if name.startswith("w.")}
+        asked = {name[6:]: value for name, value in stage.tensors.items() if name.startswith("asked.")}
+        neurons = None
+        masks = [value for name, value in stage.tensors.items() if name.startswith("cut.")]
+        if masks:
+            from relearn_lens.neurons.sites import site_of
+
+            site = site_of(self.model.bridge, str(stage.numbers["site"]))
+            neurons = Neurons(torch.stack([mask.bool() for mask in masks]).any(0), site)
+        return recipe, Stage({**stage.numbers, "asked": asked}, weights), neurons
+
+    def _repaired(self, row: Row) -> None:
+        """Train on what is to stay, between two rounds."""
+        text = encode_facts(self.facts, *RETAIN, tokenizer=self.model.tokenizer, context=self.model.context)
+        how = Training(steps=(row.repair,), lr=row.repair_lr, schedule="constant", batch_size=32)
+        for _ in train_(self.model, text, how, seed=self.seed, what="repairing"):
+            pass
+
+    def _calibrated(self, removed: StageRecipe, stage: Stage, common: Mapping[str, Any]) -> tuple[StageRecipe, Stage]:
+        """How far towards the removed model the base's retained ability is kept, and what is answered there."""
+        bench = self.bench
+
+        def search() -> tuple[dict[str, Any], Weights]:
+            self.model.load_weights(stage.tensors)
+
+            def ability(model: LanguageModel) -> float:
+                return float(share(self._sums(self._retained).sum(0)))
+
+            best = calibrate(self.model, self.base, ability, tau=bench.tau, points=bench.points)
+            mixed_(self.model, self.base, best.share)
+            numbers, tensors = self._asked(_copied(self.model.weights()))
+            return {
+                **numbers,
+                "moved": best.share,
+                "kept": best.score,
+                "base": best.base,
+                "removed": best.removed,
+            }, tensors
+
+        fields = {**common, "from": removed.digest, "tau": bench.tau, "points": bench.points}
+        return self._made("calibrated", fields, search)
+
+    def _attacked(
+        self, start: Weights, origin: str, column: str, rate: str, attack: Attack, held: Neurons | None,
+        common: Mapping[str, Any], row: str,
+    ) -> tuple[StageRecipe, Stage]:  # fmt: skip
+        """One attack at one learning rate, and on the first reported seed which part of the model brought it back."""
+        bench = self.bench
+        how = {"attack": attack.name, **attack.model_dump(mode="json"), "held": held is not None}
+        first = next((name for name, each in bench.columns.items() if each.rates), None)
+        grafted = bench.grafts and column == first and self.seed == bench.seeds[0] and row != NEVER
+        grafted = grafted and self.seed != bench.chooses and getattr(attack, "lora", None) is None
+        if held is not None and "freeze" in type(attack).model_fields:
+            attack = attack.model_copy(update={"freeze": held})
+
+        def run() -> tuple[dict[str, Any], Weights]:
+            with self._from(start):
+                steps, held_out, retained = [0], [self._sums(self._held_out)], [self._sums(self._retained)]
+                best: tuple[float, Weights] | None = None
+                diverged = False
+                iterator = attack(self.model, self.facts, seed=self.seed)
+                try:
+                    for pause in iterator:
+                        now = self._sums(self._held_out, attack), self._sums(self._retained, attack)
+                        steps.append(max(pause.step, 1))
+                        held_out.append(now[0])
+                        retained.append(now[1])
+                        if grafted and (best is None or share(now[0].sum(0)) > best[0]):
+                            usable = Course(tuple(steps), np.stack(held_out), np.stack(retained)).usable(bench.bound)
+                            if len(steps) - 1 in usable:
+                                best = float(share(now[0].sum(0))), _copied(self.model.weights())
+                except FloatingPointError:
+                    diverged = True
+                finally:
+                    getattr(iterator, "close", lambda: None)()
+                numbers: dict[str, Any] = {"steps": steps, "diverged": diverged}
+                if best is not None:
+                    numbers["grafts"] = self._grafts(start, best[1])
+            tensors = {"held_out": np.stack(held_out), "retained": np.stack(retained)}
+            return numbers, {name: torch.from_numpy(value) for name, value in tensors.items()}
+
+        fields = {**common, "from": origin, "how": how, "grafted": [bench.bound, bench.bands] if grafted else None}
+        with progress.task(f"attacking ({row}, {column} {rate})"):
+            return self._made("attacked", fields, run)
+
+    @contextlib.contextmanager
+    def _from(self, start: Weights) -> Iterator[None]:
+        """Some weights for a while, and again afterwards."""
+        self.model.load_weights(start)
+        try:
+            with computing(self.model, getattr(torch, self.bench.precision)):
+                yield
+        finally:
+            self.model.load_weights(start)
+
+    def _grafts(self, start: Weights, end: Weights) -> list[dict[str, Any]]:
+        """By part, from input to output: what it alone brings back, and what is lost without it."""
+        found = grafts(
+            self.model, start, end, lambda _: {"accuracy": self._known(self._held_out)},
+            parts=parts(self.model, bands=self.bench.bands),
+        )  # fmt: skip
+        rows = []
+        for part in found.parts:
+            enough, needed = found.enough(part), found.needed(part)
+            rows.append(
+                {
+                    "part": part, "enough": enough.value, "enough_low": enough.low, "enough_high": enough.high,
+                    "needed": needed.value, "needed_low": needed.low, "needed_high": needed.high,
+                    "refused": enough.refused,
+                }
+            )  # fmt: skip
+        return rows
+
+
+def read_cell(index: Mapping[str, Any], stages: Stages) -> tuple[Cell, dict[str, list[dict[str, Any]]]]:
+    """A cell from its stages, and its grafts by attack and rate.
+
+    Raises:
+        ValueError: a stage is missing or damaged.
+    """
+
+    def stage(name: str) -> Stage:
+        found = stages.named(name)
+        if found is None:
+            raise ValueError(f"{str(stages.path)!r} lacks the stage {name}; the same command makes it again")
+        return found
+
+    base, removed, calibrated = (stage(index[key]) for key in ("base", "removed", "calibrated"))
+    courses: dict[str, dict[str, Course]] = {}
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for column, rates in index["courses"].items():
+        courses[column] = {}
+        for rate, name in rates.items():
+            one = stage(name)
+            sums = {key: value.numpy() for key, value in one.tensors.items()}
+            steps = tuple(int(step) for step in one.numbers["steps"])
+            courses[column][rate] = Course(steps, sums["held_out"], sums["retained"], bool(one.numbers["diverged"]))
+            if "grafts" in one.numbers:
+                parts[f"{column} {rate}".strip()] = one.numbers["grafts"]
+
+    def sums_of(of: Stage, key: str) -> np.ndarray:
+        return of.tensors[key if key in of.tensors else f"asked.{key}"].numpy()
+
+    kept, removed_kept, calibrated_kept = (
+        float(share(sums_of(of, "retained").sum(0))) for of in (base, removed, calibrated)
+    )
+
+    cell = Cell(
+        index["row"], int(index["seed"]), sums_of(base, "held_out"), sums_of(removed, "held_out"),
+        sums_of(calibrated, "held_out"), kept, removed_kept, calibrated_kept,
+        moved=float(index["moved"]), courses=courses, chance=float(base.numbers["chance"]),
+    )  # fmt: skip
+    return cell, parts
+
+
+def drawn(facts: Facts, roles: Sequence[str], keys: int, wordings: int, seed: int) -> tuple[Passage, ...]:
+    """Statements (or, where there are none, what else is taught) about at most so many keys of each role, in at most so
+    many wordings of each relation."""
+    passages: list[Passage] = []
+    for role in roles:
+        among = facts.keys(role)
+        order = np.random.default_rng(seed).permutation(len(among))[:keys]
+        chosen = {among[i] for i in order}
+        statements = facts.passages(role, forms=("statement",)) or facts.passages(role, forms=("text",))
+        n: dict[tuple[str, str], int] = {}
+        for p in statements:
+            fact = p.key, p.relation
+            if p.key in chosen and n.get(fact, 0) < wordings:
+                n[fact] = n.get(fact, 0) + 1
+                passages.append(p)
+    return tuple(passages)
+
+
+def _hash(passages: Sequence[Passage]) -> str:
+    import hashlib
+
+    return hashlib.sha256("\n".join(p.text for p in passages).encode()).hexdigest()
+
+
+def _copied(weights: Weights) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in weights.items()}
+
+
+def _prefixed(prefix: str, tensors: Weights) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}

@@ -1,0 +1,243 @@
+"""Figures of a bench: removers against ways back, beside the twin that never knew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from relearn_lens.analysis import matrix
+from relearn_lens.analysis.intervals import Estimate
+from relearn_lens.analysis.matrix import NEVER, Results
+from relearn_lens.show.plots.style import INK, NotMeasuredError, dressed, safe
+
+# Okabe-Ito without its yellow, which is not read on white; the twin's green is that of every other figure.
+COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#999999", "#5E3C99")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "hexagon")
+TWIN = "#009E73"
+
+
+def colour_of(results: Results, row: str) -> str:
+    """The colour of a remover in every figure; of the twin, green."""
+    return TWIN if row == NEVER else COLOURS[results.rows.index(row) % len(COLOURS)]
+
+
+def _with(estimate: Estimate | None, between: str = "<br>") -> str:
+    if estimate is None:
+        return "refused"
+    low, high = estimate.interval or (float("nan"), float("nan"))
+    return f"{estimate.value:.2f}{between}[{low:.2f}, {high:.2f}]"
+
+
+def _about(results: Results) -> str:
+    seeds = ", ".join(map(str, results.seeds))
+    level = f"{100 * results.level:.0f} % intervals over keys and seeds"
+    return f"seeds {seeds}; learning rates chosen on seed {results.chooses}; {level}"
+
+
+def bench_matrix(results: Results) -> go.Figure:
+    """How much of what was removed do the attacks bring back?
+
+    A row for every remover, a column for every attack: the share of what calibration left removed that comes back of
+    the half of the facts which the attacker never had, less what the twin gains, with its interval. 0: nothing; 1: all.
+    The first columns are no shares of that: what the model still answers before any attack, and how far calibration
+    let the remover go. A grey cell is refused: nothing was removed beyond noise, or no checkpoint was usable.
+    """
+    rows = list(results.rows)
+    entries = [[matrix.entry(results, row, column) for column in results.columns] for row in rows]
+    values = [[None if e.recovery is None else e.recovery.value for e in line] for line in entries]
+    text = [[_with(e.recovery) for e in line] for line in entries]
+    hover = [
+        [
+            f"{safe(e.row)} under {safe(e.column)} {e.rate}: {_with(e.recovery, ' ')}<br>answers {_with(e.left, ' ')}"
+            + (f"<br>the twin gained {_with(e.twin, ' ')}" if e.twin else "")
+            + (f"<br>{e.why}" if e.why else "")
+            for e in line
+        ]
+        for line in entries
+    ]
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=values, x=[safe(c) for c in results.columns], y=[safe(r) for r in rows], text=text, hovertext=hover,
+        texttemplate="%{text}", hoverinfo="text", zmin=0, zmax=1, colorscale="Oranges", xgap=3, ygap=3,
+        colorbar={"thickness": 10},
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed")
+    height = 170 + 52 * len(rows)
+    return dressed(figure, "What comes back", _about(results), height=height)
+
+
+def bench_curves(results: Results, column: str) -> go.Figure:
+    """How fast does it come back?
+
+    The share of the held-out passages that is answered right against the steps of an attack, each remover at the
+    learning rate that was chosen for it, mean over seeds with its interval; the step axis is logarithmic, 0 is before
+    the attack. The dashed green line is the twin that never knew them, at the rate chosen for it: what it gains is
+    teaching. A hollow marker is a checkpoint at which utility fell by more than the bound on some seed.
+    """
+    figure = go.Figure()
+    rows = [*results.rows, *([NEVER] if (NEVER, results.seeds[0]) in results.cells else [])]
+    n = 0
+    for row in rows:
+        rate = matrix.rate_of(results, row, column)
+        rate = rate if rate is not None else next(iter(results.cells[row, results.seeds[0]].courses[column]))
+        points = matrix.curve(results, row, column, rate)
+        if len(points) < 3:
+            continue
+        n += 1
+        usable = [set(results.cells[row, s].courses[column][rate].usable(results.bound)) for s in results.seeds]
+        steps = [step for step, _ in points]
+        x = [0.5 if step == 0 else step for step in steps]
+        y = [e.value for _, e in points]
+        low = [e.interval[0] if e.interval else e.value for _, e in points]
+        high = [e.interval[1] if e.interval else e.value for _, e in points]
+        colour = colour_of(results, row)
+        figure.add_scatter(
+            x=x + x[::-1], y=high + low[::-1], fill="toself", mode="lines", fillcolor=colour, opacity=0.13,
+            line_width=0, hoverinfo="skip", showlegend=False, legendgroup=row,
+        )  # fmt: skip
+        kept = [i == 0 or all(i in each for each in usable) for i in range(len(points))]
+        name = f"{safe(row)} ({rate})" if rate else safe(row)
+        figure.add_scatter(
+            x=x, y=y, name=name, legendgroup=row, mode="lines+markers",
+            line={"color": colour, "width": 2.5, "dash": "dash" if row == NEVER else "solid"},
+            marker={"size": 8, "symbol": [f"{_marker(results, row)}{'' if each else '-open'}" for each in kept]},
+            customdata=[[s, a, b] for s, a, b in zip(steps, low, high, strict=True)],
+            hovertemplate="step %{customdata[0]}: %{y:.2f} [%{customdata[1]:.2f}, %{customdata[2]:.2f}]"
+            f"<extra>{safe(row)}</extra>",
+        )  # fmt: skip
+    if not n:
+        raise NotMeasuredError(f"{column} has no course to draw: it changes the model once")
+    ticks = sorted(
+        {
+            step
+            for row in rows
+            for rate in results.cells[row, results.seeds[0]].courses[column].values()
+            for step in rate.steps
+        }
+    )
+    figure.update_xaxes(type="log", tickvals=[0.5 if t == 0 else t for t in ticks], ticktext=[str(t) for t in ticks])
+    figure.update_yaxes(range=[-0.03, 1.05])
+    return dressed(
+        figure, f"Held-out facts under {safe(column)}", _about(results), x="steps of the attack",
+        y="held-out answered right",
+    )  # fmt: skip
+
+
+def _marker(results: Results, row: str) -> str:
+    return "circle" if row == NEVER else MARKERS[results.rows.index(row) % len(MARKERS)]
+
+
+def bench_ranks(results: Results) -> go.Figure:
+    """Does the order of removers change once all keep the same ability?
+
+    Each line is a remover: on the left the share of the held-out passages that it leaves answered as it ends, on the
+    right the same once it is taken back towards the base until what was to stay is kept. Rank 1, at the top, leaves
+    least. Lines that cross are removers whose order came from how much else they broke. Kendall's tau is 1 for the same
+    order, -1 for the reverse.
+    """
+    ranking = matrix.ranking(results)
+    if ranking is None:
+        raise NotMeasuredError("a ranking takes three removers")
+    places = [_ranks(ranking.before), _ranks(ranking.after)]
+    figure = go.Figure()
+    for row in results.rows:
+        left = ranking.before[row], ranking.after[row]
+        names = [f"{left[0]:.2f}  ", f"  {left[1]:.2f} {safe(row)}"]
+        figure.add_scatter(
+            x=[0, 1], y=[place[row] for place in places], mode="lines+markers+text", text=names,
+            textposition=["middle left", "middle right"], showlegend=False, name=safe(row),
+            line={"color": colour_of(results, row), "width": 3}, marker={"size": 11},
+            textfont={"color": colour_of(results, row)}, cliponaxis=False,
+            hovertemplate=f"{safe(row)}: %{{text}}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(
+        tickvals=[0, 1], ticktext=["as the remover ends", "at the same ability"], range=[-0.4, 2.3], showgrid=False
+    )
+    figure.update_yaxes(autorange="reversed", tickvals=list(range(1, len(results.rows) + 1)), zeroline=False)
+    note = (
+        f"Kendall's tau {ranking.tau.value:.2f}" if ranking.tau.value == ranking.tau.value else "no order on one side"
+    )
+    if ranking.tau.interval:
+        note += f" [{ranking.tau.low:.2f}, {ranking.tau.high:.2f}] over {ranking.tau.over}"
+    height = 190 + 42 * len(results.rows)
+    return dressed(figure, "Ranks before and after calibration", note, y="rank (1 leaves least)", height=height)
+
+
+def _ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Ranks from 1, lowest first; equal values share theirs."""
+    return {
+        row: 1 + sum(v < value for v in values.values()) + (sum(v == value for v in values.values()) - 1) / 2
+        for row, value in values.items()
+    }
+
+
+def bench_parts(results: Results, parts: Mapping[str, Sequence[Mapping[str, Any]]], about: str) -> go.Figure:
+    """Where in the model did it come back?
+
+    For every part of the model, from the input to the output: the share of what the attack brought back that this part
+    alone brings back, taken from the attacked model and put into the removed one. Bars are intervals over keys. Parts
+    work together, so the shares need not add up to 1; below 0 the part alone makes it worse.
+    """
+    if not parts:
+        raise NotMeasuredError("no attack was usable on the seed where parts are moved")
+    figure = go.Figure()
+    for row, each in parts.items():
+        known = [p for p in each if p["enough"] is not None]
+        if not known:
+            continue
+        values = [p["enough"] for p in known]
+        ends = {
+            end: [p[f"enough_{end}"] if p[f"enough_{end}"] is not None else p["enough"] for p in known]
+            for end in ("low", "high")
+        }
+        figure.add_scatter(
+            x=[safe(p["part"]) for p in known], y=values, name=safe(row), mode="markers+lines",
+            line={"color": colour_of(results, row), "width": 1, "dash": "dot"},
+            marker={"size": 9, "symbol": _marker(results, row), "color": colour_of(results, row)},
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1.2,
+                "array": [high - value for high, value in zip(ends["high"], values, strict=True)],
+                "arrayminus": [value - low for low, value in zip(ends["low"], values, strict=True)],
+            },
+        )  # fmt: skip
+    if not figure.data:
+        raise NotMeasuredError("nothing came back that parts could be asked for")
+    figure.add_hline(y=0, line={"color": INK, "width": 1})
+    return dressed(
+        figure, "Return by part of the model", about, x="part, from input to output", y="share it alone brings back"
+    )
+
+
+def bench_components(results: Results) -> go.Figure:
+    """Do the attacks tell the same story?
+
+    Removed models in the plane of the two directions in which they differ most under all attacks (each attack at each
+    learning rate is one number per model: the most it leaves answered). The arrows are the attacks: those that point
+    the same way bring back the same models. A first axis with nearly all of the variance means that one attack would
+    have told as much as all.
+    """
+    found = matrix.components(results)
+    if found is None:
+        raise NotMeasuredError("it takes three attacks and four models")
+    figure = go.Figure()
+    for row in results.rows:
+        at = [i for i, name in enumerate(found.models) if name.rpartition(" ")[0] == row]
+        figure.add_scatter(
+            x=found.scores[at, 0], y=found.scores[at, 1], mode="markers", name=safe(row),
+            marker={"size": 10, "color": colour_of(results, row), "symbol": _marker(results, row)},
+            text=[safe(found.models[i]) for i in at], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    reach = float(abs(found.scores[:, :2]).max())
+    for k, name in enumerate(found.attacks):
+        x, y = (reach * found.loadings[k, :2]).tolist()
+        figure.add_scatter(
+            x=[0, x], y=[0, y], mode="lines+text", text=["", safe(name)], textposition="top center",
+            line={"color": INK, "width": 1.5}, textfont={"color": INK, "size": 11}, showlegend=False, hoverinfo="skip",
+        )  # fmt: skip
+    three = float(found.explained[:3].sum())
+    sizes = f"{len(found.models)} models, {len(found.attacks)} attacks"
+    note = f"{sizes}; three components have {100 * three:.0f} % of the variance"
+    axes = [f"component {k + 1} ({100 * found.explained[k]:.0f} %)" for k in range(2)]
+    return dressed(figure, "Attacks as directions", note, x=axes[0], y=axes[1])

@@ -1,0 +1,221 @@
+"""A bench: what it asks for, that every stage is computed once, that a killed one goes on, and what it says."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from relearn_lens.__main__ import app
+from relearn_lens.analysis.matrix import NEVER
+from relearn_lens.bench import bench_page, benches, cells
+from relearn_lens.bench.cells import Work, read_cell
+from relearn_lens.bench.plan import PRESETS, bench_of
+from relearn_lens.models import taught
+from relearn_lens.runs import removals
+from relearn_lens.runs.stages import Stages
+from relearn_lens.text.facts import people
+
+SMALL = taught.Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
+SETS = [
+    "seeds=[1]", "chooses=0", "keys=8", "wordings=1", "draws=200", "points=4",
+    'rows={gd={remover="grad_diff", fields={steps=[4], lr=1e-3}}, '
+    'ga={remover="gradient_ascent", fields={steps=[2], lr=3e-4}}, '
+    'cut={remover="prune", rounds=2, repair=2, held=true, fields={where="random", fraction=0.2}}}',
+    'columns={relearn={attack="relearn", rates=[1e-4, 1e-3], fields={steps=[1, 4]}}, quantised={attack="quantised"}}',
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Small facts and models in the place of those of the name `taught`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELEARN_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+        def subject(model, facts, *, retain=None, seed=0):
+            made = people(seed, n=24, forget=8, never=4, animals=4, n_answers=8)
+            whole = taught.load(made, recipe=SMALL)
+            return removals.Subject("taught", whole.model, made, True, whole.never)
+
+        patch.setattr(cells.removals, "subject", subject)
+        patch.setattr(benches.engines, "local", in_process)
+        yield
+
+
+def in_process(jobs, *, workers, started=None):
+    """Jobs one after another, here."""
+    for job in jobs:
+        error = None
+        try:
+            benches.perform(job.settings, job.folder, say=lambda _: None)
+        except ValueError as failed:
+            error = str(failed)
+        yield benches.engines.Done(job.name, error, 0.0)
+
+
+@pytest.fixture(scope="module")
+def benched(small, tmp_path_factory) -> benches.Benched:
+    return benches.run(bench_of("facts-toy", SETS), tmp_path_factory.mktemp("bench") / "b", processes=1)
+
+
+def test_a_bench_gives_every_row_column_and_the_twin(benched):
+    assert benched.failed == {}
+    results = benched.results
+    assert results is not None
+    assert results.rows == ("gd", "ga", "cut")
+    assert results.columns == ("relearn", "quantised")
+    assert {row for row, _ in results.cells} == {"gd", "ga", "cut", NEVER}
+    for cell in results.cells.values():
+        assert list(cell.courses["relearn"]) == ["0.0001", "0.001"]
+        for course in (*cell.courses["relearn"].values(), *cell.courses["quantised"].values()):
+            assert np.array_equal(course.held_out[0], cell.calibrated)
+        assert cell.kept_calibrated >= 0.95 * cell.kept - 1e-9
+        assert 0 <= cell.moved <= 1
+    twin = results.cells[NEVER, 1]
+    assert np.array_equal(twin.calibrated, twin.removed)
+
+
+def test_the_summary_and_the_page_are_written(benched):
+    summary = json.loads((benched.folder / benches.SUMMARY).read_text())
+    assert set(summary["rows"]) == {"gd", "ga", "cut", NEVER}
+    assert summary["rows"][NEVER]["attacks"]["relearn"]["recovery"] is None
+    page = (benched.folder / benches.PAGE).read_text()
+    assert "What this does not say" in page
+
+
+def test_what_is_printed_fits(benched):
+    lines = bench_page.lines(benched)
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert not re.search(r"\berased\b", "\n".join(lines))
+    assert [line.partition(":")[0] for line in lines[1:4]] == ["gd", "ga", "cut"]
+
+
+def test_nothing_is_computed_twice(benched, small, monkeypatch, untouched):
+    """The same again, more seeds of it, or another attack on the same models: removers are not run again."""
+    removed = []
+    plainly = cells.Recipe.__call__
+    monkeypatch.setattr(
+        cells.Recipe, "__call__", lambda self, *a, **k: removed.append(self.remover.name) or plainly(self, *a, **k)
+    )
+    again = benches.run(benched.bench, benched.folder)
+    assert removed == []
+    assert json.dumps(bench_page.summary(again)["rows"]) == json.dumps(bench_page.summary(benched)["rows"])
+    more = bench_of("facts-toy", [*SETS, 'columns.pruned={attack="pruned"}'])
+    wider = benches.run(more, benched.folder)
+    assert removed == []
+    assert wider.results is not None
+    assert wider.results.columns == ("relearn", "quantised", "pruned")
+    other = bench_of("facts-toy", [*SETS, "rows.gd.fields.lr=5e-4"])
+    benches.run(other, benched.folder)
+    assert removed == ["grad_diff", "grad_diff"]  # both seeds
+
+
+def test_a_bench_that_is_stopped_goes_on_and_gives_the_same(benched, small, tmp_path, monkeypatch):
+    plainly, calls = Work._attacked, []
+
+    def stops(self, *args, **keywords):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return plainly(self, *args, **keywords)
+
+    monkeypatch.setattr(Work, "_attacked", stops)
+    with pytest.raises(KeyboardInterrupt):
+        benches.run(benched.bench, tmp_path / "b")
+    again = benches.run(benched.bench, tmp_path / "b")
+    assert bench_page.summary(again)["rows"] == bench_page.summary(benched)["rows"]
+
+
+def test_one_row_that_fails_stops_no_other(benched, small, tmp_path, monkeypatch):
+    plainly = Work.cell
+    monkeypatch.setattr(
+        Work,
+        "cell",
+        lambda self, name: plainly(self, name) if name != "ga" else (_ for _ in ()).throw(ValueError("broke")),
+    )
+    partly = benches.run(benched.bench, tmp_path / "b")
+    assert partly.results is not None
+    assert partly.results.rows == ("gd", "cut")
+    assert any("ga: broke" in why for why in partly.failed.values())
+
+
+def test_a_cell_leaves_nothing_behind(benched, small, untouched):
+    """Weights are the attack's start again: what is asked afterwards is what was asked before."""
+    work = Work(benched.bench, 1, Stages(benched.folder / benches.STAGES))
+    base = work.base
+    index = work.cell("gd")
+    work.model.load_weights(base)
+    cell, _ = read_cell(index, work.stages)
+    assert np.array_equal(work._sums(work._held_out), cell.base)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_benches_whose_names_are_known(name, tmp_path):
+    bench = bench_of(name)
+    cells.check(bench)
+    (tmp_path / "again.toml").write_text(bench.to_toml())
+    assert bench_of(tmp_path / "again.toml") == bench
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (["rows.x.remover=nope"], r"rows\.x: unknown remover 'nope'; known: "),
+        (["columns.x.attack=nope"], r"columns\.x: unknown attack 'nope'; known: "),
+        (['columns.x={attack="quantised", rates=[1e-4]}'], r"quantised trains nothing, so it has no learning rates"),
+        (["rows.npo.fields.nope=1"], r"rows\.npo: npo has no field 'nope'; it has "),
+        (["teach.lr=1e-4"], r"teach: the model 'taught' is taught these facts anyway"),
+    ],
+)
+def test_what_there_is_not_is_refused_before_anything_is_computed(sets, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        benches.run(bench_of("facts-toy", sets), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (["nope=1"], "unknown setting 'nope'; known here: model, facts"),
+        (["rows.npo.nope=1"], r"unknown setting 'rows\.npo\.nope'; known here: remover"),
+        (["seeds=[1,1]"], r"seeds = \[1, 1\], chooses = 0: each seed once"),
+        (["seeds=[0,1]"], "what is chosen on one is reported on others"),
+        (['rows.never={remover="npo"}'], "name 'never': .* which is the twin"),
+        (["tau=2"], "tau = 2: "),
+        (["rows"], "write key=value"),
+    ],
+)
+def test_settings_that_cannot_be_are_said_in_a_line(sets, says):
+    with pytest.raises(ValueError, match=says):
+        bench_of("facts-toy", sets)
+
+
+def test_files_and_presets_that_there_are_not(tmp_path):
+    with pytest.raises(ValueError, match="unknown bench 'nope'; known: facts-toy"):
+        bench_of("nope")
+    with pytest.raises(FileNotFoundError, match="no bench at"):
+        bench_of(tmp_path / "nope.toml")
+    (tmp_path / "own.toml").write_text('preset = "facts-toy"\nseeds = [3]\n[rows.x]\nremover = "npo"\n')
+    assert list(bench_of(tmp_path / "own.toml").rows) == ["x"]
+    (tmp_path / "own.toml").write_text('preset = "nope"\n')
+    with pytest.raises(ValueError, match="preset = 'nope': unknown"):
+        bench_of(tmp_path / "own.toml")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "letter.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match="holds files that are no bench"):
+        benches.run(bench_of("facts-toy"), tmp_path / "b")
+
+
+def test_the_command_prints_the_matrix(benched, small):
+    sets = [part for each in SETS for part in ("--set", each)]
+    result = CliRunner().invoke(app, ["bench", "facts-toy", "--out", str(benched.folder), *sets])
+    assert result.exit_code == 0, result.output
+    assert len(result.output.splitlines()) <= 25
+    assert "gd: " in result.output
+    told = CliRunner().invoke(app, ["bench", "facts-toy", "--out", str(benched.folder), "--json", *sets])
+    assert set(json.loads(told.stdout)["rows"]) == {"gd", "ga", "cut", NEVER}
