@@ -817,11 +817,7 @@ def check_p_value(p_value: Callable) -> None:
     draw = _generator(7)
     spread = torch.randn(99, generator=draw)
     for ours, control in ((0.9, _t([0.1, -0.2, 0.0, 0.3])), (-1.5, spread), (1.2, spread), (0.0, spread)):
-        found = _called(name, p_value, ours, control.clone())
-        if isinstance(found, Tensor) and found.numel() == 1:
-            found = found.item()
-        if not isinstance(found, float | int):
-            raise Wrong(f"{name} must return a number, it returned {_kind(found)}.")
+        found = _number(name, _called(name, p_value, ours, control.clone()))
         n, values = len(control), control.tolist()
         two = sum(abs(c) >= abs(ours) for c in values)
         right = (1 + two) / (1 + n)
@@ -855,6 +851,59 @@ def _ranks(score: Tensor, among: Tensor) -> Tensor:
             for row, mask in zip(score, among, strict=True)
         ]
     )
+
+
+# --- 6 the twin
+
+
+def check_recovered(recovered: Callable) -> None:
+    """Five scores to the share that came back beyond what the twin was taught."""
+    name = "recovered"
+    draw = torch.rand(20, 5, generator=_generator(8), dtype=torch.float64).tolist()
+    drawn = [(1 + a, b, c, d, e) for a, b, c, d, e in draw]
+    for five in ((0.9, 0.1, 0.7, 0.1, 0.3), (0.9, 0.1, 0.9, 0.0, 0.8), *drawn):
+        found = _number(name, _called(name, recovered, *five))
+        whole, removed, attacked, twin, taught = five
+        back, gap = attacked - removed, whole - removed
+        right = (back - (taught - twin)) / gap
+        if math.isclose(found, right, abs_tol=1e-6):
+            continue
+        for value, says in (
+            (back / gap, "That leaves the twin out: what the attack teaches a model that never knew counts as back."),
+            ((attacked - taught) / gap, "Take what the twin *gains*, not where it ends: it may have guessed well "
+             "before the attack, too."),
+            (back - (taught - twin), "That is a gain, not a share: divide by what the removal took."),
+            ((back - (taught - twin)) / whole, "A share of what the removal took, whole - removed, not of the whole "
+             "score."),
+            ((back - (taught - twin)) / (whole - twin), "A share of what the removal took from this model: the gap to "
+             "the twin is another."),
+            (-right, "The wrong way round: what came back is positive."),
+        ):  # fmt: skip
+            if math.isclose(found, value, abs_tol=1e-6):
+                raise Wrong(f"{name}: for {_rounded(five)} it should be {right:.3f}, yours is {found:.3f}. {says}")
+        raise Wrong(f"{name}: for {_rounded(five)} it should be {right:.3f}, yours is {found:.3f}.")
+    for five in ((0.5, 0.5, 0.9, 0.1, 0.2), (0.5, 0.6, 0.9, 0.1, 0.2)):
+        try:
+            found = _number(name, _called(name, recovered, *five))
+        except ZeroDivisionError:
+            found = 0.0
+        if not math.isnan(found):
+            raise Wrong(
+                f"{name}: for {_rounded(five)} the removal took nothing, so there is no share of it; give float('nan')."
+            )
+    _holds("recovered: what the twin gains as well was taught, and did not come back.")
+
+
+def _number(name: str, found: Any) -> float:
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = found.item()
+    if not isinstance(found, float | int):
+        raise Wrong(f"{name} must return a number, it returned {_kind(found)}.")
+    return found
+
+
+def _rounded(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)
 
 
 # --- what the checks share

@@ -788,6 +788,72 @@ print(rl.migration.migration({arm: [path] for arm, path in paths.items()}))
 # sentence gives the move, the control's move on the same neurons, and says that it is a description. With three or more
 # seeds it has an interval and a p-value. `relearn-lens run names` does that on a real model.
 
+# %% [markdown] id=part-6
+# ## Part 6. Came back, or was taught?
+#
+# Training on what was removed brings the score up in *any* model, also in one that never knew. So before a rise is
+# called recovery, the same training goes to a *twin*: the same first weights, the same steps, without what is removed.
+# Here facts are removed, of invented people in two halves. The attacker trains on the one half, T; the other, V, is in
+# no text of his.
+
+# %% [exercise] id=recovered title="6. Came back, or was taught?" level=2 minutes=15
+# Five scores: of the whole model, of the model after the removal, of that after the attack, and of the twin before and
+# after the same attack. Which share of what the removal took is back, **beyond** what the attack teaches the twin?
+# Where the removal took nothing there is no share: give `float("nan")`.
+
+
+# %% [solution] id=recovered
+def recovered(whole: float, removed: float, attacked: float, twin: float, twin_attacked: float) -> float:
+    """Share of what was removed that is back, beyond what the same attack teaches a model that never knew."""
+    if whole <= removed:
+        return float("nan")
+    return ((attacked - removed) - (twin_attacked - twin)) / (whole - removed)
+
+
+# %% [check] id=recovered
+checks.check_recovered(recovered)
+
+# %% [hint] id=recovered-1
+# What the model gains, less what the twin gains; over what the removal took.
+
+# %% [code] id=twin-compare
+people = rl.facts.people(0, n=24, forget=8, never=4, animals=4, n_answers=8)
+small = rl.taught.Recipe(n_layers=2, d_model=32, n_heads=2, d_mlp=64, steps=200, lr=1e-2, batch_size=64)
+pair = rl.taught.load(people, recipe=small)  # a model that was taught all of them, and its twin; seconds
+
+
+def knows(model: rl.LanguageModel) -> dict[str, float]:
+    """Share of the facts of each half that are answered right."""
+    halves = {"T": "forget_attacked", "V": "forget_held_out"}
+    return {
+        half: rl.answer(model, people.passages(role, forms="statement")).accuracy.value("overall")
+        for half, role in halves.items()
+    }
+
+
+scores = {"whole": knows(pair.model)}
+for _ in rl.remove.GradDiff()(pair.model, people, lr=3e-3, steps=(16,), seed=0):
+    pass
+scores |= {"removed": knows(pair.model), "twin": knows(pair.never)}
+for name, model in {"attacked": pair.model, "twin_attacked": pair.never}.items():
+    for _ in rl.relearn.FineTune(lr=1e-3, steps=(32,))(model, people, seed=0):
+        pass
+    scores[name] = knows(model)
+for half in ("T", "V"):
+    five = {name: score[half] for name, score in scores.items()}
+    alone = (five["attacked"] - five["removed"]) / (five["whole"] - five["removed"])
+    print(half, {name: round(value, 2) for name, value in five.items()})
+    print(f"{half}: {alone:.2f} back without a twin, {recovered(**five):.2f} beyond it")
+
+# %% [notice] id=notice-twin
+# **What do you notice?** All of T is back. Was it still there?
+# ---
+# Nothing here says so: the twin, which never saw these people, answers T nearly as well after the same steps. They were
+# *taught*. V is another matter. No text of the attacker holds it, so the twin gains nothing on it (it even stops
+# guessing well, as it learns answers that are not V's); what the model gains was in its weights all along. Hence the
+# rule: remove two halves, attack with one, ask the other, and put the twin beside it. These are eight people and one
+# seed: a description, once more.
+
 # %% [markdown] id=wrap-up minutes=10 title="Wrap-up"
 # ## What to take home
 #
@@ -796,6 +862,7 @@ print(rl.migration.migration({arm: [path] for arm, path in paths.items()}))
 # 2. Every number of the concept arm stands beside the random arm: as many neurons in every layer, the same training.
 # 3. Compare the same neurons on both sides, or pruning alone moves the concept.
 # 4. One seed is a description.
+# 5. What training brings up in a twin that never knew was taught, and did not come back.
 #
 # `checks.check_all(globals())` looks at all of your functions once more.
 

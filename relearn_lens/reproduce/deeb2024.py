@@ -34,6 +34,8 @@ def measure(lab: Lab) -> Iterator[Reading]:
     )
     control = sum(taught) / len(taught) if taught else None
     yield Reading("back", averaged(each), control, f"seed {lab.seed}: {says}")
+    why = "all that the toy knows was taught to it last; it takes a pretrained model"
+    yield Reading("pretrained", float("nan"), note=f"not measured: {why}, its own facts beside some it is taught")
 
 
 PAPER = Paper(

@@ -45,6 +45,8 @@ def measure(lab: Lab) -> Iterator[Reading]:
         for role in ("retain_near", "retain_general")
     }
     yield Reading("neighbours", lost["retain_near"] - lost["retain_general"], lost["retain_general"])
+    why = "a model taught facts from nothing follows no instructions; it takes one that was tuned to, asked the same"
+    yield Reading("prompting", float("nan"), note=f"not measured: {why} behind a prompt that forbids the answers")
 
 
 PAPER = Paper(

@@ -331,7 +331,7 @@ class Reproduction:
 
 PAPERS: tuple[str, ...] = (
     "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024", "uds2026",
-    "bayazit2023", "wang2024dinm", "wang2024concept",
+    "bayazit2023", "wang2024dinm", "wang2024concept", "cloud2024",
 )  # fmt: skip
 """Names, each a module of this package with a `PAPER`."""
 

@@ -88,7 +88,7 @@ def test_notebook_is_valid_and_has_no_outputs(name):
 
 def test_exercises_have_typed_stubs_with_the_solutions_folded_below():
     stubs, solved = ([ast.parse(s).body for s in code_of(name, "-code")] for name in NOTEBOOKS)
-    assert len(stubs) == len(solved) == len(checks.CHECKS) == 14
+    assert len(stubs) == len(solved) == len(checks.CHECKS) == 15
     book = json.loads((HERE / "exercises.ipynb").read_text(encoding="utf-8"))
     folded = "".join("".join(c["source"]) for c in book["cells"] if c["id"].endswith("-help"))
     for (stub,), (solution,) in zip(stubs, solved, strict=True):
@@ -102,9 +102,9 @@ def test_exercises_have_typed_stubs_with_the_solutions_folded_below():
         assert ast.get_docstring(stub)
         assert f"def {stub.name}(" in folded
         assert not [n for n in ast.walk(solution) if isinstance(n, ast.Raise)]
-    assert folded.count("<summary>Hint 1</summary>") == folded.count("<summary>Solution</summary>") == 14
+    assert folded.count("<summary>Hint 1</summary>") == folded.count("<summary>Solution</summary>") == 15
     text = (HERE / "exercises.ipynb").read_text(encoding="utf-8")
-    assert text.count("What do you notice?**") == text.count("<summary>Answer</summary>") == 8
+    assert text.count("What do you notice?**") == text.count("<summary>Answer</summary>") == 9
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_checks_refuse_every_stub(capsys):
     assert "✔" not in capsys.readouterr().out
     checks.check_all(stubs)
     checks.check_all({})
-    assert capsys.readouterr().out.count("✘") == 28
+    assert capsys.readouterr().out.count("✘") == 30
 
 
 def test_solutions_run_and_every_check_passes():
@@ -192,6 +192,11 @@ def test_solutions_run_and_every_check_passes():
     assert held > 0.9 > left
     assert "planted: 1.00 of F1 lost, p = 0.05 of 19 random sets" in said
     assert "this is a description, not a finding" in said
+    (alone_t, beyond_t), (_, beyond_v) = (
+        map(float, each) for each in re.findall(r"[TV]: (\S+) back without a twin, (\S+) beyond it", said)
+    )
+    assert alone_t > 0.9
+    assert beyond_t < 0.3 < beyond_v
 
 
 def test_a_wrong_answer_is_shown_without_a_traceback():
@@ -631,6 +636,18 @@ WRONG = {
         (lambda x, c: 1 - (1 + int((c.abs() >= abs(x)).sum())) / (1 + len(c)), "The wrong way round"),
         (lambda x, c: 0.5, "it should be 0.200, yours is 0.500"),
         (lambda x, c: None, "must return a number, it returned None"),
+    ],
+    "recovered": [
+        (lambda w, r, a, n, t: (a - r) / (w - r), "it should be 0.500, yours is 0.750. That leaves the twin out"),
+        (lambda w, r, a, n, t: (a - t) / (w - r), "Take what the twin .gains., not where it ends"),
+        (lambda w, r, a, n, t: (a - r) - (t - n), "That is a gain, not a share"),
+        (lambda w, r, a, n, t: ((a - r) - (t - n)) / w, "not of the whole score"),
+        (lambda w, r, a, n, t: ((a - r) - (t - n)) / (w - n), "the gap to the twin is another"),
+        (lambda w, r, a, n, t: ((t - n) - (a - r)) / (w - r), "The wrong way round"),
+        (lambda w, r, a, n, t: 0.25, "it should be 0.500, yours is 0.250"),
+        (lambda w, r, a, n, t: ((a - r) - (t - n)) / (w - r), "the removal took nothing"),
+        (lambda w, r, a, n, t: ((a - r) - (t - n)) / (w - r) if w != r else 0.0, "the removal took nothing"),
+        (lambda w, r, a, n, t: None, "must return a number, it returned None"),
     ],
 }  # fmt: skip
 
