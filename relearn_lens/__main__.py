@@ -131,15 +131,15 @@ def sweep(
     """
     from relearn_lens.bench import sweeps
 
-    asked = sweeps.read(file)
-    folder = out or sweeps.folder_of(asked)
+    plan = sweeps.read(file)
+    folder = out or sweeps.folder_of(plan)
     if dry:
-        print(f"{len(asked.cells)} cells > {folder}", *(cell.name for cell in asked.cells), sep="\n")
+        print(f"{len(plan.cells)} cells > {folder}", *(cell.name for cell in plan.cells), sep="\n")
         return
-    say = _sweeping(len(asked.cells), sys.stderr if json else sys.stdout)
-    say(f"{len(asked.cells)} cells over {', '.join(asked.keys)} > {folder}")
+    say = _sweeping(len(plan.cells), sys.stderr if json else sys.stdout)
+    say(f"{len(plan.cells)} cells over {', '.join(plan.keys)} > {folder}")
     try:
-        swept = sweeps.run(asked, out, on=on, workers=workers, fresh=fresh, tell=say)
+        swept = sweeps.run(plan, out, on=on, workers=workers, fresh=fresh, tell=say)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -345,15 +345,15 @@ def compare(
     """Print a finished run beside the numbers of the paper's release, with differences."""
     from relearn_lens.runs import published, store
 
-    found = published.compare(store.load_run(run))
+    comparison = published.compare(store.load_run(run))
     if json:
         from json import dumps
 
-        print(dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        print(dumps(comparison.to_dict(), indent=1, ensure_ascii=False))
         return
-    print(found)
+    print(comparison)
     print()
-    for title, header, rows in published.comparison_tables(found):
+    for title, header, rows in published.comparison_tables(comparison):
         _table(title, header, rows)
 
 
@@ -396,9 +396,9 @@ def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     """Hash the files of a finished run, and its inputs where they are here, again; exit 1 if any is not what it was."""
     from relearn_lens.runs import verify
 
-    found = verify.verify(run)
-    print("\n".join(verify.report_of(run, found, verify.checked(run))))
-    raise typer.Exit(any(finding.is_wrong for finding in found))
+    checks = verify.verify(run)
+    print("\n".join(verify.report_of(run, checks, verify.checked(run))))
+    raise typer.Exit(any(finding.is_wrong for finding in checks))
 
 
 @app.command()
@@ -555,9 +555,9 @@ def _removers_table(folder: Path, seeds: str, only: str) -> None:
         numbers = [int(each) for each in seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds {seeds!r}: write numbers, such as 0,1,2") from None
-    asked = removals.cells(folder, numbers, [name.strip() for name in only.split(",") if name.strip()])
+    cells = removals.cells(folder, numbers, [name.strip() for name in only.split(",") if name.strip()])
     every = []
-    for cell in asked:
+    for cell in cells:
         every.append(cell)
         done = "kept" if cell.cached else "done" if cell.seconds is None else f"done in {cell.seconds:.0f} s"
         print(f"{cell.name}, seed {cell.seed}: {done}", flush=True)
@@ -815,8 +815,8 @@ def _print_removed(method: str, subject: Subject, removal: Recipe, done: Removed
     """What was known before and after, in a few lines."""
     from relearn_lens.show import tables
 
-    said = ", ".join(f"{name} {_short(value)}" for name, value in removal.told().items())
-    _prose(f"{method} on {subject.name}, {subject.facts.name}: {said or 'no fields'}")
+    chosen = ", ".join(f"{name} {_short(value)}" for name, value in removal.told().items())
+    _prose(f"{method} on {subject.name}, {subject.facts.name}: {chosen or 'no fields'}")
     steps = f"{done.pause.step} steps, " if done.pause.step else ""
     _prose(f"moved: {done.where}; {steps}{done.seconds:.0f} s")
     _table("before > after", *tables.answer_rows(done.before, done.after), piped=80)
@@ -947,16 +947,16 @@ def _print_claims(result: Run) -> None:
     """The paper's claims, beside their controls."""
     from relearn_lens.runs import findings
 
-    found = findings.claims_of(result)
-    if found:
+    claims = findings.claims_of(result)
+    if claims:
         print()
-        header, rows = findings.claims_rows(found)
+        header, rows = findings.claims_rows(claims)
         shown = [k for k, name in enumerate(header) if name not in ("claim", "concept", "control")]
         _table(
             "claims of the paper, against the controls", [header[k] for k in shown],
             [[row[k] for k in shown] for row in rows], piped=80,
         )  # fmt: skip
-        for claim in found:
+        for claim in claims:
             _prose(f"{claim.id}. {claim.says}: {claim.verdict}. {claim.why}")
         _prose(findings.CORRECTED)
 

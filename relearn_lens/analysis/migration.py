@@ -92,12 +92,12 @@ def saliency_by_layer(arm: Trajectory, selection: Selection = "matched") -> dict
     construction, so with the last two the concept seems to move to early layers even if nothing moves.
     """
     before, later = sides(arm.matched(), arm.survivors(), selection)
-    found = {}
+    by_stage = {}
     for stage, snapshot in arm.snapshots.items():
         chosen = before if stage == BASE else later
         ranked = snapshot.saliency.by_rank(None if selection == "published" else chosen)
-        found[stage] = (ranked if chosen is None else ranked.where(chosen.mask, torch.nan)).nanmean(1).tolist()
-    return found
+        by_stage[stage] = (ranked if chosen is None else ranked.where(chosen.mask, torch.nan)).nanmean(1).tolist()
+    return by_stage
 
 
 @dataclass(frozen=True)
@@ -173,20 +173,20 @@ class Migration:
             return (
                 f"At base or stage {self.stage}, {what} is 0 in all of these neurons, so there is no move to speak of."
             )
-        said = (
+        text = (
             f"From base to stage {self.stage}, {what} moved by {self.moved.concept.value:+.3f} of the model's depth "
             f"({_SAYS[self.selection]})"
         )
         gap, theirs = self.moved.gap, self.moved.control
         if gap is None or theirs is None or not math.isfinite(theirs.value):
-            return f"{said}; without a control arm to compare with this is not evidence of a move."
-        said += f", and by {theirs.value:+.3f} in the {self.control} arm"
+            return f"{text}; without a control arm to compare with this is not evidence of a move."
+        text += f", and by {theirs.value:+.3f} in the {self.control} arm"
         if self.selection != "matched":
-            return f"{said}; pruning alone makes such a move, so this comparison is not evidence of one."
+            return f"{text}; pruning alone makes such a move, so this comparison is not evidence of one."
         if gap.interval is None:
-            return f"{said}; {gap.over}, so this is a description, not a finding."
+            return f"{text}; {gap.over}, so this is a description, not a finding."
         verdict = "beyond" if gap.excludes(0) else "within"
-        said += (
+        text += (
             f"; the difference, {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], is {verdict} noise over {gap.over} "
             f"(sign-flip p = {gap.p:.2g})."
         )
@@ -195,7 +195,7 @@ class Migration:
             change = self.share[layer].gap if layer is not None else None
             if change is not None and change.excludes(0):
                 clear.append(f"layer {layer} {verb} most ({100 * change.value:+.1f} % of the saliency)")
-        return f"{said} Beside the {self.control} arm, {' and '.join(clear)}." if clear else said
+        return f"{text} Beside the {self.control} arm, {' and '.join(clear)}." if clear else text
 
 
 _SAYS = {
@@ -268,7 +268,7 @@ def migration(
     share = {
         name: beside(lambda f, i=i: float(f.share[i]), bonferroni(level, len(layers))) for i, name in enumerate(layers)
     }
-    change = {name: (found.gap or found.concept).value for name, found in share.items()}
+    change = {name: (shares.gap or shares.concept).value for name, shares in share.items()}
     to, from_ = max(change, key=lambda name: change[name]), min(change, key=lambda name: change[name])
     return Migration(
         concept=name_of(ours[0]),
@@ -297,18 +297,18 @@ class _Followed(NamedTuple):
 def _compared(ours: Sequence[float], theirs: Sequence[float] | None, level: float) -> Compared:
     """Concept and control, with intervals if there are seeds enough."""
 
-    def told(found: Estimate) -> Estimate:
+    def told(beside: Estimate) -> Estimate:
         if len(ours) >= FEWEST_SEEDS:
-            return found
+            return beside
         over = ONE_SEED if len(ours) == 1 else f"{len(ours)} training seeds: too few for an interval"
-        return Estimate(found.value, math.nan, math.nan, over, n=len(ours))
+        return Estimate(beside.value, math.nan, math.nan, over, n=len(ours))
 
     control = None if theirs is None else told(over_seeds(theirs, level=level))
     gap = None
     if theirs is not None:
-        found = beside_control(ours, [[value] for value in theirs], level)
+        beside = beside_control(ours, [[value] for value in theirs], level)
         over = f"{len(ours)} seeds and the spread of the control"
-        gap = told(replace(found.effect, p=found.p_flips, over=over, n=len(ours)))
+        gap = told(replace(beside.effect, p=beside.p_flips, over=over, n=len(ours)))
     return Compared(told(over_seeds(ours, level=level)), control, gap)
 
 

@@ -151,17 +151,17 @@ def priming(
         return np.divide((weight * a * b).sum(-1), spread, out=np.full(len(weight), np.nan), where=spread > 1e-12)
 
     a, b = (side[0] for side in ranks(np.ones((1, n))))
-    found = over_neurons(correlation, then, groups=layer, weighted=True, level=level, draws=draws, seed=seed)
-    found = replace(found, p=_shuffled(a, b, layer, draws, seed))
+    correlated = over_neurons(correlation, then, groups=layer, weighted=True, level=level, draws=draws, seed=seed)
+    correlated = replace(correlated, p=_shuffled(a, b, layer, draws, seed))
     if before is None:
-        return Priming(found, None, 0, n, within_layer)
+        return Priming(correlated, None, 0, n, within_layer)
 
     chosen = Neurons(mask, after.site)
     k = max(1, round(n / 10)) if k is None else k
     new = heirs(before, after, k, chosen).mask[mask].numpy()
     rest = ~top_of(before, k, chosen).mask[mask].numpy()  # the others who could have become heirs
     auroc = _auroc(then[rest], new[rest], layer[rest], level=level, draws=draws, seed=seed)
-    return Priming(found, auroc, int(new.sum()), n, within_layer)
+    return Priming(correlated, auroc, int(new.sum()), n, within_layer)
 
 
 def _auroc(
@@ -179,9 +179,9 @@ def _auroc(
     one = np.ones((1, len(x)))
     if not len(x) or np.isnan(chance(one)).all():
         return None
-    found = over_neurons(chance, x, groups=layer, weighted=True, level=level, draws=draws, seed=seed)
+    auroc = over_neurons(chance, x, groups=layer, weighted=True, level=level, draws=draws, seed=seed)
     centred = (below(one) - _total(one, layer) / 2)[0]
-    return replace(found, p=_shuffled(centred, heir.astype(float), layer, draws, seed))
+    return replace(auroc, p=_shuffled(centred, heir.astype(float), layer, draws, seed))
 
 
 def _total(weight: np.ndarray, layer: np.ndarray) -> np.ndarray:

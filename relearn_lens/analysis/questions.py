@@ -96,14 +96,14 @@ class Question:
 def family(questions: Sequence[Question]) -> list[Question]:
     """The questions with p-values corrected together (Holm); a verdict that does not survive that says so."""
     tested = [i for i, each in enumerate(questions) if each.p is not None]
-    found = list(questions)
+    corrected = list(questions)
     for i, p in zip(tested, holm([questions[i].p or 0.0 for i in tested]), strict=True):
-        one = replace(found[i], p_holm=p)
+        one = replace(corrected[i], p_holm=p)
         if one.verdict in ("supported", "reversed") and p > 1 - RULES["level"].value + 1e-12:
             but = f"; it does not survive Holm's correction for {len(tested)} questions (p = {p:.2g})."
             one = replace(one, says=one.says.removesuffix(".") + but, decide=_MORE_SEEDS)
-        found[i] = one
-    return found
+        corrected[i] = one
+    return corrected
 
 
 _MORE_SEEDS = "more training seeds"
@@ -182,16 +182,16 @@ def specific(seeds: Sequence[Cuts], concept: str, other: str | None) -> Question
         sets = [selective(each, state) for each in seeds for state in getattr(each, name)]
         if sets:
             beside[f"{name} random sets"] = float(np.mean(sets))
-    said = (
+    says = (
         f"The cut took {beside['concept lost']:.0%} of the margin of {concept!r}, {np.mean(ours):+.0%} against "
         f"bystanders; random sets {np.mean(np.concatenate(theirs)):+.0%}"
     )
     if other is None or any(each.other is None for each in seeds):
-        found = _answer(key, asks, said, test, bar, _MORE_DRAWS, beside)
-        if found.verdict != "supported":
-            return found
-        why = f"{said}; without a second concept's set the dissociation is single."
-        return replace(found, verdict="undecided", says=why, p=None, decide="a second concept with 30 spans or more")
+        answer = _answer(key, asks, says, test, bar, _MORE_DRAWS, beside)
+        if answer.verdict != "supported":
+            return answer
+        why = f"{says}; without a second concept's set the dissociation is single."
+        return replace(answer, verdict="undecided", says=why, p=None, decide="a second concept with 30 spans or more")
 
     def apart(each: Cuts) -> float:
         theirs = each.other or {}
@@ -202,8 +202,8 @@ def specific(seeds: Sequence[Cuts], concept: str, other: str | None) -> Question
 
     double = _over([apart(each) for each in seeds], RULES["dissociates"].value)
     beside["double dissociation"] = double.effect.value
-    said += f"; each of the two sets costs its own concept {double.effect.value:+.0%} more than the other set does"
-    return _answer(key, asks, said, _both(test, double), bar, _MORE_DRAWS, beside)
+    says += f"; each of the two sets costs its own concept {double.effect.value:+.0%} more than the other set does"
+    return _answer(key, asks, says, _both(test, double), bar, _MORE_DRAWS, beside)
 
 
 def _lost(base: Mapping[str, Outcome], state: Mapping[str, Outcome], label: str) -> float:
@@ -300,11 +300,11 @@ def returns(seeds: Sequence[Back]) -> Question:
     for share in (0.5, 0.9):
         each = [steps_to(one.concept, one.base.margin, share) for one in seeds]
         beside[f"steps to {share:.0%}"] = ", ".join(map(str, each))
-    said = (
+    says = (
         f"{test.effect.value:.0%} of the lost margin is back after {seeds[0].concept.steps[-1]} steps; half of the "
         f"base margin after {beside['steps to 50%']} and 90 % after {beside['steps to 90%']} steps"
     )
-    return _answer(key, asks, said, test, bar, "more training seeds, or longer retraining", beside)
+    return _answer(key, asks, says, test, bar, "more training seeds, or longer retraining", beside)
 
 
 def sooner(seeds: Sequence[Back]) -> Question:
@@ -346,12 +346,12 @@ def sooner(seeds: Sequence[Back]) -> Question:
         beside[f"steps to {share:.0%}"] = ", ".join(f"{a} against {b}" for a, b in pairs)
         ratios = [saved(a, b) for a, b in pairs]
         beside[f"savings at {share:.0%}"] = ", ".join("none" if r is None else f"{r[1]} {r[0]:.1f} x" for r in ratios)
-    said = (
+    says = (
         f"Over the {common} steps that both have, the margin is {np.mean(ours):.0%} of base in the concept arm and "
         f"{np.mean(theirs):.0%} in the never twin (steps to 90 %: {beside['steps to 90%']})"
     )
-    found = _answer(key, asks, said, test, bar, "more training seeds, or more steps between 0 and 90 %", beside)
-    return replace(found, control=over_seeds(theirs, level=RULES["level"].value))
+    answer = _answer(key, asks, says, test, bar, "more training seeds, or more steps between 0 and 90 %", beside)
+    return replace(answer, control=over_seeds(theirs, level=RULES["level"].value))
 
 
 def _mean_margin(curve: Curve, steps: Sequence[int]) -> float:
@@ -413,11 +413,11 @@ def where(seeds: Sequence[Grafts], at: str = "") -> Question:
     alone = _against(enough[part], control, bar)
     both = _both(alone, _over(needed[part], RULES["needed"].value))
     is_enough, is_needed = alone.verdict, verdict_of(_over(needed[part], RULES["needed"].value).effect, bar)
-    said = (
+    says = (
         f"{part} alone brings back {np.mean(enough[part]):.0%} (control grafts at most {np.mean(control):.0%}), and "
         f"without it {np.mean(needed[part]):.0%} is lost"
     )
-    said += {
+    says += {
         ("supported", "supported"): f": it sits in {part}",
         ("supported", "not supported"): f": {part} is enough, and not needed",
         ("not supported", "supported"): f": no part is enough, and {part} is needed",
@@ -427,7 +427,7 @@ def where(seeds: Sequence[Grafts], at: str = "") -> Question:
         for name in parts
         for kind, t in (("enough", enough), ("needed", needed))
     }
-    return _answer(key, asks, said, both, bar, "more training seeds, or a finer cut into parts", beside)
+    return _answer(key, asks, says, both, bar, "more training seeds, or a finer cut into parts", beside)
 
 
 # --- in the same neurons, or others?
@@ -466,7 +466,7 @@ def same(seeds: Sequence[Again]) -> Question:
     ours = [taken(each, each.again) for each in seeds]
     theirs = [[taken(each, margin) for margin in each.random] for each in seeds]
     test = _against(ours, theirs, bar)
-    said = (
+    says = (
         f"Cutting the old neurons again takes {np.mean(ours):.0%} of what came back, random sets "
         f"{np.mean(np.concatenate(theirs)):.0%}"
     )
@@ -474,13 +474,13 @@ def same(seeds: Sequence[Again]) -> Question:
     old = [(each.old, each.old_by_chance) for each in seeds if each.old is not None]
     if old:
         beside["old neurons found again"] = float(np.mean([share for share, _ in old]))
-        said += f"; {beside['old neurons found again']:.0%} of the neurons found now are old ones"
+        says += f"; {beside['old neurons found again']:.0%} of the neurons found now are old ones"
         chance = [share for _, share in old if share is not None]
         if chance:
             beside["by chance"] = float(np.mean(chance))
-            said += f" ({beside['by chance']:.0%} by chance)"
-    said += {"supported": ": the same neurons", "not supported": ": others"}.get(test.verdict, "")
-    return _answer(key, asks, said, test, bar, _MORE_DRAWS, beside)
+            says += f" ({beside['by chance']:.0%} by chance)"
+    says += {"supported": ": the same neurons", "not supported": ": others"}.get(test.verdict, "")
+    return _answer(key, asks, says, test, bar, _MORE_DRAWS, beside)
 
 
 # --- were the heirs primed, and do they mix meanings?
@@ -526,8 +526,8 @@ def _beyond_arms(key: str, asks: str, what: str, seeds: Sequence[Heirs]) -> Ques
     # Pooled by seed, what the arms differ by widens the interval: far enough out is beyond each of them.
     test = _against(ours, list(zip(*arms.values(), strict=True)), bar)
     beside = ", ".join(f"{np.mean(values):.3f} in the {name} arm" for name, values in arms.items())
-    said = f"{what} {np.mean(ours):.3f} in the concept arm, {beside}"
-    return _answer(key, asks, said, test, bar, _MORE_SEEDS, {name: float(np.mean(v)) for name, v in arms.items()})
+    says = f"{what} {np.mean(ours):.3f} in the concept arm, {beside}"
+    return _answer(key, asks, says, test, bar, _MORE_SEEDS, {name: float(np.mean(v)) for name, v in arms.items()})
 
 
 # --- the rule
@@ -552,20 +552,20 @@ def _over(values: Sequence[float], bar: float) -> _Test:
     level = RULES["level"].value
 
     def effect(shift: float) -> Estimate:
-        found = over_seeds(np.subtract(values, shift), level=level)
+        mean = over_seeds(np.subtract(values, shift), level=level)
         error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-        if found.interval is None or error <= 1e-9 * max(1.0, float(np.abs(values).max())):
-            return Estimate(found.value, math.nan, math.nan, f"{len(values)} seeds without any spread", n=found.n)
-        return replace(found, p=2 * float(st.t.sf(abs(found.value) / error, len(values) - 1)))
+        if mean.interval is None or error <= 1e-9 * max(1.0, float(np.abs(values).max())):
+            return Estimate(mean.value, math.nan, math.nan, f"{len(values)} seeds without any spread", n=mean.n)
+        return replace(mean, p=2 * float(st.t.sf(abs(mean.value) / error, len(values) - 1)))
 
     return _tested(effect, None, bar)
 
 
 def _tested(effect: Callable[[float], Estimate], control: Estimate | None, bar: float) -> _Test:
     """Verdict and p-value, the latter of an effect no further out than the bar on the side on which it is."""
-    found = effect(0.0)
-    p = effect(math.copysign(bar, found.value)).p if abs(found.value) > bar else 1.0
-    return _Test(found, control, verdict_of(found, bar), None if found.interval is None else p)
+    gap = effect(0.0)
+    p = effect(math.copysign(bar, gap.value)).p if abs(gap.value) > bar else 1.0
+    return _Test(gap, control, verdict_of(gap, bar), None if gap.interval is None else p)
 
 
 def _both(first: _Test, second: _Test) -> _Test:
@@ -582,7 +582,7 @@ def _both(first: _Test, second: _Test) -> _Test:
 
 
 def _answer(
-    key: str, asks: str, said: str, test: _Test, bar: float, decide: str, beside: Mapping[str, float | str]
+    key: str, asks: str, says: str, test: _Test, bar: float, decide: str, beside: Mapping[str, float | str]
 ) -> Question:
     """The question with its verdict."""
     effect = test.effect
@@ -593,7 +593,7 @@ def _answer(
         reach = f" ({effect}, Student's t, {effect.over})"
     open_ = verdict in ("inconclusive", "undecided")
     return Question(
-        key, asks, verdict, f"{said}{reach}.", effect, test.control, bar, decide if open_ else "", test.p, None, beside
+        key, asks, verdict, f"{says}{reach}.", effect, test.control, bar, decide if open_ else "", test.p, None, beside
     )
 
 
@@ -613,7 +613,7 @@ def _few(key: str, asks: str, bar: float, n: int) -> Question | None:
 def _within_noise(key: str, asks: str, bar: float, values: Numbers, what: str) -> Question | None:
     """Undecided where a denominator is not above 0 beyond noise, or None."""
     each = np.asarray(values, dtype=float)
-    found = over_seeds(each, level=RULES["level"].value)
-    if (each > 0).all() and found.low > 0:
+    mean = over_seeds(each, level=RULES["level"].value)
+    if (each > 0).all() and mean.low > 0:
         return None
-    return _undecided(key, asks, bar, f"{what} ({found}) is within noise", "a larger cut, or more seeds")
+    return _undecided(key, asks, bar, f"{what} ({mean}) is within noise", "a larger cut, or more seeds")

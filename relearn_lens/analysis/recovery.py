@@ -255,10 +255,10 @@ def savings(
 def _to_be_had(arms: Sequence[Arm], unpruned: Sequence[Arm] | None, stages: Sequence[str]) -> list[list[Scores]]:
     """Per arm what there is to be had at each stage: the scores of the unpruned arm of its seed, else of its base."""
     by_seed = {arm.seed: arm for arm in unpruned or ()}
-    found = []
+    reachable = []
     for arm in arms:
         if not unpruned:
-            found.append([arm[BASE].scores] * len(stages))
+            reachable.append([arm[BASE].scores] * len(stages))
             continue
         other = by_seed.get(arm.seed)
         if other is None or (missing := [stage for stage in stages if stage not in other.stages]):
@@ -267,8 +267,8 @@ def _to_be_had(arms: Sequence[Arm], unpruned: Sequence[Arm] | None, stages: Sequ
                 f"recovery beside the unpruned arm needs it at the same seeds and stages, found no {which}; unpruned "
                 f"seeds: {', '.join(map(str, by_seed))}"
             )
-        found.append([other[stage].scores for stage in stages])
-    return found
+        reachable.append([other[stage].scores for stage in stages])
+    return reachable
 
 
 @dataclass(frozen=True)

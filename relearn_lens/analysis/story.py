@@ -114,7 +114,9 @@ def _against_random(arms: Mapping[str, Sequence[Trajectory]], label: Label, last
             apart.append(f"{abs(gap.value):.2f} {scores.worse if gap.value < 0 else scores.better} it {when}")
         else:
             alike.append(when)
-    verdicts = [f"{verb} {_listed(said)}" for verb, said in (("is", apart), ("does not differ from it", alike)) if said]
+    verdicts = [
+        f"{verb} {_listed(labels)}" for verb, labels in (("is", apart), ("does not differ from it", alike)) if labels
+    ]
     over = f"{len(concept)} seeds by Student's t" if len(concept) >= FEWEST_SEEDS else gap.over
     noise = f"{100 * level:g} % intervals over {over}, corrected for {len(stages)} comparisons"
     if len(concept) < FEWEST_SEEDS:
@@ -150,14 +152,14 @@ def _where(arms: Mapping[str, Sequence[Trajectory]], last: str, level: float) ->
     if not np.isfinite(mine):
         return "No neuron survived, so there is nowhere for the concept to have moved."
     way = "later" if mine > 0 else "earlier"
-    said = (
+    text = (
         f"Among the neurons that survived, the concept's saliency moved by {abs(mine):.3f} of the model's depth "
         f"towards {way} layers"
         if abs(mine) >= 0.0005
         else "Among the neurons that survived, the concept's saliency stayed at its depth"
     )
     if not controls:
-        return f"{said}; without a control arm this is not evidence of a move."
+        return f"{text}; without a control arm this is not evidence of a move."
     beside = " and ".join(f"{value:+.3f} in the {name} arm" for name, value in controls.items())
     beside = f"the same neurons: {beside}"
     if any(value * mine > 0 and abs(value) >= abs(mine) / 2 for value in controls.values()):
@@ -170,7 +172,7 @@ def _where(arms: Mapping[str, Sequence[Trajectory]], last: str, level: float) ->
             if all(clear)
             else f"the difference from the controls is within noise over {n} seeds"
         )
-    return f"{said} ({beside}): {verdict}."
+    return f"{text} ({beside}): {verdict}."
 
 
 def _half(arms: Sequence[Trajectory], label: Label, unpruned: Sequence[Trajectory] | None, **interval) -> str:

@@ -154,9 +154,9 @@ def _why(code: int, log: Path, at: int) -> str:
     with log.open("rb") as file:
         file.seek(at)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    said = [k for k, line in enumerate(lines) if line.startswith("error: ")]
-    if said:
-        return "; ".join(line.removeprefix("error: ") for line in lines[said[-1] :])
+    errors = [k for k, line in enumerate(lines) if line.startswith("error: ")]
+    if errors:
+        return "; ".join(line.removeprefix("error: ") for line in lines[errors[-1] :])
     return lines[-1] if lines else f"exit code {code}"
 
 
@@ -318,11 +318,11 @@ def _check_nodes(ray: Any, shared: Path) -> None:
     wrong = []
     try:
         look = ray.remote(num_cpus=0, max_retries=3)(_look)
-        asked = {}
+        node_of = {}
         for node in _alive(ray):
             there = on_node(node_id=node["NodeID"], soft=False)
-            asked[look.options(scheduling_strategy=there).remote(str(token))] = node
-        for ref, node in asked.items():
+            node_of[look.options(scheduling_strategy=there).remote(str(token))] = node
+        for ref, node in node_of.items():
             name = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
             try:
                 sees, versions = ray.get(ref, timeout=120)
@@ -345,8 +345,8 @@ def _look(token: str) -> tuple[bool, dict[str, str]]:
 
 
 def _versions() -> dict[str, str]:
-    found = {name: metadata.version(name) for name in ("relearn-lens", "torch", "transformers")}
-    return {"python": ".".join(map(str, sys.version_info[:2])), **found}
+    versions = {name: metadata.version(name) for name in ("relearn-lens", "torch", "transformers")}
+    return {"python": ".".join(map(str, sys.version_info[:2])), **versions}
 
 
 def _needs(job: Job, has_gpus: bool) -> dict[str, float | int]:
@@ -361,14 +361,14 @@ def _check_size(ray: Any, job: Job, needs: dict[str, float | int], kind: type[Ex
     nodes = _alive(ray)
     if any(all(n["Resources"].get(names[k], 0) >= v for k, v in needs.items()) for n in nodes):
         return
-    asked = f"{needs['num_cpus']:g} CPU, {needs['num_gpus']:g} GPU, {needs['memory'] / 2**20:,.0f} MB of memory"
+    request = f"{needs['num_cpus']:g} CPU, {needs['num_gpus']:g} GPU, {needs['memory'] / 2**20:,.0f} MB of memory"
     there = "; ".join(
         f"{n['NodeManagerHostname']}: {n['Resources'].get('CPU', 0):g} CPU, {n['Resources'].get('GPU', 0):g} GPU, "
         f"{n['Resources'].get('memory', 0) / 2**20:,.0f} MB"
         for n in nodes
     )
     raise kind(
-        f"no node of the Ray cluster can run {job.name!r}, which takes {asked} (nodes: {there or 'none'}); start one "
+        f"no node of the Ray cluster can run {job.name!r}, which takes {request} (nodes: {there or 'none'}); start one "
         "that can, and give the same command again"
     )
 
@@ -404,11 +404,11 @@ def _run(job: Job, file: TextIO, patience: float = 60) -> None:
             shown = "  ".join(f"{label} {value:.3f}" for label, value in event.snapshot.shown.items())
             file.write(f"seed {event.seed}, {event.arm} {event.stage}: {shown}\n")
 
-    asked = settings_of(job.settings)
+    settings = settings_of(job.settings)
     until = time.monotonic() + patience
     while True:
         try:
-            result = store.run(asked, job.folder, shared=job.shared, on_event=note)
+            result = store.run(settings, job.folder, shared=job.shared, on_event=note)
             break
         except BlockingIOError:  # the worker that had it before may outlive its node's daemon for a moment
             if time.monotonic() > until:

@@ -108,8 +108,8 @@ class Pool:
         seeds = sorted(set.intersection(*(set(arms) for arms in self.arms.values())))
         if not seeds:
             return None
-        asked = self.run.experiment.model_copy(update={"arms": tuple(self.arms), "seeds": tuple(seeds)})
-        return Run(asked, {name: [arms[seed] for seed in seeds] for name, arms in self.arms.items()})
+        settings = self.run.experiment.model_copy(update={"arms": tuple(self.arms), "seeds": tuple(seeds)})
+        return Run(settings, {name: [arms[seed] for seed in seeds] for name, arms in self.arms.items()})
 
 
 def _ends(prefix: str, of: Estimate, scores: Scores) -> dict[str, float]:
@@ -143,14 +143,14 @@ def cell_rows(cell: str, values: Mapping[str, Any], run: Run) -> list[dict[str, 
 
 def beside(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
     """Rows of cells with the random and the unpruned arm's score of the same setting, seed and stage beside each."""
-    found: Any = pd.DataFrame([{**row, **{key: cell_text(row[key]) for key in keys}} for row in rows])
-    if not len(found):
-        return found
+    frame: Any = pd.DataFrame([{**row, **{key: cell_text(row[key]) for key in keys}} for row in rows])
+    if not len(frame):
+        return frame
     on = [*keys, "seed", "stage"]
     for control in ("random", "unpruned"):
-        theirs = found[found.arm == control].drop_duplicates(on)[[*on, "score"]]
-        found = found.merge(theirs.rename(columns={"score": control}), on=on, how="left")
-    return found
+        theirs = frame[frame.arm == control].drop_duplicates(on)[[*on, "score"]]
+        frame = frame.merge(theirs.rename(columns={"score": control}), on=on, how="left")
+    return frame
 
 
 def cell_text(value: Any) -> str:
@@ -212,5 +212,5 @@ def _shown(value: float, low: float | None, high: float | None) -> str:
 def intervals(rows: Sequence[Mapping[str, Any]], settings: int) -> str:
     """What the intervals of a table are over, and what they are not corrected for."""
     over = sorted({row[key] for row in rows for key in ("over", "difference_over") if row[key]})
-    said = f"Intervals over {' or '.join(over)}; each holds by itself"
-    return f"{said}, and nothing is corrected for {settings} settings side by side." if settings > 1 else f"{said}."
+    text = f"Intervals over {' or '.join(over)}; each holds by itself"
+    return f"{text}, and nothing is corrected for {settings} settings side by side." if settings > 1 else f"{text}."

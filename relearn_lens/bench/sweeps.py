@@ -82,10 +82,10 @@ class Cell:
         """The cell's value of a setting that was swept, in this cell or in another."""
         if key in self.given:
             return self.given[key]
-        found: Any = self.experiment.model_dump(mode="json")
+        value: Any = self.experiment.model_dump(mode="json")
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return found
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
 
 
 @dataclass(frozen=True)
@@ -203,13 +203,13 @@ def _given_name(table: Mapping[str, Any]) -> str | None:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Tables of settings as dotted keys; a list alone under `measure` is what it measures."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _experiment(values: Mapping[str, Any], given: Mapping[str, Any]) -> Experiment:
@@ -244,9 +244,9 @@ def _slug(value: Any) -> str:
     """A value as part of a folder's name; where it cannot be one, its safe part and a hash."""
     if isinstance(value, list):
         return "+".join(map(_slug, value)) or "none"
-    said = value if isinstance(value, str) else json.dumps(value, default=str)
-    safe = re.sub(r"[^\w.+-]+", "-", said, flags=re.ASCII)[-40:]
-    return safe if safe == said else f"{safe.strip('-.')}-{_hash(said)}"
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    safe = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[-40:]
+    return safe if safe == text else f"{safe.strip('-.')}-{_hash(text)}"
 
 
 def _hash(text: str) -> str:
@@ -270,14 +270,14 @@ def _told(problems: Mapping[str, Sequence[str]], total: int) -> str:
 def _check_distinct(cells: Sequence[Cell]) -> None:
     seen: dict[str, str] = {}
     names: set[str] = set()
-    said = []
+    doubles = []
     for cell in cells:
         first = seen.setdefault(cell.experiment.model_dump_json(), cell.name)
         if first != cell.name or cell.name in names:
-            said.append(f"cell {cell.name} is the same run as cell {first}; leave one out")
+            doubles.append(f"cell {cell.name} is the same run as cell {first}; leave one out")
         names.add(cell.name)
-    if said:
-        raise ValueError("\n".join(said[:_MOST_LINES]))
+    if doubles:
+        raise ValueError("\n".join(doubles[:_MOST_LINES]))
 
 
 # --- running it
@@ -431,10 +431,10 @@ def _manifest(cell: Path) -> dict[str, Any]:
     from relearn_lens.runs.verify import MANIFEST
 
     try:
-        found = json.loads((cell / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((cell / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _is_complete(cell: Path) -> bool:
@@ -518,9 +518,9 @@ def _said(pool: Pool) -> dict[str, Any]:
     from relearn_lens.runs import findings
 
     run = pool.together()
-    said = (
+    story = (
         findings.what_happened(run)
         if run
         else "No seed is there in every arm of this setting, so its arms cannot be compared."
     )
-    return {**pool.values, "cells": pool.cells, "arms": list(pool.arms), "what_happened": said}
+    return {**pool.values, "cells": pool.cells, "arms": list(pool.arms), "what_happened": story}

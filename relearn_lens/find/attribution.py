@@ -215,19 +215,19 @@ def _pieces(
     encoded: Encoded, carries: Bool[np.ndarray, " word"], concept: Concept, sentences: int | None, seed: int
 ) -> Int[np.ndarray, " piece"]:
     """The pieces with a word of the concept, or those of a sample of sentences; longest first."""
-    found = np.flatnonzero(np.add.reduceat(carries[encoded.word_of], encoded.piece_start[:-1]) > 0)
-    if not len(found):
+    pieces = np.flatnonzero(np.add.reduceat(carries[encoded.word_of], encoded.piece_start[:-1]) > 0)
+    if not len(pieces):
         raise ValueError(
             f"no word that carries concept {concept.name!r} is left in {encoded.corpus.name!r} (the model's context "
             "cut them off); use a larger corpus, or long='split'"
         )
     if sentences is not None:
-        first = encoded.word_of[encoded.piece_start[found]]
+        first = encoded.word_of[encoded.piece_start[pieces]]
         sentence = np.searchsorted(encoded.corpus.start, first, side="right")
         every = np.unique(sentence)
         chosen = np.random.default_rng(seed).permutation(every)[:sentences]
-        found = found[np.isin(sentence, chosen)]
-    return found[np.argsort(-encoded.lengths[found], kind="stable")]
+        pieces = pieces[np.isin(sentence, chosen)]
+    return pieces[np.argsort(-encoded.lengths[pieces], kind="stable")]
 
 
 class _Run:

@@ -133,9 +133,9 @@ def equal_control(model: Model, where: Neurons | WeightMask, *, seed: int = 0) -
 def _of_other_blocks(model: Model, own: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """The same weights of other blocks."""
     plain = model.plain()
-    all_blocks = {int(found[1]) for name in plain if (found := _BLOCK.search(name))}
-    named = {name: found for name in own if (found := _BLOCK.search(name))}
-    mine = sorted({int(found[1]) for found in named.values()})
+    all_blocks = {int(match[1]) for name in plain if (match := _BLOCK.search(name))}
+    named = {name: match for name in own if (match := _BLOCK.search(name))}
+    mine = sorted({int(match[1]) for match in named.values()})
     if len(named) < len(own) or len(mine) == len(all_blocks):
         lone = next((name for name in own if name not in named), next(iter(own)))
         raise ValueError(
@@ -146,8 +146,8 @@ def _of_other_blocks(model: Model, own: Mapping[str, Tensor], seed: int) -> dict
     others = rng.permutation([i for i in sorted(all_blocks) if i not in mine]).tolist()
     instead = dict(zip(mine, [*others, *rng.permutation(mine).tolist()], strict=False))
     masks = {}
-    for name, found in named.items():
-        other = f"{name[: found.start(1)]}{instead[int(found[1])]}{name[found.end(1) :]}"
+    for name, match in named.items():
+        other = f"{name[: match.start(1)]}{instead[int(match[1])]}{name[match.end(1) :]}"
         if other not in plain or plain[other].shape != own[name].shape:
             raise ValueError(f"{name} is in the mask, and the model has no {other} of that shape to take in its place")
         masks[other] = own[name]

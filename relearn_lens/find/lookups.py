@@ -123,9 +123,11 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
         np.array([getattr(passages[i], what) for i in rows]) for what in ("relation", "answer", "key")
     )
     dealt = _dealt(relation, answer, key, seed)
-    told = [torch.tensor([_told(x.numpy(), relation, given, key, seed) for x in states]) for given in (answer, dealt)]
+    accuracies = [
+        torch.tensor([_told(x.numpy(), relation, given, key, seed) for x in states]) for given in (answer, dealt)
+    ]
     site = site_of(model.bridge, "resid")
-    return LookupProbe(told[0], told[1], site.layers, len(set(key)))
+    return LookupProbe(accuracies[0], accuracies[1], site.layers, len(set(key)))
 
 
 def _states(asked: Prompts, at: np.ndarray) -> Float[Tensor, "layer passage d_model"]:

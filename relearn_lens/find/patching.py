@@ -251,7 +251,7 @@ def subjects(asked: Prompts) -> Subject:
     first = len(asked.encoded.prefix)
     tokens = []
     for p, offsets in zip(passages, texts["offset_mapping"], strict=True):
-        spans = [found.span() for found in _named(p)]
+        spans = [span.span() for span in _named(p)]
         inside = [i for i, (a, b) in enumerate(offsets) if any(a < end and b > begin for begin, end in spans)]
         tokens.append(np.array(inside, dtype=np.int64) + first)
     return Subject(tuple(tokens))

@@ -174,16 +174,16 @@ def _dealt(sample: WordSample, y: np.ndarray, n: int, sides: Sequence[np.ndarray
     and, as for the labels themselves, in two sentences."""
     classes = Classes(("rest", "concept"), y.astype(np.int64), np.array([False, True]))
     rng = np.random.default_rng([sample.seed, 1])
-    group, found = sample.group.numpy(), []
+    group, deals = sample.group.numpy(), []
     for _ in range(5 * n):
         (of_word,) = label_shuffles(classes, sample.types.numpy(), 1, seed=int(rng.integers(2**32)))
         labels = of_word == 1
         spread = all(len(np.unique(group[which])) > 1 for which in (labels, ~labels))
         if spread and all(labels[side].any() and not labels[side].all() for side in sides):
-            found.append(labels)
-        if len(found) == n:
+            deals.append(labels)
+        if len(deals) == n:
             break
-    return found
+    return deals
 
 
 def k_sparse(
@@ -245,7 +245,7 @@ def k_sparse(
     difference = largest.feature_scores.abs()
     place = difference.argsort(descending=True, stable=True).argsort()
     score = torch.where(difference > 0, 1 / (place + 1), 0.0).float().view(sample.activations.shape[1:])
-    found = ", ".join(f"{at.k}: {at.held_out:.3f}" for at in by_k)
+    by = ", ".join(f"{at.k}: {at.held_out:.3f}" for at in by_k)
     failed = f"; {n_failed} control fit(s) did not converge and are left out" if n_failed else ""
     quality = Quality(
         held_out=by_k[-1].held_out,
@@ -254,7 +254,7 @@ def k_sparse(
         base_rate=largest.test_positive_count / len(largest.test_indices),
         n_train=len(largest.train_indices),
         n_held_out=len(largest.test_indices),
-        says=f"logistic probes of k neurons, every fit converged; AUROC by k: {found}; controls: {len(control)} label "
+        says=f"logistic probes of k neurons, every fit converged; AUROC by k: {by}; controls: {len(control)} label "
         f"shuffles over word types and {n_random} random sets each{failed}",
         random_neurons=by_k[-1].random_neurons,
         by_k=by_k,

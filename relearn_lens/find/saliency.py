@@ -246,7 +246,7 @@ def auroc_exact(
     """
     is_concept = carries[sample.of_word].numpy()
     few, many = sorted((is_concept, ~is_concept), key=np.count_nonzero)
-    found = []
+    rows = []
     for activations in sample.activations.float().unbind(1):
         words = activations.numpy()
         # The smaller side's words find their places among the sorted words of the other.
@@ -254,8 +254,8 @@ def auroc_exact(
         places = [torch.searchsorted(large, small, right=right).sum(1) for right in (False, True)]
         a = (places[0] + places[1]).double() / (2 * small.shape[1] * large.shape[1])
         constant = torch.from_numpy(np.ptp(words, axis=0) <= ROUNDING * np.abs(words).max(axis=0))
-        found.append(torch.where(constant, 0.5, torch.maximum(a, 1 - a)))
-    return torch.stack(found)
+        rows.append(torch.where(constant, 0.5, torch.maximum(a, 1 - a)))
+    return torch.stack(rows)
 
 
 def _resolution(stats: ClassStats) -> Float[Tensor, "layer neuron"]:
@@ -416,8 +416,8 @@ def saliency(
                 f"{side} concept {concept.name!r} was measured (words that the context cut off are not); use a larger "
                 "probe corpus, or long='split'"
             )
-    found = how.of(thing, carries, contrast)
-    values, quality = found if isinstance(found, tuple) else (found, None)
+    scored = how.of(thing, carries, contrast)
+    values, quality = scored if isinstance(scored, tuple) else (scored, None)
     exact = {WordSample: ", exact", Histograms: ", from histograms"}.get(type(thing), "")
     unit = how.unit + exact if how.needs == "words" else how.unit
     return Saliency(values.float().cpu(), how.name, unit, concept.name, thing.site, quality)

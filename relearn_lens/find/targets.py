@@ -107,10 +107,10 @@ def check_target(target: Target, is_concept: Bool[Tensor, " tag"]) -> None:
     """
     logits = torch.zeros(3, len(is_concept), requires_grad=True)
     with torch.enable_grad():
-        said = target.of(logits, is_concept)
-    if not isinstance(said, Tensor) or said.shape != (3,) or not said.requires_grad:
-        found = f"shape {tuple(said.shape)}" if isinstance(said, Tensor) else type(said).__name__
+        value = target.of(logits, is_concept)
+    if not isinstance(value, Tensor) or value.shape != (3,) or not value.requires_grad:
+        shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"target {target.name!r} must turn logits of shape (word, tag) into one number per word that has a "
-            f"gradient; for 3 words it gave {found}"
+            f"gradient; for 3 words it gave {shape}"
         )

@@ -164,9 +164,9 @@ def known(model: LanguageModel, passages: Sequence[Passage], *, max_tokens: int 
     statements = [p for p in passages if p.form == "statement"]
     right = read_answers(model, statements, max_tokens=max_tokens).right
     facts = {(p.key, p.relation) for p, is_right in zip(statements, right, strict=True) if is_right}
-    asked = [p for p in passages if p.form == "paraphrase" and p.choices and (p.key, p.relation) in facts]
-    if asked:
-        each = [replace(p, key=str(i)) for i, p in enumerate(asked)]
+    reworded = [p for p in passages if p.form == "paraphrase" and p.choices and (p.key, p.relation) in facts]
+    if reworded:
+        each = [replace(p, key=str(i)) for i, p in enumerate(reworded)]
         chosen = choose(model, each, max_tokens=max_tokens).by_key()
-        facts -= {(p.key, p.relation) for i, p in enumerate(asked) if chosen[str(i)] < 1}
+        facts -= {(p.key, p.relation) for i, p in enumerate(reworded) if chosen[str(i)] < 1}
     return tuple(p for p in passages if (p.key, p.relation) in facts)

@@ -515,8 +515,8 @@ def score_spans(corpus: Corpus, predicted: Int[np.ndarray, " word"], tags: tuple
     loader = ListLoader()
     for i, (there, here) in enumerate(zip(loader.load(true), loader.load(guess), strict=True)):
         there, here = ({(e.label, e.start, e.end) for e in side} for side in (there, here))
-        for k, found in enumerate((there & here, here, there)):
-            for label, _, _ in found:
+        for k, spans in enumerate((there & here, here, there)):
+            for label, _, _ in spans:
                 counts[i, labels.index(label), k] += 1
 
     def each(metric: str) -> dict[str, float]:

@@ -179,9 +179,9 @@ class Grafts:
         if refused := next((enough.refused for enough, _ in shares.values() if enough.refused), None):
             return f"Grafts({ends}; no shares: {refused})"
         most = sorted(shares, key=lambda part: -max(shares[part][0].value, shares[part][1]))[:3]
-        told = ", ".join(f"{part} enough {shares[part][0].value:.2f} needed {shares[part][1]:.2f}" for part in most)
+        shown = ", ".join(f"{part} enough {shares[part][0].value:.2f} needed {shares[part][1]:.2f}" for part in most)
         control = f"; controls at most {self.most_of_controls():.2f}" if self.controls else ""
-        return f"Grafts({ends}; {told}{control})"
+        return f"Grafts({ends}; {shown}{control})"
 
 
 @overload

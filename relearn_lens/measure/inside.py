@@ -87,8 +87,8 @@ class Inside(InsideAccuracy):
         each = np.array([state == name for state in self.states], dtype=float)
         _, _, (total,) = tabulated(self.items, self.places, each)
         read = np.divide(self.guessed, self.passages, out=np.zeros(self.total.shape), where=self.passages > 0)
-        said = self.outside_total if name in (RETAINED, LUCKY) else self.passages - self.outside_total
-        by_chance = said * (read if name in (RETAINED, SUPPRESSED) else 1 - read)
+        outside = self.outside_total if name in (RETAINED, LUCKY) else self.passages - self.outside_total
+        by_chance = outside * (read if name in (RETAINED, SUPPRESSED) else 1 - read)
         return StateShare(total, by_chance, self.passages, self.keys, self.labels)
 
     def shares(self, label: str) -> dict[str, float]:
@@ -144,17 +144,17 @@ class KnownInside(Metric):
             _, key = np.unique([both[i].key for i in rows], return_inverse=True)
             dealt = [_dealt(y, key, rng) for _ in range(self.shuffles)]
             for layer in range(states.shape[1]):
-                said = _held_out(states[rows, layer], np.stack([y, *dealt]), folds[rows], len(answers), self.ridge)
-                right[layer, rows] = said[0] == y
-                by_chance[layer, rows] = (said[1:] == y).mean(0)
+                predicted = _held_out(states[rows, layer], np.stack([y, *dealt]), folds[rows], len(answers), self.ridge)
+                right[layer, rows] = predicted[0] == y
+                by_chance[layer, rows] = (predicted[1:] == y).mean(0)
         layers = block_names(model)
         # What is retained says which layer to read, never what was forgotten.
         best = int(right[:, n:].mean(1).argmax())
-        inside, said = right[best, :n], outside[:n]
-        state = np.where(inside, np.where(said, RETAINED, SUPPRESSED), np.where(said, LUCKY, GONE))
+        inside, predicted = right[best, :n], outside[:n]
+        state = np.where(inside, np.where(predicted, RETAINED, SUPPRESSED), np.where(predicted, LUCKY, GONE))
         one = np.ones(n)
         keys, labels, (total, guessed, out, count, *by_layer) = tabulated(
-            here.passages, here.places, inside.astype(float), by_chance[best, :n], said.astype(float), one,
+            here.passages, here.places, inside.astype(float), by_chance[best, :n], predicted.astype(float), one,
             *right[:, :n].astype(float),
         )  # fmt: skip
         return Inside(
@@ -172,12 +172,12 @@ def _read(
     first: dict[str, np.ndarray] = {}
     for relation, answers in closed.items():
         if prompts := [p for p in passages if p.relation == relation][:1]:
-            told = encode_passages(
+            answers_encoded = encode_passages(
                 [Passage(prompts[0].prompt, answer, prompts[0].key, relation) for answer in answers],
                 model.tokenizer, context=model.context,
             )  # fmt: skip
-            starts = np.searchsorted(told.word_of[told.scored], np.arange(len(answers)))
-            first[relation] = np.unique(told.ids[told.scored][starts])
+            starts = np.searchsorted(answers_encoded.word_of[answers_encoded.scored], np.arange(len(answers)))
+            first[relation] = np.unique(answers_encoded.ids[answers_encoded.scored][starts])
     layers = block_names(model)
     width = int(model.bridge.cfg.d_model)
     states = np.zeros((len(passages), len(layers), width), dtype=np.float32)
@@ -221,7 +221,7 @@ def _held_out(
     ridge: float,
 ) -> Int[np.ndarray, "deal passage"]:
     """For every passage the answer that a probe fitted to all other folds reads, under each labelling."""
-    said = np.full(labels.shape, -1)
+    predicted = np.full(labels.shape, -1)
     for fold in np.unique(folds):
         test, train = folds == fold, folds != fold
         mean = states[train].mean(0)
@@ -231,5 +231,5 @@ def _held_out(
         read = np.linalg.solve(gram, target.T).T @ x.T  # [test, train]: how each held-out passage weighs the others
         for deal, y in enumerate(labels):
             one_hot = np.eye(n_answers)[y[train]] * (y[train] >= 0)[:, None]
-            said[deal, test] = (read @ (one_hot - one_hot.mean(0)) + one_hot.mean(0)).argmax(1)
-    return said
+            predicted[deal, test] = (read @ (one_hot - one_hot.mean(0)) + one_hot.mean(0)).argmax(1)
+    return predicted

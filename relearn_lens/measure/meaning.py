@@ -51,10 +51,10 @@ def concept_similarity(
     sides = [(_renumbered(top, words), top.null) for top in (before, now)]
     # Layer by layer: the vectors of all neurons at once may not fit.
     rows = zip(*(_sums(table, ids, null) for ids, null in sides), strict=True)
-    found = torch.stack([_cosine(old, new) for old, new in rows]).float()
+    cosines = torch.stack([_cosine(old, new) for old, new in rows]).float()
     if nulls == "zero_then_drop":
-        found[before.null if now is before else before.null & ~now.null] = 0.0
-    return found
+        cosines[before.null if now is before else before.null & ~now.null] = 0.0
+    return cosines
 
 
 def similarity_to(words: Collection[str], now: TopWords, vectors: WordVectors) -> Float[Tensor, "layer neuron"]:
@@ -67,11 +67,11 @@ def similarity_to(words: Collection[str], now: TopWords, vectors: WordVectors) -
         ValueError: no word of the concept has a vector, or vectors of another shape than word by d.
     Source: ours, to ask whether a neuron was primed for a concept before it took it over.
     """
-    asked = [words] if isinstance(words, str) else sorted(words)
-    theirs = look_up(vectors, asked).double()
+    wanted = [words] if isinstance(words, str) else sorted(words)
+    theirs = look_up(vectors, wanted).double()
     theirs = theirs[~theirs.isnan().any(1)]
     if not len(theirs):
-        raise ValueError(f"none of the concept's {len(asked)} word(s) has a vector: {asked[:5]}")
+        raise ValueError(f"none of the concept's {len(wanted)} word(s) has a vector: {wanted[:5]}")
     mine = _sums(look_up(vectors, now.vocab).double(), now.words, now.null)
     return torch.stack([_cosine(sums, theirs.mean(0).expand_as(sums)) for sums in mine]).float()
 
@@ -86,8 +86,8 @@ def _sums(
     table = torch.cat([table.where(known[:, None], 0.0), table.new_zeros(1, table.shape[1])])
     known = torch.cat([known, known.new_zeros(1)])
     for mine, nothing in zip(ids, null, strict=True):
-        found = F.embedding_bag(torch.where(mine < 0, len(table) - 1, mine), table, mode="sum")
-        yield found.masked_fill((nothing | ~known[mine].any(1))[:, None], torch.nan)
+        sums = F.embedding_bag(torch.where(mine < 0, len(table) - 1, mine), table, mode="sum")
+        yield sums.masked_fill((nothing | ~known[mine].any(1))[:, None], torch.nan)
 
 
 def _cosine(a: Float[Tensor, "neuron d"], b: Float[Tensor, "neuron d"]) -> Float[Tensor, " neuron"]:
@@ -241,5 +241,5 @@ def separated(
     # The rank that makes it exact: of n + 1 equally likely orders, a share `level` at most lies above it.
     rank = int(np.ceil((1 - level) * (len(shuffled) + 1) - 1e-9))
     threshold = highest.sort(0).values[rank - 1]
-    found = (dprime_of_each(stats).abs() > threshold[:, None, None]) & ~dead & enough[:, None, None]
-    return found.sum(0)
+    separates = (dprime_of_each(stats).abs() > threshold[:, None, None]) & ~dead & enough[:, None, None]
+    return separates.sum(0)

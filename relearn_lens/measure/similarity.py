@@ -190,7 +190,7 @@ def activation_similarity(
                     progress.advance(batch.n_tokens)
             for which in chosen:
                 parts[which].append(moments.pop(which).finish())
-    return {which: _result(which, found, place) for which, found in parts.items()}
+    return {which: _result(which, sums, place) for which, sums in parts.items()}
 
 
 def _read(
@@ -413,13 +413,13 @@ def _checked(
     bridges, sites = (_bridge(before), _bridge(after)), (site_of(_bridge(before), name), place)
     devices = [next(bridge.original_model.parameters()).device for bridge in bridges]
     if sites[0] != place or devices[0] != devices[1]:
-        said = [
+        shapes = [
             f"{bridge.cfg.architecture}, {len(s.layers)} layers of {s.width}, on {device}"
             for bridge, s, device in zip(bridges, sites, devices, strict=True)
         ]
         raise ValueError(
             f"neurons of {name} pair up between a model and a pruned or retrained copy of it on the same device; "
-            f"before is {said[0]}; after is {said[1]}"
+            f"before is {shapes[0]}; after is {shapes[1]}"
         )
     words = [bridge.tokenizer for bridge in bridges]
     if words[0] is not words[1] and words[0].get_vocab() != words[1].get_vocab():

@@ -236,7 +236,7 @@ def _highest(
     """The highest averages of each neuron over its highest one, and their types; of equal ones the earlier type."""
     n_types, width = table.shape
     last = torch.arange(n_types - 1, -1, -1)
-    found = []
+    chosen = []
     step = max(1, 2**21 // n_types)  # a few neurons at a time, as their keys are twice as large as the table
     for i in range(0, width, step):
         mean = table[:, i : i + step].cpu().T / count
@@ -244,6 +244,6 @@ def _highest(
         # Floats that are not negative sort as their bits do; with the type below them no two keys are equal.
         keys = (mean.contiguous().view(torch.int32).long() << 32) | last
         which = n_types - 1 - (keys.topk(min(k, n_types), 1).values & 0xFFFFFFFF)
-        found.append((mean.gather(1, which), which))
-    highest, which = zip(*found, strict=True)
+        chosen.append((mean.gather(1, which), which))
+    highest, which = zip(*chosen, strict=True)
     return torch.cat(highest), torch.cat(which)

@@ -32,13 +32,13 @@ def look_up(vectors: WordVectors, words: Sequence[str]) -> Float[Tensor, "word d
     """
     if not words:
         return torch.zeros(0, 1)
-    found = torch.as_tensor(vectors(list(words))).detach()
-    if found.ndim != 2 or len(found) != len(words):
+    rows = torch.as_tensor(vectors(list(words))).detach()
+    if rows.ndim != 2 or len(rows) != len(words):
         raise ValueError(
             f"word vectors must be one row for each of the {len(words)} words asked for, got shape "
-            f"{tuple(found.shape)}; give a row of NaN for a word that is not known"
+            f"{tuple(rows.shape)}; give a row of NaN for a word that is not known"
         )
-    return found.to("cpu", torch.float32)
+    return rows.to("cpu", torch.float32)
 
 
 def input_embeddings(model: Model | TransformerBridge) -> WordVectors:
@@ -55,11 +55,11 @@ def input_embeddings(model: Model | TransformerBridge) -> WordVectors:
     tokenizer: Any = bridge.tokenizer
 
     def vectors(words: Sequence[str]) -> Float[Tensor, "word d"]:
-        found = torch.full((len(words), table.shape[1]), torch.nan)
+        rows = torch.full((len(words), table.shape[1]), torch.nan)
         for i, ids in enumerate(word_pieces(tokenizer, words)):
             if known := [token for token in ids if token != tokenizer.unk_token_id]:
-                found[i] = table[known].mean(0)
-        return found
+                rows[i] = table[known].mean(0)
+        return rows
 
     return vectors
 
@@ -121,13 +121,13 @@ def keyed_vectors(keyed: Any, *, lower: bool | Literal["auto"] = "auto") -> Word
         lower = sum(key != key.lower() for key in keys) < 0.01 * len(keys)
 
     def vectors(words: Sequence[str]) -> Float[Tensor, "word d"]:
-        found = np.full((len(words), keyed.vector_size), np.nan, dtype=np.float32)
+        rows = np.full((len(words), keyed.vector_size), np.nan, dtype=np.float32)
         for i, word in enumerate(words):
             try:
-                found[i] = keyed[word.lower() if lower else word]
+                rows[i] = keyed[word.lower() if lower else word]
             except KeyError:
                 continue
-        found[~found.any(1)] = np.nan  # a zero vector has no direction
-        return torch.from_numpy(found)
+        rows[~rows.any(1)] = np.nan  # a zero vector has no direction
+        return torch.from_numpy(rows)
 
     return vectors

@@ -62,11 +62,11 @@ def _adapter(folder: Path) -> str:
         kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):
         kind = base = None
-    said = f"{str(folder)!r} holds an adapter ({kind or 'of peft'}, for {base or 'some model'!r}), not a model"
+    what = f"{str(folder)!r} holds an adapter ({kind or 'of peft'}, for {base or 'some model'!r}), not a model"
     if any(folder.glob("model*.safetensors")):
-        return f"{said} alone; if its weights are merged already, remove adapter_config.json, else load and merge it"
+        return f"{what} alone; if its weights are merged already, remove adapter_config.json, else load and merge it"
     return (
-        f"{said}; load that model with peft (PeftModel.from_pretrained(model, folder)), merge the adapter into it "
+        f"{what}; load that model with peft (PeftModel.from_pretrained(model, folder)), merge the adapter into it "
         "(merge_and_unload()), save it with save_pretrained, and the tokenizer beside it, and pass that folder"
     )
 
@@ -99,9 +99,9 @@ def check_plain(config: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: it has some.
     """
-    asked = config.get("quantization_config") or config.get("quantization")
-    if asked:
-        named = asked if isinstance(asked, Mapping) else {}
+    quantisation = config.get("quantization_config") or config.get("quantization")
+    if quantisation:
+        named = quantisation if isinstance(quantisation, Mapping) else {}
         kind = named.get("quant_method") or named.get("format") or "its quantization_config"
         bits = named.get("bits") or next((n for n in (4, 8) if named.get(f"load_in_{n}bit")), None)
         raise ValueError(_quantised(repr(where), f"{kind}{f', {bits} bits' if bits else ''}"))

@@ -71,8 +71,8 @@ def _is_whole(folder: Path, digest: str) -> bool:
     """Whether every file is there and as it was written."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        found = {name: sha256 for name, sha256 in sources.hash_files(folder).items() if name != RECORD}
-        return record.get("gguf") == digest and record.get("sha256") == found
+        hashes = {name: sha256 for name, sha256 in sources.hash_files(folder).items() if name != RECORD}
+        return record.get("gguf") == digest and record.get("sha256") == hashes
     return False
 
 

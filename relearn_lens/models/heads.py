@@ -26,14 +26,14 @@ def classifier_of(plain: Any, n: int) -> nn.Linear:
         ValueError: there is none of that size, or more than one.
     """
     body = {id(module) for module in plain.base_model.modules()}
-    found = [m for m in plain.modules() if isinstance(m, nn.Linear) and id(m) not in body]
-    if len(found) != 1 or found[0].out_features != n:
-        said = ", ".join(f"{m.in_features} to {m.out_features}" for m in found) or "none"
+    layers = [m for m in plain.modules() if isinstance(m, nn.Linear) and id(m) not in body]
+    if len(layers) != 1 or layers[0].out_features != n:
+        sizes = ", ".join(f"{m.in_features} to {m.out_features}" for m in layers) or "none"
         raise ValueError(
             f"the head of a {type(plain).__name__} is not one linear layer with {n} outputs (linear layers outside of "
-            f"the body: {said}), so it cannot be the head of a Tagger"
+            f"the body: {sizes}), so it cannot be the head of a Tagger"
         )
-    return found[0]
+    return layers[0]
 
 
 @dataclass(frozen=True)

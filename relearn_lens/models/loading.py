@@ -179,8 +179,8 @@ def _place(model: str | Path) -> str:
     folder = Path(where)
     if "/" not in where and not folder.exists() and (near := meant(where, [*_MODELS, "toy"])):
         # The hub has no model of such a name, and says so only after many tries.
-        said = "; the planted toy is made by rl.toy.tagger()" if where == "toy" else near
-        raise ValueError(f"no model {where!r}: no folder, and no source ({', '.join(_MODELS)}){said}")
+        hint = "; the planted toy is made by rl.toy.tagger()" if where == "toy" else near
+        raise ValueError(f"no model {where!r}: no folder, and no source ({', '.join(_MODELS)}){hint}")
     if folder.is_file():
         if folder.suffix != ".gguf":
             raise ValueError(f"{where!r} is a file; pass the folder that holds it, with config.json and the tokenizer")

@@ -117,19 +117,19 @@ def _layers(model: Model, where: Where | str) -> dict[str, Any]:
     """The linear layers of the blocks that get adapters, each once, by a name that the bridge has for it."""
     if where not in get_args(Where):
         raise ValueError(f"unknown where {where!r}; known: {', '.join(get_args(Where))}")
-    found: dict[int, tuple[str, nn.Module]] = {}
+    modules: dict[int, tuple[str, nn.Module]] = {}
     joint: set[int] = set()
     for name, module in model.bridge.blocks.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         if _JOINT in name.split("."):  # the bridge computes by its three parts
             joint.add(id(module))
-        best = found.get(id(module))
+        best = modules.get(id(module))
         if best is None or n_wrappers(name) < n_wrappers(best[0]):  # TransformerLens's own name
-            found[id(module)] = name, module
+            modules[id(module)] = name, module
     layers = {
         f"blocks.{plain_name(name)}": module
-        for at, (name, module) in found.items()
+        for at, (name, module) in modules.items()
         if at not in joint and (where == "all" or (where == "attention") == bool(_ATTENTION & set(name.split("."))))
     }
     if not layers:

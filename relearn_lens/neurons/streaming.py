@@ -223,14 +223,14 @@ class ClassSums:
         for name, sums in zip(self.site.layers, second.unbind(1), strict=True):
             if not sums.isfinite().all():
                 raise _not_finite(self.site, name)
-        found = []
+        stats = []
         shape = (len(self.of_word), len(self.names), *first.shape[1:])
         for n, one, two in zip(self.count, first.view(shape), second.view(shape), strict=True):
             count = rearrange(n, "c -> c 1 1")
             mean = one / count.clamp(min=1)
             m2 = (two - count * mean.square()).clamp(min=0)
-            found.append(ClassStats(n, torch.where(count > 0, mean + shift, 0.0), m2, self.names, self.site))
-        return found
+            stats.append(ClassStats(n, torch.where(count > 0, mean + shift, 0.0), m2, self.names, self.site))
+        return stats
 
 
 @jaxtyped(typechecker=typechecker)

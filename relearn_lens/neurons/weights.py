@@ -252,12 +252,12 @@ def check_prunable(model: Model | TransformerBridge, neurons: Site | Neurons, se
     if sever not in get_args(Sever):
         raise ValueError(unknown("sever", sever, get_args(Sever)))
     site = neurons.site if isinstance(neurons, Neurons) else neurons
-    asked = neurons.mask.any(1).tolist() if isinstance(neurons, Neurons) else [True] * len(site.layers)
+    wanted = neurons.mask.any(1).tolist() if isinstance(neurons, Neurons) else [True] * len(site.layers)
     sever = cast(Sever, sever)
     bridge = bridge_of(model)
     site = site_of(bridge, site.name)
     lacking = [
-        layer for layer, parts, of in zip(site.layers, site.parts(sever), asked, strict=True) if of and not parts
+        layer for layer, parts, of in zip(site.layers, site.parts(sever), wanted, strict=True) if of and not parts
     ]
     if not lacking:
         return
@@ -347,12 +347,12 @@ def parts(model: Model, *, bands: int | None = None, within: Iterable[int] = ())
     settle([model.head], HEAD)
     # A tagger has a head of its own: that its body came with a vocabulary head, maybe a tied one, changes nothing.
     settle(unused, HEAD, left_over=True)
-    found: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name, weight in model.plain().items():
         if isinstance(weight, nn.Parameter):
-            found.setdefault(tuple(homes.get(id(weight), [REST])), []).append(name)
+            groups.setdefault(tuple(homes.get(id(weight), [REST])), []).append(name)
     places = [*dict.fromkeys(order), NORM, HEAD, REST]
-    named = sorted(found.items(), key=lambda item: [places.index(name) for name in item[0]])
+    named = sorted(groups.items(), key=lambda item: [places.index(name) for name in item[0]])
     return {" and ".join(at): tuple(names) for at, names in named}
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from relearn_lens.models.model import Model
 from relearn_lens.remove.losses import Keeping, nats_by_sentence
 from relearn_lens.remove.removal import FORGET, ROLES, Term, Texts, kept_by_piece, kept_of, n_pieces, texts_of
+from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 from relearn_lens.text.facts import TRAINED, Facts, Passage, alternatives, refused
 from relearn_lens.text.facts.encoded import encode_passages

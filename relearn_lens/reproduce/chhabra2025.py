@@ -46,8 +46,8 @@ def measure(lab: Lab) -> Iterator[Reading]:
     )
     circuit = roles.top("taught", round(CIRCUIT * n))
     model.load_weights(stages.weights["cleaned"])
-    found = faithfulness(model, asked, abc, circuit, metric="logit_difference")
-    yield Reading("faithful", found.value, CIRCUIT, f"{found.n_heads} heads; {found.refused or ''}")
+    faithful = faithfulness(model, asked, abc, circuit, metric="logit_difference")
+    yield Reading("faithful", faithful.value, CIRCUIT, f"{faithful.n_heads} heads; {faithful.refused or ''}")
     yield Reading("savings", math.log(_steps(stages, taught.untaught(stages.facts, recipe=_recipe(lab)).weights())
                                       / _steps(stages, stages.weights["poisoned"])))  # fmt: skip
 

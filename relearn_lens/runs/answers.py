@@ -22,8 +22,8 @@ def answers(run: Run) -> list[Question]:
     """The questions of a run in their order, one Holm family; those that were not measured say so."""
     if "concept" not in run.arms:
         return []
-    asked = [_specific(run), *_back(run), *_where(run), _same(run), *_heirs(run)]
-    return questions.family([each for each in asked if each is not None])
+    every = [_specific(run), *_back(run), *_where(run), _same(run), *_heirs(run)]
+    return questions.family([each for each in every if each is not None])
 
 
 def outcome(scores: Scores, label: Any) -> Outcome:
@@ -90,7 +90,7 @@ def _where(run: Run) -> list[Question]:
     """Where it is first back, and where it is at the end: the answer changes."""
     if not run.grafted or not all(grafted.stages for grafted in run.grafted):
         return []
-    found = []
+    stages = []
     for at, which in (("when it is first back", 0), ("at the end", -1)):
         if which == 0 and all(len(grafted.stages) < 2 for grafted in run.grafted):
             continue
@@ -108,8 +108,8 @@ def _where(run: Run) -> list[Question]:
                     )
                 )  # fmt: skip
         if seeds:
-            found.append(questions.where(seeds, at))
-    return found
+            stages.append(questions.where(seeds, at))
+    return stages
 
 
 def _same(run: Run) -> Question | None:
@@ -145,15 +145,15 @@ def heirs(run: Run, which: str) -> list[Heirs] | None:
     if len(arms) < 2:
         return None
     measured = {"primed": _primed, "mixed": _mixed}[which]
-    found = []
+    seeds = []
     for paths in zip(*arms.values(), strict=True):
         among = _survivors(paths)
         try:
             values = dict(zip(arms, (measured(path, among) for path in paths), strict=True))
         except evidence.Missing:
             continue
-        found.append(Heirs(paths[0].seed, **values))
-    return found
+        seeds.append(Heirs(paths[0].seed, **values))
+    return seeds
 
 
 def _survivors(paths: Sequence[Trajectory]) -> Neurons:

@@ -162,11 +162,13 @@ def _check_fields(value: Any) -> None:
     for name, hint in _hints(type(value)).items():
         if get_origin(hint) is ClassVar:
             continue
-        found = getattr(value, name)
-        if not _fits(found, hint):
-            raise TypeError(f"{name} of a {type(value).__name__} is a {type(found).__name__} that does not fit {hint}")
+        value_of = getattr(value, name)
+        if not _fits(value_of, hint):
+            raise TypeError(
+                f"{name} of a {type(value).__name__} is a {type(value_of).__name__} that does not fit {hint}"
+            )
         axes = getattr(hint, "dim_str", "").split()
-        if wrong := [a for a, n in zip(axes, getattr(found, "shape", ()), strict=False) if lengths.get(a, n) != n]:
+        if wrong := [a for a, n in zip(axes, getattr(value_of, "shape", ()), strict=False) if lengths.get(a, n) != n]:
             raise TypeError(f"{name} of a {type(value).__name__} has another number of {wrong[0]}s than its site")
 
 

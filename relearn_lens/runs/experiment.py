@@ -164,9 +164,9 @@ class _Seed:
     def _base(self) -> Generator[Event, None, Base]:
         """The fine-tuned model of a seed, from the run folder if it is there."""
         model = self.ready.model
-        found = self.kept.base(self.seed, self.ready.site) if self.kept else None
-        if found:
-            weights, snapshot = found
+        kept = self.kept.base(self.seed, self.ready.site) if self.kept else None
+        if kept:
+            weights, snapshot = kept
             model.load_weights({name: value.to(model.device) for name, value in weights.items()})
         else:
             yield from self._finetune("base")
@@ -229,10 +229,10 @@ class _Seed:
 
     def _resumed(self, training: str) -> tuple[Checkpoint, Mapping[str, Tensor]] | None:
         """Put the weights of a training's last pause into the model, if an earlier process left one."""
-        found = self.kept.state(training, self.seed) if self.kept else None
-        if found is None:
+        kept = self.kept.state(training, self.seed) if self.kept else None
+        if kept is None:
             return None
-        at, weights, state = found
+        at, weights, state = kept
         model = self.ready.model
         model.load_weights({key: value.to(model.device) for key, value in weights.items()})
         return at, state
@@ -242,11 +242,11 @@ class _Seed:
         ready, model, how = self.ready, self.ready.model, self.experiment.retrain
         name, prune = arm.name, self.experiment.prune
         measured = self.kept.stages(name, self.seed) if self.kept else {}
-        found = self.kept.state(name, self.seed) if self.kept and PRUNED in measured else None
+        kept = self.kept.state(name, self.seed) if self.kept and PRUNED in measured else None
         # What was kept of adapters is added to the pruned base again; whole weights take its place.
-        resume = (found[0], found[2]) if found else None
-        if found and not how.lora_rank:
-            model.load_weights({key: value.to(model.device) for key, value in found[1].items()})
+        resume = (kept[0], kept[2]) if kept else None
+        if kept and not how.lora_rank:
+            model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
         else:
             model.load_weights(base.weights)
         first = base.snapshot
@@ -262,8 +262,8 @@ class _Seed:
                 model.load_weights(base.weights)  # where it was found
             where = self._where(arm.removal, cuts)
             pruned = where if isinstance(where, Neurons) else None
-            if found:
-                model.load_weights({key: value.to(model.device) for key, value in found[1].items()})
+            if kept:
+                model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
             else:
                 self._remove(arm.removal, name, where)
                 if not self.experiment.grafts.skip:
@@ -284,8 +284,8 @@ class _Seed:
             snapshots[stage] = snapshot
             yield Measured(name, self.seed, stage, snapshot)
         with adapters(model, how.lora_rank, seed=seed_for("retrain", self.seed)):
-            if found and how.lora_rank:
-                load_adapter_weights(model, found[1])
+            if kept and how.lora_rank:
+                load_adapter_weights(model, kept[1])
             training = retrain_(
                 model, ready.train, how, seed=seed_for("retrain", self.seed), resume=resume, what=f"retraining ({name})"
             )
@@ -597,8 +597,8 @@ class _Seed:
         if self.seed != settings.seeds[0] or (arm is not None and arm.name != "concept"):
             return snapshot
         sentences = to_read(scored.corpus, ready.concept)
-        said = guesses(ready.model, sentences, ready.concept) if sentences.n_sentences else None
-        return replace(snapshot, guesses=said)
+        guessed = guesses(ready.model, sentences, ready.concept) if sentences.n_sentences else None
+        return replace(snapshot, guesses=guessed)
 
 
 def first_back(path: Trajectory) -> str | None:

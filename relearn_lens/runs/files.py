@@ -35,12 +35,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}); run again with --fresh") from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise ValueError(f"{str(path)!r} is damaged (it is no table of names and values); run again with --fresh")
-    return found
+    return table
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -51,9 +51,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
     """
     # A copy each: safetensors refuses tensors that share memory, and arms share their base.
     whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    said = {"relearn-lens": json.dumps(plain(meta))}
+    metadata = {"relearn-lens": json.dumps(plain(meta))}
     size = sum(tensor.nbytes for tensor in whole.values())
-    _whole(path, size, lambda temporary: save_file(whole, temporary, metadata=said))
+    _whole(path, size, lambda temporary: save_file(whole, temporary, metadata=metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

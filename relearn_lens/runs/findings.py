@@ -46,7 +46,7 @@ def findings(run: Run) -> dict[str, Any]:
     return {
         "claims": [asdict(claim) for claim in claims_of(run)],
         "migration": migration_of(run),
-        "recovery_speed": {name: _speeds(found) for name, found in speeds_of(run).items()},
+        "recovery_speed": {name: _speeds(speeds) for name, speeds in speeds_of(run).items()},
         "savings": _savings(run),
         "attribution": _by_stage(run, _attribution),
         "scores_agreement": agreement(run),
@@ -73,10 +73,10 @@ def migration_of(run: Run) -> dict[str, Any]:
             return {"says": f"Not measured: {error}."}
         return {**asdict(moved), "says": str(moved)}
 
-    found = {which: told(selection=which) for which in ("matched", "all", "published")}
+    migrations = {which: told(selection=which) for which in ("matched", "all", "published")}
     if all(arm[last(arm)].attribution and arm[BASE].attribution for arms in run.arms.values() for arm in arms):
-        found["attribution"] = told(score=lambda snapshot: snapshot.by("attribution"))
-    return found
+        migrations["attribution"] = told(score=lambda snapshot: snapshot.by("attribution"))
+    return migrations
 
 
 def last(arm: Trajectory) -> str:
@@ -100,8 +100,8 @@ def _rank_correlation(snapshot: Snapshot, kind: str) -> float:
     mine, other = (saliency.score.flatten().numpy() for saliency in (snapshot.saliency, snapshot.by(kind)))
     if np.ptp(mine) == 0 or np.ptp(other) == 0:
         return float("nan")
-    found: Any = st.spearmanr(mine, other)  # stubs and scipy do not agree on what this is
-    return float(found.statistic)
+    correlation: Any = st.spearmanr(mine, other)  # stubs and scipy do not agree on what this is
+    return float(correlation.statistic)
 
 
 def heirs(run: Run, name: str, k: int = 8) -> list[str]:
@@ -135,12 +135,12 @@ def _base(run: Run) -> Any:
 
 def _by_stage(run: Run, of: Any) -> dict[str, Any]:
     """Arm to one mapping of stages per seed; stages without the measurement are left out."""
-    found = {}
+    by_arm = {}
     for name, arms in run.arms.items():
         each = [{stage: entry for stage in arm.stages if (entry := of(arm, stage))} for arm in arms]
         if any(each):
-            found[name] = each
-    return found
+            by_arm[name] = each
+    return by_arm
 
 
 def _attribution(arm: Trajectory, stage: str) -> dict[str, Any] | None:
@@ -165,27 +165,29 @@ def _attribution(arm: Trajectory, stage: str) -> dict[str, Any] | None:
 def _similarity(arm: Trajectory) -> dict[str, Any]:
     return {
         which: {
-            "flow": found.flow.tolist(),
-            "cka": found.cka.tolist(),
-            "same_by_layer": found.same.nanmedian(1).values.tolist(),
-            "best_by_layer": found.best.abs().nanmedian(1).values.tolist(),
-            "chance": found.chance,
-            "above_chance": found.above_chance(),
-            "n_words": found.n_words,
+            "flow": similarity.flow.tolist(),
+            "cka": similarity.cka.tolist(),
+            "same_by_layer": similarity.same.nanmedian(1).values.tolist(),
+            "best_by_layer": similarity.best.abs().nanmedian(1).values.tolist(),
+            "chance": similarity.chance,
+            "above_chance": similarity.above_chance(),
+            "n_words": similarity.n_words,
         }
-        for which, found in arm.similarity.items()
+        for which, similarity in arm.similarity.items()
     }
 
 
 def _meaning(arm: Trajectory, stage: str) -> dict[str, Any] | None:
-    found = arm[stage]
-    if found.words is None:
+    snapshot = arm[stage]
+    if snapshot.words is None:
         return None
     return {
-        "null_by_layer": found.words.null.sum(1).tolist(),
-        "similarity_by_layer": None if found.meaning is None else found.meaning.nanmean(1).tolist(),
-        "near_concept_by_layer": None if found.near_concept is None else found.near_concept.nanmean(1).tolist(),
-        "classes_separated_by_layer": None if found.separated is None else found.separated.double().mean(1).tolist(),
+        "null_by_layer": snapshot.words.null.sum(1).tolist(),
+        "similarity_by_layer": None if snapshot.meaning is None else snapshot.meaning.nanmean(1).tolist(),
+        "near_concept_by_layer": None if snapshot.near_concept is None else snapshot.near_concept.nanmean(1).tolist(),
+        "classes_separated_by_layer": None
+        if snapshot.separated is None
+        else snapshot.separated.double().mean(1).tolist(),
     }
 
 
@@ -204,19 +206,19 @@ def what_happened(run: Run) -> str:
     return story.what_happened(run.arms, run.label, **run.interval)
 
 
-def _speeds(found: recovery.Speeds) -> dict[str, Any]:
+def _speeds(speeds: recovery.Speeds) -> dict[str, Any]:
     return {
-        "reached": {f"{share:g}": asdict(when) for share, when in found.reached.items()},
-        "area": None if found.area is None else asdict(found.area),
+        "reached": {f"{share:g}": asdict(when) for share, when in speeds.reached.items()},
+        "area": None if speeds.area is None else asdict(speeds.area),
     }
 
 
 def _savings(run: Run) -> dict[str, Any] | None:
     if not {"concept", "never"} <= set(run.arms):
         return None
-    found = recovery.savings(run.arms["concept"], run.arms["never"], run.label, **run.interval)
-    saved = {f"{share:g}": None if each is None else asdict(each) for share, each in found.saved.items()}
-    return {"saved": saved, "area": asdict(found.area)}
+    savings = recovery.savings(run.arms["concept"], run.arms["never"], run.label, **run.interval)
+    saved = {f"{share:g}": None if each is None else asdict(each) for share, each in savings.saved.items()}
+    return {"saved": saved, "area": asdict(savings.area)}
 
 
 HARDLY = 0.1
@@ -225,25 +227,25 @@ HARDLY = 0.1
 
 def notes(run: Run) -> list[str]:
     """What a reader should know first: the run's notes, labels that the base model hardly knows, and natural scores."""
-    told = list(run.manifest.get("notes", []))
+    lines = list(run.manifest.get("notes", []))
     seeds = _bases(run)
     if seeds and isinstance(seeds[0], SpanScores):
         support = seeds[0].support()
         for label in seeds[0].labels:
             f1 = float(np.mean([scores.value(label) for scores in seeds]))
             if support[label] >= FEWEST_SPANS and f1 < HARDLY:
-                told.append(
+                lines.append(
                     f"the base model hardly knows {label!r} (F1 {f1:.2f}): it has nothing to lose, and says nothing of "
                     "what a cut takes; fine-tune for longer, or with a larger finetune.lr"
                 )
     if pairs := natural_scores(run):
         drawn = np.mean([scores.shown(run.label) for _, scores, _ in pairs])
         plain = np.mean([scores.shown(run.label) for _, _, scores in pairs])
-        told.append(
+        lines.append(
             f"{pairs[0][1].metric} of {'+'.join(run.label)} before any cut: {drawn:.3f} on the sentences that are "
             f"scored, drawn by data.labelled_only and data.concept_share; {plain:.3f} on as many as they come"
         )
-    return told
+    return lines
 
 
 def natural_scores(run: Run) -> list[tuple[int, Scores, Scores]]:
@@ -276,14 +278,14 @@ def _by_column(layers: Sequence[str], values: Any, of: Any = np.mean) -> list[st
         return [_number(of(values[part])) for _, part in layer_columns(layers)]
 
 
-def claims_rows(found: Sequence[Claim]) -> Table:
+def claims_rows(each_claim: Sequence[Claim]) -> Table:
     """The claims table: the number in the concept arm and in its control, effect with interval, verdict."""
     rows = [
         [
             claim.id, claim.says, claim.verdict, _number(claim.concept), _number(claim.control),
             _interval(claim.effect), f"{claim.bar:g}", _number(claim.p), _number(claim.p_holm),
         ]
-        for claim in found
+        for claim in each_claim
     ]  # fmt: skip
     return ["", "claim", "verdict", "concept", "control", "effect", "bar", "p", "p (Holm)"], rows
 
@@ -294,9 +296,9 @@ def speed_rows(run: Run) -> Table:
     for name, arms in run.arms.items():
         if arms[0].pruned is None:
             continue
-        found = speeds_of(run)[name]
-        area = "within noise" if found.area is None else _interval(found.area)
-        rows.append([name, *(_interval(when.epochs) or "not reached" for when in found.reached.values()), area])
+        speeds = speeds_of(run)[name]
+        area = "within noise" if speeds.area is None else _interval(speeds.area)
+        rows.append([name, *(_interval(when.epochs) or "not reached" for when in speeds.reached.values()), area])
     shares = [f"epochs to {share:.0%}" for share in recovery.SHARES]
     return ["arm", *shares, "area under recovery"], rows
 
@@ -332,18 +334,18 @@ def similarity_rows(run: Run) -> Table:
     rows, layers = [], list(next(iter(run.arms.values()))[0].site.layers)
     for name, arms in run.arms.items():
         for which in ("all", "concept"):
-            found = [arm.similarity[which] for arm in arms if which in arm.similarity]
-            if not found:
+            similarities = [arm.similarity[which] for arm in arms if which in arm.similarity]
+            if not similarities:
                 continue
             for what, values in (
-                ("linear CKA, same layer", [each.cka.diagonal() for each in found]),
-                ("correlation with itself, median", [each.same.nanmedian(1).values for each in found]),
-                ("best match in the same layer, share", [each.flow.diagonal() for each in found]),
+                ("linear CKA, same layer", [each.cka.diagonal() for each in similarities]),
+                ("correlation with itself, median", [each.same.nanmedian(1).values for each in similarities]),
+                ("best match in the same layer, share", [each.flow.diagonal() for each in similarities]),
             ):
                 rows.append(
                     [
                         name,
-                        f"{which}, {found[0].n_words:,} words",
+                        f"{which}, {similarities[0].n_words:,} words",
                         what,
                         *_by_column(layers, torch.stack(values).mean(0)),
                     ]

@@ -151,16 +151,16 @@ def estimate(experiment: Experiment) -> Estimate | None:
     token = _token_bytes(shape, text.longest)
     batch = max(experiment.finetune.batch_size, experiment.retrain.batch_size)
     training = batch * text.longest * (shape.layers * token + _logit_bytes(experiment, shape))
-    asked = experiment.measure
+    wants = experiment.measure
     measuring = 0.0
-    if {"conductance", "layer_ig"} & set(asked.what):
-        measuring = asked.sentences * asked.steps * text.longest * shape.layers * token
-    if "top_words" in asked.what:  # a table of word types by neurons
+    if {"conductance", "layer_ig"} & set(wants.what):
+        measuring = wants.sentences * wants.steps * text.longest * shape.layers * token
+    if "top_words" in wants.what:  # a table of word types by neurons
         measuring = max(measuring, 4.0 * 5000 * (shape.layers + 1) * shape.d_model)
-    if "auroc" in (experiment.score, *asked.what):  # every word, where a sentence is a quarter of the longest
+    if "auroc" in (experiment.score, *wants.what):  # every word, where a sentence is a quarter of the longest
         n_words = experiment.data.probe_sentences * text.longest / 4
         measuring = max(measuring, 4.0 * n_words * (shape.layers + 1) * shape.d_model)
-    measuring = min(measuring, asked.max_memory * _MB)
+    measuring = min(measuring, wants.max_memory * _MB)
     memory = BASELINE_MB + text.megabytes + (COPIES * shape.bytes + training + measuring) / _MB
     return Estimate(math.ceil(memory), _disk(experiment, shape, text), _fetch(experiment, shape))
 
@@ -236,16 +236,16 @@ def fitted(
         training = getattr(experiment, name)
         parts = max(training.accumulate, -(-training.batch_size // int(room // piece)))
         groups[name] = training.model_copy(update={"accumulate": parts})
-    asked = experiment.measure
-    tokens = max(16, min(asked.max_tokens, int(room // token)))
-    megabytes = min(asked.max_memory, max(1, int(room // _MB)))
-    groups["measure"] = asked.model_copy(update={"max_tokens": tokens, "max_memory": megabytes})
-    said = (
+    measuring = experiment.measure
+    tokens = max(16, min(measuring.max_tokens, int(room // token)))
+    megabytes = min(measuring.max_memory, max(1, int(room // _MB)))
+    groups["measure"] = measuring.model_copy(update={"max_tokens": tokens, "max_memory": megabytes})
+    hint = (
         f"max_memory={experiment.max_memory:g} MB: about {fixed:,.0f} MB are taken whatever the batches; accumulate="
         f"{groups['finetune'].accumulate} in fine-tuning and {groups['retrain'].accumulate} in retraining, "
         f"measure.max_tokens={tokens:,}, measure.max_memory={megabytes:g}"
     )
-    return experiment.model_copy(update=groups), [said]
+    return experiment.model_copy(update=groups), [hint]
 
 
 def _disk(experiment: Experiment, shape: Shape, text: Text) -> int:
@@ -293,8 +293,8 @@ def memory_mb(root: Path = Path("/")) -> int | None:
 
     None where the system does not say.
     """
-    found = [n for n in (_free(root), _cgroup(root), _rlimit()) if n is not None]
-    return min(found) // _MB if found else None
+    limits = [n for n in (_free(root), _cgroup(root), _rlimit()) if n is not None]
+    return min(limits) // _MB if limits else None
 
 
 def _free(root: Path) -> int | None:

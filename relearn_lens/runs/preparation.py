@@ -200,17 +200,17 @@ def _reading(experiment: Experiment) -> Reading | None:
 
 def _hashes(experiment: Experiment, drawn: list[Corpus]) -> dict[str, str]:
     """sha256 of the sentences that are used and of the files they and the model come from."""
-    found = {f"sentences:{part}": text.sha256() for part, text in zip(Splits._fields, drawn, strict=True)}
+    hashes = {f"sentences:{part}": text.sha256() for part, text in zip(Splits._fields, drawn, strict=True)}
     named = {"model": experiment.model, "corpus": experiment.corpus, "probe_corpus": experiment.probe_corpus}
     for role, name in named.items():
         if name is None or name == "toy":
             continue  # made by this package: its version says what it is
         if name in sources.SOURCES:
-            found |= {f"{role}:{name}/{file}": digest for file, digest in sources.hashes(name).items()}
+            hashes |= {f"{role}:{name}/{file}": digest for file, digest in sources.hashes(name).items()}
         else:
             path = Path(name if role == "model" else name.partition(":")[2]).expanduser()
-            found |= {f"{role}:{file}": digest for file, digest in sources.hash_files(path).items()}
-    return found
+            hashes |= {f"{role}:{file}": digest for file, digest in sources.hash_files(path).items()}
+    return hashes
 
 
 def _fitted(experiment: Experiment, model: Model, train: Encoded, *read: Encoded) -> tuple[Experiment, list[str]]:

@@ -193,24 +193,24 @@ def nearest(experiment: Experiment) -> Variant:
 
 def differs(run: Run, variant: Variant) -> tuple[str, ...]:
     """In what a run differs from a released one, in words; empty if in nothing that its settings show."""
-    made, found = run.experiment, []
+    made, differences = run.experiment, []
 
     def unlike(what: str, here: Any, there: Any) -> None:
         if here != there:
-            found.append(f"{what} {here}, there {there}")
+            differences.append(f"{what} {here}, there {there}")
 
     unlike("the model is", Path(made.model).name, RELEASE.model)
     if "conll2003" not in (made.corpus or "").lower().replace("-", "").replace("_", ""):
-        found.append(f"the corpus is {made.corpus}, there CoNLL-2003")
+        differences.append(f"the corpus is {made.corpus}, there CoNLL-2003")
     if made.probe_corpus is None:
-        found.append("saliency is measured on the task's own text, there on a concept corpus")
+        differences.append("saliency is measured on the task's own text, there on a concept corpus")
     unlike("the concept is", "+".join(made.labels), "LOC")
     unlike("the site is", made.site, "resid")
     unlike("the score is", made.score if made.score not in LINEAR_PROBES else "linear probe", variant.score)
     share = variant.n_pruned / RELEASE.n_neurons
     here = float(np.mean([sized.fraction for sized in run.sized])) if run.sized else 0.0
     if abs(here - share) > 0.005:
-        found.append(f"{here:.1%} of the neurons are pruned, there {share:.1%}")
+        differences.append(f"{here:.1%} of the neurons are pruned, there {share:.1%}")
     unlike(
         "retraining has",
         f"{made.retrain.epochs:g} epochs in stages of {made.retrain.every or 1:g}"
@@ -228,7 +228,7 @@ def differs(run: Run, variant: Variant) -> tuple[str, ...]:
             unlike(f"prune.{name} is", getattr(made.prune, name), value)
     layers = run.arms["concept"][0].site.layers
     unlike("the layers are", ", ".join(layers), ", ".join(RELEASE.layers))
-    return tuple(found)
+    return tuple(differences)
 
 
 def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]:
@@ -303,12 +303,12 @@ def _high(snapshot: Snapshot, among: Neurons | None) -> list[float]:
 
 def _correlations(arm: Trajectory, among: Neurons) -> list[float]:
     """By layer, Spearman of the score at base and after 8 epochs; NaN where either is constant."""
-    found = []
+    rows = []
     for before, after, mask in zip(arm[BASE].saliency.score, arm["8"].saliency.score, among.mask, strict=True):
         a, b = before[mask].numpy(), after[mask].numpy()
         constant = len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0
-        found.append(math.nan if constant else float(np.asarray(st.spearmanr(a, b))[0]))
-    return found
+        rows.append(math.nan if constant else float(np.asarray(st.spearmanr(a, b))[0]))
+    return rows
 
 
 def _mean(arms: Sequence[Trajectory], stage: str, of: Callable[[Snapshot], float]) -> float | None:
@@ -321,12 +321,12 @@ def _finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def comparison_tables(found: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
+def comparison_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of each printed table: run, release and difference below each other."""
-    f1 = [row for row in found.rows if row.what == "F1, overall"]
-    entity = [row for row in found.rows if row.what == "F1 after pruning"]
+    f1 = [row for row in comparison.rows if row.what == "F1, overall"]
+    entity = [row for row in comparison.rows if row.what == "F1 after pruning"]
     by_layer: dict[tuple[str, str], list[Row]] = {}
-    for row in found.rows:
+    for row in comparison.rows:
         if row.at in RELEASE.layers:
             by_layer.setdefault((row.what, row.stage), []).append(row)
     layers = [["", ""] if i else list(key) for key in by_layer for i in range(3)]

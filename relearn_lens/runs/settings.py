@@ -478,27 +478,27 @@ def _lines(error: ValidationError) -> str:
     every = [{**e, "loc": _place(e["loc"])} for e in error.errors()]
     # pydantic calls a tuple too short whose items it refused.
     inside = {e["loc"][:-1] for e in every}
-    told = [e for e in every if e["type"] != "too_short" or e["loc"] not in inside]
+    errors = [e for e in every if e["type"] != "too_short" or e["loc"] not in inside]
     lines: dict[Any, str] = {}
-    for e in told:  # of what may be a number or a word, each is an error of its own
+    for e in errors:  # of what may be a number or a word, each is an error of its own
         more = e["msg"].removeprefix("Input should be ")
-        lines[e["loc"] or e["msg"]] = f"{said}; or {more}" if (said := lines.get(e["loc"])) else _said(e)
+        lines[e["loc"] or e["msg"]] = f"{line}; or {more}" if (line := lines.get(e["loc"])) else _said(e)
     return "\n".join(lines.values())
 
 
 def fields() -> list[tuple[str, Any, str]]:
     """Every setting: key, default, what it is."""
-    found = []
+    rows = []
     for name, field in Experiment.model_fields.items():
         default = field.get_default(call_default_factory=True)
         if isinstance(default, Method):
-            found += [
+            rows += [
                 (f"{name}.{key}", getattr(default, key), inner.description or "")
                 for key, inner in type(default).model_fields.items()
             ]
         else:
-            found.append((name, default, field.description or ""))
-    return found
+            rows.append((name, default, field.description or ""))
+    return rows
 
 
 OPTIONAL = frozenset(

@@ -399,12 +399,12 @@ class RunFolder:
     def stages(self, arm: str, seed: int) -> dict[str, Snapshot]:
         """The stages of an unfinished arm that were measured."""
         prefix = f"{arm}-{seed}@"
-        found = {}
+        snapshots = {}
         for path in sorted((self.path / "stages").glob(f"{prefix}*.safetensors")):
             if not self._is_here(path):
                 continue
-            found[path.name.removeprefix(prefix).removesuffix(".safetensors")] = _unpacked(path)
-        return found
+            snapshots[path.name.removeprefix(prefix).removesuffix(".safetensors")] = _unpacked(path)
+        return snapshots
 
     def keep_state(self, event: Paused) -> None:
         """Where a training stands: enough to go on from. One file, replaced at every pause."""
@@ -561,12 +561,12 @@ def _versions() -> dict[str, str]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
-    said = []
+    lines = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             if inner := _differences(a, b, f"{prefix}{key}."):
-                said.append(inner)
+                lines.append(inner)
         elif a != b:
-            said.append(f"{prefix}{key} {a!r} there, {b!r} here")
-    return "; ".join(said)
+            lines.append(f"{prefix}{key} {a!r} there, {b!r} here")
+    return "; ".join(lines)

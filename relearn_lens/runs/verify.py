@@ -50,8 +50,8 @@ def hashes_of(folder: str | Path) -> dict[str, str]:
 
 def seal_of(manifest: Mapping[str, Any]) -> str:
     """sha256 of what a manifest says, its own seal left out."""
-    said = {key: value for key, value in plain(dict(manifest)).items() if key != SEAL}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    sealed = {key: value for key, value in plain(dict(manifest)).items() if key != SEAL}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def check_same_inputs(manifests: Mapping[str, Mapping[str, Any]]) -> None:
@@ -140,11 +140,11 @@ def _own(path: Path, manifest: dict[str, Any], say: Callable[[str], object]) -> 
         if name not in there:
             yield Finding(name, "missing", f"{name} is missing; put it back, or run again with --fresh")
             continue
-        found = _hash(there[name])
-        if found != digest:
-            why = "cannot be read" if found is None else f"has sha256 {found[:12]}..., it had {str(digest)[:12]}..."
+        sha256 = _hash(there[name])
+        if sha256 != digest:
+            why = "cannot be read" if sha256 is None else f"has sha256 {sha256[:12]}..., it had {str(digest)[:12]}..."
             yield Finding(name, "changed", f"{name} {why}; put the right file back, or run again with --fresh")
-        if name.startswith("weights/") and found is not None and (odd := _first_not_finite(there[name])):
+        if name.startswith("weights/") and sha256 is not None and (odd := _first_not_finite(there[name])):
             yield Finding(name, "damaged", f"{name}: {odd} holds NaN or infinite numbers")
     for name in sorted(set(there) - set(outputs)):
         yield Finding(name, "extra", f"{name} was not written by the run; move it away if it is not yours")
@@ -167,11 +167,11 @@ def _inputs(manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[
             yield Finding(f"{role}:{name}", "unknown", says)
             continue
         prefix = f"{role}:{name}/" if name in sources.SOURCES else f"{role}:"
-        found = {f"{prefix}{file}": digest for file, digest in sources.hash_files(place).items()}
+        hashes = {f"{prefix}{file}": digest for file, digest in sources.hash_files(place).items()}
         for key in sorted(mine):
-            if key not in found:
+            if key not in hashes:
                 yield Finding(key, "missing", f"input {key} is no longer in {str(place)!r}")
-            elif found[key] != mine[key]:
+            elif hashes[key] != mine[key]:
                 yield Finding(key, "changed", f"input {key} in {str(place)!r} is not what the run began with")
 
 

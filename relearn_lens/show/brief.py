@@ -206,18 +206,18 @@ def answered(run: Run) -> list[Answer]:
         "primed": ("primed?", lambda run, _: _heirs(run, "primed")),
         "mixed": ("mixed?", lambda run, _: _heirs(run, "mixed")),
     }
-    found = []
+    lines = []
     for question in answers(run):
         name, say = tell.get(question.key, (question.key, lambda *_: None))
         decides = _number(question)
         says = say(run, decides) or question.says.removeprefix("Undecided: ").rstrip(".")
-        found.append(Answer(name, question, says, decides))
-    return found
+        lines.append(Answer(name, question, says, decides))
+    return lines
 
 
 def never_back(run: Run) -> str:
     """The labels that a cut took and that training did not bring back; empty where there are none."""
-    found = []
+    labels = []
     for name, paths in run.arms.items():
         if name == "never" or _unit(paths) != "F1":
             continue
@@ -225,10 +225,10 @@ def never_back(run: Run) -> str:
         for label in paths[0][BASE].scores.labels:
             base, end = (float(np.mean([path[s].scores.shown(label) for path in paths])) for s in (BASE, last))
             if base >= 0.1 and end < base / 2:  # of less there is nothing to come back
-                found.append(
+                labels.append(
                     f"{label} is at {number(end)} of {number(base)} in the {name} arm at {_by(paths)[:-1]} {last}"
                 )
-    return "; ".join(found)
+    return "; ".join(labels)
 
 
 def took_over(run: Run) -> Text | None:
@@ -405,13 +405,13 @@ def _verdict_on(enough: float, needed: float) -> str:
 
 def _steps(paths: Sequence[Trajectory], base: Sequence[Trajectory], run: Run) -> str:
     """Steps until half of the base's margin is there, mean over seeds; "> N" where it is not reached in all."""
-    found = [
+    steps = [
         questions.steps_to(curve(path, run.label), outcome(first[BASE].scores, run.label).margin, 0.5)
         for path, first in zip(paths, base, strict=True)
     ]
-    reached = [each.steps for each in found if each.reached]
-    last = max(each.steps for each in found)
-    if len(reached) == len(found):
+    reached = [each.steps for each in steps if each.reached]
+    last = max(each.steps for each in steps)
+    if len(reached) == len(steps):
         return f"{np.mean(reached):.0f}"
     return f"{min(reached):.0f} to > {last:.0f}" if reached else f"> {last:.0f}"
 
@@ -442,12 +442,12 @@ def _reading_on(run: Run, report: str) -> list[Text]:
 
 def _number(question: Question) -> str:
     """The number that decides, with its interval."""
-    found = question.number
-    if found is None or found.interval is None:
+    estimate = question.number
+    if estimate is None or estimate.interval is None:
         return ""
     if question.key in ("primed", "mixed"):
-        return f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
-    return f"{100 * found.value:.0f} % [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+        return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+    return f"{100 * estimate.value:.0f} % [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
 
 
 def _percent(share: float | np.floating) -> str:

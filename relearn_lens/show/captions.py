@@ -29,25 +29,25 @@ def recovery(run: Run) -> str:
     name = told(run)
     arms, last = run.arms[name], run.arms[name][0].stages[-1]
     scores = arms[0][BASE].scores
-    said = (
+    text = (
         f"In the {name} arm the {scores.metric} of {story.name_of(arms[0])!r} was {_shown(run, name, BASE)} "
         f"at base, {_shown(run, name, PRUNED)} after pruning and {_shown(run, name, last)} at stage {last}."
     )
     others = [other for other in run.arms if other != name]
     if not others:
-        return f"{said} There is no control arm in this run, so this is not evidence about the concept's neurons."
+        return f"{text} There is no control arm in this run, so this is not evidence about the concept's neurons."
     beside = "; ".join(
         f"in the {other} arm {_shown(run, other, PRUNED)} and {_shown(run, other, last)}" for other in others
     )
-    said += f" At the same two later stages it was, {beside}"
+    text += f" At the same two later stages it was, {beside}"
     if "random" not in others:
-        return f"{said}."
+        return f"{text}."
     gap = story.gap_at(arms, run.arms["random"], run.label, last, **run.interval)
     if gap.interval is None:
-        return f"{said}."
+        return f"{text}."
     verdict = "differ beyond noise" if gap.excludes(0) else "do not differ beyond noise"
     few = "" if len(arms) >= FEWEST_SEEDS else "; another training seed may differ as much"
-    return f"{said}: at stage {last} the {name} and the random arm {verdict} ({gap}, over {gap.over}{few})."
+    return f"{text}: at stage {last} the {name} and the random arm {verdict} ({gap}, over {gap.over}{few})."
 
 
 def pruned_share(run: Run) -> str:
@@ -59,17 +59,17 @@ def pruned_share(run: Run) -> str:
     if not share.any():
         return f"The {name} arm pruned nothing. There is no cut to compare with a control."
     low, high = int(share.argmin()), int(share.argmax())
-    said = (
+    text = (
         f"{share.mean():.0%} of all neurons were pruned, from {share[low]:.0%} of layer {layers[low]} to "
         f"{share[high]:.0%} of layer {layers[high]}."
     )
     if "random" not in run.arms or name == "random":
-        return f"{said} There is no random arm beside it."
+        return f"{text} There is no random arm beside it."
     other = np.mean([(~arm.survivors()).share_by_layer() for arm in run.arms["random"]], axis=0)
     pairs = list(zip(arms, run.arms["random"], strict=False))
     both = np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned])
     as_many = "took as many from every layer" if np.allclose(share, other) else "took other numbers from the layers"
-    return f"{said} The random arm {as_many} and shares {both:.0%} of its neurons with this cut."
+    return f"{text} The random arm {as_many} and shares {both:.0%} of its neurons with this cut."
 
 
 def layer_map(run: Run, against: str | None = None) -> str:
@@ -85,15 +85,15 @@ def layer_map(run: Run, against: str | None = None) -> str:
     if not np.isfinite(mine).any():
         return f"In the {name} arm no layer has survivors on both sides. There is nothing to compare."
     most = int(np.nanargmax(np.abs(mine)))
-    said = (
+    text = (
         f"From base to stage {last} the mean rank saliency of the {name} arm's survivors changed most in layer "
         f"{layers[most]}, by {mine[most]:+.2f}."
     )
-    return f"{said} {_beside(change, name, lambda values: values[most], 'It changed there by')}"
+    return f"{text} {_beside(change, name, lambda values: values[most], 'It changed there by')}"
 
 
 def _difference(run: Run, name: str, against: str) -> str:
-    found = {}
+    by_arm = {}
     for each, arms in run.arms.items():
         if each == against:
             continue
@@ -101,21 +101,21 @@ def _difference(run: Run, name: str, against: str) -> str:
         for arm, twin in zip(arms, run.arms[against], strict=True):
             here, there = (side[arm.stages[-1]].saliency.by_rank(arm.matched()).nanmean(1) for side in (arm, twin))
             gaps.append((here - there).numpy())
-        found[each] = np.mean(gaps, axis=0)
+        by_arm[each] = np.mean(gaps, axis=0)
     last, layers = run.arms[name][0].stages[-1], run.arms[name][0].site.layers
-    if not np.isfinite(found[name]).any():
+    if not np.isfinite(by_arm[name]).any():
         return f"In the {name} arm no layer has survivors. There is nothing to compare."
-    most = int(np.nanargmax(np.abs(found[name])))
-    said = (
+    most = int(np.nanargmax(np.abs(by_arm[name])))
+    text = (
         f"At stage {last} the mean rank saliency of the {name} arm's neurons differs most from the {against} arm in "
-        f"layer {layers[most]}, by {found[name][most]:+.2f}."
+        f"layer {layers[most]}, by {by_arm[name][most]:+.2f}."
     )
-    return f"{said} {_beside(found, name, lambda values: values[most], 'It differs there by')}"
+    return f"{text} {_beside(by_arm, name, lambda values: values[most], 'It differs there by')}"
 
 
 def _change(arms: Sequence[Trajectory], last: str) -> np.ndarray:
-    found = [story.saliency_by_layer(arm) for arm in arms]
-    return np.mean([np.subtract(by_stage[last], by_stage[BASE]) for by_stage in found], axis=0)
+    by_seed = [story.saliency_by_layer(arm) for arm in arms]
+    return np.mean([np.subtract(by_stage[last], by_stage[BASE]) for by_stage in by_seed], axis=0)
 
 
 def _beside(change: dict[str, np.ndarray], name: str, of: Callable[[np.ndarray], float], what: str) -> str:
@@ -137,32 +137,32 @@ def neuron_map(run: Run) -> str:
     name = told(run)
     left, chance = {}, 0.0
     for each, arms in run.arms.items():
-        found = []
+        turnovers = []
         for arm in arms:
             among = arm.matched()
             if len(among):
                 k = max(1, round(TOP * len(among)))
                 turn = priming.turnover(arm[BASE].saliency, arm[arm.stages[-1]].saliency, k, among)
-                found.append(turn.left)
+                turnovers.append(turn.left)
                 chance = turn.by_chance if each == name else chance
-        if found:
-            left[each] = float(np.mean(found))
+        if turnovers:
+            left[each] = float(np.mean(turnovers))
     if name not in left:
         return f"No neuron survived in the {name} arm. There is nothing to compare."
-    said = (
+    text = (
         f"Of the survivors that were in the top {TOP:.0%} at base, {left[name]:.0%} are no longer in it at the last "
         f"stage of the {name} arm (two unrelated rankings: {chance:.0%})."
     )
     beside = " and ".join(f"{value:.0%} in the {each} arm" for each, value in left.items() if each != name)
-    return f"{said} It is {beside}, each among the neurons it compares." if beside else f"{said} There is no control."
+    return f"{text} It is {beside}, each among the neurons it compares." if beside else f"{text} There is no control."
 
 
 def migrated(run: Run, score: str = "saliency") -> str:
     """The matched comparison in words, then the unmatched one."""
-    found = findings.migration_of(run)
+    migrations = findings.migration_of(run)
     if score == "attribution":
-        return f"{found['attribution']['says']} Attribution and the ranking score need not agree."
-    return f"{found['matched']['says']} {found['published']['says']}"
+        return f"{migrations['attribution']['says']} Attribution and the ranking score need not agree."
+    return f"{migrations['matched']['says']} {migrations['published']['says']}"
 
 
 def attribution(run: Run) -> str:
@@ -181,11 +181,11 @@ def attribution(run: Run) -> str:
             parts.append(f"{where} layer {layers[most]} ({share[most]:.0%})")
             errors += [float((found.delta / found.change).abs().max()) for found in known if found.is_cut_set]
     alone = "" if len(run.arms) > 1 else ", and there is no control arm"
-    said = f"The summed attribution is largest {', '.join(parts)}; an even share is {1 / len(layers):.0%}{alone}."
+    text = f"The summed attribution is largest {', '.join(parts)}; an even share is {1 / len(layers):.0%}{alone}."
     if not errors:
-        return f"{said} MLP units are by-passed by the residual stream, so a layer need not account for everything."
+        return f"{text} MLP units are by-passed by the residual stream, so a layer need not account for everything."
     return (
-        f"{said} The account is complete to within {max(errors):.0%} of the output's change (lower panel); look at it "
+        f"{text} The account is complete to within {max(errors):.0%} of the output's change (lower panel); look at it "
         "before a close call, and make it smaller with more measure.steps."
     )
 
@@ -197,34 +197,34 @@ def flow(run: Run) -> str:
     for each, arms in run.arms.items():
         tables = [arm.similarity["all"] for arm in arms if "all" in arm.similarity]
         if tables:
-            stayed[each] = float(torch.stack([found.flow for found in tables]).mean(0).diagonal().nanmean())
+            stayed[each] = float(torch.stack([table.flow for table in tables]).mean(0).diagonal().nanmean())
     mine = next(arm for arm in run.arms[name] if "all" in arm.similarity)
     n = len(mine.site.layers)
     above = mine.similarity["all"].above_chance()
-    said = (
+    text = (
         f"In the {name} arm, {stayed[name]:.0%} of a layer's neurons on average have their best match in the same "
         f"layer after ({1 / n:.0%} if matches fell anywhere), and {above:.0%} of all matches are better than 95% of "
         "those by chance."
     )
     beside = " and ".join(f"{value:.0%} in the {each} arm" for each, value in stayed.items() if each != name)
-    return f"{said} It is {beside}." if beside else f"{said} There is no control arm."
+    return f"{text} It is {beside}." if beside else f"{text} There is no control arm."
 
 
 def saliency_against_similarity(run: Run) -> str:
     """The rank correlation over the survivors, beside the controls."""
     name = told(run)
-    found = {}
+    rho = {}
     for each, arms in run.arms.items():
         each_seed = [value for arm in arms if (value := _correlation(arm)) is not None]
         if each_seed:
-            found[each] = float(np.mean(each_seed))
-    said = (
+            rho[each] = float(np.mean(each_seed))
+    text = (
         f"Over the survivors of the {name} arm, saliency at the last stage and likeness of meaning to base have a rank "
-        f"correlation of {found[name]:+.2f}: salient neurons mean {'less' if found[name] < 0 else 'no less'} of what "
+        f"correlation of {rho[name]:+.2f}: salient neurons mean {'less' if rho[name] < 0 else 'no less'} of what "
         "they meant."
     )
-    beside = " and ".join(f"{value:+.2f} in the {each} arm" for each, value in found.items() if each != name)
-    return f"{said} It is {beside}." if beside else f"{said} There is no control arm."
+    beside = " and ".join(f"{value:+.2f} in the {each} arm" for each, value in rho.items() if each != name)
+    return f"{text} It is {beside}." if beside else f"{text} There is no control arm."
 
 
 def _correlation(arm: Trajectory) -> float | None:
@@ -240,15 +240,15 @@ def _correlation(arm: Trajectory) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def verdicts(found: Sequence[Claim], seeds: int) -> str:
+def verdicts(claims: Sequence[Claim], seeds: int) -> str:
     """How many claims got which verdict, and which of the supported ones their control shows too."""
-    count = Counter(claim.verdict for claim in found)
+    count = Counter(claim.verdict for claim in claims)
     order = ("supported", "reversed", "not supported", "inconclusive")
-    said = ", ".join(f"{count[verdict]} {verdict}" for verdict in order if count[verdict])
-    said = f"Of {len(found)} claims in this run: {said}."
+    text = ", ".join(f"{count[verdict]} {verdict}" for verdict in order if count[verdict])
+    text = f"Of {len(claims)} claims in this run: {text}."
     shared = [
         claim.id
-        for claim in found
+        for claim in claims
         if claim.verdict == "supported" and claim.effect is not None and claim.control is not None
         and claim.control > claim.bar and claim.id in ("C1", "C9a", "C9b")
     ]  # fmt: skip
@@ -256,18 +256,18 @@ def verdicts(found: Sequence[Claim], seeds: int) -> str:
         what = "are supported as published, and their controls show" if len(shared) > 1 else (
             "is supported as published, and its control shows"
         )  # fmt: skip
-        said += f" {', '.join(shared)} {what} the same."
+        text += f" {', '.join(shared)} {what} the same."
     if seeds < FEWEST_SEEDS:
-        said += (
+        text += (
             f" With {seeds} training seed{'s' * (seeds > 1)} nothing that compares trained arms has an interval, so "
             "those claims stay inconclusive."
         )
     elif not shared:
-        said += (
+        text += (
             " Effects of training are those of the concept arm beside its control, so what both do is no support; C9's "
             "are of that arm alone."
         )
-    return said
+    return text
 
 
 def told(run: Run) -> str:

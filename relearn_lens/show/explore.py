@@ -246,8 +246,8 @@ def examples(
     far = np.nan_to_num(np.abs(values - np.nanmean(values)), nan=-1.0)
     peak = [int(a + far[a:b].argmax()) for a, b in zip(corpus.start[:-1], corpus.start[1:], strict=True)]
     order = sorted(range(len(peak)), key=lambda i: -far[peak[i]])[:k]
-    found = []
+    lines = []
     for i in order:
         span = slice(max(corpus.start[i], peak[i] - around), min(corpus.start[i + 1], peak[i] + around + 1))
-        found.append((tuple(corpus.vocab[w] for w in corpus.word[span]), tuple(map(float, values[span]))))
-    return found
+        lines.append((tuple(corpus.vocab[w] for w in corpus.word[span]), tuple(map(float, values[span]))))
+    return lines

@@ -63,7 +63,7 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
 def render(run: Run) -> str:
     """The page of a run as HTML."""
     numbers = summary(run)
-    found = findings.claims_of(run)
+    claims = findings.claims_of(run)
     manifest = run.manifest
     heirs = {name: findings.heirs(run, name) for name in run.arms}
     draw = Drawing()
@@ -75,7 +75,7 @@ def render(run: Run) -> str:
         "agreement": findings.agreement_rows(run),
         "attribution": findings.attribution_rows(run),
         "similarity": findings.similarity_rows(run),
-        "claims": findings.claims_rows(found) if found else None,
+        "claims": findings.claims_rows(claims) if claims else None,
     }
     return page(
         "run.html.j2",
@@ -95,9 +95,9 @@ def render(run: Run) -> str:
         first=_first(run, draw),
         reading=_reading(run),
         new=_new(run),
-        sections=_sections(run, found, heirs, draw),
+        sections=_sections(run, claims, heirs, draw),
         tables=tables,
-        whys=[(claim.id, claim.verdict, claim.why) for claim in found],
+        whys=[(claim.id, claim.verdict, claim.why) for claim in claims],
         corrected=findings.CORRECTED,
         heirs=heirs,
         settings=run.experiment.to_toml(),
@@ -180,10 +180,10 @@ def _reading(run: Run) -> Read | None:
             said = [each.said[i][k] for each in by_stage]
             kind = "concept" if true in names else "other" if true != OUTSIDE else ""
             if run.experiment.task == "tag":
-                told = [each[0] if each else OUTSIDE for each in said]
-                shown = kind or any(each != OUTSIDE for each in told)
-                right = [each == true for each in told] if shown else []
-                line.append(Word(text, kind, right, "; ".join(f"{s}: {t}" for s, t in zip(named, told, strict=True))))
+                labels = [each[0] if each else OUTSIDE for each in said]
+                shown = kind or any(each != OUTSIDE for each in labels)
+                right = [each == true for each in labels] if shown else []
+                line.append(Word(text, kind, right, "; ".join(f"{s}: {t}" for s, t in zip(named, labels, strict=True))))
             else:
                 line.append(Word(text, kind if any(said) else "", [], ""))
         sentences.append(line)
@@ -201,7 +201,7 @@ def _reading(run: Run) -> Read | None:
 
 def _new(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[str, bool]], list[tuple[str, bool]]]]]]:
     """Arm to the neurons that took over: name, words before and after, each with whether it carries the concept."""
-    found = []
+    heirs = []
     for name in ("concept", "random"):
         rows = findings.heir_rows(run, name) if name in run.arms else []
         carries = set(run.arms[name][0][BASE].concept_words) if rows else set()
@@ -210,12 +210,12 @@ def _new(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[str, bool]], li
             for row in rows
         ]
         if marked:
-            found.append((name, marked))
-    return found  # pyright: ignore[reportReturnType]
+            heirs.append((name, marked))
+    return heirs  # pyright: ignore[reportReturnType]
 
 
 def _sections(
-    run: Run, found: Sequence[Claim], heirs: Mapping[str, list[str]], draw: Drawing
+    run: Run, claims: Sequence[Claim], heirs: Mapping[str, list[str]], draw: Drawing
 ) -> list[tuple[str, str, list[Picture]]]:
     """What is folded: id, heading, and the pictures of what was measured."""
 
@@ -245,7 +245,7 @@ def _sections(
             draw(plots.saliency_against_similarity, run, says=lambda: captions.saliency_against_similarity(run)),
             _card(draw, run, heirs)]),
         ("claims", "The paper's claims, beside their controls", [
-            draw(plots.verdicts, run, says=lambda: captions.verdicts(found, len(run.experiment.seeds)))]),
+            draw(plots.verdicts, run, says=lambda: captions.verdicts(claims, len(run.experiment.seeds)))]),
     ]  # fmt: skip
     return [(id, title, [p for p in pictures if p]) for id, title, pictures in sections]
 
@@ -385,10 +385,10 @@ def _scores_of(run: Run) -> Any:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _settings_that_differ(runs: Sequence[Run], names: Sequence[str]) -> Table:
@@ -430,12 +430,12 @@ def _interval(estimate: Estimate | None) -> str:
 
 def _claims_table(each: Sequence[Sequence[Claim]], names: Sequence[str]) -> Table | None:
     """Verdict and effect of every claim in every run."""
-    by_id = [{claim.id: claim for claim in found} for found in each]
+    by_id = [{claim.id: claim for claim in claims} for claims in each]
     rows = []
-    for id, says in {claim.id: claim.says for found in each for claim in found}.items():
+    for id, says in {claim.id: claim.says for claims in each for claim in claims}.items():
         cells = []
-        for found in by_id:
-            claim = found.get(id)
+        for claims in by_id:
+            claim = claims.get(id)
             cells += [claim.verdict, _interval(claim.effect)] if claim else ["", ""]
         rows.append([id, says, *cells])
     header = ["", "claim", *(cell for name in names for cell in (name, "effect"))]

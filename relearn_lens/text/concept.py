@@ -104,7 +104,7 @@ def label_shuffles(
     _, type_of, count = np.unique(types, return_inverse=True, return_counts=True)
     block = np.frexp(count)[1]  # by powers of 2
     start = np.cumsum(count) - count
-    found = []
+    shuffles = []
     for _ in range(n):
         # The words of a type stand together, in a random order; those of one block change places with each other.
         order = np.lexsort((rng.random(len(type_of)), type_of))
@@ -115,5 +115,5 @@ def label_shuffles(
         place = np.arange(len(order)) - start[type_of[order]]
         dealt = np.empty_like(classes.of_word)
         dealt[order] = classes.of_word[order][start[donor] + place % count[donor]]
-        found.append(dealt)
-    return found
+        shuffles.append(dealt)
+    return shuffles

@@ -244,8 +244,8 @@ class Corpus:
         rows = [[label, f"{count:,}"] for label, count in self.words_per_label().items()]
         colour = markup.colours(self.label_names[1:])
         first = [markup.sentence(self.spans(i), OUTSIDE, colour) for i in range(min(5, self.n_sentences))]
-        said = [markup.line(note) for note in self.notes]
-        return markup.box(repr(self), *said, markup.table(["label", "words"], rows), *first)
+        notes = [markup.line(note) for note in self.notes]
+        return markup.box(repr(self), *notes, markup.table(["label", "words"], rows), *first)
 
 
 def one_of(text: Any) -> Any:

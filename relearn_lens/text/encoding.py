@@ -137,13 +137,13 @@ class Encoded:
     def notes(self) -> list[str]:
         """What the text's reader decided, what differs from running text and what did not fit, in words; empty when
         all is plain."""
-        said = {
+        notes = {
             "sentence(s) longer than the model's context were split": self.n_split,
             "sentence(s) longer than the model's context were truncated": self.n_truncated,
             "word(s) were cut off and are not measured": self.n_words_lost,
             "word(s) have no sub-words and became the unknown token": self.n_unreadable,
         }
-        counts = [f"{self.corpus.name}: {n} {what}" for what, n in said.items() if n]
+        counts = [f"{self.corpus.name}: {n} {what}" for what, n in notes.items() if n]
         return [*self.corpus.notes, *self.remarks, *counts]
 
     def batch(self, pieces: np.ndarray) -> Batch:
@@ -194,12 +194,12 @@ class Encoded:
         """
         lengths = self.lengths
         order = np.argsort(-lengths, kind="stable")
-        found, i = [], 0
+        groups, i = [], 0
         while i < len(order):
             size = max(1, max_tokens // int(lengths[order[i]]))
-            found.append(order[i : i + size])
+            groups.append(order[i : i + size])
             i += size
-        return found
+        return groups
 
     def batches(self, *, max_tokens: int = 4096) -> Iterator[Batch]:
         """The batches of `cuts`."""

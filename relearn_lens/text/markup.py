@@ -48,17 +48,17 @@ def colours(labels: Iterable[str]) -> dict[str, str]:
 
 def sentence(spans: Iterable[tuple[str, str]], outside: str = "O", colour: Mapping[str, str] | None = None) -> str:
     """A sentence of (words, label): what has a label is on its colour, and followed by the label."""
-    said, colour = [], colour or {}
+    parts, colour = [], colour or {}
     for text, label in spans:
         if label == outside:
-            said.append(escape(text))
+            parts.append(escape(text))
         else:
             shade = colour.get(label, COLOURS[0])
-            said.append(
+            parts.append(
                 f'<span style="background:{shade}2e;border-bottom:2px solid {shade};padding:0 .2em">{escape(text)} '
                 f'<small style="opacity:.8">{escape(label)}</small></span>'
             )
-    return f'<p style="margin:.3em 0;line-height:1.6">{" ".join(said)}</p>'
+    return f'<p style="margin:.3em 0;line-height:1.6">{" ".join(parts)}</p>'
 
 
 def line(text: object) -> str:

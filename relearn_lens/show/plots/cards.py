@@ -65,9 +65,9 @@ def neuron_card(
     path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
     if path is None:
         raise ValueError(f"no seed {seed} in this run; it has {', '.join(str(each.seed) for each in arms)}")
-    found = neuron_of(path, neuron)
-    examples = examples or (path.examples.of(found) if path.examples is not None else ())
-    layer, index = path.site.layers.index(found.layer), found.index
+    where = neuron_of(path, neuron)
+    examples = examples or (path.examples.of(where) if path.examples is not None else ())
+    layer, index = path.site.layers.index(where.layer), where.index
     figure = make_subplots(
         2 + bool(examples), 2, vertical_spacing=0.2, horizontal_spacing=0.16,
         row_heights=[0.42, 0.33, 0.25] if examples else [0.55, 0.45],
@@ -76,7 +76,7 @@ def neuron_card(
     )  # fmt: skip
     for name, each in run.arms.items():
         theirs = next((one for one in each if one.seed == path.seed), each[0])
-        cut = theirs.pruned is not None and found in theirs.pruned
+        cut = theirs.pruned is not None and where in theirs.pruned
         stages = list(theirs.stages)
         figure.add_scatter(
             x=stages, y=[float(theirs[s].saliency.by_rank(theirs.there(s))[layer, index]) for s in stages],
@@ -93,7 +93,7 @@ def neuron_card(
         )  # fmt: skip
     words = [(stage, path[stage].words) for stage in path.stages]
     rows = [
-        (safe(stage), ", ".join(safe(clipped(w)) for w in top.of(found)) or "none")
+        (safe(stage), ", ".join(safe(clipped(w)) for w in top.of(where)) or "none")
         for stage, top in words
         if top is not None
     ]
@@ -106,11 +106,11 @@ def neuron_card(
         columnwidth=[1, 6], row=2, col=1,
     )  # fmt: skip
     _draw_examples(figure, examples)
-    here = "pruned in this arm" if path.pruned is not None and found in path.pruned else "not pruned in this arm"
+    here = "pruned in this arm" if path.pruned is not None and where in path.pruned else "not pruned in this arm"
     missing = "" if examples else "<br>without example sentences: the run keeps activations of 50 neurons"
     dressed(
         figure,
-        f"Neuron {safe(found)} and {concept(arms)}: {safe(path.arm or 'arm')} arm",
+        f"Neuron {safe(where)} and {concept(arms)}: {safe(path.arm or 'arm')} arm",
         f"{here}; {about(run, arms)}" + (f", seed {path.seed} drawn" if len(arms) > 1 else "") + missing,
         height=660 if examples else 500,
     ).update_layout(barmode="group", legend_y=-0.06, margin={"t": 125 if examples else 140})
@@ -178,15 +178,15 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
     Raises:
         ValueError: there is no claim (a run without a concept arm).
     """
-    found = claims_of(data) if isinstance(data, Run) else list(data)
-    if not found:
+    claims = claims_of(data) if isinstance(data, Run) else list(data)
+    if not claims:
         raise NotMeasuredError("claims are about pruning a concept, and this run has no concept arm")
-    height = dict(zip([claim.id for claim in found], range(len(found), 0, -1), strict=True))
+    height = dict(zip([claim.id for claim in claims], range(len(claims), 0, -1), strict=True))
     figure = go.Figure()
     figure.add_vrect(x0=-_drawn_at(1), x1=_drawn_at(1), fillcolor="rgba(128,128,128,0.22)", line_width=0, layer="below")
     end = _drawn_at(3.5)
     for verdict, (colour, symbol) in VERDICTS.items():
-        here = [claim for claim in found if claim.verdict == verdict]
+        here = [claim for claim in claims if claim.verdict == verdict]
         if not here:
             continue
         at = np.array([[_drawn_at(_bars(claim, part)) for part in ("value", "low", "high")] for claim in here])
@@ -200,7 +200,7 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
             hovertemplate="effect %{customdata[0]}, bar %{customdata[1]}<br>%{customdata[2]}%{customdata[3]}"
             f"<extra>{verdict}</extra>",
         )  # fmt: skip
-    for claim in found:
+    for claim in claims:
         # Above the dot and not beside it: on a phone there is no room for both.
         figure.add_annotation(
             x=0, xref="paper", xanchor="left", y=height[claim.id] + 0.2, yanchor="bottom", align="left",
@@ -212,13 +212,13 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
         note = f"{concept(first)}; {about(data, first)}; {100 * data.interval['level']:g} % intervals"
     dressed(
         figure, "The paper's claims, each beside its control", note,
-        x="effect / smallest effect that counts; right: as claimed", height=170 + 58 * len(found),
+        x="effect / smallest effect that counts; right: as claimed", height=170 + 58 * len(claims),
     )  # fmt: skip
     ticks = (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100)
     figure.update_xaxes(tickvals=[_drawn_at(t) for t in ticks], ticktext=[str(t) for t in ticks], range=[-end, end])
     figure.update_yaxes(
-        showticklabels=False, zeroline=False, range=[0.6, len(found) + 0.95],
-        tickvals=[k + 0.75 for k in range(len(found))],
+        showticklabels=False, zeroline=False, range=[0.6, len(claims) + 0.95],
+        tickvals=[k + 0.75 for k in range(len(claims))],
     )  # fmt: skip
     figure.update_annotations(font={"size": 12, "color": TEXT})
     return figure.update_layout(legend_y=-0.09, margin={"b": 90, "l": 20})

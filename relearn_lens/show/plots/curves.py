@@ -50,19 +50,20 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
     scores = first[0][first[0].stages[0]].scores
     for name, arms in arms_by_name.items():
         stages = list(arms[0].stages)
-        found = [shown(label, [arm[s].scores for arm in arms], **interval) for s in stages]
-        over, colour = found[0].over, colour_of(name, arms_by_name)
+        estimates = [shown(label, [arm[s].scores for arm in arms], **interval) for s in stages]
+        over, colour = estimates[0].over, colour_of(name, arms_by_name)
         figure.add_scatter(
             x=stages + stages[::-1],
-            y=[e.high for e in found] + [e.low for e in found][::-1],
+            y=[e.high for e in estimates] + [e.low for e in estimates][::-1],
             fill="toself", mode="lines",
             fillcolor=colour, opacity=0.15, line_width=0, hoverinfo="skip", showlegend=False,
             legendgroup=name,
         )  # fmt: skip
         figure.add_scatter(
-            x=stages, y=[e.value for e in found], name=name, legendgroup=name, mode="lines+markers", showlegend=False,
+            x=stages, y=[e.value for e in estimates], name=name, legendgroup=name, mode="lines+markers",
+            showlegend=False,
             line={"color": colour, "width": 2.5, "dash": ARM_DASHES.get(name, "solid")}, marker={"size": 7},
-            customdata=[[e.low, e.high] for e in found],
+            customdata=[[e.low, e.high] for e in estimates],
             hovertemplate=f"%{{x}}: {scores.metric} %{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"
             f"<extra>{name}</extra>",
         )  # fmt: skip
@@ -175,13 +176,13 @@ def migration(
     how: dict[str, Any] = {} if score == "saliency" else {"score": lambda snapshot: snapshot.by("attribution")}
     control = control if control in run.arms else ""
     both: list[tuple[moves.Selection, str]] = [("matched", "matched"), ("published", "as published")]
-    found = {
+    migrations = {
         which: moves.migration(run.arms, selection=which, control=control, level=run.interval["level"], **how)
         for which, _ in both
     }
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[says for _, says in both])
     for k, (which, _) in enumerate(both, 1):
-        here = found[which]
+        here = migrations[which]
         layers = list(here.share)
         for name, side in ((control, "control"), ("concept", "concept")):
             each = [getattr(here.share[layer], side) for layer in layers]
@@ -201,10 +202,10 @@ def migration(
     moved = "; ".join(
         f"{which} {here.moved.concept.value:+.3f}"
         + (f" ({control} arm {here.moved.control.value:+.3f})" if here.moved.control else "")
-        for which, here in found.items()
+        for which, here in migrations.items()
     )
     arms = run.arms["concept"]
-    first = found["matched"]
+    first = migrations["matched"]
     dressed(
         figure,
         f"Where the {safe(first.score)} saliency of {concept(arms)} went, base to stage {safe(first.stage)}",
@@ -234,11 +235,11 @@ def attribution(run: Run) -> go.Figure:
     errors: list[float] = []
     known: Any = None
     for label, name, arms, stage in _attributed(run):
-        found: list[Any] = [arm[stage].attribution for arm in arms]
-        known = found[0]
-        share = np.mean([moves.layer_share(each.saliency()) for each in found], axis=0)
-        sums = np.mean([(each.score.sum(1) / each.change).numpy() for each in found], axis=0)
-        errors += [float((each.delta / each.change).abs().max()) for each in found]
+        attributions: list[Any] = [arm[stage].attribution for arm in arms]
+        known = attributions[0]
+        share = np.mean([moves.layer_share(each.saliency()) for each in attributions], axis=0)
+        sums = np.mean([(each.score.sum(1) / each.change).numpy() for each in attributions], axis=0)
+        errors += [float((each.delta / each.change).abs().max()) for each in attributions]
         layers = list(known.site.layers)
         look = {"color": INK if stage == BASE else ARM_COLOURS[name], "width": 2.5,
                 "dash": "longdash" if stage == BASE else ARM_DASHES[name]}  # fmt: skip
@@ -251,11 +252,11 @@ def attribution(run: Run) -> go.Figure:
         raise NotMeasuredError("attribution was not measured in this run; add 'conductance' to measure.what")
     first = next(iter(run.arms.values()))
     figure.add_hline(y=1, line={"color": INK, "width": 1, "dash": "dot"}, row=2, col=1)  # pyright: ignore[reportArgumentType]
-    told = f"completeness error at most {max(errors):.0%}" if known.is_cut_set else "MLP units are by-passed: no error"
+    error = f"completeness error at most {max(errors):.0%}" if known.is_cut_set else "MLP units are by-passed: no error"
     dressed(
         figure,
         f"What the output owes to each layer for {concept(first)}",
-        f"{about(run, first)}; {safe(known.form)}, target {safe(known.target)} in {safe(known.unit)}; {told}",
+        f"{about(run, first)}; {safe(known.form)}, target {safe(known.target)} in {safe(known.unit)}; {error}",
         height=520,
     )
     figure.update_xaxes(type="category").update_xaxes(title_text=f"layer ({safe(known.site.name)})", row=2)
@@ -265,10 +266,10 @@ def attribution(run: Run) -> go.Figure:
 
 def _attributed(run: Run) -> list[tuple[str, str, list[Trajectory], str]]:
     """Label, arm, trajectories and stage of every attribution that is drawn: base once, then each arm's last stage."""
-    found = []
+    rows = []
     for name, arms in run.arms.items():
-        stages = ([BASE] if not found else []) + [arms[0].stages[-1]]
+        stages = ([BASE] if not rows else []) + [arms[0].stages[-1]]
         for stage in stages:
             if stage != PRUNED and all(arm[stage].attribution is not None for arm in arms):
-                found.append(("base" if stage == BASE else f"{name} arm, stage {stage}", name, arms, stage))
-    return found
+                rows.append(("base" if stage == BASE else f"{name} arm, stage {stage}", name, arms, stage))
+    return rows

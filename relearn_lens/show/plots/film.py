@@ -42,14 +42,14 @@ def film(run: Run) -> go.Figure:
     twentieth of all neurons had at base; a grey cell was pruned whole. What counts is whether the map of the concept
     arm does something that the control's does not.
     """
-    arms = {name: found for name, found in run.arms.items() if found}
+    arms = {name: paths for name, paths in run.arms.items() if paths}
     maps = [name for name in ("concept", "random", "unpruned") if name in arms][:2] or list(arms)[:1]
     first = next(iter(arms.values()))
     stages = list(first[0].stages)
     tables = {name: _table(arms[name][0], stages) for name in maps}
     curves = {
-        name: [shown(run.label, [arm[s].scores for arm in found], **run.interval).value for s in stages]
-        for name, found in arms.items()
+        name: [shown(run.label, [arm[s].scores for arm in paths], **run.interval).value for s in stages]
+        for name, paths in arms.items()
     }
     scores = first[0][stages[0]].scores
     layers = list(first[0].site.layers)
@@ -122,15 +122,15 @@ def _table(arm: Trajectory, stages: list[str]) -> Float[np.ndarray, "stage layer
     alive = arm.survivors().mask.numpy()
     size = _size(base.shape[1])
     cuts = np.arange(0, base.shape[1], size)
-    found = []
+    rows = []
     for stage in stages:
         score = arm[stage].saliency.score.double().numpy()
         there = np.ones_like(alive) if stage == stages[0] or (stage == PRUNED and arm.pruned is None) else alive
         score, there = (np.take_along_axis(x, order, 1) for x in (score, there))
         n = np.add.reduceat(there.astype(float), cuts, axis=1)
         total = np.add.reduceat(np.where(there, np.nan_to_num(score), 0.0), cuts, axis=1)
-        found.append(np.divide(total, n, out=np.full(n.shape, np.nan), where=n > 0) / top)
-    return np.stack(found)
+        rows.append(np.divide(total, n, out=np.full(n.shape, np.nan), where=n > 0) / top)
+    return np.stack(rows)
 
 
 def _slider(stages: list[str]) -> dict[str, Any]:

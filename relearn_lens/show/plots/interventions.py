@@ -127,11 +127,11 @@ def grafts(run: Run) -> go.Figure:
             ]
             rows.append((f"control: {safe(name)} arm's change", "x-thin", ARM_COLOURS.get(name, INK), values))
         for title, symbol, colour, values in rows:
-            found = [over_seeds(each) if np.isfinite(each).all() else None for each in values]
-            centre = [None if each is None else each.value for each in found]
+            estimates = [over_seeds(each) if np.isfinite(each).all() else None for each in values]
+            centre = [None if each is None else each.value for each in estimates]
             reach = [
                 0.0 if each is None or len(made) < FEWEST_SEEDS or each.interval is None else each.high - each.value
-                for each in found
+                for each in estimates
             ]
             is_control = title.startswith("control")
             figure.add_scatter(
@@ -166,11 +166,11 @@ def grafts(run: Run) -> go.Figure:
 def _by_stage(run: Run) -> list[tuple[str, list[str], list[Grafts]]]:
     """Title, stages by name, and the grafts of every seed, where it is first back and at the end."""
     whole = [grafted for grafted in run.grafted if grafted.stages]
-    found = []
+    rows = []
     for title, which in (("first back", 0), ("at the end", -1)):
         if not whole or (which == 0 and all(len(grafted.stages) < 2 for grafted in whole)):
             continue
         names = [list(grafted.stages)[which] for grafted in whole]
         made = [grafted.stages[name] for grafted, name in zip(whole, names, strict=True)]
-        found.append((title, list(dict.fromkeys(names)), made))
-    return found
+        rows.append((title, list(dict.fromkeys(names)), made))
+    return rows

@@ -67,8 +67,8 @@ def layer_map(
     figure = _panels(list(arms))
     for k, each in enumerate(arms.values(), 1):
         stages = list(each[0].stages)
-        found = [saliency_by_layer(one, selection) for one in each]
-        table = np.mean([[by_stage[stage] for stage in stages] for by_stage in found], axis=0).T
+        maps = [saliency_by_layer(one, selection) for one in each]
+        table = np.mean([[by_stage[stage] for stage in stages] for by_stage in maps], axis=0).T
         figure.add_heatmap(
             z=table, x=stages, y=list(each[0].site.layers), colorscale=DIVERGING, zmid=0.5, zmin=0, zmax=1,
             text=np.vectorize(lambda v: "" if np.isnan(v) else f"{v:.2f}")(table), texttemplate="%{text}",
@@ -103,14 +103,14 @@ def _differences(data: Paths, names: Sequence[str], against: str) -> go.Figure:
     first = arms[names[0]]
     tables = {}
     for name, each in arms.items():
-        found = [
+        differences = [
             [
                 np.subtract(*(side[stage].saliency.by_rank(one.matched()).nanmean(1).numpy() for side in (one, twin)))
                 for stage in one.stages
             ]
             for one, twin in zip(each, twins, strict=True)
         ]
-        tables[name] = np.mean(found, axis=0).T
+        tables[name] = np.mean(differences, axis=0).T
     reach = max([0.05, *(float(np.nanmax(np.abs(t))) for t in tables.values() if np.isfinite(t).any())])
     figure = _panels(names)
     for k, name in enumerate(names, 1):
@@ -193,11 +193,11 @@ def neuron_map(
     lead = _leads(base.gather(1, place), block)
     ranks, scores = {}, {}
     for name in stages:
-        found = path[name].saliency
-        ranked = found.by_rank(_among(path, name, selection)).where(path.there(name).mask, torch.nan)
+        saliency = path[name].saliency
+        ranked = saliency.by_rank(_among(path, name, selection)).where(path.there(name).mask, torch.nan)
         ranks[name] = _rounded(_means(ranked.gather(1, place), block), 3)
         # Of a block, the score is that of the neuron that is named.
-        scores[name] = _rounded(found.score.gather(1, place).gather(1, lead), 4)
+        scores[name] = _rounded(saliency.score.gather(1, place).gather(1, lead), 4)
     figure = go.Figure(
         go.Heatmap(
             z=ranks[shown], customdata=scores[shown], text=text, y=list(site.layers), x0=0, dx=block,

@@ -100,10 +100,10 @@ def arms_of(data: Paths, arm: str | None = None) -> dict[str, list[Trajectory]]:
     """Arm name to trajectories: every arm of a run or of several trajectories, or the one that is asked for."""
     if isinstance(data, Run) and arm is None:
         return {name: list(arms) for name, arms in data.arms.items()}
-    found: dict[str, list[Trajectory]] = {}
+    by_name: dict[str, list[Trajectory]] = {}
     for path in arm_of(data, arm):
-        found.setdefault(path.arm or arm or "arm", []).append(path)
-    return found
+        by_name.setdefault(path.arm or arm or "arm", []).append(path)
+    return by_name
 
 
 def colour_of(arm: str, among: Iterable[str]) -> str:
@@ -156,9 +156,9 @@ def clipped(text: str, width: int = 18) -> str:
 
 def shown(label: Label, scores: Sequence[Scores], **interval: Any) -> Estimate:
     """The number that people read (F1, or loss), with the interval of the tables: over seeds, else over sentences."""
-    found = estimate(np.asarray, label, scores, **interval)
-    value, *ends = (scores[0].displayed(each) for each in (found.value, found.low, found.high))
-    return replace(found, value=value, low=min(ends), high=max(ends))  # a loss falls where its value rises
+    interval_of = estimate(np.asarray, label, scores, **interval)
+    value, *ends = (scores[0].displayed(each) for each in (interval_of.value, interval_of.low, interval_of.high))
+    return replace(interval_of, value=value, low=min(ends), high=max(ends))  # a loss falls where its value rises
 
 
 def dressed(figure: go.Figure, title: str, note: str, *, x: str = "", y: str = "", height: int = 420) -> go.Figure:

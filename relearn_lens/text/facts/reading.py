@@ -149,17 +149,17 @@ def _passage(row: Any, own: str) -> Passage:
             raise ValueError(f"{field} is {value!r}, not a string")
     if "choices" in row and "question" in row:
         return _with_options(row, key, relation)
-    asked = next((field for field in ("prompt", "question") if field in row), None)
-    if asked is None:
+    prompt_field = next((field for field in ("prompt", "question") if field in row), None)
+    if prompt_field is None:
         if "text" not in row:
             raise ValueError(f"the fields are {', '.join(row) or 'none'}; needed are {_shapes()}")
         return Passage("", _string(row, "text"), key, relation, "text")
     if "answer" not in row:
-        raise ValueError(f"{asked} without answer")
-    prompt, answer = _string(row, asked), _string(row, "answer")
+        raise ValueError(f"{prompt_field} without answer")
+    prompt, answer = _string(row, prompt_field), _string(row, "answer")
     choices = tuple(_choices(row)) if "choices" in row else ()
     return Passage(
-        f"Question: {prompt}\nAnswer:" if asked == "question" else prompt, answer, key, relation, form, choices
+        f"Question: {prompt}\nAnswer:" if prompt_field == "question" else prompt, answer, key, relation, form, choices
     )
 
 
