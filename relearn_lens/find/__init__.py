@@ -10,6 +10,7 @@ __getattr__, *_ = lazy.attach(
         "controls": ["AllMLPs", "Everything", "RandomMLPs", "RandomNeurons", "equal_control"],
         "layers": ["Distance", "LayerDistance", "layer_distance"],
         "localisers": ["CONTROLS", "LOCALISERS", "chosen", "locate"],
+        "learned": ["LearnedMask"],
         "lookups": ["Lookup", "LookupProbe", "lookup_probe"],
         "patching": ["Pairs", "contrasted"],
         "scored": ["AttributionPatching", "ByScore", "attribution_patching"],

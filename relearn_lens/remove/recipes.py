@@ -94,7 +94,8 @@ class Recipe:
 
 def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a remover (`"npo"`, or with a wrapper around it `"npo+sam"`) for a kind of model, with some fields
-    changed; for None, or where there is none for this remover, with the values that were published.
+    changed; for None, or where there is none for this remover, with the values that were published. A field that the
+    remover and the wrapper both have is named with its owner: `"gradient_penalty.faithful"`.
 
     Raises:
         ValueError: an unknown kind, remover, wrapper or field, or a value out of range.
@@ -110,19 +111,24 @@ def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None)
     if fields and "steps" in fields:
         values = {key: value for key, value in values.items() if key in fields or key not in ("epochs", "every")}
     chosen = {key: values.pop(key) for key in ("where", "fraction") if key in values}
-    own = _taken(remover, values)
+    around = WRAPPERS[wrapper] if wrapper else None
+    if around and (shared := sorted(set(values) & set(remover.model_fields) & set(around.model_fields))):
+        raise ValueError(f"{name}: both have a field {shared[0]!r}; say {base}.{shared[0]} or {wrapper}.{shared[0]}")
+    of_wrapper = _taken(around, values, wrapper) if around else {}
+    own = _taken(remover, values, base)
     if issubclass(remover, Pruner):
         if wrapper:
             raise ValueError(f"{name}: pruning takes no steps, so nothing can stand around them")
         return Recipe(methods.of(remover, None, {**own, **values}), **chosen)
-    step = methods.of(WRAPPERS[wrapper], None, _taken(WRAPPERS[wrapper], values)) if wrapper else plain
+    step = methods.of(around, None, of_wrapper) if around else plain
     if unknown := sorted(set(values) - set(Removing.model_fields)):
-        known = [*remover.model_fields, *(WRAPPERS[wrapper].model_fields if wrapper else ()), *Removing.model_fields]
+        known = [*remover.model_fields, *(around.model_fields if around else ()), *Removing.model_fields]
         raise ValueError(f"{name} has no field {unknown[0]!r}; it has {', '.join(known)}")
     how = methods.of(Removing, getattr(remover, "usual", None), values)
     return Recipe(methods.of(remover, None, own), how, step, **chosen)
 
 
-def _taken(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a kind, taken out of the values."""
-    return {key: values.pop(key) for key in list(values) if key in kind.model_fields}
+def _taken(kind: Any, values: dict[str, Any], owner: str) -> dict[str, Any]:
+    """The fields of a kind, taken out of the values, whether or not their owner is named with them."""
+    names = {prefix + field: field for field in kind.model_fields for prefix in ("", f"{owner}.")}
+    return {names[key]: values.pop(key) for key in list(values) if key in names}

@@ -72,3 +72,13 @@ def test_a_recipe_removes_as_its_parts_do():
 def test_a_wrong_recipe_is_one_line(kind, name, fields, says):
     with pytest.raises(ValueError, match=says):
         recipe(kind, name, fields)
+
+
+def test_field_that_remover_and_wrapper_share_is_named_with_its_owner():
+    with pytest.raises(
+        ValueError, match=r"both have a field 'faithful'; say npo.faithful or gradient_penalty.faithful"
+    ):
+        recipe("toy", "npo+gradient_penalty", {"faithful": True})
+    made = recipe("toy", "npo+gradient_penalty", {"gradient_penalty.faithful": True})
+    assert made.step.model_dump()["faithful"] is True
+    assert made.remover.model_dump()["faithful"] is False
