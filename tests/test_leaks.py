@@ -12,6 +12,7 @@ from transformers.utils import logging as hf_logging
 from relearn_lens import progress
 from relearn_lens.find.attribution import _Run
 from relearn_lens.measure import similarity
+from relearn_lens.measure.prefixes import recorded, resumed
 from relearn_lens.measure.tracking import measure
 from relearn_lens.methods import Attributing
 from relearn_lens.models import gguf
@@ -21,6 +22,9 @@ from relearn_lens.models.toy import Toy
 from relearn_lens.models.training import finetune_
 from relearn_lens.neurons.sites import Neurons, site_of, streaming
 from relearn_lens.remove.ablation import ablated, held
+from relearn_lens.remove.distillation import aside
+from relearn_lens.remove.representations import looking
+from relearn_lens.remove.wrappers import moved
 from relearn_lens.runs import cuts
 from relearn_lens.text.concept import Concept
 from tests.benchmarks.leaks import handles, hooks
@@ -64,6 +68,11 @@ CONTEXTS: dict[str, Callable[[Toy], AbstractContextManager[Any]]] = {
     "wearing": lambda toy: similarity._wardrobe(
         {name: torch.zeros_like(value) for name, value in toy.tagger.weights().items()}, toy.tagger
     ),
+    "recorded": lambda toy: recorded(toy.tagger, max_bytes=10**6),
+    "resumed": lambda toy: resumed(toy.tagger, None, 1),
+    "looking": lambda toy: looking(toy.tagger, {"resid": (0,)}),
+    "moved": lambda toy: moved([(weight, torch.ones_like(weight)) for weight in toy.tagger.parameters()], 0.5),
+    "aside": lambda toy: aside(toy.tagger, lambda: finetune_(toy.tagger, toy.corpus, epochs=0.1, prior_bias=False)),
 }
 
 
@@ -101,7 +110,7 @@ def test_pruning_for_a_while_is_undone_when_its_body_raises(toy, untouched):
     ready = type("Ready", (), {"experiment": settings, "model": toy.tagger})
     base = type("Base", (), {"weights": {name: value.clone() for name, value in toy.tagger.weights().items()}})
     without = unchecked(cuts._without)
-    with untouched(toy.tagger), pytest.raises(Stop), without(ready, base, chosen(toy.tagger)):
+    with untouched(toy.tagger), pytest.raises(Stop), without(ready, base, chosen(toy.tagger), None):
         raise Stop
 
 
@@ -195,6 +204,7 @@ def test_every_context_of_the_package_is_tried_here():
     }
     tried = {"ablated", "held", "streaming", "reading", "seeded", "computing", "checkpointed", "hooked", "_wardrobe"}
     tried |= {"_without", "quiet", "silent", "_learning", "_others_still", "adapted", "on"}
+    tried |= {"recorded", "resumed", "looking", "moved", "aside"}
     # What touches no model; _fused_attention is in test_models, where there is a model that has it.
     elsewhere = {
         "_following",
@@ -207,5 +217,16 @@ def test_every_context_of_the_package_is_tried_here():
         "joined",
         "reported",
         "task",
+        "nothing_changed",
+        # Each beside its own tests.
+        "kept",
+        "replaced",
+        "_lent",
+        "put_in",
+        "_instead",
+        "_block",
+        "_weights_still",
+        "_from",
+        "loaded",
     }
     assert found - elsewhere == tried

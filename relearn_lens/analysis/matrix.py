@@ -380,7 +380,7 @@ def ranking(results: Results) -> Ranking | None:
 
 def _tau(one: np.ndarray, other: np.ndarray) -> float:
     """Kendall's tau-b; NaN where one side has no order at all."""
-    return float(st.kendalltau(one, other)[0])
+    return float(st.kendalltau(one, other)[0])  # pyright: ignore[reportArgumentType]
 
 
 def curve(results: Results, row: str, column: str, rate: str) -> list[tuple[int, Estimate]]:

@@ -59,7 +59,7 @@ def check(bench: Bench) -> None:
     for kind, named, make in kinds:
         for name, each in named.items():
             try:
-                make(bench, each)
+                make(bench, each)  # pyright: ignore[reportArgumentType]
             except ValueError as error:
                 wrong.append(f"{kind}.{name}: {error}")
     if bench.model == removals.TAUGHT and bench.teach is not None:

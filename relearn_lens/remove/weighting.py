@@ -132,7 +132,7 @@ class PDU(Remover):
                 states = hidden(model.bridge, batch.ids, batch.mask).flatten(0, 1)
                 logits = model.logits(states[batch.subword]).float()  # pyright: ignore[reportCallIssue]
             else:
-                logits, _ = model.predictions(batch)
+                logits = model.predictions(batch)[0]
             return (logits.amax(-1) - logits.mean(-1)).square().sum(), len(logits)
 
         def held(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:

@@ -144,7 +144,7 @@ def test_a_name_depends_on_the_cell_alone_and_is_a_folder_everywhere(file):
         ("[sweep]\nprune.fraction = []", r"sweep.prune.fraction = \[\]: a list"),
         (
             "[sweep]\nprune.fractoin = [0.1, 0.2]",
-            "every cell: unknown setting 'prune.fractoin'; known: prune.fraction,",
+            "every cell: unknown setting 'prune.fractoin'; did you mean 'prune.fraction'\\? Known: prune.fraction,",
         ),
         (
             "[sweep]\nprune.fraction = [0.1, 2.0]",

@@ -158,7 +158,9 @@ def test_a_remover_by_name_or_as_it_is(texts):
 
 
 def test_an_unknown_name_lists_the_known(texts):
-    with pytest.raises(ValueError, match="unknown remover 'npoo'; known: prune, selective_prune, "):
+    with pytest.raises(
+        ValueError, match=r"unknown remover 'npoo'; did you mean 'npo'. Known: prune, selective_prune, "
+    ):
         remove_(toy.language_model(), texts, "npoo")
 
 

@@ -1,5 +1,7 @@
 """Misdirection against Hugging Face's own hidden states; which weights it moves; the direction it leads to."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -234,13 +236,14 @@ def test_noise_equals_a_plain_loop(texts, monkeypatch):
     outputs, written = by_modules(other, batch)
     right, losses = batch.ids.flatten()[batch.subword], []
     for x in outputs:
-        logs = other.head(other.bridge.original_model.ln_out(x)).flatten(0, 1)[batch.subword - 1].log_softmax(-1)
+        norm: Any = other.bridge.original_model.ln_out
+        logs = other.head(norm(x)).flatten(0, 1)[batch.subword - 1].log_softmax(-1)
         losses.append(-logs[torch.arange(len(right)), right].mean())
     losses.append(losses[-1])  # the model's own reading is that of the last block
     pairs = zip(written, drawn, strict=True)
     noise = sum(mmd(x.flatten(0, 1)[batch.subword], normal) for x, normal in pairs) / 4
     kept = torch.cat([other.losses(b) for b in retain.batches()]).mean()
-    loss = kept + 0.5 * noise - 2 * torch.log(1 + sum(losses) / 5)
+    loss = kept + 0.5 * noise - 2 * torch.log(1 + torch.stack(losses).sum() / 5)
     loss.backward()
     assert pause.loss == pytest.approx(float(loss.detach()), rel=1e-4)
     for name, weight in other.plain().items():

@@ -55,7 +55,7 @@ def scripted(monkeypatch):
             return sets
 
         class Without:
-            def __init__(self, ready: Prepared, base: Base, neurons: Neurons) -> None:
+            def __init__(self, ready: Prepared, base: Base, neurons: Neurons, states: object) -> None:
                 cut.append(neurons)
 
             def __enter__(self) -> None: ...

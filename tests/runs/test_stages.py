@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_runs_of_equal_recipe_train_their_base_and_twin_once(tmp_path, monkeypat
         assert same(one.scores, two.scores)
         assert same(two.scores, three.scores)
     assert same(alone.arms["concept"][0].snapshots["16"].scores, first.arms["concept"][0].snapshots["16"].scores)
-    for changes in ({"finetune__lr": 2e-5}, {"data__train_sentences": 60}, {"seeds": [1]}):
+    changed: Any = ({"finetune__lr": 2e-5}, {"data__train_sentences": 60}, {"seeds": [1]})
+    for changes in changed:
         before = len(trainings)
         run("other" + next(iter(changes)), **changes)
         assert len(trainings) == before + 2
