@@ -156,7 +156,7 @@ def reproduce_(
         str | None, typer.Argument(metavar="[NAME | all]", help="A paper; without one they are listed.")
     ] = None,
     scale: Annotated[Literal["toy", "real"], typer.Option(help="toy: minutes on two cores.")] = "toy",
-    seeds: Annotated[int, typer.Option(help="How many; a verdict takes three.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="How many; a verdict takes three.")] = 3,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder that seeds are kept in.")] = Path(
         "runs/reproduce"
     ),
@@ -543,7 +543,10 @@ def removers(
     if table is not None:
         _removers_table(table, seeds, only)
         return
-    _print_methods({**REMOVERS, **WRAPPERS})
+    print(f"removers ({len(REMOVERS)})\n")
+    _print_methods(REMOVERS)
+    print(f"wrappers around a remover's step, as in npo+sam ({len(WRAPPERS)})\n")
+    _print_methods(WRAPPERS)
     usual = ", ".join(f"{name} {_short(field.default)}" for name, field in Removing.model_fields.items())
     _prose(f"training (all but prune, any of it by --set): {usual}")
 

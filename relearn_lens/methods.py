@@ -56,6 +56,8 @@ def _line(kind: type[Method], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = list(kind.model_fields)
         return f"{kind.__name__} has no field {name!r}; it has {', '.join(known)}{meant(name, known)}"
+    if error["type"] == "tuple_type":
+        return f"{name} = {error['input']!r}: a list is wanted: {name}=[...]"
     return f"{name} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
 
 

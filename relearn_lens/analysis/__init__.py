@@ -3,6 +3,6 @@
 import lazy_loader as lazy
 
 # Modules that are public names.
-__getattr__, *_ = lazy.attach(
+__getattr__, __dir__, __all__ = lazy.attach(
     __name__, ["claims", "migration", "priming", "questions", "recovery", "relearned", "story"]
 )

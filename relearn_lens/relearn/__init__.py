@@ -3,7 +3,7 @@
 import lazy_loader as lazy
 
 # The public names, by module; heavy ones are imported when used.
-__getattr__, *_ = lazy.attach(
+__getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "attack": ["Attack", "Passing"],

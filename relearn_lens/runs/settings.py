@@ -570,6 +570,8 @@ def _said(error: dict[str, Any]) -> str:
     if error["type"] == "model_type":
         inside = [name for name, _, _ in fields() if name.startswith(f"{key}.")]
         message = f"a group of settings: {', '.join(inside)}"
+    if error["type"] == "tuple_type":
+        message = f"a list is wanted: {key}=[...]"
     if error["type"] == "int_parsing_size":
         message = "input is too large"
     if error["type"].startswith(("greater_than", "less_than", "int_parsing_size")):

@@ -3,4 +3,4 @@
 import lazy_loader as lazy
 
 # Modules that are public names.
-__getattr__, *_ = lazy.attach(__name__, ["plots"])
+__getattr__, __dir__, __all__ = lazy.attach(__name__, ["plots"])
