@@ -496,6 +496,11 @@ def remove(
     removal = removals.recipe_for(model, method, fields, kind=recipe)
     removal = replace(removal, where=where or removal.where)
     removals.check_free(out)
+    if removal.where is None and removal.fraction is not None:
+        raise ValueError(
+            f"fraction = {removal.fraction} says how many neurons a localiser gives, and {method} is given none; add "
+            "--where attribution_patching, or leave fraction out"
+        )
     if removal.where is not None:
         localiser_of(removal.where, **of_where)
     elif of_where:

@@ -111,14 +111,8 @@ def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None)
     if fields and "steps" in fields:
         values = {key: value for key, value in values.items() if key in fields or key not in ("epochs", "every")}
     chosen = {key: values.pop(key) for key in ("where", "fraction") if key in values}
-    if (fraction := chosen.get("fraction")) is not None:
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction = {fraction}: a share of all neurons, above 0 and at most 1")
-        if chosen.get("where") is None and not issubclass(remover, Pruner):
-            raise ValueError(
-                f"fraction = {fraction} says how many neurons a localiser gives, and {name} is given none; say where "
-                "(--where attribution_patching), or leave fraction out"
-            )
+    if (fraction := chosen.get("fraction")) is not None and not 0 < fraction <= 1:
+        raise ValueError(f"fraction = {fraction}: a share of all neurons, above 0 and at most 1")
     around = WRAPPERS[wrapper] if wrapper else None
     if around and (shared := sorted(set(values) & set(remover.model_fields) & set(around.model_fields))):
         raise ValueError(f"{name}: both have a field {shared[0]!r}; say {base}.{shared[0]} or {wrapper}.{shared[0]}")

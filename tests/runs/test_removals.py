@@ -194,6 +194,7 @@ def error(monkeypatch, capsys):
 
 
 def test_what_is_wrong_is_one_line(error, files, tmp_path: Path):
+    assert "fraction = 0.1 says how many neurons" in error("remove", "npo", "--set", "fraction=0.1")
     assert "unknown remover 'npoo'; did you mean 'npo'? Known: prune" in error("remove", "npoo")
     assert error("remove", "npo", "--set", "beta=0") == "beta = 0: Input should be greater than 0"
     assert "npo has no field 'betta'; it has " in error("remove", "npo", "--set", "betta=1")
