@@ -186,7 +186,10 @@ def reproduce_(
 
         print(dumps([result.to_dict() for result in results], indent=1, ensure_ascii=False))
     elif name == "all":
+        from relearn_lens.show import plots
+
         print(protocol.write_table(results, out / "table.md"))
+        print(plots.save_html(plots.reproductions(results), out / "claims.html"))
 
 
 def _print_reproduction(result: Reproduction) -> None:
