@@ -233,7 +233,7 @@ class LanguageModel(Model):
         if direction != "causal":
             raise ValueError(
                 f"a {bridge.cfg.architecture} model sees the words after a token ({direction} attention), so it does "
-                "not predict the next one; use a causal model such as smollm2, or run with task 'tag', which labels words"
+                "not predict the next one; use a causal model such as smollm2, or task 'tag', which labels words"
             )
         self.head = bridge.unembed
         self._check_head()

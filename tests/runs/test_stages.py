@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -114,8 +113,5 @@ def test_runs_of_equal_recipe_train_their_base_and_twin_once(tmp_path, monkeypat
         assert same(one.scores, two.scores)
         assert same(two.scores, three.scores)
     assert same(alone.arms["concept"][0].snapshots["16"].scores, first.arms["concept"][0].snapshots["16"].scores)
-    changed: Any = ({"finetune__lr": 2e-5}, {"data__train_sentences": 60}, {"seeds": [1]})
-    for changes in changed:
-        before = len(trainings)
-        run("other" + next(iter(changes)), **changes)
-        assert len(trainings) == before + 2
+    run("other", finetune__lr=2e-5)
+    assert len(trainings) == 6
