@@ -98,7 +98,7 @@ def test_every_localiser_is_described_and_leaves_the_model_as_it_was(facts, name
     assert kind.formula
     assert kind.source
     assert all(field.description for field in kind.model_fields.values())
-    fewer = {"steps": 20} if "steps" in kind.model_fields else {}
+    fewer: Any = {"steps": 20} if "steps" in kind.model_fields else {}
     locate(own, facts, name, **fewer)  # a bridge hooks up its norms at the first pass
     own.train()
     with untouched(own):
