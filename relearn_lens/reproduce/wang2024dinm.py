@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from relearn_lens.analysis.intervals import same_end
 from relearn_lens.find.layers import layer_distance
 from relearn_lens.find.localising import statements
 from relearn_lens.reproduce.protocol import Lab, Paper, Reading
@@ -31,13 +32,20 @@ def measure(lab: Lab) -> Iterator[Reading]:
     others = [value for block, value in enumerate(by_block) if block != located]
     mean = sum(others) / len(others)
     each = ", ".join(f"{value:.2f}" for value in by_block)
-    yield Reading("located", by_block[located] - mean, mean, f"seed {lab.seed}: block {located}; gone by block {each}")
+    says = f"seed {lab.seed}: block {located}; gone by block {each}"
+    if same_end(by_block, others):
+        yield Reading("located", float("nan"), note=f"{says}: no block could show a difference")
+    else:
+        yield Reading("located", by_block[located] - mean, mean, says)
     kept = [
         lab.asked(lab.removed("dinm", calibrated=False, layer=located, faithful=faithful), "retain_near")
         for faithful in (False, True)
     ]
     own, released = (answered.accuracy.value("overall") for answered in kept)
-    yield Reading("divergence", own - released, released)
+    if same_end([own], [released]):
+        yield Reading("divergence", float("nan"), note=f"seed {lab.seed}: both keep {own:.2f} of what is near")
+    else:
+        yield Reading("divergence", own - released, released)
     yield Reading("unnormalised", int(distance.raw.argmax()) / (len(blocks) - 1), located / (len(blocks) - 1))
 
 
