@@ -46,7 +46,9 @@ def measure(lab: Lab) -> Iterator[Reading]:
         yield Reading("divergence", float("nan"), note=f"seed {lab.seed}: both keep {own:.2f} of what is near")
     else:
         yield Reading("divergence", own - released, released)
-    yield Reading("unnormalised", int(distance.raw.argmax()) / (len(blocks) - 1), located / (len(blocks) - 1))
+    raw, depth = int(distance.raw.argmax()), len(blocks) - 1
+    alike = "the normalised distance picks the same block" if raw == located else ""
+    yield Reading("unnormalised", raw / depth, located / depth, alike)
 
 
 PAPER = Paper(
