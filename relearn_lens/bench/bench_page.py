@@ -122,9 +122,9 @@ def verdict_line(results: Results, row: str, table: dict[str, dict[str, Entry]])
     if entry.recovery is None:
         return f"{row}: undecided: {entry.why} ({column})"[:80]
     says = matrix.verdict(entry) if results.twin else "no twin"
-    by = f"{column} {entry.rate}".strip()
+    by = f"{column} {f'{float(entry.rate):.0e}'.replace('e-0', 'e-')}" if entry.rate else column
     twin = f"; twin {short(entry.twin, sign=True)}" if entry.twin else ""
-    return f"{row}: {says}: {short(entry.recovery)} by {by}{twin}"[:80]
+    return f"{row}: {says} {short(entry.recovery)}, {by}{twin}"
 
 
 def _plain(estimate: Estimate | None) -> dict[str, Any] | None:
