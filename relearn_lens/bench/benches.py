@@ -18,7 +18,6 @@ The folder of a bench:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from relearn_lens.analysis.matrix import NEVER, Results
 from relearn_lens.bench import engines
 from relearn_lens.bench.plan import Bench
-from relearn_lens.bench.sweeps import ENGINES, locked, stoppable
+from relearn_lens.bench.sweeps import ENGINES, locked, performed
 
 if TYPE_CHECKING:
     from relearn_lens.runs.stages import Stages
@@ -115,30 +114,12 @@ def run(
                 write_whole(task, as_json({"bench": bench.model_dump(mode="json"), "rows": rows, "seed": seed}))
                 log = folder / LOGS / f"{task.stem}.log"
                 jobs.append(engines.Job(name, task, folder, log, bench.device, bench.threads, verb=VERB, work=_on_ray))
-        failed = _performed(jobs, folder, on, processes, tell) if jobs else {}
+        failed = performed(jobs, folder, on, processes, tell) if jobs else {}
         return gathered(bench, folder, failed, time.monotonic() - begin)
 
 
 def _rows(bench: Bench) -> list[str]:
     return [*([NEVER] if has_twin(bench) else []), *bench.rows]
-
-
-def _performed(
-    jobs: Sequence[engines.Job], folder: Path, on: str, processes: int | None, tell: Tell | None
-) -> dict[str, str]:
-    failed: dict[str, str] = {}
-    if on == "ray":
-        ends = engines.on_ray(jobs, shared=folder)
-    else:
-        started = (lambda name: tell(name, "started", None)) if tell else None
-        ends = engines.local(jobs, workers=processes or engines.workers_for(jobs), started=started)
-    with stoppable(), contextlib.closing(ends) as ends:
-        for done in ends:
-            if done.error is not None:
-                failed[done.name] = done.error
-            if tell:
-                tell(done.name, "failed" if done.error is not None else "done", done)
-    return failed
 
 
 def _on_ray(job: engines.Job, file: TextIO) -> None:

@@ -353,6 +353,16 @@ def _perform(
             cell.experiment.threads, need.memory_mb if need else None, folder / SHARED,
         )  # fmt: skip
         jobs.append(job)
+    failed = performed(jobs, folder, on, workers, tell)
+    if not failed:
+        shutil.rmtree(folder / SHARED, ignore_errors=True)
+    return failed
+
+
+def performed(
+    jobs: Sequence[engines.Job], folder: Path, on: str, workers: int | None, tell: Tell | None
+) -> dict[str, str]:
+    """Run jobs by an engine, telling of each as it starts and ends; gives the errors of those that failed."""
     failed: dict[str, str] = {}
     if on == "ray":
         ends = engines.on_ray(jobs, shared=folder)
@@ -365,8 +375,6 @@ def _perform(
                 failed[done.name] = done.error
             if tell:
                 tell(done.name, "failed" if done.error is not None else "done", done)
-    if not failed:
-        shutil.rmtree(folder / SHARED, ignore_errors=True)
     return failed
 
 
