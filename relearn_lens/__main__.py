@@ -70,6 +70,7 @@ def run(
     shared: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where runs keep fine-tuned models for each other.")
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print every note and every phase of the work.")] = False,
 ) -> None:
     """Find the concept's neurons, prune them, retrain, and follow the concept, with controls.
 
@@ -82,10 +83,10 @@ def run(
     from relearn_lens.models import processes
 
     with processes.joined():
-        _run(experiment, folder, fresh, shared)
+        _run(experiment, folder, fresh, shared, verbose)
 
 
-def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None) -> None:
+def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None, verbose: bool) -> None:
     """Run, and print what happened; in one of the processes that share a run."""
     from relearn_lens.models import processes
     from relearn_lens.runs import store
@@ -96,9 +97,9 @@ def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None)
         return
     shown = not fresh and store.is_complete(folder)
     what = f"{experiment.model}, {experiment.corpus}, concept {'+'.join(experiment.labels)}, site {experiment.site}"
-    print(f"{what} > {folder}")
+    print(f"{what}; folder {folder}")
     try:
-        with _following(experiment) as follow:
+        with _following(experiment, verbose=verbose) as follow:
             result = store.run(
                 experiment, folder, fresh=fresh, shared=shared, progress=follow.progress, on_event=follow.take
             )
@@ -134,10 +135,10 @@ def sweep(
     plan = sweeps.read(file)
     folder = out or sweeps.folder_of(plan)
     if dry:
-        print(f"{len(plan.cells)} cells > {folder}", *(cell.name for cell in plan.cells), sep="\n")
+        print(f"{len(plan.cells)} cells; folder {folder}", *(cell.name for cell in plan.cells), sep="\n")
         return
     say = _sweeping(len(plan.cells), sys.stderr if json else sys.stdout)
-    say(f"{len(plan.cells)} cells over {', '.join(plan.keys)} > {folder}")
+    say(f"{len(plan.cells)} cells over {', '.join(plan.keys)}; folder {folder}")
     try:
         swept = sweeps.run(plan, out, on=on, workers=workers, fresh=fresh, tell=say)
     except KeyboardInterrupt:
@@ -238,7 +239,7 @@ def bench(
     to = sys.stderr if json else sys.stdout
     jobs = sum(1 for _ in asked.every_seed) * -(-(len(asked.rows) + benches.has_twin(asked)) // benches.ROWS_A_JOB)
     sizes = f"{len(asked.rows)} removers, {len(asked.columns)} ways back, {len(asked.every_seed)} seed(s)"
-    print(f"{sizes} > {folder}", file=to)
+    print(f"{sizes}; folder {folder}", file=to)
     try:
         benched = benches.run(asked, folder, on=on, processes=processes, fresh=fresh, tell=_sweeping(jobs, to))
     except KeyboardInterrupt:
@@ -342,13 +343,21 @@ def show(
 
 @app.command()
 def compare(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="One run folder, or several.")],
+    json: Annotated[bool, typer.Option("--json", help="Of one run: print it as JSON.")] = False,
 ) -> None:
-    """Print a finished run beside the numbers of the paper's release, with differences."""
+    """Print a finished run beside the numbers of the paper's release, with differences; or several runs side by side.
+
+    `relearn-lens report RUN RUN` writes a page of the same.
+    """
     from relearn_lens.runs import published, store
 
-    comparison = published.compare(store.load_run(run))
+    if len(runs) > 1:
+        if json:
+            raise ValueError("--json is of one run, beside the release; of several, read their summary.json")
+        _print_compared([store.load_run(run) for run in runs])
+        return
+    comparison = published.compare(store.load_run(runs[0]))
     if json:
         from json import dumps
 
@@ -358,6 +367,20 @@ def compare(
     print()
     for title, header, rows in published.comparison_tables(comparison):
         _table(title, header, rows)
+
+
+def _print_compared(runs: list[Run]) -> None:
+    """Runs side by side."""
+    from relearn_lens.show import report
+
+    beside = report.compared(runs)
+    for line in beside.warnings:
+        _prose(f"note: {line}")
+    _table("settings that differ", *beside.differ, piped=80) if beside.differ[1] else print("no setting differs\n")
+    _table("scores, means with 95 % intervals over seeds, else over sentences", *beside.scores, piped=80)
+    if beside.claims:
+        header, rows = beside.claims
+        _table("claims of the paper", [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows], piped=80)
 
 
 @app.command(name="report")
@@ -702,14 +725,19 @@ def main() -> None:
 
 
 def _print_anywhere() -> None:
-    """Where output is not UTF-8 (a pipe on Windows, LANG=C), print what its encoding lacks as JSON would: \\u5730."""
+    """Where output is not UTF-8 (a pipe on Windows, LANG=C), print our own signs in plain ones (-> for an arrow), and
+    else what its encoding lacks as JSON would: \\u5730."""
     import codecs
     from json import dumps
+
+    plain = {"→": "->", "·": "|", "…": "...", "≤": "<=", **dict(zip("▁▂▃▄▅▆▇█", "_.-:=+*#", strict=True))}
 
     def escaped(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
             raise error
-        return dumps(error.object[error.start : error.end])[1:-1], error.end
+        return "".join(
+            plain.get(sign) or dumps(sign)[1:-1] for sign in error.object[error.start : error.end]
+        ), error.end
 
     codecs.register_error("as_json", escaped)
     for stream in (sys.stdout, sys.stderr):
@@ -730,9 +758,9 @@ def _folder(settings: str, experiment: Experiment) -> Path:
 
 
 @contextlib.contextmanager
-def _following(experiment: Experiment | None = None) -> Iterator[_Following]:
+def _following(experiment: Experiment | None = None, *, verbose: bool = False) -> Iterator[_Following]:
     """For a while, a bar that says what is being done and how long still, below the lines of results."""
-    follow = _Following(experiment)
+    follow = _Following(experiment, verbose or experiment is None)
     with follow.live:
         yield follow
 
@@ -740,13 +768,13 @@ def _following(experiment: Experiment | None = None) -> Iterator[_Following]:
 class _Following:
     """What is printed while long work is under way: its bar, and of a run each arm as a line that fills up."""
 
-    def __init__(self, experiment: Experiment | None):
+    def __init__(self, experiment: Experiment | None, verbose: bool):
         from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-        self.experiment = experiment
-        self.console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+        self.experiment, self.verbose = experiment, verbose
+        self.console = Console(width=_width(), highlight=False)
         columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn()
         self.bar = Progress(*columns, console=self.console)
         self.live = Live(self.bar, console=self.console, transient=True, refresh_per_second=4)
@@ -764,7 +792,7 @@ class _Following:
                 self.bar.remove_task(self.task)
             self.what, self.task = what, self.bar.add_task(what, total=total)
             phase = what.partition(" (")[0]
-            if not self.console.is_terminal and phase not in self.phases:
+            if self.verbose and not self.console.is_terminal and phase not in self.phases:
                 self.phases.add(phase)
                 self.say(f"{phase} ...")
         self.bar.update(self.task, completed=done, total=total)
@@ -785,10 +813,13 @@ class _Following:
         assert experiment is not None
         if isinstance(event, events.Prepared):
             self.run = Run(experiment, manifest={"other": event.other.name if event.other else None})
-            for part in (event.train, event.validation, event.probe):
-                self.say(repr(part.corpus))
-            for note in event.notes:
-                self.say(f"note: {note}")
+            parts = {"train": event.train, "validation": event.validation, "probe": event.probe}
+            if self.verbose:
+                for line in [*(repr(part.corpus) for part in parts.values()), *(f"note: {n}" for n in event.notes)]:
+                    self.say(line)
+            else:
+                sizes = ", ".join(f"{name} {part.corpus.n_sentences:,}" for name, part in parts.items())
+                self.say(f"sentences: {sizes}; {len(event.notes)} notes are on the page, and here with --verbose")
             return
         assert self.run is not None
         self.run.take(event)
@@ -830,7 +861,7 @@ def _print_removed(method: str, subject: Subject, removal: Recipe, done: Removed
     _prose(f"{method} on {subject.name}, {subject.facts.name}: {chosen or 'no fields'}")
     steps = f"{done.pause.step} steps, " if done.pause.step else ""
     _prose(f"moved: {done.where}; {steps}{done.seconds:.0f} s")
-    _table("before > after", *tables.answer_rows(done.before, done.after), piped=80)
+    _table("before → after", *tables.answer_rows(done.before, done.after), piped=80)
     for note in done.notes:
         _prose(f"note: {note}")
     if done.folder is None:
@@ -851,20 +882,22 @@ def _print_brief(result: Run, report: str) -> None:
 
     from relearn_lens.show import brief
 
-    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    console = Console(width=_width(), highlight=False)
     for line in brief.brief(result, report):
         console.print(line, soft_wrap=True)
 
 
 def _print_answers(result: Run) -> None:
-    """Every question in full: its verdict, what it rests on, and what would decide it."""
-    from relearn_lens.runs.answers import answers
+    """Every question in full: its verdict, what it rests on, what was measured, and what would decide it."""
+    from relearn_lens.show import brief
 
     print()
-    for question in answers(result):
+    for answer in brief.answered(result):
+        question = answer.question
         decide = f" To decide it: {question.decide}." if question.decide else ""
         holm = f" p (Holm) {question.p_holm:.2g}." if question.p_holm is not None else ""
-        _prose(f"{question.asks} {question.verdict}. {question.says} Bar {question.bar:g}.{holm}{decide}")
+        measured = "" if answer.number or answer.says in question.says else f" Measured: {answer.says}."
+        _prose(f"{question.asks} {question.verdict}. {question.says}{measured} Bar {question.bar:g}.{holm}{decide}")
 
 
 def _print_scores(result: Run) -> None:
@@ -948,7 +981,7 @@ def _print_findings(result: Run) -> None:
             _table(title, header, rows, piped=80)
     for name in result.arms:
         if lines := findings.heirs(result, name):
-            _prose(f"top words at base > at the end, of neurons new in the top tenth ({name} arm, gained most first)")
+            _prose(f"top words at base → at the end, of neurons new in the top tenth ({name} arm, gained most first)")
             for line in lines:
                 _prose(line, indent=2)
             print()
@@ -979,10 +1012,14 @@ def _prose(text: str, indent: int = 0) -> None:
     print(textwrap.fill(text, _width(), initial_indent=" " * indent, subsequent_indent=" " * (indent + 2)))
 
 
-def _width() -> int:
+def _width(piped: int = 80) -> int:
+    """Columns of the terminal; where output is piped, as many as COLUMNS says, else `piped`."""
     import shutil
 
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+    if sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    said = os.environ.get("COLUMNS", "")
+    return int(said) if said.isdecimal() and int(said) > 0 else piped
 
 
 def _table(title: str, header: list[str], rows: list[list[str]], *, piped: int = 200) -> None:
@@ -992,7 +1029,7 @@ def _table(title: str, header: list[str], rows: list[list[str]], *, piped: int =
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else piped)
+    console = Console(width=_width(piped))
     for i, columns in enumerate(_pieces(header, rows, console.width)):
         table = Table(title=title if i == 0 else None, title_justify="left", box=None, pad_edge=False)
         for k in columns:

@@ -117,6 +117,7 @@ def _run(
         with reported(None):
             return _in_folder(RunFolder.read(path), experiment, None)
     _check_folder(path)
+    is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", timeout=0)
     try:
@@ -130,6 +131,10 @@ def _run(
         folder.shared = Stages(shared) if shared is not None else None
         processes.wait()
         return _in_folder(folder, experiment, on_event)
+    except Exception:
+        if is_new and not ((path / MANIFEST).is_file() and "inputs" in read_json(path / MANIFEST)):
+            shutil.rmtree(path, ignore_errors=True)  # refused before anything was done: there is nothing to go on with
+        raise
     finally:
         lock.release()
 
