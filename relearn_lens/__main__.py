@@ -111,6 +111,17 @@ def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None)
     _print_brief(result, str(page))
 
 
+@app.command(hidden=True, name="run-beside")
+def run_beside(
+    folder: Annotated[Path, typer.Argument(help="The folder of the run under way.")],
+    shared: Annotated[Path | None, typer.Argument(help="As of the run.")] = None,
+) -> None:
+    """Compute parts of a run that another process has begun."""
+    from relearn_lens.runs import store
+
+    store.work_beside(folder, shared)
+
+
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A file of settings with a table [sweep] of axes.")],

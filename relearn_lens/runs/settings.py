@@ -288,6 +288,11 @@ class Experiment(Method):
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch while the run lasts; none: torch's own choice"
     )
+    workers: int | None = Field(
+        default=None, ge=1, le=64,
+        description="processes that compute parts of the run side by side, each with its share of the threads; none: "
+        "as many as cores and memory allow, at most 4, and 1 for a model below 5 million weights or on a GPU",
+    )  # fmt: skip
     keep: Literal["none", "last", "all"] = Field(
         default="none",
         description="weights that stay in the run folder; last: of the base and of every arm at its end; all: at every "

@@ -8,6 +8,7 @@
     tensors/*.safetensors    per seed and arm: score of every neuron, class statistics, span counts, what was pruned
     stages/*.safetensors     every stage of the arm under way, while the run lasts
     state/*.safetensors      where the training under way stood at its last pause: weights, optimiser, position
+    turns/                   what several processes at one run tell each other, while it lasts
     weights/*.safetensors    the base models while the run lasts; of the arms, by `keep`, the last or every stage's
     report.html              the page (report.py)
 
@@ -24,7 +25,7 @@ import errno
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,11 @@ from torch import Tensor
 
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models import processes
+from relearn_lens.models.model import computing
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site
 from relearn_lens.progress import Progress, reported
 from relearn_lens.runs import archive, needs, settings, verify
-from relearn_lens.runs.arms import arms_of, cut_anything
 from relearn_lens.runs.events import (
     Again,
     ArmDone,
@@ -57,14 +58,17 @@ from relearn_lens.runs.events import (
     Sized,
     Weighed,
 )
-from relearn_lens.runs.experiment import perform
+from relearn_lens.runs.experiment import perform, units_of_run
 from relearn_lens.runs.files import as_json, plain_settings, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.runs.needs import peak_rss_mb
+from relearn_lens.runs.preparation import precision_of, prepare
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import Stages
 from relearn_lens.runs.summary import layers_table, summary
+from relearn_lens.runs.turns import PATIENCE, TURNS, Turns, beside, end_with_parent, processes_for, threads_of
+from relearn_lens.runs.units import BASE, Unit, units_of
 from relearn_lens.runs.verify import MANIFEST
 
 SUMMARY, SETTINGS = "summary.json", "settings.toml"
@@ -166,6 +170,8 @@ def _drive(
             name = _phase(event)
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
             phase_began = time.monotonic()
+            if folder and folder.turns:
+                seconds = {"prepare": seconds["prepare"], **folder.turns.seconds()}
         if isinstance(event, Prepared):
             result.manifest |= {"inputs": dict(event.inputs), "notes": list(event.notes)}
             result.manifest["text"] = [repr(part.corpus) for part in (event.train, event.validation, event.probe)]
@@ -183,6 +189,22 @@ def _drive(
     if folder:
         folder.finish(result)
     return result
+
+
+def work_beside(folder: Path, shared: Path | None) -> None:
+    """Compute units of the run under way in a folder until none is left: in a process that the run itself started."""
+    end_with_parent()
+    kept = RunFolder.read(folder)
+    kept.shared = Stages(shared) if shared is not None else None
+    experiment = settings.experiment(kept.manifest["settings"])
+    with reported(None):
+        ready = prepare(experiment)
+        kept.check_inputs(ready.inputs)
+        with computing(ready.model, precision_of(experiment, ready.model.device)):
+            turns = Turns(folder, kept, ready, units_of_run(ready))
+            while not turns.are_done:
+                if not turns.help():
+                    time.sleep(PATIENCE)
 
 
 def is_complete(folder: Path) -> bool:
@@ -237,6 +259,7 @@ class RunFolder:
         self.path = path
         self.manifest = manifest
         self.shared: Stages | None = None
+        self.turns: Turns | None = None
         self._frozen: frozenset[Path] | None = None
 
     @classmethod
@@ -246,8 +269,7 @@ class RunFolder:
         if (path / MANIFEST).is_file() and not fresh:
             manifest = read_json(path / MANIFEST)
             if _are_of(manifest.get("settings"), experiment):
-                for part in path.rglob(".*.tmp"):  # of a killed process: whoever holds the lock is the only one here
-                    part.unlink()
+                _unlink_parts(path)
                 return cls(path, manifest)
             if manifest.get("inputs"):  # else nothing ran: the settings were refused, and these may be the mended ones
                 changed = _differences(manifest.get("settings", {}), plain_settings(experiment))
@@ -306,12 +328,8 @@ class RunFolder:
     def names(self, seed: int) -> list[str]:
         """The names of all results of a seed, in their order."""
         experiment = settings.experiment(self.manifest["settings"])
-        there = arms_of(experiment, other=self.manifest.get("other"))
-        arms, before = [arm.name for arm in there], CUTTING if cut_anything(there) else ()
-        where = [] if experiment.grafts.skip or "concept" not in arms or experiment.retrain.lora_rank else AFTERWARDS
-        held = [f"blocked-{name}-{seed}" for name in experiment.block.held] if where else []
-        own = [f"own-{name}" for name in experiment.arm] if where else []
-        return [f"{name}-{seed}" for name in (*before, *arms, *own, *where)] + held
+        units = units_of(experiment, seed, other=self.manifest.get("other"))
+        return [f"{name}-{seed}" for unit in units for name in unit.results if name != BASE]
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
@@ -360,13 +378,31 @@ class RunFolder:
             case ArmDone():
                 self.keep_arm(event)
             case SeedDone():
-                pass
+                if self._keeps != "all":  # no more grafts of this seed are made
+                    for path in (self.path / "weights").glob(f"*@*-{event.seed}.safetensors"):
+                        path.unlink()
             case _:
                 if not (path := self._tensors(name_of(event))).exists():
                     write_tensors(path, *archive.pack(event))
-        if isinstance(event, Again) and self._keeps != "all":  # no more grafts of this seed are made
-            for path in (self.path / "weights").glob(f"*@*-{event.seed}.safetensors"):
-                path.unlink()
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether all results of a unit are here."""
+        weights = unit.name != BASE or self._is_here(self._weights(BASE, unit.seed))
+        return weights and all(self._is_here(self._tensors(f"{name}-{unit.seed}")) for name in unit.results)
+
+    @contextlib.contextmanager
+    def shared_out(self, ready: Prepared, units: Sequence[Unit]) -> Iterator[Turns | None]:
+        """For a while, other processes of this machine compute units of the run too, as many as its settings say; None
+        where there are no others."""
+        n = self.manifest.setdefault("workers", processes_for(ready))
+        if n == 1:
+            yield None
+            return
+        self.note(workers=n)
+        self.turns = Turns(self.path, self, ready, units)
+        shared = self.shared.path if self.shared else None
+        with beside(self.path, n - 1, threads=threads_of(ready, n), shared=shared):
+            yield self.turns
 
     def result(self, kind: type, seed: int, name: str = "") -> Any:
         """A result of a seed, if it is here."""
@@ -470,10 +506,11 @@ class RunFolder:
     def finish(self, result: Run) -> None:
         """Tables and summary; then what only an unfinished run needs goes, and the run is complete: its manifest holds
         the hash of every file beside it."""
+        _unlink_parts(self.path)
         write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
         write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
         write_whole(self.path / SUMMARY, as_json(summary(result)))
-        for name in ("state", "stages", *(["weights"] if self._keeps == "none" else [])):
+        for name in ("state", "stages", TURNS, *(["weights"] if self._keeps == "none" else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
         final = {**self.manifest, "outputs": verify.hashes_of(self.path), "complete": True}
         final.pop("seal", None)
@@ -504,6 +541,12 @@ class RunFolder:
         return value
 
 
+def _unlink_parts(path: Path) -> None:
+    """Remove what killed processes had not written to its end; whoever calls is the only one at the folder."""
+    for part in path.rglob(".*.tmp"):
+        part.unlink()
+
+
 def _are_of(kept: Any, experiment: Experiment) -> bool:
     """Whether these are the settings of a run; a setting that was not there when it began counts as its default."""
     try:
@@ -512,10 +555,6 @@ def _are_of(kept: Any, experiment: Experiment) -> bool:
         return False
 
 
-CUTTING = ("sized", "cuts", "damage")
-"""What comes before the arms of a seed, where one of them cuts."""
-AFTERWARDS = ("grafted", "again")
-"""What follows when the arms of a seed are done."""
 KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Own, Grafted, Again, Blocked)}
 """What a file of results holds, by the first word of its name; the others hold an arm."""
 
