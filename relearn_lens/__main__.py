@@ -289,7 +289,7 @@ def audit(
         done = audits.audit(subject.model, subject.facts, original=base, never=twin, system=system, seed=seed)
     page = audits.write(model, done, out) if out else None
     if json:
-        from relearn_lens.runs.files import as_json
+        from relearn_lens.files import as_json
 
         print(as_json({"model": model, **done.to_dict()}).decode(), end="")
     else:
@@ -491,6 +491,7 @@ def remove(
     """
     from dataclasses import replace
 
+    from relearn_lens.files import check_free
     from relearn_lens.find.localisers import localiser_of
     from relearn_lens.progress import reported
     from relearn_lens.runs import removals
@@ -498,7 +499,8 @@ def remove(
     fields, of_where = removals.fields_from(set_ or [])
     removal = removals.recipe_for(model, method, fields, kind=recipe)
     removal = replace(removal, where=where or removal.where)
-    removals.check_free(out)
+    if out is not None:
+        check_free(out)
     if removal.where is None and removal.fraction is not None:
         raise ValueError(
             f"fraction = {removal.fraction} says how many neurons a localiser gives, and {method} is given none; add "

@@ -14,8 +14,8 @@ import relearn_lens
 
 PACKAGE = Path(relearn_lens.__file__).parent
 ORDER = (
-    "names", "methods", "progress", "sources", "text", "models", "neurons", "find", "remove", "relearn", "measure",
-    "analysis", "runs", "show", "bench", "reproduce",
+    "names", "methods", "files", "progress", "sources", "text", "models", "neurons", "find", "remove", "relearn",
+    "measure", "analysis", "runs", "show", "bench", "reproduce",
     "__main__",
 )  # fmt: skip
 APART = ({"find", "remove"}, {"find", "relearn"}, {"remove", "relearn"})

@@ -15,7 +15,6 @@ from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
 from relearn_lens.runs.answers import answers
 from relearn_lens.runs.events import Again, Grafted, Sized
-from relearn_lens.runs.files import plain_settings
 from relearn_lens.runs.findings import findings, natural_scores, notes, what_happened
 from relearn_lens.runs.results import Run, once
 
@@ -35,7 +34,7 @@ def summary(result: Run) -> dict[str, Any]:
         return {stage: np.mean([v[stage] for v in values], axis=0).tolist() for stage in values[0]}
 
     return {
-        "settings": plain_settings(result.experiment),
+        "settings": result.experiment.model_dump(mode="json"),
         "concept": story.name_of(first),
         "site": site.name,
         "layers": list(site.layers),

@@ -16,8 +16,9 @@ from markupsafe import Markup, escape
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.analysis.recovery import name_of
+from relearn_lens.files import write_whole
 from relearn_lens.measure.tracking import BASE, PRUNED
-from relearn_lens.runs import files, findings, presets, verify
+from relearn_lens.runs import findings, presets, verify
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.summary import summary
 from relearn_lens.show import brief, captions, plots
@@ -45,7 +46,7 @@ class Picture(NamedTuple):
 def write_report(run: Run, path: str | Path) -> Path:
     """Write the page of a run; gives its path back."""
     path = Path(path)
-    files.write_whole(path, render(run).encode())
+    write_whole(path, render(run).encode())
     return path
 
 
@@ -56,7 +57,7 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
         ValueError: fewer than two runs.
     """
     path = Path(path)
-    files.write_whole(path, render_comparison(runs).encode())
+    write_whole(path, render_comparison(runs).encode())
     return path
 
 

@@ -18,11 +18,11 @@ from relearn_lens.analysis import claims as module
 from relearn_lens.analysis.claims import Claim, claims, verdict_of
 from relearn_lens.analysis.evidence import Evidence
 from relearn_lens.analysis.intervals import Estimate, beside_control, holm, same_end
+from relearn_lens.files import plain
 from relearn_lens.measure.evaluation import SpanScores, TokenLoss
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neurons, Site
-from relearn_lens.runs.files import plain
 from tests.analysis.test_story import LABEL, scores_of, trajectory
 
 MAKE = {

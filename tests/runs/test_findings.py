@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from relearn_lens.files import plain
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.runs import findings as module
 from relearn_lens.runs import store
-from relearn_lens.runs.files import plain
 from relearn_lens.runs.findings import claims_of, findings
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
+from relearn_lens.files import plain
 from relearn_lens.measure.evaluation import OTHERS, TokenLoss
 from relearn_lens.models import toy
 from relearn_lens.runs import store
 from relearn_lens.runs.events import Base, Prepared
 from relearn_lens.runs.experiment import perform
-from relearn_lens.runs.files import plain
 from relearn_lens.runs.findings import claims_of
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run

@@ -17,12 +17,13 @@ import pytest
 import torch
 from filelock import FileLock
 
+from relearn_lens import files
+from relearn_lens.files import write_whole
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import experiment as experiment_module
-from relearn_lens.runs import files, store
+from relearn_lens.runs import store
 from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, SeedDone, Weighed
 from relearn_lens.runs.experiment import perform
-from relearn_lens.runs.files import write_whole
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import ARMS, Experiment
 from relearn_lens.runs.store import load_run
