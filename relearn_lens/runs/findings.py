@@ -294,7 +294,7 @@ def speed_rows(run: Run) -> Table:
     """Epochs until each arm has a share of its base F1 again."""
     rows = []
     for name, arms in run.arms.items():
-        if arms[0].pruned is None:
+        if arms[0].removed is None:
             continue
         speeds = speeds_of(run)[name]
         area = "within noise" if speeds.area is None else _interval(speeds.area)
@@ -314,7 +314,7 @@ def attribution_rows(run: Run) -> Table:
             for stage in arms[0].stages:
                 known = [arm[stage].attributions[kind] for arm in arms if kind in arm[stage].attributions]
                 again = (stage == BASE and shown_base and name != "never") or (
-                    stage == PRUNED and arms[0].pruned is None
+                    stage == PRUNED and arms[0].removed is None
                 )
                 if again or not known:
                     continue

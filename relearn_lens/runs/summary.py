@@ -66,7 +66,7 @@ def summary(result: Run) -> dict[str, Any]:
                     ),
                     "support": next(iter(arm.snapshots.values())).scores.support(),
                     "training_loss": by_stage(arm, lambda s: s.at.loss if s.at else None),
-                    "n_pruned": 0 if arm.pruned is None else len(arm.pruned),
+                    "n_pruned": 0 if arm.removed is None else len(arm.removed),
                 }
                 for arm in arms
             ]
@@ -196,7 +196,7 @@ def _overlap(result: Run) -> float | None:
     if not {"concept", "random"} <= set(result.arms):
         return None
     pairs = zip(result.arms["concept"], result.arms["random"], strict=True)
-    return float(np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned]))
+    return float(np.mean([len(c.removed & r.removed) / len(r.removed) for c, r in pairs if c.removed and r.removed]))
 
 
 def _each(scores: Scores) -> dict[str, float]:

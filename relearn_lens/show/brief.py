@@ -84,7 +84,7 @@ def headline(run: Run) -> Text:
     """What was cut out of which model, on which text."""
     paths = told_of(run)
     how, site = run.experiment, paths[0].site
-    cut = sorted({0 if path.pruned is None else len(path.pruned) for path in paths})
+    cut = sorted({0 if path.removed is None else len(path.removed) for path in paths})
     many = f"{cut[0]:,}" if len(cut) == 1 else f"{cut[0]:,} to {cut[-1]:,}"
     text = f"{name_of(paths[0])} in {_short(how.model)} · {_short(how.corpus)} · {site.name} · "
     text += f"{many} of {site.n_neurons:,} neurons cut · {_seeds(len(paths))}"
@@ -98,7 +98,7 @@ def sentence(run: Run) -> str:
     paths = run.arms["concept"]
     name, unit = name_of(paths[0]), _unit(paths)
     base, cut, end = (_mean(paths, stage, run) for stage in (BASE, PRUNED, paths[0].stages[-1]))
-    many = round(float(np.mean([0 if path.pruned is None else len(path.pruned) for path in paths])))
+    many = round(float(np.mean([0 if path.removed is None else len(path.removed) for path in paths])))
     what = f"{name} falls from F1" if unit == "F1" else f"the {unit} on {name} goes from"
     text = f"Without {many:,} of {paths[0].site.n_neurons:,} neurons, {what} {base} to {cut}"
     other = run.manifest.get("other")

@@ -67,7 +67,7 @@ def pruned_share(run: Run) -> str:
         return f"{text} There is no random arm beside it."
     other = np.mean([(~arm.survivors()).share_by_layer() for arm in run.arms["random"]], axis=0)
     pairs = list(zip(arms, run.arms["random"], strict=False))
-    both = np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned])
+    both = np.mean([len(c.removed & r.removed) / len(r.removed) for c, r in pairs if c.removed and r.removed])
     as_many = "took as many from every layer" if np.allclose(share, other) else "took other numbers from the layers"
     return f"{text} The random arm {as_many} and shares {both:.0%} of its neurons with this cut."
 

@@ -241,6 +241,17 @@ def test_run_folder_gives_back_what_it_kept(results, tmp_path: Path):
     assert folder.arm("random", arm.seed) is None
 
 
+def test_an_arm_of_an_earlier_version_is_read(results):
+    arm = results["arm"]
+    tensors, meta = pack(arm)
+    fields = meta["body"]["fields"]
+    assert fields.pop("by") == arm.by
+    fields["pruned"] = fields.pop("removed")
+    back = unpack(tensors, meta)
+    assert back.removed == arm.removed
+    assert back.by == ""
+
+
 def test_run_folder_says_which_file_is_damaged(results, tmp_path: Path):
     folder = store.RunFolder(tmp_path, {})
     folder.keep(results["damage"])

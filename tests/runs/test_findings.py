@@ -235,7 +235,7 @@ def test_findings_of_a_real_run_by_a_score_with_a_sign():
 
 def test_findings_where_no_neuron_survived(run: Run):
     def everything(arm: Trajectory) -> Trajectory:
-        return replace(arm, pruned=Neurons(torch.ones_like(arm.survivors().mask), arm.site))
+        return replace(arm, removed=Neurons(torch.ones_like(arm.survivors().mask), arm.site))
 
     odd = replace(run, arms={name: [everything(arm) for arm in arms] for name, arms in run.arms.items()})
     told = as_json(findings(odd))

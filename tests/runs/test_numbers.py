@@ -35,7 +35,7 @@ def counts(monkeypatch) -> Counter[str]:
 
     for module, name in (
         (findings, "claims"), (questions, "family"), (migration, "migration"), (recovery, "speeds"),
-        (findings, "_heirs"), (story, "what_happened"), (summary, "plain_settings"),
+        (findings, "_heirs"), (story, "what_happened"), (summary, "natural_scores"),
     ):  # fmt: skip
         count(module, name)
     return counted
@@ -54,7 +54,7 @@ def test_each_number_of_a_run_is_computed_once(counts, tmp_path):
     arms, selections = 2, 3  # and the figure of the migration draws two, beside a control of its own
     assert counts == {
         "claims": 1, "family": 1, "migration": selections + 2, "speeds": arms, "_heirs": arms, "what_happened": 1,
-        "plain_settings": 1,
+        "natural_scores": 1,
     }  # fmt: skip
 
 
@@ -62,5 +62,5 @@ def test_a_run_that_takes_more_is_told_anew():
     run = store.run(settings_of("toy", SMALL | {"arms": ["concept"]}))
     assert list(findings.speeds_of(run)) == ["concept"]
     (path,) = run.arms["concept"]
-    run.take(ArmDone(Trajectory(path.snapshots, path.pruned, "random", path.seed, path.concept), None))
+    run.take(ArmDone(Trajectory(path.snapshots, path.removed, "random", path.seed, path.concept), None))
     assert list(findings.speeds_of(run)) == ["concept", "random"]

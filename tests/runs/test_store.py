@@ -168,7 +168,7 @@ def test_load_run_gives_back_what_run_returned(made):
 def test_load_run_gives_back_nan(made, tmp_path):
     run, _, _ = made
     arm = run.arms["concept"][0]
-    arm = Trajectory(dict(arm.snapshots), arm.pruned, arm.arm, arm.seed, arm.concept)
+    arm = Trajectory(dict(arm.snapshots), arm.removed, arm.arm, arm.seed, arm.concept)
     scores = arm["pruned"].scores
     holey = type(scores)(
         {**scores.f1, "person": math.nan}, scores.precision, scores.recall, scores.counts, scores.labels

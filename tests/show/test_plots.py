@@ -61,7 +61,7 @@ def arm_of(name: str, seed: int, *, layers: int = 3, width: int = 4, noise: bool
         for stage, value in zip(STAGES, F1[name], strict=True)
     }
     score = {stage: torch.rand(layers, width, generator=generator) for stage in STAGES}
-    return trajectory(f1, score, pruned=None if name == "unpruned" else pruned, arm=name, seed=seed)
+    return trajectory(f1, score, removed=None if name == "unpruned" else pruned, arm=name, seed=seed)
 
 
 def run_of(*arms: str, seeds: int = 1, draws: int = 3, **size) -> Run:
@@ -912,7 +912,7 @@ LATE = {"embedding": (0.0, 0.05), "block 1": (0.9, 0.2), "cut": (0.1, 0.1)}
 def with_all(run: Run) -> Run:
     """The run with grafts at two stages, a second cut and doses."""
     for path in run.arms["concept"]:
-        seed, neurons, last = path.seed, path.pruned, path["2"].scores
+        seed, neurons, last = path.seed, path.removed, path["2"].scores
         assert neurons is not None
         run.grafted.append(Grafted(seed, {"1": grafts_of(EARLY), "2": grafts_of(LATE)}))
         rounds = (Round(neurons, 0.25, 0.05, margined(scores_of(0.1)), {4: last}),)

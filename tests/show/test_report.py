@@ -148,7 +148,7 @@ def test_report_escapes_names():
     run = told(run_of("concept", "random"))
     run.experiment = run.experiment.model_copy(update={"model": HOSTILE, "corpus": f"conll:{HOSTILE}", "site": HOSTILE})
     run.arms = {
-        name: [Trajectory(arm.snapshots, arm.pruned, arm.arm, arm.seed, Concept(HOSTILE, ("place",))) for arm in arms]
+        name: [Trajectory(arm.snapshots, arm.removed, arm.arm, arm.seed, Concept(HOSTILE, ("place",))) for arm in arms]
         for name, arms in run.arms.items()
     }
     run.manifest |= {"text": [HOSTILE], "notes": [HOSTILE], "inputs": {HOSTILE: HOSTILE}, "versions": {HOSTILE: "1"}}

@@ -76,7 +76,7 @@ def neuron_card(
     )  # fmt: skip
     for name, each in run.arms.items():
         theirs = next((one for one in each if one.seed == path.seed), each[0])
-        cut = theirs.pruned is not None and where in theirs.pruned
+        cut = theirs.removed is not None and where in theirs.removed
         stages = list(theirs.stages)
         figure.add_scatter(
             x=stages, y=[float(theirs[s].saliency.by_rank(theirs.there(s))[layer, index]) for s in stages],
@@ -106,7 +106,7 @@ def neuron_card(
         columnwidth=[1, 6], row=2, col=1,
     )  # fmt: skip
     _draw_examples(figure, examples)
-    here = "pruned in this arm" if path.pruned is not None and where in path.pruned else "not pruned in this arm"
+    here = "pruned in this arm" if path.removed is not None and where in path.removed else "not pruned in this arm"
     missing = "" if examples else "<br>without example sentences: the run keeps activations of 50 neurons"
     dressed(
         figure,
