@@ -482,12 +482,9 @@ def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
 
 def _said(pool: Pool) -> dict[str, Any]:
     """A setting in words, and which cells it is made from."""
-
-    from relearn_lens.runs import findings
-
     run = pool.together()
     story = (
-        findings.what_happened(run)
+        run.numbers.what_happened
         if run
         else "No seed is there in every arm of this setting, so its arms cannot be compared."
     )

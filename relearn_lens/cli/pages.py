@@ -29,10 +29,8 @@ def print_brief(result: Run, report: str) -> None:
 
 def print_answers(result: Run) -> None:
     """Every question in full: its verdict, what it rests on, and what would decide it."""
-    from relearn_lens.runs.answers import answers
-
     print()
-    for question in answers(result):
+    for question in result.numbers.questions:
         decide = f" To decide it: {question.decide}." if question.decide else ""
         holm = f" p (Holm) {question.p_holm:.2g}." if question.p_holm is not None else ""
         print_prose(f"{question.asks} {question.verdict}. {question.says} Bar {question.bar:g}.{holm}{decide}")
@@ -58,49 +56,46 @@ def print_layers(result: Run) -> None:
 
 def print_story(result: Run) -> None:
     """What happened by the rankings, and what the run took."""
-    from relearn_lens.runs.summary import summary as summary_of
-
-    summary = summary_of(result)
-    overlap = summary["overlap_random_with_concept"]
-    if overlap is not None:
-        print_prose(f"The random arm shares {100 * overlap:.0f} % of its neurons with the concept arm.")
+    numbers, manifest = result.numbers, result.manifest
+    if numbers.overlap is not None:
+        print_prose(f"The random arm shares {100 * numbers.overlap:.0f} % of its neurons with the concept arm.")
     print()
-    print_prose(summary["what_happened"])
-    seconds = summary["seconds"] or {}
-    print(f"\n{sum(seconds.values()):.0f} s, peak memory {summary['peak_rss_mb']} MB; folder {result.folder}")
+    print_prose(numbers.what_happened)
+    seconds = manifest.get("seconds") or {}
+    print(f"\n{sum(seconds.values()):.0f} s, peak memory {manifest.get('peak_rss_mb')} MB; folder {result.folder}")
 
 
 def print_findings(result: Run) -> None:
     """What was measured besides F1 and saliency."""
-    from relearn_lens.runs import findings
+    from relearn_lens.show import tables
 
     print()
     for title, (header, rows) in (
-        ("how fast it came back", findings.speed_rows(result)),
-        ("attribution: share by layer", findings.attribution_rows(result)),
-        ("scores at base", findings.agreement_rows(result)),
-        ("activations, base against the last stage", findings.similarity_rows(result)),
+        ("how fast it came back", tables.speed_rows(result)),
+        ("attribution: share by layer", tables.attribution_rows(result)),
+        ("scores at base", tables.agreement_rows(result)),
+        ("activations, base against the last stage", tables.similarity_rows(result)),
     ):
         if rows:
             print_table(title, header, rows, piped=80)
-    for name in result.arms:
-        if lines := findings.heirs(result, name):
+    for name, lines in result.numbers.heirs.items():
+        if lines:
             print_prose(
                 f"top words at base > at the end, of neurons new in the top tenth ({name} arm, gained most first)"
             )
             for line in lines:
-                print_prose(line, indent=2)
+                print_prose(str(line), indent=2)
             print()
 
 
 def print_claims(result: Run) -> None:
     """The paper's claims, beside their controls."""
-    from relearn_lens.runs import findings
+    from relearn_lens.show import tables
 
-    claims = findings.claims_of(result)
+    claims = result.numbers.claims
     if claims:
         print()
-        header, rows = findings.claims_rows(claims)
+        header, rows = tables.claims_rows(claims)
         shown = [k for k, name in enumerate(header) if name not in ("claim", "concept", "control")]
         print_table(
             "claims of the paper, against the controls", [header[k] for k in shown],
@@ -108,7 +103,7 @@ def print_claims(result: Run) -> None:
         )  # fmt: skip
         for claim in claims:
             print_prose(f"{claim.id}. {claim.says}: {claim.verdict}. {claim.why}")
-        print_prose(findings.CORRECTED)
+        print_prose(tables.CORRECTED)
 
 
 def print_swept(swept: Swept) -> None:

@@ -17,7 +17,6 @@ from relearn_lens.analysis import migration, priming, story
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import FEWEST_SEEDS
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
-from relearn_lens.runs import findings
 from relearn_lens.runs.results import Run
 
 TOP = 0.1
@@ -159,10 +158,10 @@ def neuron_map(run: Run) -> str:
 
 def migrated(run: Run, score: str = "saliency") -> str:
     """The matched comparison in words, then the unmatched one."""
-    migrations = findings.migration_of(run)
+    moved = run.numbers.migrations
     if score == "attribution":
-        return f"{migrations['attribution']['says']} Attribution and the ranking score need not agree."
-    return f"{migrations['matched']['says']} {migrations['published']['says']}"
+        return f"{moved['attribution']} Attribution and the ranking score need not agree."
+    return f"{moved['matched']} {moved['published']}"
 
 
 def attribution(run: Run) -> str:

@@ -10,7 +10,6 @@ import torch
 from relearn_lens.analysis import story
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import Estimate
-from relearn_lens.runs import findings
 from relearn_lens.runs.results import Run
 from relearn_lens.show import captions
 from tests.show.test_plots import losing, rich, run_of
@@ -128,9 +127,9 @@ def test_neuron_map_counts_who_left_the_top(run):
 
 
 def test_migrated_tells_the_matched_comparison_first(run):
-    found = findings.migration_of(run)
+    moved = run.numbers.migrations
     text = captions.migrated(run)
-    assert text == f"{found['matched']['says']} {found['published']['says']}"
+    assert text == f"{moved['matched']} {moved['published']}"
     assert "pruning alone makes such a move" in text
 
 

@@ -30,7 +30,6 @@ from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.runs import findings
 from relearn_lens.runs.events import Again, Damage, Dose, Grafted, Round, Sized
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
@@ -822,7 +821,7 @@ def test_verdicts_say_every_claim_and_its_verdict(whole):
     notes = [note.text for note in layout_of(plots.verdicts(CLAIMS)).annotations]
     assert notes[1] == "<b>C2, reversed:</b> the claim C2 says &lt;this&gt;"
     said = [note.text.replace("<br>", " ") for note in layout_of(plots.verdicts(whole)).annotations]
-    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in findings.claims_of(whole)] == said
+    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in whole.numbers.claims] == said
     with pytest.raises(plots.NotMeasuredError, match="this run has no concept arm"):
         plots.verdicts(run_of("random"))
 

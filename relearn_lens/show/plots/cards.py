@@ -14,7 +14,6 @@ from relearn_lens.analysis.claims import Claim
 from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neuron
-from relearn_lens.runs.findings import claims_of
 from relearn_lens.runs.results import Run
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
@@ -178,7 +177,7 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
     Raises:
         ValueError: there is no claim (a run without a concept arm).
     """
-    claims = claims_of(data) if isinstance(data, Run) else list(data)
+    claims = data.numbers.claims if isinstance(data, Run) else list(data)
     if not claims:
         raise NotMeasuredError("claims are about pruning a concept, and this run has no concept arm")
     height = dict(zip([claim.id for claim in claims], range(len(claims), 0, -1), strict=True))
