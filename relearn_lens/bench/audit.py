@@ -395,7 +395,7 @@ def _wrapped(text: str) -> list[str]:
 
 def write(name: str, done: Audit, folder: Path) -> Path:
     """Write audit.json and the page; gives the page's path."""
-    from relearn_lens.runs.files import as_json, write_whole
+    from relearn_lens.files import as_json, write_whole
     from relearn_lens.show import plots, report
 
     draw = report.Drawing()

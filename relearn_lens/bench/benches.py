@@ -18,7 +18,6 @@ The folder of a bench:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -30,7 +29,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from relearn_lens.analysis.matrix import NEVER, Results
 from relearn_lens.bench import engines
 from relearn_lens.bench.plan import Bench
-from relearn_lens.bench.sweeps import ENGINES, locked, performed
+from relearn_lens.bench.sweeps import ENGINES, performed
+from relearn_lens.files import alone, as_json, check_folder, digest_of, read_json, write_whole
 
 if TYPE_CHECKING:
     from relearn_lens.runs.stages import Stages
@@ -87,7 +87,6 @@ def run(
         BlockingIOError: another process runs into the folder.
     """
     from relearn_lens.bench.cells import check
-    from relearn_lens.runs.files import as_json, write_whole
 
     if on not in ENGINES:
         raise ValueError(f"on = {on!r}: no such engine; known: {', '.join(ENGINES)}")
@@ -97,8 +96,8 @@ def run(
     if on == "ray":
         engines.need_ray()
     folder, begin = Path(out).absolute(), time.monotonic()
-    _check_folder(folder)
-    with locked(folder):
+    check_folder(folder, ASKED, "bench")
+    with alone(folder):
         if fresh:
             for name in (TASKS, LOGS, STAGES, CELLS):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -135,7 +134,6 @@ def perform(task: Path, folder: Path, *, say: Callable[[str], object] = print) -
     import torch
 
     from relearn_lens.bench.cells import Work
-    from relearn_lens.runs.files import as_json, read_json, write_whole
     from relearn_lens.runs.stages import Stages
 
     given = read_json(task)
@@ -163,7 +161,7 @@ def _key(bench: Bench, row: str, seed: int) -> str:
     values = bench.model_dump(mode="json", exclude={"rows", "seeds", "draws"})
     values["first"] = bench.seeds[0]  # where parts are moved
     values["row"] = bench.rows[row].model_dump(mode="json") if row in bench.rows else None
-    return hashlib.sha256(json.dumps([values, seed], sort_keys=True).encode()).hexdigest()[:32]
+    return digest_of([values, seed])[:32]
 
 
 def _index(folder: Path, bench: Bench, row: str, seed: int) -> dict[str, Any] | None:
@@ -179,7 +177,6 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
     """What is complete, as numbers, with summary and page written."""
     from relearn_lens.bench import bench_page
     from relearn_lens.bench.cells import read_cell
-    from relearn_lens.runs.files import as_json, write_whole
     from relearn_lens.runs.stages import Stages
 
     stages: Stages = Stages(folder / STAGES)
@@ -207,10 +204,3 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
     if results is not None:
         write_whole(folder / PAGE, bench_page.render(benched).encode())
     return benched
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise FileExistsError(f"{str(folder)!r} is a file; choose a folder with --out")
-    if folder.is_dir() and not (folder / ASKED).is_file() and any(p.name != ".lock" for p in folder.iterdir()):
-        raise FileExistsError(f"{str(folder)!r} holds files that are no bench; choose another folder with --out")

@@ -283,14 +283,14 @@ class _Seed:
             if resume is None:
                 yield from self._finetune("never")
             first = measured.get(BASE) or self._measure("measuring the model that never had the concept")
-        pruned = None if arm.cut is None else placed(cuts.sets[arm.cut], prune.embedding)
+        removed = None if arm.cut is None else placed(cuts.sets[arm.cut], prune.embedding)
         yield Measured(name, self.seed, BASE, first)
         snapshots = {BASE: first}
         if arm.removal is not None:
             if resume:
                 model.load_weights(base.weights)  # where it was found
             where = self._where(arm.removal, cuts)
-            pruned = where if isinstance(where, Neurons) else None
+            removed = where if isinstance(where, Neurons) else None
             if kept:
                 model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
             else:
@@ -299,12 +299,12 @@ class _Seed:
                     yield from self._weigh(name, PRUNED)
             what = f"measuring what was removed from ({name})"
             snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
-        elif pruned is None:  # nothing was taken away, so there is nothing new to measure
+        elif removed is None:  # nothing was taken away, so there is nothing new to measure
             snapshots[PRUNED] = first
         else:
             assert prune.sever != "auto"  # resolved() decided
             if resume is None or how.lora_rank:
-                prune_(model, pruned, sever=prune.sever)
+                prune_(model, removed, sever=prune.sever)
             what = f"measuring the cut model ({name})"
             snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
         yield Measured(name, self.seed, PRUNED, snapshots[PRUNED])
@@ -328,9 +328,10 @@ class _Seed:
                     yield from self._weigh(name, stage)
                 weights = adapter_weights(model) if how.lora_rank else model.weights()
                 yield Paused(name, self.seed, checkpoint, weights, training.state())
-        compare = ~placed(cuts.sets["concept"], prune.embedding) if pruned is None and cuts.sets else None
+        compare = ~placed(cuts.sets["concept"], prune.embedding) if removed is None and cuts.sets else None
         similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
-        path = Trajectory(snapshots, pruned, name, self.seed, ready.concept, compare, similarity)
+        by = arm.removal.remove if arm.removal else "" if removed is None else Prune.name
+        path = Trajectory(snapshots, removed, name, self.seed, ready.concept, compare, similarity, by)
         return replace(path, examples=self._examples(path)) if name == "concept" and self._is_dear(arm) else path
 
     def _is_grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, last: bool) -> bool:
@@ -569,7 +570,7 @@ class _Seed:
 
     def _examples(self, path: Trajectory) -> Examples | None:
         """What the neurons that were cut, and those that carry the concept at the end, do at a few sentences' words."""
-        cut, there = path.pruned or ~path.survivors(), path.survivors()
+        cut, there = path.removed or ~path.survivors(), path.survivors()
         groups = ((path[BASE], cut), (path[path.stages[-1]], there))
         chosen = [at.saliency.top(min(EXAMPLES // 2, len(among)), among=among) for at, among in groups if len(among)]
         both = chosen[0] if len(chosen) == 1 else chosen[0] | chosen[1]

@@ -478,6 +478,15 @@ def experiment(values: Mapping[str, Any]) -> Experiment:
     return Experiment(**values)
 
 
+def are_of(kept: Any, experiment_: Experiment) -> bool:
+    """Whether plain settings are those of an experiment; one that was not there when they were written counts as its
+    default."""
+    try:
+        return experiment(kept) == experiment_
+    except (ValueError, TypeError):
+        return False
+
+
 def _lines(error: ValidationError) -> str:
     """What pydantic found, a line for each field."""
     every = [{**e, "loc": _place(e["loc"])} for e in error.errors()]

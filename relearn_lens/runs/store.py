@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from relearn_lens import files
+from relearn_lens.files import as_json, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models import processes
 from relearn_lens.models.model import computing
@@ -59,7 +60,6 @@ from relearn_lens.runs.events import (
     Weighed,
 )
 from relearn_lens.runs.experiment import perform, units_of_run
-from relearn_lens.runs.files import as_json, plain_settings, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.runs.needs import peak_rss_mb
 from relearn_lens.runs.preparation import precision_of, prepare
 from relearn_lens.runs.presets import settings_of
@@ -120,22 +120,12 @@ def _run(
         processes.wait()  # for the first one to have opened the folder
         with reported(None):
             return _in_folder(RunFolder.read(path), experiment, None)
-    _check_folder(path)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"another process is running into {str(path)!r}; wait for it, or choose another folder with --out"
-        ) from None
-    try:
+    files.check_folder(path, MANIFEST, "run")
+    with files.alone(path):
         folder = RunFolder.open(path, experiment, fresh=fresh)
         folder.shared = Stages(shared) if shared is not None else None
         processes.wait()
         return _in_folder(folder, experiment, on_event)
-    finally:
-        lock.release()
 
 
 def _in_folder(
@@ -241,17 +231,6 @@ def load_run(folder: str | Path) -> Run:
     return result
 
 
-def _check_folder(path: Path) -> None:
-    """Refuse a path that cannot be a run folder, or a folder that holds something else."""
-    if path.is_file():
-        raise FileExistsError(f"{str(path)!r} is a file; choose a folder with --out")
-    above = next((parent for parent in path.parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
-        raise NotADirectoryError(f"{str(path)!r} cannot be a folder: {str(above)!r} is a file")
-    if path.is_dir() and not (path / MANIFEST).is_file() and any(p.name != ".lock" for p in path.iterdir()):
-        raise FileExistsError(f"{str(path)!r} holds files that are no run; choose another folder with --out")
-
-
 class RunFolder:
     """A run's folder on disk; gives `perform` what an earlier process left in it."""
 
@@ -265,25 +244,25 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
         """A new folder, or one with a run of the same settings to go on with."""
-        _check_folder(path)
+        files.check_folder(path, MANIFEST, "run")
         if (path / MANIFEST).is_file() and not fresh:
             manifest = read_json(path / MANIFEST)
-            if _are_of(manifest.get("settings"), experiment):
-                _unlink_parts(path)
+            if settings.are_of(manifest.get("settings"), experiment):
+                files.remove_unfinished(path)
                 return cls(path, manifest)
             if manifest.get("inputs"):  # else nothing ran: the settings were refused, and these may be the mended ones
-                changed = _differences(manifest.get("settings", {}), plain_settings(experiment))
+                changed = _differences(manifest.get("settings", {}), experiment.model_dump(mode="json"))
                 raise FileExistsError(
                     f"{str(path)!r} holds a run with other settings ({changed}); choose another folder with --out, or "
                     "--fresh to remove that run"
                 )
         for old in path.iterdir() if path.is_dir() else ():
-            if old.name != ".lock":
+            if old.name != files.LOCK:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path, {})
         # The manifest first: it is what makes the folder a run.
-        folder.note(settings=plain_settings(experiment), complete=False)
+        folder.note(settings=experiment.model_dump(mode="json"), complete=False)
         write_whole(path / SETTINGS, experiment.to_toml().encode())
         return folder
 
@@ -506,7 +485,7 @@ class RunFolder:
     def finish(self, result: Run) -> None:
         """Tables and summary; then what only an unfinished run needs goes, and the run is complete: its manifest holds
         the hash of every file beside it."""
-        _unlink_parts(self.path)
+        files.remove_unfinished(self.path)
         write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
         write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
         write_whole(self.path / SUMMARY, as_json(summary(result)))
@@ -539,20 +518,6 @@ class RunFolder:
                 f"{str(path)!r} is damaged: it holds {holds}; put the right file back, or run again with --fresh"
             )
         return value
-
-
-def _unlink_parts(path: Path) -> None:
-    """Remove what killed processes had not written to its end; whoever calls is the only one at the folder."""
-    for part in path.rglob(".*.tmp"):
-        part.unlink()
-
-
-def _are_of(kept: Any, experiment: Experiment) -> bool:
-    """Whether these are the settings of a run; a setting that was not there when it began counts as its default."""
-    try:
-        return settings.experiment(kept) == experiment
-    except (ValueError, TypeError):
-        return False
 
 
 KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Own, Grafted, Again, Blocked)}

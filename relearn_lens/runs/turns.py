@@ -22,10 +22,10 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
+from relearn_lens.files import as_json, read_json, write_whole
 from relearn_lens.models import processes
 from relearn_lens.runs.events import Event, Kept, Prepared
 from relearn_lens.runs.experiment import alone
-from relearn_lens.runs.files import as_json, read_json, write_whole
 from relearn_lens.runs.needs import memory_mb, peak_rss_mb
 from relearn_lens.runs.units import Unit
 
