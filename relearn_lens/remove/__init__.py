@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "arithmetic": ["TaskVector"],
         "calibration": ["Calibration", "calibrate", "mixed_"],
         "distillation": ["UNDIAL", "Undo", "WhoIs"],
+        "editing": ["Editor", "Mend"],
         "edits": ["DINM"],
         "losses": ["NPO", "GradDiff", "GradientAscent", "SimNPO"],
         "masks": ["SelectivePrune", "SetDifferencePrune"],

@@ -17,6 +17,7 @@ from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.arithmetic import TaskVector
 from relearn_lens.remove.distillation import UNDIAL, Undo, WhoIs
+from relearn_lens.remove.editing import Mend
 from relearn_lens.remove.edits import DINM
 from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent, SimNPO
 from relearn_lens.remove.masks import SelectivePrune, SetDifferencePrune
@@ -36,7 +37,7 @@ REMOVERS: dict[str, type[Remover] | type[Pruner]] = {
     for kind in (
         *(Prune, SelectivePrune, SetDifferencePrune),
         *(GradientAscent, GradDiff, NPO, SimNPO, IDK, DPO, AltPO, WGA, SatImp, CEU, PDU, UNDIAL),
-        *(RMU, CircuitBreaker, RepNoise, WhoIs, TaskVector, Undo, DINM, GradientRoute, SGTM),
+        *(RMU, CircuitBreaker, RepNoise, WhoIs, TaskVector, Undo, DINM, Mend, GradientRoute, SGTM),
     )
 }
 """Removers by name. Each has `name`, `formula`, `source` and, with unit and origin, `model_fields`."""
