@@ -161,29 +161,59 @@ def reproduce_(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME | all]", help="A paper; without one they are listed.")
     ] = None,
-    scale: Annotated[Literal["toy", "real"], typer.Option(help="toy: minutes on two cores.")] = "toy",
+    scale: Annotated[
+        Literal["toy", "real"], typer.Option(help="toy: minutes on two cores; real: a pretrained model.")
+    ] = "toy",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="With --scale real: a source, a folder, or a name on the hub.")
+    ] = "smollm2",
     seeds: Annotated[int, typer.Option(min=1, help="How many; a verdict takes three.")] = 3,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder that seeds are kept in.")] = Path(
-        "runs/reproduce"
-    ),
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder of seeds (runs/reproduce); with --table, a file.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds that are measured at a time.")] = 1,
+    table: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Print the table of a folder of seeds; measure nothing.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Put a paper's claims to the test, small, with controls, intervals and a verdict for each.
 
-    The same command continues what was interrupted.
+    The same command continues what was interrupted. With --table, print claim, verdict and command of what a folder
+    has, and with --out as well write all that was measured to that file.
     """
     from relearn_lens import progress
-    from relearn_lens.reproduce import protocol
+    from relearn_lens.reproduce import protocol, tables
 
+    if table is not None:
+        results, missing = protocol.gathered(table, scale=scale)
+        print(tables.table(results, brief=True), end="")
+        if out is not None:
+            out.write_text(tables.record(results, missing), encoding="utf-8")
+        for line in missing:
+            print(f"not here: {line}", file=sys.stderr)
+        return
     if name is None:
         papers = [protocol.paper_of(each) for each in protocol.PAPERS]
         rows = [[p.name, p.title, p.source, ", ".join(p.scales)] for p in papers]
         print_table("papers; relearn-lens reproduce NAME", ["name", "title", "source", "scales"], rows, piped=80)
         return
+    folder = out or Path("runs/reproduce")
+    names = protocol.PAPERS if name == "all" else (name,)
+    if name == "all":
+        without = [p for each in names if scale not in (p := protocol.paper_of(each)).scales]
+        for paper in without:
+            print(f"{paper.name} has no scale {scale!r}: {paper.toy_only}", file=sys.stderr)
+        names = tuple(each for each in names if each not in {p.name for p in without})
+    if processes > 1:
+        for line in protocol.spread(
+            names, processes=processes, scale=scale, model=model, seeds=range(seeds), out=folder
+        ):
+            print(line, file=sys.stderr)
     results = []
-    for each in protocol.PAPERS if name == "all" else [name]:
+    for each in names:
         with following() as follow, progress.reported(follow.progress):
-            result = protocol.reproduce(each, scale=scale, seeds=range(seeds), out=out)
+            result = protocol.reproduce(each, scale=scale, model=model, seeds=range(seeds), out=folder)
         results.append(result)
         if not json:
             pages.print_reproduction(result)
@@ -194,8 +224,8 @@ def reproduce_(
     elif name == "all":
         from relearn_lens.show import plots
 
-        print(protocol.write_table(results, out / "table.md"))
-        print(plots.save_html(plots.reproductions(results), out / "claims.html"))
+        print(f"{sum(result.cpu_seconds for result in results) / 60:.1f} minutes of one core in all")
+        print(plots.save_html(plots.reproductions(results), folder / "claims.html"))
 
 
 @app.command()

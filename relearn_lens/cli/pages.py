@@ -136,9 +136,8 @@ def print_reproduction(result: Reproduction) -> None:
         print_prose(f"{row.verdict}: {row.claim.says}. {value} ({bar}{beside}{published})", indent=2)
         for note in row.notes:
             print_prose(note, indent=4)
-    print_prose(
-        f"{result.seconds:.0f} s, seeds {', '.join(map(str, result.seeds))}, {result.scale}; {result.paper.smaller}"
-    )
+    took = f"{result.seconds:.0f} s ({result.cpu_seconds:.0f} s of one core)"
+    print_prose(f"{took}, seeds {', '.join(map(str, result.seeds))}, {result.model}; {result.paper.smaller}")
     print()
 
 
