@@ -57,6 +57,8 @@ class Benched:
     """None where no row is complete in every seed."""
     parts: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
     """By attack and rate, then by row: what each part of the model brings back."""
+    metrics: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+    """By attack and rate, then by row: what metrics read at every checkpoint, whole and by layer."""
     failed: Mapping[str, str]
     """Job or cell to its error, in one line."""
     seconds: float
@@ -183,7 +185,7 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
     from relearn_lens.runs.stages import Stages
 
     stages: Stages = Stages(folder / STAGES)
-    wrong, cells, parts = dict(failed), {}, {}
+    wrong, cells, parts, metrics = dict(failed), {}, {}, {}
     for row in _rows(bench):
         for seed in bench.every_seed:
             index = _index(folder, bench, row, seed)
@@ -191,9 +193,11 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
                 if not any(f"seed {seed}:" in name and row in name for name in failed):
                     wrong[f"{row}@{seed}"] = "not there"
                 continue
-            cells[row, seed], grafts = read_cell(index, stages)
-            for where, each in grafts.items():
-                parts.setdefault(where, {})[row] = each
+            read = read_cell(index, stages)
+            cells[row, seed] = read.cell
+            for by_rate, own in ((parts, read.parts), (metrics, read.metrics)):
+                for where, each in own.items():
+                    by_rate.setdefault(where, {})[row] = each
     whole = tuple(row for row in bench.rows if all((row, seed) in cells for seed in bench.every_seed))
     results = None
     if whole:
@@ -202,7 +206,7 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
             {at: cell for at, cell in cells.items() if twin or at[0] != NEVER}, whole, tuple(bench.columns),
             bench.seeds, bench.chooses, bench.bound, bench.draws, twin=twin,
         )  # fmt: skip
-    benched = Benched(folder, bench, results, parts, wrong, seconds)
+    benched = Benched(folder, bench, results, parts, metrics, wrong, seconds)
     write_whole(folder / SUMMARY, as_json(bench_page.summary(benched)))
     if results is not None:
         write_whole(folder / PAGE, bench_page.render(benched).encode())

@@ -20,6 +20,7 @@ from relearn_lens.text.facts import people
 SMALL = taught.Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
 SETS = [
     "seeds=[1]", "chooses=0", "keys=8", "wordings=1", "draws=200", "points=4",
+    'metrics=["inside", "depth", "returned"]',
     'rows={gd={remover="grad_diff", fields={steps=[4], lr=1e-3}}, '
     'ga={remover="gradient_ascent", fields={steps=[2], lr=3e-4}}, '
     'cut={remover="prune", rounds=2, repair=2, held=true, fields={where="random", fraction=0.2}}}',
@@ -74,6 +75,35 @@ def test_a_bench_gives_every_row_column_and_the_twin(benched):
         assert 0 <= cell.moved <= 1
     twin = results.cells[NEVER, 1]
     assert np.array_equal(twin.calibrated, twin.removed)
+
+
+def test_metrics_are_tracked_along_the_attack_by_layer(benched):
+    """What the metrics must be where nothing is trained yet, and of the twin; by layer at every checkpoint."""
+    assert set(benched.metrics) == {"relearn 0.0001", "relearn 0.001"}
+    metrics = json.loads((benched.folder / benches.SUMMARY).read_text())["metrics"]
+    assert set(metrics) == {"gd", "ga", "cut", NEVER}
+    for course in metrics.values():
+        assert set(course) == {"inside", "depth", "returned"}
+        for name, layers in (("inside", 2), ("depth", 2), ("returned", 5)):
+            assert course[name]["steps"] == [0, 1, 4]
+            assert [len(each) for each in course[name]["layers"].values()] == [3] * layers
+            for value, low, high in course[name]["whole"]:
+                assert low - 1e-9 <= value <= high + 1e-9
+        assert course["returned"]["whole"][0][0] == 0
+    assert metrics[NEVER]["depth"]["whole"][0][0] == pytest.approx(1)
+    assert metrics["gd"]["depth"]["whole"][0][0] < 1
+    page = (benched.folder / benches.PAGE).read_text()
+    for title in ("Depth by layer", "Inside along the attack", "Returned by layer"):
+        assert title in page
+
+
+def test_a_metric_that_these_facts_do_not_have_is_said(benched, small, monkeypatch, untouched):
+    work = Work(benched.bench, 1, Stages(benched.folder / benches.STAGES))
+    monkeypatch.setattr(type(work.facts), "answers", lambda _: {})
+    with untouched(work.model):
+        (row,) = work._read(["inside"], work.base, 0)
+    assert "closed sets" in row["why"]
+    assert bench_page.tracked([row]) == {"inside": {"why": row["why"]}}
 
 
 def test_the_summary_and_the_page_are_written(benched):
@@ -147,7 +177,7 @@ def test_a_cell_leaves_nothing_behind(benched, small, untouched):
     base = work.base
     index = work.cell("gd")
     work.model.load_weights(base)
-    cell, _ = read_cell(index, work.stages)
+    cell = read_cell(index, work.stages).cell
     assert np.array_equal(work._sums(work._held_out), cell.base)
 
 
@@ -166,6 +196,8 @@ def test_presets_are_benches_whose_names_are_known(name, tmp_path):
         (["columns.x.attack=nope"], r"columns\.x: unknown attack 'nope'; known: "),
         (['columns.x={attack="quantised", rates=[1e-4]}'], r"quantised trains nothing, so it has no learning rates"),
         (["rows.npo.fields.nope=1"], r"rows\.npo: npo has no field 'nope'; it has "),
+        (['metrics=["nope"]'], "metrics: unknown metric 'nope'; known: accuracy"),
+        (['model="smollm2"', 'metrics=["depth"]'], "metrics: depth compares with a twin that never knew, .* has none"),
         (["teach.lr=1e-4"], r"teach: the model 'taught' is taught these facts anyway"),
     ],
 )
