@@ -445,9 +445,10 @@ class Work:
 
     def _grafts(self, start: Weights, end: Weights) -> list[dict[str, Any]]:
         """By part, from input to output: what it alone brings back, and what is lost without it."""
+        bands = self.bench.bands and min(self.bench.bands, int(self.model.bridge.cfg.n_layers))
         found = grafts(
             self.model, start, end, lambda _: {"accuracy": self._known(self._held_out)},
-            parts=parts(self.model, bands=self.bench.bands),
+            parts=parts(self.model, bands=bands),
         )  # fmt: skip
         rows = []
         for part in found.parts:

@@ -144,12 +144,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         _TOY,
     ),
     "facts-toy-slowed": (
-        "what slows the return: npo as it is, by sam, pruning once, in rounds, and with what was cut held",
+        "what slows the return: npo as it is, by sam, smoothed, in a mask; pruning once, in rounds, with the cut held",
         {
             **_TOY,
             "rows": {
                 "npo": {"remover": "npo"},
                 "npo+sam": {"remover": "npo+sam"},
+                "npo+smoothed": {"remover": "npo+smoothed", "fields": {"lr": 3e-4, "steps": [96]}},
+                "npo-masked": {"remover": "npo", "fields": {"where": "lookup"}},
                 "prune": {"remover": "prune"},
                 "prune-rounds": {"remover": "prune", "rounds": 3},
                 "prune-held": {"remover": "prune", "held": True},

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from relearn_lens.__main__ import app
@@ -179,6 +180,38 @@ def test_a_cell_leaves_nothing_behind(benched, small, untouched):
     work.model.load_weights(base)
     cell = read_cell(index, work.stages).cell
     assert np.array_equal(work._sums(work._held_out), cell.base)
+
+
+def test_facts_smollm2_says_what_it_takes_and_a_cell_of_it_runs(tmp_path, monkeypatch):
+    """A tiny Llama of a folder in the place of SmolLM2: taught, its twin too, removed from and attacked every way."""
+    plan = CliRunner().invoke(app, ["bench", "facts-smollm2", "--dry-run"])
+    assert plan.exit_code == 0, plan.output
+    assert "8 jobs, 24 cells, 192 attacks" in plan.output
+    memory, disk = (int(n.replace(",", "")) for n in re.findall(r"about ([\d,]+) MB", plan.output))
+    assert 4 * 4 * 134.5 < memory < 20_000
+    assert disk == -(-4 * 7 * 4 * 134_515_008 // 2**20)
+
+    made = people(0, n=24, forget=8, never=4, animals=4, n_answers=8)
+    tokenizer = taught.tokenizer(made)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(removals, "people", lambda seed: made)
+    monkeypatch.setattr(benches.engines, "local", in_process)
+    steps = [f"columns.{name}.fields.steps=[1, 2]" for name in ("relearn", "relearn-lora", "retain-only")]
+    small = [f'model="{tmp_path / "tiny"}"', "seeds=[1]", "chooses=0", "keys=8", "draws=100", "points=2", *steps]
+    rows = ['rows={npo={remover="npo", fields={lr=1e-3, steps=[4]}}}', "teach={epochs=8, lr=1e-2}"]
+    done = benches.run(bench_of("facts-smollm2", [*small, *rows]), tmp_path / "b", processes=1)
+    assert done.failed == {}
+    assert done.results is not None
+    assert done.results.columns == ("relearn", "relearn-lora", "retain-only", "quantised", "pruned")
+    cell, twin = done.results.cells["npo", 1], done.results.cells[NEVER, 1]
+    assert list(cell.courses["relearn-lora"]) == ["0.0001", "0.001"]
+    assert not np.array_equal(cell.base, twin.calibrated)  # the twin was not taught what the base was
+    assert len(bench_page.lines(done)) <= 25
 
 
 @pytest.mark.parametrize("name", PRESETS)
