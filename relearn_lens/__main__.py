@@ -245,6 +245,7 @@ def bench(
         int | None, typer.Option(help="Jobs at a time, with --on local; by default what fits this machine.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what the folder holds first.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what it would do, and what that takes.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print summary.json instead.")] = False,
 ) -> None:
     """Removers against ways back over one set of facts: what comes back of the half that the attacker never had.
@@ -255,6 +256,9 @@ def bench(
     from relearn_lens.bench.plan import bench_of
 
     asked = bench_of(settings, set_ or [])
+    if dry:
+        print(*benches.planned(asked), sep="\n")
+        return
     folder = out or Path("runs") / Path(settings).stem
     to = sys.stderr if json else sys.stdout
     jobs = sum(1 for _ in asked.every_seed) * -(-(len(asked.rows) + benches.has_twin(asked)) // benches.ROWS_A_JOB)
