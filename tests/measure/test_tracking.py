@@ -131,6 +131,19 @@ def test_track_warns_of_checkpoints_that_are_one(toy):
         track(toy.tagger, text, PLACE, loads(1.1, 0.8), site="mlp_post")
 
 
+def test_track_warns_of_labels_that_were_not_known_before_the_cut(toy):
+    """What a model does not know, no cut takes and no training brings back."""
+    base = measure(toy.tagger, toy.corpus, PLACE, site="mlp_post")
+    unknown = measure(toy.tagger, toy.corpus, PLACE, site="mlp_post")
+    unknown.scores.counts[:, list(base.scores.labels).index("person"), 0] = 0  # not one is right
+    unknown.f1["person"] = 0.0
+    with pytest.warns(UserWarning, match=r"does not know person \(0\.00 over \d+ spans\), so .* epochs=, lr="):
+        track(toy.tagger, toy.corpus, PLACE, [], before=unknown, site="mlp_post")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*does not know")
+        track(toy.tagger, toy.corpus, PLACE, [], before=base, site="mlp_post")
+
+
 def test_track_follows_the_concept_down_and_back_up(toy, chosen):
     text = toy.corpus
     before = measure(toy.tagger, text, PLACE, site="mlp_post")

@@ -104,10 +104,11 @@ def test_layer_numbers_by_hand():
     assert numbers(run, "% of all s > 0.5, all neurons", "base") == pytest.approx(
         [0, 0, 0, *[100 / 7] * 1, *[200 / 7] * 3]
     )
-    # Half is pruned: the embedding, 0, 1 and half of 2 survive, 7 buckets among themselves; at the end reversed.
-    alone = "mean rank saliency, published selection (survivors)"
-    assert numbers(run, alone, "2") == pytest.approx([0.5 / 6, 2.5 / 6, 4.5 / 6, 1.0, *[None] * 3], nan_ok=True)
-    assert numbers(run, alone, "8")[:4] == pytest.approx([5.5 / 6, 3.5 / 6, 1.5 / 6, 0.0])
+    # Half is pruned: the embedding, 0, 1 and half of 2 survive, ranked among all as in the release; at the
+    # end the layers' order is reversed.
+    alone = "mean rank saliency among all, survivors"
+    assert numbers(run, alone, "2") == pytest.approx([0.5 / 13, 2.5 / 13, 4.5 / 13, 6 / 13, *[None] * 3])
+    assert numbers(run, alone, "8")[:4] == pytest.approx([12.5 / 13, 10.5 / 13, 8.5 / 13, 6 / 13])
     assert numbers(run, "rank correlation of survivors, base to 8", "8")[:4] == pytest.approx([1.0] * 4)
     percentile = numbers(run, "percentile of survivors", "base")
     assert percentile[0] == pytest.approx(99.5 / 699, abs=1e-4)
