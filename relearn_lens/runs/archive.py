@@ -142,8 +142,8 @@ def _make(body: Any, tensors: Mapping[str, Tensor], sites: list[Any]) -> Any:
     if "items" in body:
         made = kind(*(_make(v, tensors, sites) for v in body["items"]))
     else:
-        names: Mapping[str, str] = RENAMED.get(body["type"], {})
-        made = kind(**{names.get(name, name): _make(v, tensors, sites) for name, v in body["fields"].items()})
+        names = RENAMED.get(body["type"], {})
+        made = kind(**{str(names.get(name, name)): _make(v, tensors, sites) for name, v in body["fields"].items()})
     _check_fields(made)
     return made
 
