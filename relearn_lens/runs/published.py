@@ -282,10 +282,10 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
 def survivors(arm: Trajectory, experiment: Experiment) -> Neurons:
     """The neurons that were not chosen: the release counts survivors by what was asked, not by what was pruned."""
     for which in ("most", "least"):
-        if arm.pruned is None or experiment.prune.fraction == "auto":
+        if arm.removed is None or experiment.prune.fraction == "auto":
             continue
         chosen = choose(arm[BASE].saliency, experiment.prune.fraction, which)
-        if placed(chosen, experiment.prune.embedding) == arm.pruned:
+        if placed(chosen, experiment.prune.embedding) == arm.removed:
             return ~chosen
     return arm.survivors()
 

@@ -3,13 +3,15 @@
 import ast
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import relearn_lens
 from relearn_lens.analysis.intervals import Estimate
-from relearn_lens.reproduce import protocol
+from relearn_lens.reproduce import protocol, tables
 from relearn_lens.reproduce.claims import CLAIMS, Claim, verdict_of
 from relearn_lens.reproduce.protocol import Lab, Paper, Reading
 
@@ -78,8 +80,9 @@ def made(monkeypatch, tmp_path):
         yield Reading("b", math.nan, note="no keys")
 
     monkeypatch.setitem(CLAIMS, "claims", {"a": BEYOND, "b": WITHIN})
-    paper = Paper("claims", "made", "ours", "numbers", "all", measure)
+    paper = Paper("claims", "made", "ours", "numbers", "all", measure, toy_only="numbers have no model")
     monkeypatch.setattr(protocol, "paper_of", lambda name: paper)
+    monkeypatch.setattr(protocol, "PAPERS", ("claims",))
     return measured, tmp_path
 
 
@@ -93,12 +96,65 @@ def test_seeds_are_measured_once_and_kept(made):
     assert measured == [0, 1, 2, 3]
     assert again.rows[0].effect is not None
     assert again.rows[0].effect.low == pytest.approx(0.4)
-    assert "reproduced" in protocol.table([again])
+    assert "| claims | more | reproduced | `relearn-lens reproduce claims` |" in tables.table([again], brief=True)
+
+
+def test_record_is_of_the_seeds_that_the_folder_has(made):
+    _, folder = made
+    result = protocol.reproduce("claims", out=folder)
+    results, missing = protocol.gathered(folder)
+    assert (results, missing) == ([result], [])
+    (folder / "claims" / "toy-1.json").write_text('{"digest": "another"}')
+    results, missing = protocol.gathered(folder)
+    assert results[0].seeds == (0, 2)
+    assert results[0].rows[0].verdict == "inconclusive"
+    text = tables.record(results, missing)
+    assert "1 papers, 2 claims: 2 inconclusive" in text
+    assert "Not here: claims, seed 1: of another version of the page." in text
+    assert "| claims | more | 0.500 [0.400, 0.600] share | beyond 0.1 | 0.010 |  | inconclusive |" in text
+    assert "- b: no keys" in text
+    assert protocol.gathered(folder / "none") == ([], ["claims: no seed"])
+
+
+def test_no_width_is_said(made, monkeypatch):
+    _, folder = made
+    paper = Paper("claims", "made", "ours", "numbers", "all", lambda lab: iter([Reading("a", 0.5)]))
+    monkeypatch.setattr(protocol, "paper_of", lambda name: paper)
+    (row, _) = protocol.reproduce("claims", out=folder).rows
+    assert row.notes == ("every seed gives this number, so its interval has no width",)
+
+
+def test_processes_fill_the_folder(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="processes = 0: it takes at least one"):
+        next(protocol.spread(["lo2024"], processes=0, out=tmp_path))
+    paper = protocol.paper_of("lo2024")
+    monkeypatch.setattr(protocol, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(2))
+    quick = replace(paper, measure=lambda lab: iter([Reading("returns", 0.9 + lab.seed)]))
+    monkeypatch.setattr(protocol, "paper_of", lambda name: quick)
+    lines = sorted(protocol.spread(["lo2024"], processes=2, seeds=(0, 1), out=tmp_path))
+    assert lines == ["lo2024, seed 0: 0 s", "lo2024, seed 1: 0 s"]
+    assert list(protocol.spread(["lo2024"], processes=2, seeds=(0, 1), out=tmp_path)) == []
+
+
+@pytest.mark.parametrize(("recipe", "times"), [("rmu", 1), ("npo", 2)])
+def test_seed_counts_only_with_the_recipes_that_its_page_names(recipe, times, monkeypatch, tmp_path):
+    measured = []
+
+    def measure(lab: Lab) -> Iterator[Reading]:
+        measured.append(lab.seed)
+        yield Reading("base", 0.0)
+
+    page = replace(protocol.paper_of("uds2026"), measure=measure)
+    monkeypatch.setattr(protocol, "paper_of", lambda name: page)
+    protocol.reproduce("uds2026", seeds=(0,), out=tmp_path)
+    monkeypatch.setattr(protocol, "RECIPES", {"toy": {**protocol.RECIPES["toy"], recipe: {"lr": 1.0}}})
+    protocol.reproduce("uds2026", seeds=(0,), out=tmp_path)
+    assert len(measured) == times
 
 
 def test_bad_calls_are_refused_before_any_work(made):
     measured, folder = made
-    with pytest.raises(ValueError, match="has no scale 'real'; it has toy"):
+    with pytest.raises(ValueError, match="has no scale 'real': numbers have no model"):
         protocol.reproduce("claims", scale="real", out=folder)
     with pytest.raises(ValueError, match="give at least one, and each once"):
         protocol.reproduce("claims", seeds=(1, 1), out=folder)

@@ -31,7 +31,7 @@ def run_of(
     arm = trajectory({stage: F1[stage] for stage in stages}, score)
     assert made.prune.fraction != "auto"
     pruned = placed(choose(arm["base"].saliency, made.prune.fraction), embedding)
-    arm = replace(arm, pruned=pruned)
+    arm = replace(arm, removed=pruned)
     return Run(made, {"concept": [arm]}, sized=[Sized(0, made.prune.fraction, None)]), arm
 
 
@@ -131,7 +131,7 @@ def test_null_neurons_are_left_out_of_later_means():
 def test_survivors_are_those_that_were_not_chosen():
     run, arm = run_of(7, STAGES, "last_block", prune__fraction=1 / 14)  # half of the last layer
     assert survivors(arm, run.experiment) == ~choose(arm["base"].saliency, 1 / 14)
-    least = replace(arm, pruned=placed(choose(arm["base"].saliency, 1 / 14, "least"), "last_block"))
+    least = replace(arm, removed=placed(choose(arm["base"].saliency, 1 / 14, "least"), "last_block"))
     assert survivors(least, run.experiment).per_layer()["embed"] == 100
     assert least.survivors().per_layer()["embed"] == WIDTH
 
