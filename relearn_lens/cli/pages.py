@@ -125,7 +125,9 @@ def print_compared(runs: Sequence[Run]) -> None:
     print_table("scores, means with 95 % intervals over seeds, else over sentences", *beside.scores, piped=80)
     if beside.claims:
         header, rows = beside.claims
-        print_table("claims of the paper", [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows], piped=80)
+        # A run's verdict and effect in one cell, as a table that is cut into pieces would part them.
+        told = [[row[0], *map(" ".join, zip(row[2::2], row[3::2], strict=True))] for row in rows]
+        print_table("claims of the paper: verdict, effect", [header[0], *header[2::2]], told, piped=80)
 
 
 def print_swept(swept: Swept) -> None:
