@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from relearn_lens.runs.files import as_json, write_whole
 from torch import Tensor
 
 from relearn_lens import sources
 from relearn_lens.analysis.audit import KINDS, Evidence, decide
 from relearn_lens.bench.audit import audit, of_weights
+from relearn_lens.files import as_json, write_whole
 from relearn_lens.methods import Training
 from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
