@@ -461,6 +461,9 @@ def remove(
     ] = "people",
     retain: Annotated[str | None, typer.Option(metavar="F", help="What is to stay, FILE.jsonl or hf:NAME.")] = None,
     general: Annotated[str | None, typer.Option(metavar="F", help="Other knowledge, or text, that is to stay.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(metavar="F", help="What is to be forgotten too, and no attack sees; else half is cut.")
+    ] = None,
     where: Annotated[
         str | None, typer.Option(metavar="LOCALISER", help="What may change; see `relearn-lens localisers`.")
     ] = None,
@@ -515,10 +518,13 @@ def remove(
         "facts": facts,
         "retain": retain,
         "general": general,
+        "held_out": held_out,
         "recipe": recipe,
     }
     with _following() as follow, reported(follow.progress):
-        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed, half=half)
+        subject = removals.subject(
+            model, facts, retain=retain, general=general, held_out=held_out, seed=seed, half=half
+        )
         memory = removals.memory_of(subject, removal, lora=lora)
         follow.say(f"memory: about {sum(memory.values()):,} MB ({', '.join(f'{k} {v:,}' for k, v in memory.items())})")
         done = removals.carry_out(
@@ -540,6 +546,7 @@ def removers(
     ] = None,
     seeds: Annotated[str, typer.Option(help="With --table: the toys, such as 0,1,2.")] = "0,1,2,3,4",
     only: Annotated[str, typer.Option(metavar="NAME,...", help="With --table: some removers; by default all.")] = "",
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="With --table: write it as Markdown too.")] = None,
 ) -> None:
     """List the ways to remove something by training or pruning, with their fields and where they are from.
 
@@ -549,8 +556,10 @@ def removers(
     from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 
     if table is not None:
-        _removers_table(table, seeds, only)
+        _removers_table(table, seeds, only, page)
         return
+    if page is not None:
+        raise ValueError("--page FILE is the table as a page; give the table's folder as --table DIR")
     print(f"removers ({len(REMOVERS)})\n")
     _print_methods(REMOVERS)
     print(f"wrappers around a remover's step, as in npo+sam ({len(WRAPPERS)})\n")
@@ -559,7 +568,7 @@ def removers(
     _prose(f"training (all but prune, any of it by --set): {usual}")
 
 
-def _removers_table(folder: Path, seeds: str, only: str) -> None:
+def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> None:
     from relearn_lens.bench import removals
 
     try:
@@ -580,6 +589,11 @@ def _removers_table(folder: Path, seeds: str, only: str) -> None:
         "seed 0."
     )
     print(f"folder {folder}")
+    if page is not None:
+        from relearn_lens.runs.files import write_whole
+
+        write_whole(page, removals.page(every).encode())
+        print(f"page {page}")
 
 
 @app.command()
