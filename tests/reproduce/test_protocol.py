@@ -14,6 +14,7 @@ from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.reproduce import protocol, tables
 from relearn_lens.reproduce.claims import CLAIMS, Claim, verdict_of
 from relearn_lens.reproduce.protocol import Lab, Paper, Reading
+from relearn_lens.reproduce.readings import READINGS
 
 BEYOND, WITHIN = Claim("a", "more", "share", 0.1), Claim("b", "alike", "share", 0.1, rule="within")
 PAGES = sorted(set(Path(relearn_lens.__file__).parent.glob("reproduce/*.py")))
@@ -47,7 +48,13 @@ def test_every_paper_has_claims_that_differ():
     for name, claims in CLAIMS.items():
         assert claims, name
         assert all(claim.key == key and claim.says and claim.unit and claim.bar >= 0 for key, claim in claims.items())
-    assert set(protocol.PAPERS) <= set(CLAIMS)
+    assert set(protocol.PAPERS) == set(CLAIMS)
+
+
+def test_readings_are_of_claims():
+    assert {(name, key) for name, read in READINGS.items() for key in read} <= {
+        (name, key) for name, claims in CLAIMS.items() for key in claims
+    }
 
 
 @pytest.mark.parametrize("name", protocol.PAPERS)
@@ -99,7 +106,7 @@ def test_seeds_are_measured_once_and_kept(made):
     assert "| claims | more | reproduced | `relearn-lens reproduce claims` |" in tables.table([again], brief=True)
 
 
-def test_record_is_of_the_seeds_that_the_folder_has(made):
+def test_record_is_of_the_seeds_that_the_folder_has(made, monkeypatch):
     _, folder = made
     result = protocol.reproduce("claims", out=folder)
     results, missing = protocol.gathered(folder)
@@ -113,6 +120,9 @@ def test_record_is_of_the_seeds_that_the_folder_has(made):
     assert "Not here: claims, seed 1: of another version of the page." in text
     assert "| claims | more | 0.500 [0.400, 0.600] share | beyond 0.1 | 0.010 |  | inconclusive |" in text
     assert "- b: no keys" in text
+    assert "Read so" not in text
+    monkeypatch.setitem(READINGS, "claims", {"a": "two seeds"})
+    assert "Read so:\n\n- a (inconclusive): two seeds.\n" in tables.record(results)
     assert protocol.gathered(folder / "none") == ([], ["claims: no seed"])
 
 
