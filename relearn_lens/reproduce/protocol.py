@@ -571,5 +571,6 @@ def _row(claim: Claim, readings: dict[int, list[Reading]]) -> Row:
     if len(finite) < len(readings):
         notes += (f"measured in {len(finite)} of {len(readings)} seeds",)
     controls = [each[i].control for i in finite]
-    control = None if None in controls else sum(map(float, controls)) / len(controls)  # pyright: ignore[reportArgumentType]
+    known = [control for control in controls if control is not None and math.isfinite(control)]
+    control = sum(known) / len(known) if len(known) == len(finite) else None
     return Row(claim, effect, control, verdict_of(claim, effect), notes)
