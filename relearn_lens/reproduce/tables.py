@@ -53,7 +53,7 @@ def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
         )
         lines.append("")
         for row in result.rows:
-            lines += [f"- {row.claim.key}: {note}" for note in row.notes]
+            lines += [f"- {row.claim.key}: {note.rstrip('; ')}" for note in row.notes]
         if result.scale == "toy" and (read := READINGS.get(result.paper.name)):
             lines += ["", "Read so:", ""]
             lines += [

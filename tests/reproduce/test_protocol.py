@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import relearn_lens
 from relearn_lens.analysis.intervals import Estimate
+from relearn_lens.models import taught
 from relearn_lens.reproduce import protocol, tables
 from relearn_lens.reproduce.claims import CLAIMS, Claim, verdict_of
 from relearn_lens.reproduce.protocol import Lab, Paper, Reading
 from relearn_lens.reproduce.readings import READINGS
+from relearn_lens.runs.removals import Subject
+from relearn_lens.text.facts import people
 
 BEYOND, WITHIN = Claim("a", "more", "share", 0.1), Claim("b", "alike", "share", 0.1, rule="within")
 PAGES = sorted(set(Path(relearn_lens.__file__).parent.glob("reproduce/*.py")))
@@ -144,6 +148,41 @@ def test_processes_fill_the_folder(tmp_path, monkeypatch):
     lines = sorted(protocol.spread(["lo2024"], processes=2, seeds=(0, 1), out=tmp_path))
     assert lines == ["lo2024, seed 0: 0 s", "lo2024, seed 1: 0 s"]
     assert list(protocol.spread(["lo2024"], processes=2, seeds=(0, 1), out=tmp_path)) == []
+
+
+@pytest.fixture
+def lab(monkeypatch, tmp_path):
+    """A lab whose model was taught nothing."""
+    facts = people(0, n=12, forget=4, never=2, animals=3, n_answers=8)
+    model = taught.untaught(facts, recipe=taught.Recipe(n_layers=3, d_model=16, n_heads=2, d_mlp=8))
+    subject = Subject("taught", model, facts, native=True)
+    monkeypatch.setattr(protocol.removals, "subject", lambda *_, **__: subject)
+    return Lab("toy", 0, tmp_path)
+
+
+def test_remover_works_where_it_is_told(lab):
+    def moved(**fields) -> set[str]:
+        after = lab.removed("dinm", calibrated=False, steps=(1,), lr=1e-2, **fields).weights
+        return {name for name, value in after.items() if not torch.equal(value, lab.base.weights[name])}
+
+    first, usual = moved(where=None, layer=0), moved(layer=0)
+    assert len(first) == len(usual) == 1
+    assert "0" in next(iter(first)).split(".")
+    assert usual == moved()  # the recipe says where, whatever the remover's own field says
+    assert first != usual or moved(where=None, layer=1) != usual
+    assert moved(where="everything") > first
+
+
+def test_pretrained_model_has_no_twin(lab):
+    with pytest.raises(ValueError, match="taught has no twin that never knew; only the taught toy has one"):
+        _ = lab.never
+
+
+def test_cosine_of_changes():
+    x = [torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([1.0])]
+    assert protocol.cosine(x, [-3 * each for each in x]) == pytest.approx(-1)
+    assert protocol.cosine(x, [torch.tensor([[0.0, 5.0], [1.0, 0.0]]), torch.zeros(1)]) == 0
+    assert math.isnan(protocol.cosine(x, [torch.zeros(2, 2), torch.zeros(1)]))
 
 
 @pytest.mark.parametrize(("recipe", "times"), [("rmu", 1), ("npo", 2)])
