@@ -65,6 +65,11 @@ READINGS: dict[str, dict[str, str]] = {
         "random": "as many random neurons cost little: within the bar in each seed, the interval just beyond it",
         "relearns": "more comes back, not less; it had taken less to begin with",
     },
+    "tian2024": {
+        "instructed": "edits hold nearly always, also without words: an edit of a toy's fact tells its task by its "
+        "answer, and there is little left to gain. Words that name no task cost a little in some seeds",
+        "direction": "edits of different relations stand at right angles without any words, so nothing is left to turn",
+    },
     "cloud2024": {
         "absorbs": "filtering keeps more out, and did before relearning (the control): in 300 steps with half of the "
         "labels the rest of the facts is learnt wherever the gradient may go, and nothing is absorbed",
