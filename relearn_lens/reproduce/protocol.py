@@ -538,7 +538,10 @@ def _digest(paper: Paper, lab: Lab) -> str:
     body = [
         ast.dump(each)
         for each in ast.parse(page).body
-        if not (isinstance(each, ast.Expr) or (isinstance(each, ast.Assign) and ast.unparse(each.targets) == "PAPER"))
+        if not (
+            isinstance(each, ast.Expr)
+            or (isinstance(each, ast.Assign) and [ast.unparse(target) for target in each.targets] == ["PAPER"])
+        )
     ]
     recipes = RECIPES.get(removals.KINDS.get(lab.name, ""), {})
     named = {name: dict(fields) for name, fields in sorted(recipes.items()) if f'"{name}"' in page}

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import relearn_lens
+from relearn_lens.__main__ import app
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.models import taught
 from relearn_lens.reproduce import protocol, tables
@@ -128,6 +130,23 @@ def test_record_is_of_the_seeds_that_the_folder_has(made, monkeypatch):
     monkeypatch.setitem(READINGS, "claims", {"a": "two seeds"})
     assert "Read so:\n\n- a (inconclusive): two seeds.\n" in tables.record(results)
     assert protocol.gathered(folder / "none") == ([], ["claims: no seed"])
+
+
+def test_command_prints_the_table_of_a_folder_and_writes_the_record(made, tmp_path):
+    _, folder = made
+    protocol.reproduce("claims", out=folder)
+    path = tmp_path / "RESULTS.md"
+    result = CliRunner().invoke(app, ["reproduce", "--table", str(folder), "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == tables.table(protocol.gathered(folder)[0], brief=True)
+    assert path.read_text() == tables.record(*protocol.gathered(folder))
+
+
+def test_all_names_the_papers_that_a_scale_does_not_have(made, tmp_path):
+    result = CliRunner().invoke(app, ["reproduce", "all", "--scale", "real", "--json", "--out", str(tmp_path)])
+    assert result.stdout == "[]\n"
+    assert "claims has no scale 'real': numbers have no model" in result.stderr
+    assert made[0] == []
 
 
 def test_no_width_is_said(made, monkeypatch):
