@@ -11,7 +11,6 @@ there, and is computed again only where its settings have changed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from relearn_lens.analysis.intervals import over_seeds
+from relearn_lens.files import as_json, digest_of, read_json, write_whole
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING, know
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.remove.calibration import calibrate, mixed_
 from relearn_lens.remove.recipes import RECIPES, recipe
 from relearn_lens.runs import removals
-from relearn_lens.runs.files import as_json, read_json, write_whole
 
 BASE, NEVER = "base", "never"
 TAU, POINTS = 0.95, 64
@@ -90,21 +89,25 @@ def _cells(folder: Path, seeds: Sequence[int], chosen: Sequence[str]) -> Iterato
                 made.append(removals.subject(removals.TAUGHT, "people", seed=seed))
             return made[0]
 
-        for name in (BASE, NEVER, *chosen):
-            yield _cell(folder, name, seed, subject)
+        yield (base := _cell(folder, BASE, seed, subject))
+        for name in (NEVER, *chosen):
+            yield _cell(folder, name, seed, subject, base)
 
 
-def _cell(folder: Path, name: str, seed: int, subject: Callable[[], removals.Subject]) -> Cell:
+def _cell(
+    folder: Path, name: str, seed: int, subject: Callable[[], removals.Subject], base: Cell | None = None
+) -> Cell:
     path = folder / f"{name}-{seed}.json"
     settings: dict[str, Any] = {"tau": TAU, "points": POINTS, "seed": seed, "versions": removals.versions()}
     if name not in (BASE, NEVER):
         settings |= removals.fields_of(recipe(KIND, name))
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    digest = digest_of(settings)
     with contextlib.suppress(OSError, ValueError):  # no file, or a damaged one
         values = read_json(path)
         if values.get("digest") == digest:
             return Cell(name, seed, values, True)
-    values = _of_twin(subject(), name) if name in (BASE, NEVER) else _of_remover(subject(), name, seed)
+    twin = base is None or name == NEVER
+    values = _of_twin(subject(), name) if twin else _of_remover(subject(), name, base)
     values = {"name": name, "digest": digest, "settings": settings, **values}
     content = as_json(values)
     write_whole(path, content)
@@ -120,9 +123,9 @@ def _of_twin(subject: removals.Subject, name: str) -> dict[str, Any]:
     return {"rows": _asked(subject.model if name == BASE else subject.never, subject)}
 
 
-def _of_remover(subject: removals.Subject, name: str, seed: int) -> dict[str, Any]:
+def _of_remover(subject: removals.Subject, name: str, whole: Cell) -> dict[str, Any]:
     """Removed, as it is and calibrated; the subject's model is put back."""
-    model, removal = subject.model, recipe(KIND, name)
+    model, removal, seed = subject.model, recipe(KIND, name), whole.seed
     base = {weight: value.clone() for weight, value in model.weights().items()}
 
     def near(model: LanguageModel) -> float:
@@ -135,9 +138,10 @@ def _of_remover(subject: removals.Subject, name: str, seed: int) -> dict[str, An
             steps = pause.step
         seconds = time.perf_counter() - begin
         removed = _asked(model, subject)
-        calibration = calibrate(model, base, near, tau=TAU, points=POINTS)
+        ends = whole.accuracy(NEAR), float(removed[NEAR]["accuracy"]["value"])
+        calibration = calibrate(model, base, near, tau=TAU, points=POINTS, ends=ends)
         mixed_(model, base, calibration.share)
-        rows = _asked(model, subject)
+        rows = removed if calibration.share == 1 else _asked(model, subject)
     finally:
         model.load_weights(base)
     return {

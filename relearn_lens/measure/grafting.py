@@ -221,8 +221,8 @@ def grafts(model: Any, *args: Any, **keywords: Any) -> Grafts:
             f"{missing[0]} kept no weights to graft; track it with keep_weights=True, or give grafts(model, "
             "cut_weights, retrained_weights, evaluate)"
         )
-    pruned = getattr(path, "pruned", None)
-    cut = keywords.pop("cut", None if pruned is None else WeightMask.of(path.ends.model, pruned))
+    mask = WeightMask.of(path.ends.model, path.removed) if isinstance(path.removed, Neurons) else None
+    cut = keywords.pop("cut", mask)
     return grafts_between(
         path.ends.model, path.ends.start, path.ends.end, path.ends.evaluate, cut=cut,
         controls={name: (each.ends.start, each.ends.end) for name, each in controls.items()},

@@ -12,7 +12,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "distillation": ["UNDIAL", "Undo", "WhoIs"],
         "editing": ["Editor", "Mend"],
         "edits": ["DINM"],
-        "losses": ["NPO", "GradDiff", "GradientAscent", "SimNPO"],
+        "layering": ["Layered"],
+        "losses": ["ILU", "NPO", "GradDiff", "GradientAscent", "SimNPO"],
         "masks": ["SelectivePrune", "SetDifferencePrune"],
         "preference": ["DPO", "IDK", "AltPO"],
         "pruning": ["Prune"],
@@ -22,6 +23,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "representations": ["RMU", "CircuitBreaker", "RepNoise"],
         "routing": ["SGTM", "GradientRoute"],
         "weighting": ["CEU", "PDU", "WGA", "SatImp"],
-        "wrappers": ["SAM", "Averaged", "Curvature", "GradientPenalty", "Smoothed", "TARLight"],
+        "wrappers": ["LAT", "SAM", "Averaged", "Curvature", "GradientPenalty", "Smoothed", "TARLight"],
     },
 )

@@ -17,7 +17,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel, Model, reading, seeded
 from relearn_lens.models.training import Checkpoint, Checkpoints, Parts, Step, plain, train_
-from relearn_lens.neurons.sites import Site, parameter, site_of, streaming
+from relearn_lens.neurons.sites import component_site, parameter, site_of, streaming
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.preference import PREFERRED, Answers, Preferring, preferred
 from relearn_lens.remove.removal import FORGET, RETAIN, Remover, Removing, Texts, texts_of, written
@@ -67,9 +67,8 @@ class Editor(LanguageModel):
                     self.parts[layer] = part, mask.movedim(part.axis, 0).to(model.device)
         if not self.parts:
             raise ValueError("mend changes output matrices of MLPs, and where= has none of this model's")
-        self.reads, d = site, int(model.bridge.cfg.d_model)
-        outs = tuple(f"{part.component}.hook_out" for part, _ in self.parts.values())
-        self.outs = Site("out", tuple(map(str, self.parts)), outs, d, ((),) * len(outs), ((),) * len(outs))
+        self.reads, self.gives = site, component_site(model.bridge, "mlp")
+        d = self.gives.width
         self.network = Network(site.width + d, len(self.parts), rank).to(model.device)
         self.scale = nn.Parameter(torch.full((len(self.parts),), scale, device=model.device))
         self.register_buffer("moments", torch.zeros(len(self.parts), 2, site.width + d, device=model.device))
@@ -87,13 +86,15 @@ class Editor(LanguageModel):
         seen: dict[int, Tensor] = {}
         given: dict[int, Tensor] = {}
 
-        def give(i: int, y: Tensor) -> Tensor:
-            given[i] = y if y.requires_grad else y.detach().requires_grad_()
-            return given[i]
+        def give(layer: int, y: Tensor) -> Tensor | None:
+            if layer not in self.parts:
+                return None
+            given[layer] = y if y.requires_grad else y.detach().requires_grad_()
+            return given[layer]
 
-        with torch.enable_grad(), self._seeing(seen), streaming(self.bridge, self.outs, give):
+        with torch.enable_grad(), self._seeing(seen), streaming(self.bridge, self.gives, give):
             nats = self.losses(batch).sum()
-        slopes = torch.autograd.grad(nats, [given[i] for i in range(len(self.parts))])
+        slopes = torch.autograd.grad(nats, [given[layer] for layer in self.parts])
         pairs = []
         for layer, slope in zip(self.parts, slopes, strict=True):
             rows = slope.flatten(0, 1)
@@ -122,12 +123,12 @@ class Editor(LanguageModel):
     def changed(self, changes: Changes) -> Iterator[None]:
         """For a while, the model computes with changed weights; gradients go to the editor."""
         seen: dict[int, Tensor] = {}
-        layers = list(self.parts)
+        by_layer = dict(zip(self.parts, changes, strict=True))
 
-        def give(i: int, y: Tensor) -> Tensor:
-            return y - (seen[layers[i]] @ changes[i].to(y.dtype))
+        def give(layer: int, y: Tensor) -> Tensor | None:
+            return y - seen[layer] @ by_layer[layer].to(y.dtype) if layer in by_layer else None
 
-        with self._seeing(seen), streaming(self.bridge, self.outs, give):
+        with self._seeing(seen), streaming(self.bridge, self.gives, give):
             yield
 
     def change_(self, changes: Changes) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, set_num_threads
 
 from relearn_lens import progress
 from relearn_lens.analysis.intervals import Estimate, over_seeds, over_seeds_and_neurons, over_sentences
+from relearn_lens.files import as_json, read_json, write_whole
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.find.localising import Localiser
 from relearn_lens.find.saliency import Saliency
@@ -43,7 +44,6 @@ from relearn_lens.remove.pruning import Pruner
 from relearn_lens.remove.recipes import RECIPES, Recipe
 from relearn_lens.reproduce.claims import CLAIMS, Claim, Verdict, verdict_of
 from relearn_lens.runs import removals
-from relearn_lens.runs.files import as_json, read_json, write_whole
 from relearn_lens.runs.stages import StageRecipe, Stages
 from relearn_lens.text.facts import TRAINED, Facts
 

@@ -10,7 +10,7 @@ from relearn_lens.models import toy
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import finetune_, plain
 from relearn_lens.remove.losses import GradDiff
-from relearn_lens.remove.wrappers import SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
+from relearn_lens.remove.wrappers import LAT, SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +213,58 @@ def test_an_adversary_of_several_steps(texts, by_hand):
     torch.testing.assert_close(
         step_of(TARLight(rho=0.2, adversary=1), texts, by_hand), step_of(SAM(rho=0.2), texts, by_hand)
     )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_latent_step_written_out(texts, accumulate):
+    """Disturbances of the forgotten text alone, by steps of a length within a ball; the rest as it is."""
+    model, other = toy.language_model(), toy.language_model()
+    layers, eps, rate = (1, 3), 0.3, 0.2
+    forget, retain = (other.encode(texts[role]).batch(np.arange(6)) for role in ("forget", "retain"))
+    blocks: Any = list(other.bridge.original_model.layers)  # pyright: ignore[reportArgumentType]
+    shape = (*forget.ids.shape, 32)
+    disturbed = {layer: torch.zeros(shape, requires_grad=True) for layer in layers}
+
+    def forgotten() -> torch.Tensor:
+        handles = [
+            blocks[layer].register_forward_hook(lambda module, args, out, d=d: (out[0] + d, *out[1:]))
+            for layer, d in disturbed.items()
+        ]
+        try:
+            return -other.losses(forget).mean()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    for _ in range(3):
+        slopes = torch.autograd.grad(forgotten(), list(disturbed.values()))
+        for (layer, d), slope in zip(disturbed.items(), slopes, strict=True):
+            moved = d.detach() + rate * slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+            for i in range(shape[0]):
+                for j in range(shape[1]):
+                    moved[i, j] *= min(1.0, eps / max(float(moved[i, j].norm()), 1e-30))
+            disturbed[layer] = moved.requires_grad_()
+    (forgotten() + other.losses(retain).mean()).backward()
+    expected = {name: w.grad for name, w in other.plain().items() if w.grad is not None}
+    gradients, wrapper = {}, LAT(layers=layers, eps=eps, rate=rate, ascent=3)
+
+    def look(model: Any, gradient: Any) -> None:
+        wrapper(model, gradient)
+        gradients.update({n: w.grad.clone() for n, w in model.plain().items() if w.grad is not None})
+
+    (pause,) = GradDiff()(model, texts, steps=(1,), batch_size=6, step=look, accumulate=accumulate)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=5e-3, msg=name)
+    (bare,) = GradDiff()(toy.language_model(), texts, steps=(1,), batch_size=6)
+    assert pause.parts == pytest.approx(bare.parts)
+
+
+def test_without_a_disturbance_it_is_no_wrapper(texts):
+    assert same(run(texts, plain)[1], run(texts, LAT(eps=0))[1])
+    assert not same(run(texts, plain)[1], run(texts, LAT(eps=0.5, ascent=2))[1])
+    with pytest.raises(ValueError, match=r"layers = \[4\]: this model has 4 blocks, 0 to 3"):
+        run(texts, LAT(layers=(4,)))
 
 
 def test_smoothing_is_the_mean_over_noise(texts, by_hand, monkeypatch):

@@ -30,7 +30,6 @@ from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.runs import findings
 from relearn_lens.runs.events import Again, Damage, Dose, Grafted, Round, Sized
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
@@ -61,7 +60,7 @@ def arm_of(name: str, seed: int, *, layers: int = 3, width: int = 4, noise: bool
         for stage, value in zip(STAGES, F1[name], strict=True)
     }
     score = {stage: torch.rand(layers, width, generator=generator) for stage in STAGES}
-    return trajectory(f1, score, pruned=None if name == "unpruned" else pruned, arm=name, seed=seed)
+    return trajectory(f1, score, removed=None if name == "unpruned" else pruned, arm=name, seed=seed)
 
 
 def run_of(*arms: str, seeds: int = 1, draws: int = 3, **size) -> Run:
@@ -822,7 +821,7 @@ def test_verdicts_say_every_claim_and_its_verdict(whole):
     notes = [note.text for note in layout_of(plots.verdicts(CLAIMS)).annotations]
     assert notes[1] == "<b>C2, reversed:</b> the claim C2 says &lt;this&gt;"
     said = [note.text.replace("<br>", " ") for note in layout_of(plots.verdicts(whole)).annotations]
-    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in findings.claims_of(whole)] == said
+    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in whole.numbers.claims] == said
     with pytest.raises(plots.NotMeasuredError, match="this run has no concept arm"):
         plots.verdicts(run_of("random"))
 
@@ -912,7 +911,7 @@ LATE = {"embedding": (0.0, 0.05), "block 1": (0.9, 0.2), "cut": (0.1, 0.1)}
 def with_all(run: Run) -> Run:
     """The run with grafts at two stages, a second cut and doses."""
     for path in run.arms["concept"]:
-        seed, neurons, last = path.seed, path.pruned, path["2"].scores
+        seed, neurons, last = path.seed, path.removed, path["2"].scores
         assert neurons is not None
         run.grafted.append(Grafted(seed, {"1": grafts_of(EARLY), "2": grafts_of(LATE)}))
         rounds = (Round(neurons, 0.25, 0.05, margined(scores_of(0.1)), {4: last}),)

@@ -5,7 +5,15 @@ and what a blank cell means.
 """
 
 from relearn_lens.show.plots.audits import audit_curve, audit_layers, audit_parts, audit_states
-from relearn_lens.show.plots.benches import bench_components, bench_curves, bench_matrix, bench_parts, bench_ranks
+from relearn_lens.show.plots.benches import (
+    bench_components,
+    bench_curves,
+    bench_layers,
+    bench_matrix,
+    bench_metric,
+    bench_parts,
+    bench_ranks,
+)
 from relearn_lens.show.plots.cards import VERDICTS, neuron_card, verdicts
 from relearn_lens.show.plots.curves import attribution, migration, pruned_share, recovery_curves
 from relearn_lens.show.plots.film import film, save_gif
@@ -26,7 +34,9 @@ __all__ = [
     "audit_states",
     "bench_components",
     "bench_curves",
+    "bench_layers",
     "bench_matrix",
+    "bench_metric",
     "bench_parts",
     "bench_ranks",
     "config",
