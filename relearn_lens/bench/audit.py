@@ -26,8 +26,9 @@ from relearn_lens import progress
 from relearn_lens.analysis.audit import Evidence, Verdict, decide
 from relearn_lens.analysis.matrix import Course, share
 from relearn_lens.measure.answers import AnswerAccuracy, answer, choose
-from relearn_lens.measure.asking import ask
+from relearn_lens.measure.asking import Asked, ask
 from relearn_lens.measure.evaluation import OVERALL
+from relearn_lens.measure.extraction import ExtractionStrength
 from relearn_lens.measure.grafting import grafts
 from relearn_lens.measure.inside import STATES, KnownInside
 from relearn_lens.measure.states import states_of
@@ -135,6 +136,13 @@ def audit(
         found["retained"] = note("retained", accuracy(model, retained))
         if never is not None:
             found["twin_answers"] = note("twin", beside(never, "answers", lambda: accuracy(never, statements)))
+        if any(" " in p.answer.strip() for p in statements):  # of one word it is whether that is answered
+            strength = ExtractionStrength()
+            asked = Asked(facts, statements, ("forgotten",) * len(statements))
+            for who, of in (("", model), (" of the original", original), (" of the twin", never)):
+                if of is not None:
+                    score = beside(of, "extraction", partial(strength, of, asked)) if who else strength(of, asked)
+                    numbers[f"extraction{who}"] = (score.shown(OVERALL), *score.interval(OVERALL))
         if reworded := drawn(facts, FORGET, "paraphrase", seed):
             found["reworded"] = note("reworded", accuracy(model, reworded))
         if choices := [p for p in statements if p.choices]:
@@ -381,6 +389,10 @@ def lines(name: str, done: Audit) -> list[str]:
     asked = [f"{_short(n['answers'])} as taught"]
     asked += [f"{_short(n[key])} {key}" for key in ("without the prompt", "reworded") if key in n]
     out += _wrapped(f"answers {'; '.join(asked)}; chance {e.chance:.2f}; what stays {e.retained:.2f}")
+    if "extraction" in n:
+        others = [f"{key.split()[-1]} {value[0]:.2f}" for key, value in n.items() if key.startswith("extraction of")]
+        also = f" ({', '.join(others)})" if others else ""
+        out.append(f"of answers it completes a share of {_short(n['extraction'])}{also}")
     if e.options is not None:
         forms = "".join(f"; {form} {_short(n[form])}" for form in FORMS if form in n)
         out += _wrapped(f"of the choices {_short(n['of the choices'])}, chance {e.options_chance:.2f}{forms}")
