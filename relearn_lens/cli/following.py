@@ -33,8 +33,8 @@ class Following:
 
         self.experiment, self.verbose = experiment, verbose
         self.console = Console(width=columns(), highlight=False)
-        bar = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn()
-        self.bar = Progress(*bar, console=self.console)
+        shown = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn()
+        self.bar = Progress(*shown, console=self.console)
         self.live = Live(self.bar, console=self.console, transient=True, refresh_per_second=4)
         self.task: Any = None
         self.what = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from relearn_lens.cli.printing import columns, print_prose, print_table, short
@@ -111,17 +111,14 @@ def print_claims(result: Run) -> None:
         print_prose(tables.CORRECTED)
 
 
-def print_compared(runs: Sequence[Run]) -> None:
+def print_compared(runs: list[Run]) -> None:
     """Runs side by side."""
     from relearn_lens.show import report
 
     beside = report.compared(runs)
     for line in beside.warnings:
         print_prose(f"note: {line}")
-    if beside.differ[1]:
-        print_table("settings that differ", *beside.differ, piped=80)
-    else:
-        print("no setting differs\n")
+    print_table("settings that differ", *beside.differ, piped=80) if beside.differ[1] else print("no setting differs\n")
     print_table("scores, means with 95 % intervals over seeds, else over sentences", *beside.scores, piped=80)
     if beside.claims:
         header, rows = beside.claims

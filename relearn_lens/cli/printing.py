@@ -23,12 +23,12 @@ def print_table(title: str, header: list[str], rows: list[list[str]], *, piped: 
     from rich.text import Text
 
     console = Console(width=columns(piped))
-    for i, shown in enumerate(_pieces(header, rows, console.width)):
+    for i, piece in enumerate(_pieces(header, rows, console.width)):
         grid = Table(title=title if i == 0 else None, title_justify="left", box=None, pad_edge=False)
-        for k in shown:
+        for k in piece:
             grid.add_column(header[k], no_wrap=_widest(header, rows, k) <= _PROSE, overflow="fold")
         for row in rows:
-            grid.add_row(*(Text(row[k]) for k in shown))
+            grid.add_row(*(Text(row[k]) for k in piece))
         console.print(grid)
         print()
 
@@ -69,8 +69,8 @@ def columns(piped: int = 80) -> int:
 
     if sys.stdout.isatty():
         return shutil.get_terminal_size().columns
-    said = os.environ.get("COLUMNS", "")
-    return int(said) if said.isdecimal() and int(said) > 0 else piped
+    wanted = os.environ.get("COLUMNS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else piped
 
 
 def short(value: Any) -> str:

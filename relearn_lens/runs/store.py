@@ -122,16 +122,22 @@ def _run(
             return _in_folder(RunFolder.read(path), experiment, None)
     files.check_folder(path, MANIFEST, "run")
     is_new = not path.exists()
-    with files.alone(path):
-        try:
-            folder = RunFolder.open(path, experiment, fresh=fresh)
-            folder.shared = Stages(shared) if shared is not None else None
-            processes.wait()
-            return _in_folder(folder, experiment, on_event)
-        except Exception:
-            if is_new and not ((path / MANIFEST).is_file() and "inputs" in read_json(path / MANIFEST)):
-                shutil.rmtree(path, ignore_errors=True)  # refused before anything was done: nothing to go on with
-            raise
+    with files.alone(path), _nothing_left(path) if is_new else contextlib.nullcontext():
+        folder = RunFolder.open(path, experiment, fresh=fresh)
+        folder.shared = Stages(shared) if shared is not None else None
+        processes.wait()
+        return _in_folder(folder, experiment, on_event)
+
+
+@contextlib.contextmanager
+def _nothing_left(path: Path) -> Iterator[None]:
+    """Remove a new folder where the run was refused before anything was done: there is nothing to go on with."""
+    try:
+        yield
+    except Exception:
+        if not ((path / MANIFEST).is_file() and "inputs" in read_json(path / MANIFEST)):
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _in_folder(

@@ -261,7 +261,7 @@ def _cards(run: Run) -> list[Card]:
                 for each in (base, end)
             ]
             ranks = [f"{float(path[s].saliency.by_rank()[place[name]]):.3f} at {s}" for s in (BASE, last)]
-            cards.append(Card(name, was, *words, " → ".join(ranks), _coloured(kept.of(name))))
+            cards.append(Card(name, was, words[0], words[1], " → ".join(ranks), _coloured(kept.of(name))))
     return cards
 
 
