@@ -16,7 +16,7 @@ import typer
 
 from relearn_lens.cli import pages
 from relearn_lens.cli.following import following, sweeping
-from relearn_lens.cli.printing import print_table, short
+from relearn_lens.cli.printing import print_prose, print_table, short
 
 if TYPE_CHECKING:
     from relearn_lens.runs.settings import Experiment
