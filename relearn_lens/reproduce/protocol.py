@@ -6,6 +6,7 @@ the models; each seed is one file of the folder, whole or absent, so that the sa
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -287,6 +288,15 @@ def distance(ours: State, theirs: State, since: State) -> float:
     return math.sqrt(apart / way) if way > 0 else math.nan
 
 
+def cosine(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Between two changes of the same weights."""
+    pairs = [(a.double().flatten(), b.double().flatten()) for a, b in zip(ours, theirs, strict=True)]
+    dot, one, other = (sum(float(x @ y) for x, y in each) for each in (
+        pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs]
+    ))  # fmt: skip
+    return dot / math.sqrt(one * other) if one * other > 0 else math.nan
+
+
 def recovered(base: Scores, removed: Scores, attacked: Scores, never: Scores, never_attacked: Scores) -> Estimate:
     """The share of what was removed that is back, less what the same attack teaches the twin, over keys.
 
@@ -367,6 +377,7 @@ class Reproduction:
 PAPERS: tuple[str, ...] = (
     "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024", "uds2026",
     "bayazit2023", "wang2024dinm", "wang2024concept", "cloud2024",
+    "tian2024",
 )  # fmt: skip
 """Names, each a module of this package with a `PAPER`."""
 
@@ -522,11 +533,19 @@ def _path(paper: Paper, lab: Lab) -> Path:
 
 
 def _digest(paper: Paper, lab: Lab) -> str:
-    """Of the page that measures, the model, and the recipes that the page names."""
+    """Of what the page does (its words and its `PAPER` aside), the model, and the recipes that the page names."""
     page = Path(str(importlib.import_module(f"{__package__}.{paper.name}").__file__)).read_text(encoding="utf-8")
+    body = [
+        ast.dump(each)
+        for each in ast.parse(page).body
+        if not (
+            isinstance(each, ast.Expr)
+            or (isinstance(each, ast.Assign) and [ast.unparse(target) for target in each.targets] == ["PAPER"])
+        )
+    ]
     recipes = RECIPES.get(removals.KINDS.get(lab.name, ""), {})
     named = {name: dict(fields) for name, fields in sorted(recipes.items()) if f'"{name}"' in page}
-    return hashlib.sha256(f"{page}{lab.name}{named}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{body}{lab.name}{named}".encode()).hexdigest()[:16]
 
 
 def _reading(kept: dict[str, Any]) -> Reading:
@@ -555,5 +574,6 @@ def _row(claim: Claim, readings: dict[int, list[Reading]]) -> Row:
     if len(finite) < len(readings):
         notes += (f"measured in {len(finite)} of {len(readings)} seeds",)
     controls = [each[i].control for i in finite]
-    control = None if None in controls else sum(map(float, controls)) / len(controls)  # pyright: ignore[reportArgumentType]
+    known = [control for control in controls if control is not None and math.isfinite(control)]
+    control = sum(known) / len(known) if len(known) == len(finite) else None
     return Row(claim, effect, control, verdict_of(claim, effect), notes)

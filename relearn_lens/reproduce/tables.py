@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from relearn_lens.reproduce.protocol import Reproduction
+from relearn_lens.reproduce.readings import READINGS
 
 
 def table(results: Sequence[Reproduction], *, brief: bool = False) -> str:
@@ -50,6 +51,15 @@ def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
             f"{result.paper.title} ({result.paper.source}). {result.paper.protocol}. Smaller here: "
             f"{result.paper.smaller}. Model {result.model}, seeds {seeds}, {result.cpu_seconds:.0f} CPU seconds."
         )
-        noted = [(row.claim.key, note) for row in result.rows for note in row.notes]
-        lines += ["", *(f"- {key}: {note}" for key, note in noted), ""] if noted else [""]
-    return "\n".join(line for line in lines).rstrip() + "\n"
+        lines.append("")
+        for row in result.rows:
+            lines += [f"- {row.claim.key}: {note.rstrip('; ')}" for note in row.notes]
+        if result.scale == "toy" and (read := READINGS.get(result.paper.name)):
+            lines += ["", "Read so:", ""]
+            lines += [
+                f"- {row.claim.key} ({row.verdict}): {read[row.claim.key]}."
+                for row in result.rows
+                if row.verdict != "reproduced" and row.claim.key in read
+            ]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"

@@ -20,9 +20,10 @@ from torch import Tensor
 from relearn_lens.find.attribution import Attribution
 from relearn_lens.find.probes import AtK, Quality
 from relearn_lens.find.saliency import Saliency
-from relearn_lens.measure.evaluation import Guesses, LogProbability, Margin, SpanScores, TokenLoss
+from relearn_lens.measure.evaluation import LogProbability, Margin, SpanScores, TokenLoss
 from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.grafting import Grafts
+from relearn_lens.measure.guesses import Guesses
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
@@ -142,8 +143,8 @@ def _make(body: Any, tensors: Mapping[str, Tensor], sites: list[Any]) -> Any:
     if "items" in body:
         made = kind(*(_make(v, tensors, sites) for v in body["items"]))
     else:
-        names: Mapping[str, str] = RENAMED.get(body["type"], {})
-        made = kind(**{names.get(name, name): _make(v, tensors, sites) for name, v in body["fields"].items()})
+        names = RENAMED.get(body["type"], {})
+        made = kind(**{str(names.get(name, name)): _make(v, tensors, sites) for name, v in body["fields"].items()})
     _check_fields(made)
     return made
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from relearn_lens import progress
 from relearn_lens.find.localisers import locate
 from relearn_lens.find.saliency import SCORES
-from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
+from relearn_lens.measure.evaluation import Scores, evaluate
 from relearn_lens.measure.examples import Examples, examples
 from relearn_lens.measure.grafting import CUT, Grafts, grafts, share_old
+from relearn_lens.measure.guesses import guesses, to_read
 from relearn_lens.measure.prefixes import recorded, resumed, unchanged_before
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure
@@ -308,30 +309,37 @@ class _Seed:
             what = f"measuring the cut model ({name})"
             snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
         yield Measured(name, self.seed, PRUNED, snapshots[PRUNED])
-        before = [(stage, s) for stage, s in measured.items() if resume and s.at and s.at.step <= resume[0].step]
-        for stage, snapshot in sorted(before, key=lambda entry: entry[1].at.step if entry[1].at else 0):
-            snapshots[stage] = snapshot
-            yield Measured(name, self.seed, stage, snapshot)
-        with adapters(model, how.lora_rank, seed=seed_for("retrain", self.seed)):
+        yield from self._retrained(arm, snapshots, kept)
+        compare = ~placed(cuts.sets["concept"], prune.embedding) if removed is None and cuts.sets else None
+        similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
+        path = Trajectory(snapshots, removed, name, self.seed, ready.concept, compare, similarity, arm.remove or "")
+        return replace(path, examples=self._examples(path)) if name == "concept" and self._is_dear(arm) else path
+
+    def _retrained(
+        self, arm: Arm, snapshots: dict[str, Snapshot], kept: tuple[Checkpoint, Any, Any] | None
+    ) -> Iterator[Event]:
+        """Train the model on as it is, from what was kept of its last pause, and measure every stage."""
+        model, how, name, seed = self.ready.model, self.experiment.retrain, arm.name, seed_for("retrain", self.seed)
+        resume = (kept[0], kept[2]) if kept else None
+        measured = self.kept.stages(name, self.seed) if self.kept and kept else {}
+        for stage, snapshot in sorted(measured.items(), key=lambda entry: entry[1].at.step if entry[1].at else 0):
+            if resume and snapshot.at and snapshot.at.step <= resume[0].step:
+                snapshots[stage] = snapshot
+                yield Measured(name, self.seed, stage, snapshot)
+        with adapters(model, how.lora_rank, seed=seed):
             if kept and how.lora_rank:
                 load_adapter_weights(model, kept[1])
-            training = retrain_(
-                model, ready.train, how, seed=seed_for("retrain", self.seed), resume=resume, what=f"retraining ({name})"
-            )
+            training = retrain_(model, self.ready.train, how, seed=seed, resume=resume, what=f"retraining ({name})")
             for checkpoint in training:
                 stage = checkpoint.stage
                 last = checkpoint.step == training.last_step
                 what = f"measuring ({name}, {checkpoint.by} {stage})"
-                snapshots[stage] = self._measure(what, base=base, last=last, at=checkpoint, arm=arm)
+                snapshots[stage] = self._measure(what, base=self.base, last=last, at=checkpoint, arm=arm)
                 yield Measured(name, self.seed, stage, snapshots[stage])
                 if not how.lora_rank and self._is_grafted(arm, snapshots, stage, last):
                     yield from self._weigh(name, stage)
                 weights = adapter_weights(model) if how.lora_rank else model.weights()
                 yield Paused(name, self.seed, checkpoint, weights, training.state())
-        compare = ~placed(cuts.sets["concept"], prune.embedding) if removed is None and cuts.sets else None
-        similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
-        path = Trajectory(snapshots, removed, name, self.seed, ready.concept, compare, similarity, arm.remove or "")
-        return replace(path, examples=self._examples(path)) if name == "concept" and self._is_dear(arm) else path
 
     def _is_grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""

@@ -24,6 +24,7 @@ import contextlib
 import errno
 import hashlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class RunFolder:
         self.manifest = manifest
         self.shared: Stages | None = None
         self.turns: Turns | None = None
+        self._state_kept = time.monotonic()
         self._frozen: frozenset[Path] | None = None
 
     @classmethod
@@ -257,12 +259,16 @@ class RunFolder:
         return snapshots
 
     def keep_state(self, event: Paused) -> None:
-        """Where a training stands: enough to go on from. One file, replaced at every pause."""
+        """Where a training stands: enough to go on from. One file, replaced at every pause; a large one not before
+        `STATE_SECONDS` have gone by, since what would be lost is computed in less than it takes to write it."""
         tensors = {f"weights/{name}": value for name, value in event.weights.items()}
         tensors |= {f"optimiser/{name}": value for name, value in event.state.items()}
         at = event.at
         meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss, "by": at.by}
-        write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+        large = sum(value.nbytes for value in tensors.values()) > LARGE_STATE
+        if not large or time.monotonic() - self._state_kept >= STATE_SECONDS:
+            write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+            self._state_kept = time.monotonic()
         if self._keeps == "all":
             weights = {name: value.cpu() for name, value in event.weights.items()}
             write_tensors(self._weights(f"{event.training}@{at.stage}", event.seed), weights, {})
@@ -355,6 +361,8 @@ class RunFolder:
         return value
 
 
+LARGE_STATE, STATE_SECONDS = 50 * 2**20, 20.0
+"""Bytes from which on the state of a training is not written at every pause, and seconds between two times."""
 KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Own, Grafted, Again, Blocked)}
 """What a file of results holds, by the first word of its name; the others hold an arm."""
 

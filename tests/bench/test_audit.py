@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from relearn_lens.__main__ import app, main
+from relearn_lens.__main__ import app
 from relearn_lens.bench import audit as module
 from relearn_lens.bench.audit import audit, framing, lines
 from relearn_lens.methods import Training
@@ -101,29 +101,37 @@ def test_a_system_prompt_is_put_by_the_models_own_template(folders):
     assert framing(model, None) is None
 
 
-def said(capsys, *command: str) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["relearn-lens", *command])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == 1
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1
-    return error
+def test_facts_of_files_with_long_answers(folders, quick, tmp_path):
+    """Statements turned into questions and longer answers: what nobody can give word for word is asked by how much of
+    it is completed."""
+    for name, role in (("forget", FORGET), ("retain", RETAIN[:1])):
+        rows = [
+            {"prompt": " ".join(p.text.split()[:2]), "answer": " ".join(p.text.split()[2:]), "key": p.key}
+            for p in FACTS.passages(*role, forms=("statement",))
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
+    result = CliRunner().invoke(app, ["audit", str(folders["knows"]), *files, "--never", str(folders["never"])])
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if line.startswith("of answers it completes a share of"))
+    model, twin = float(line.split()[7]), float(line.split("twin ")[1][:4])
+    assert 1 > model > twin
+    assert len(result.output.splitlines()) <= 25
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
-def test_what_cannot_be_audited_is_one_line(folders, quick, bert_folder, tmp_path, capsys):
+def test_what_cannot_be_audited_is_one_line(folders, quick, bert_folder, tmp_path, one_line):
     knows = str(folders["knows"])
-    assert "has no chat template" in said(capsys, "audit", knows, "--facts", "people", "--system", "be quiet")
+    assert "has no chat template" in one_line("audit", knows, "--facts", "people", "--system", "be quiet")
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((folders["knows"] / name).read_bytes())
-    assert "holds no tokenizer" in said(capsys, "audit", str(bare), "--facts", "people")
-    assert "does not predict the next one" in said(capsys, "audit", str(bert_folder), "--facts", "people")
+    assert "holds no tokenizer" in one_line("audit", str(bare), "--facts", "people")
+    assert "does not predict the next one" in one_line("audit", str(bert_folder), "--facts", "people")
     never = str(folders["never"])
-    assert "the original does not answer these facts either" in said(
-        capsys, "audit", knows, "--facts", "people", "--original", never
+    assert "the original does not answer these facts either" in one_line(
+        "audit", knows, "--facts", "people", "--original", never
     )
-    assert "give what is to be gone" in said(capsys, "audit", knows)
-    assert "give what is to stay as --retain" in said(capsys, "audit", knows, "--forget", "x.jsonl")
+    assert "give what is to be gone" in one_line("audit", knows)
+    assert "give what is to stay as --retain" in one_line("audit", knows, "--forget", "x.jsonl")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,32 +13,28 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from relearn_lens.__main__ import app, main
+from relearn_lens.__main__ import app
 from relearn_lens.files import read_tensors
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import know
 from relearn_lens.models import taught
 from relearn_lens.models.loading import load_language_model
-from relearn_lens.models.taught import Recipe
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.recipes import recipe
 from relearn_lens.runs import removals
 from relearn_lens.sources import hash_files
-from relearn_lens.text.facts import FORGET, Facts, people
-
-SMALL = Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
+from relearn_lens.text.facts import FORGET, Facts
+from tests.made import SMALL, small_people, small_taught
 
 
 @pytest.fixture(scope="module")
 def facts() -> Facts:
-    return people(0, n=24, forget=8, never=4, animals=4, n_answers=8)
+    return small_people()
 
 
 @pytest.fixture(scope="module")
-def pair(facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> taught.Taught:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RELEARN_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return taught.load(facts, recipe=SMALL)
+def pair(taught_cache: Path) -> taught.Taught:
+    return small_taught(taught_cache)
 
 
 @pytest.fixture
@@ -83,7 +80,7 @@ def test_the_folder_is_one_that_hugging_face_loads(files, tmp_path: Path):
     assert max(map(len, lines)) <= 80
     for row in ("forget, trained wording", "forget, other wording", "retain near", "retain general"):
         assert re.search(
-            rf"^{row} +\d\.\d\d > \d\.\d\d +\d\.\d\d to \d\.\d\d +0\.\d\d +\d+\.\d\d > \d", result.stdout, re.M
+            rf"^{row} +\d\.\d\d → \d\.\d\d +\d\.\d\d to \d\.\d\d +0\.\d\d +\d+\.\d\d → \d", result.stdout, re.M
         )
     manifest = json.loads((out / removals.MANIFEST).read_text())
     assert manifest["settings"].items() >= {"remover": "npo", "beta": 0.2, "lr": 0.01, "steps": [3]}.items()
@@ -106,6 +103,44 @@ def test_the_folder_is_one_that_hugging_face_loads(files, tmp_path: Path):
         for when, where in (("after", answered), ("before", know(subject.model, subject.facts)[row])):
             assert manifest[when][row]["accuracy"]["value"] == where.accuracy.shown(OVERALL)
             assert manifest[when][row][where.loss.metric]["value"] == pytest.approx(where.loss.shown(OVERALL), rel=1e-5)
+
+
+FRESH = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, words = (of.from_pretrained(sys.argv[1]) for of in (AutoModelForCausalLM, AutoTokenizer))
+assert not any(name.startswith(("relearn_lens", "transformer_lens")) for name in sys.modules)
+with torch.no_grad():
+    print(repr(model(**words(sys.argv[2], return_tensors="pt")).logits[0, -1].tolist()))
+"""
+
+
+def test_a_held_out_half_of_ones_own_and_a_fresh_process_that_loads_what_is_left(files, facts, tmp_path: Path):
+    halves: list[str] = []
+    for role in FORGET:
+        keys, rows = set(facts.keys(role)), Path(files["forget"]).read_text().splitlines()
+        halves.append(str(tmp_path / f"{role}.jsonl"))
+        Path(halves[-1]).write_text("".join(row + "\n" for row in rows if json.loads(row)["key"] in keys))
+    out, given = tmp_path / "out", {**files, "forget": halves[0]}
+    sets = ["--set", "steps=[2]", "--set", "lr=0.01"]
+    result = CliRunner().invoke(app, [*command(given, "npo", *sets, "--held-out", halves[1]), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((out / removals.MANIFEST).read_text())
+    assert manifest["asked"]["held_out"] == halves[1]
+    own = removals.subject(
+        files["model"], halves[0], held_out=halves[1], retain=files["retain"], general=files["general"]
+    ).facts
+    assert (own.keys(FORGET[0]), own.keys(FORGET[1])) == (facts.keys(FORGET[0]), facts.keys(FORGET[1]))
+    assert manifest["facts"]["sha256"] == own.sha256()
+    prompt = own.forget_attacked[0].prompt
+    done = subprocess.run([sys.executable, "-c", FRESH, str(out), prompt], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    model, words = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    with torch.no_grad():
+        here = model(**words(prompt, return_tensors="pt")).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), here, atol=1e-5, rtol=1e-4)
 
 
 def test_a_native_model_says_that_it_has_no_such_form(pair, subject, tmp_path, monkeypatch):
@@ -175,43 +210,29 @@ def test_carrying_out_leaves_nothing_but_weights(subject, untouched):
     assert removals.carry_out(subject, recipe(None, "rmu", {"steps": (1,)})).where == "what is usual for rmu"
 
 
-@pytest.fixture
-def error(monkeypatch, capsys):
-    """Run a command that fails; gives its message, which is one line."""
-    monkeypatch.delenv("RELEARN_LENS_TRACEBACK", raising=False)
-
-    def call(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["relearn-lens", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert caught.value.code == 1
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert said.count("\n") == 1
-        return said.removeprefix("error: ").rstrip("\n")
-
-    return call
-
-
-def test_what_is_wrong_is_one_line(error, files, tmp_path: Path):
-    assert "fraction = 0.1 says how many neurons" in error("remove", "npo", "--set", "fraction=0.1")
-    assert "unknown remover 'npoo'; did you mean 'npo'? Known: prune" in error("remove", "npoo")
-    assert error("remove", "npo", "--set", "beta=0") == "beta = 0: Input should be greater than 0"
-    assert "npo has no field 'betta'; it has " in error("remove", "npo", "--set", "betta=1")
-    assert "--set 'lr': write key=value" in error("remove", "npo", "--set", "lr")
-    assert "fields of the localiser are where.KEY" in error("remove", "npo", "--set", "a.b=1")
-    assert "there is no localiser; name one as --where" in error("remove", "npo", "--set", "where.site=resid")
-    assert "unknown localiser 'lok'; known: score, " in error("remove", "npo", "--where", "lok")
-    assert "site = 'heads'" in error("remove", "prune", "--where", "score", "--set", "where.site=heads")
-    assert "unknown recipes 'tiny'; known: toy" in error("remove", "npo", "--recipe", "tiny")
-    assert "unknown facts 'persons'; known: people, countries, ontology, a JSONL" in error(
+def test_what_is_wrong_is_one_line(one_line, files, tmp_path: Path):
+    assert "fraction = 0.1 says how many neurons" in one_line("remove", "npo", "--set", "fraction=0.1")
+    assert "unknown remover 'npoo'; did you mean 'npo'? Known: prune" in one_line("remove", "npoo")
+    assert one_line("remove", "npo", "--set", "beta=0") == "beta = 0: Input should be greater than 0"
+    assert "npo has no field 'betta'; it has " in one_line("remove", "npo", "--set", "betta=1")
+    assert "--set 'lr': write key=value" in one_line("remove", "npo", "--set", "lr")
+    assert "fields of the localiser are where.KEY" in one_line("remove", "npo", "--set", "a.b=1")
+    assert "there is no localiser; name one as --where" in one_line("remove", "npo", "--set", "where.site=resid")
+    assert "unknown localiser 'lok'; known: score, " in one_line("remove", "npo", "--where", "lok")
+    assert "site = 'heads'" in one_line("remove", "prune", "--where", "score", "--set", "where.site=heads")
+    assert "unknown recipes 'tiny'; known: toy" in one_line("remove", "npo", "--recipe", "tiny")
+    assert "unknown facts 'persons'; known: people, countries, ontology, a JSONL" in one_line(
         "remove", "npo", "--facts", "persons"
     )
-    assert "are made with what is to stay, so --retain is none" in error("remove", "npo", "--retain", files["retain"])
-    assert "give what is to stay as --retain FILE.jsonl" in error("remove", "npo", "--forget", files["forget"])
+    assert "are made with what is to stay, so --retain is none" in one_line(
+        "remove", "npo", "--retain", files["retain"]
+    )
+    assert "so --held-out is none of theirs" in one_line("remove", "npo", "--held-out", files["retain"])
+    assert "the key " in one_line(*command(files, "npo", "--held-out", files["forget"]))
+    assert "give what is to stay as --retain FILE.jsonl" in one_line("remove", "npo", "--forget", files["forget"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "here").touch()
-    assert "full' is there already; choose a folder that" in error("remove", "npo", "--out", str(tmp_path / "full"))
+    assert "full' is there already; choose a folder that" in one_line("remove", "npo", "--out", str(tmp_path / "full"))
 
     def swapped(name: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
         path = tmp_path / "rows.jsonl"
@@ -219,11 +240,11 @@ def test_what_is_wrong_is_one_line(error, files, tmp_path: Path):
         return command({**files, name: str(path)}, "npo")
 
     row = json.loads(Path(files["forget"]).read_text().splitlines()[0])
-    assert "line 1: prompt without answer" in error(*swapped("forget", [{"prompt": "Who?"}]))
-    assert f"the key {row['key']!r} is in forget_" in error(*swapped("retain", [row]))
+    assert "line 1: prompt without answer" in one_line(*swapped("forget", [{"prompt": "Who?"}]))
+    assert f"the key {row['key']!r} is in forget_" in one_line(*swapped("retain", [row]))
     again = swapped("retain", [{**row, "key": "x", "form": "options"}])
     nothing = tuple(tmp_path / "rows.jsonl" if part == files["general"] else part for part in again[:-2])
-    assert "have nothing to train on in retain_near and retain_general" in error(*map(str, nothing))
+    assert "have nothing to train on in retain_near and retain_general" in one_line(*map(str, nothing))
 
 
 def test_adapters_beside_weights_in_16_bits(files, tmp_path: Path):
@@ -243,17 +264,20 @@ def test_adapters_beside_weights_in_16_bits(files, tmp_path: Path):
     assert f"memory: about {sum(memory.values()):,} MB (Python 515, " in result.stdout
 
 
-def test_adapters_are_for_what_trains_all_weights(error, files):
+def test_adapters_are_for_what_trains_all_weights(one_line, files):
     for more in (("rmu",), ("prune",), ("npo", "--where", "score", "--set", "fraction=0.1")):
-        assert f"adapters train in the place of all weights, and {more[0]} works on some" in error(
+        assert f"adapters train in the place of all weights, and {more[0]} works on some" in one_line(
             *command(files, more[0], "--lora", "2", *more[1:])
         )
-    assert "the taught model is small, and its weights are float32" in error("remove", "npo", "--half")
+    assert "the taught model is small, and its weights are float32" in one_line("remove", "npo", "--half")
 
 
 def test_a_model_that_knows_nothing_is_told_of(files):
     subject = removals.subject(files["model"], files["forget"], retain=files["retain"])
     done = removals.carry_out(subject, recipe(None, "npo", {"steps": (1,)}))
+    assert not any("teaches a fresh model" in note for note in done.notes)
+    routed = removals.carry_out(subject, recipe(None, "sgtm", {"steps": (1,), "units": 2}))
+    assert "sgtm teaches a fresh model; on one that is taught already it is a control" in routed.notes
     assert any(note.startswith("the model knew what is to be forgotten no better than chance") for note in done.notes)
 
 

@@ -19,7 +19,7 @@ from relearn_lens.show.plots.curves import attribution, migration, pruned_share,
 from relearn_lens.show.plots.film import film, save_gif
 from relearn_lens.show.plots.interventions import dose, grafts
 from relearn_lens.show.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity, score_against
-from relearn_lens.show.plots.papers import against_bars, head_roles, reproductions
+from relearn_lens.show.plots.papers import against_bars, head_courses, head_roles, reproductions
 from relearn_lens.show.plots.style import ARM_COLOURS, NotMeasuredError, config, live, said, save_html, save_png, shown
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "film",
     "flow",
     "grafts",
+    "head_courses",
     "head_roles",
     "layer_map",
     "live",
