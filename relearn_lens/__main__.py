@@ -346,10 +346,11 @@ def show(
 ) -> None:
     """Print what a finished run found; more of it with --all, --layers, --claims or --json."""
     from relearn_lens.runs import store
+    from relearn_lens.runs.folder import SUMMARY
 
     result = store.load_run(run)  # says what is wrong with a folder that is no finished run
     if json:
-        print((run / store.SUMMARY).read_text(encoding="utf-8"), end="")
+        print((run / SUMMARY).read_text(encoding="utf-8"), end="")
         return
     if all_ or not (layers or claims):
         pages.print_brief(result, str(run / "report.html"))

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relearn_lens.measure.evaluation import Guesses
 from relearn_lens.measure.examples import Examples
+from relearn_lens.measure.guesses import Guesses
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import presets
 from relearn_lens.runs.results import Run
