@@ -111,8 +111,7 @@ def _cell(
         values = read_json(path)
         if values.get("digest") == digest:
             return Cell(name, seed, values, True)
-    twin = base is None or name == NEVER
-    values = _of_twin(subject(), name) if twin else _of_remover(subject(), name, base)
+    values = _of_twin(subject(), name) if base is None or name == NEVER else _of_remover(subject(), name, base)
     values = {"name": name, "digest": digest, "settings": settings, **values}
     content = as_json(values)
     write_whole(path, content)
