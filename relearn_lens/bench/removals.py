@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import inspect
 import json
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from relearn_lens.analysis.intervals import over_seeds
+from relearn_lens.files import as_json, digest_of, read_json, write_whole
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING, know
 from relearn_lens.models import taught
@@ -30,7 +30,6 @@ from relearn_lens.remove.calibration import calibrate, mixed_
 from relearn_lens.remove.recipes import RECIPES, recipe
 from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 from relearn_lens.runs import removals
-from relearn_lens.runs.files import as_json, read_json, write_whole
 
 BASE, NEVER = "base", "never"
 TAU, POINTS = 0.95, 64
@@ -106,7 +105,7 @@ def _cell(
     settings: dict[str, Any] = {"tau": TAU, "points": POINTS, "seed": seed, "versions": removals.versions()}
     if name not in (BASE, NEVER):
         settings |= removals.fields_of(recipe(KIND, name))
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    digest = digest_of(settings)
     with contextlib.suppress(OSError, ValueError):  # no file, or a damaged one
         values = read_json(path)
         if values.get("digest") == digest:

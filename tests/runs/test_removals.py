@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import CliRunner
 
 from relearn_lens.__main__ import app, main
+from relearn_lens.files import read_tensors
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import know
 from relearn_lens.models import taught
@@ -22,7 +23,6 @@ from relearn_lens.models.taught import Recipe
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.recipes import recipe
 from relearn_lens.runs import removals
-from relearn_lens.runs.files import read_tensors
 from relearn_lens.sources import hash_files
 from relearn_lens.text.facts import FORGET, Facts, people
 
