@@ -65,6 +65,7 @@ def run(
     shared: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where runs keep fine-tuned models for each other.")
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print every note and every phase of the work.")] = False,
 ) -> None:
     """Find the concept's neurons, prune them, retrain, and follow the concept, with controls.
 
@@ -77,10 +78,10 @@ def run(
     from relearn_lens.models import processes
 
     with processes.joined():
-        _run(experiment, folder, fresh, shared)
+        _run(experiment, folder, fresh, shared, verbose)
 
 
-def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None) -> None:
+def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None, verbose: bool) -> None:
     """Run, and print what happened; in one of the processes that share a run."""
     from relearn_lens.models import processes
     from relearn_lens.runs import store
@@ -91,9 +92,9 @@ def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None)
         return
     shown = not fresh and store.is_complete(folder)
     what = f"{experiment.model}, {experiment.corpus}, concept {'+'.join(experiment.labels)}, site {experiment.site}"
-    print(f"{what} > {folder}")
+    print(f"{what}; folder {folder}")
     try:
-        with following(experiment) as follow:
+        with following(experiment, verbose=verbose) as follow:
             result = store.run(
                 experiment, folder, fresh=fresh, shared=shared, progress=follow.progress, on_event=follow.take
             )
@@ -140,10 +141,10 @@ def sweep(
     plan = sweeps.read(file)
     folder = out or sweeps.folder_of(plan)
     if dry:
-        print(f"{len(plan.cells)} cells > {folder}", *(cell.name for cell in plan.cells), sep="\n")
+        print(f"{len(plan.cells)} cells; folder {folder}", *(cell.name for cell in plan.cells), sep="\n")
         return
     say = sweeping(len(plan.cells), sys.stderr if json else sys.stdout)
-    say(f"{len(plan.cells)} cells over {', '.join(plan.keys)} > {folder}")
+    say(f"{len(plan.cells)} cells over {', '.join(plan.keys)}; folder {folder}")
     try:
         swept = sweeps.run(plan, out, on=on, workers=workers, fresh=fresh, tell=say)
     except KeyboardInterrupt:
@@ -263,7 +264,7 @@ def bench(
     to = sys.stderr if json else sys.stdout
     jobs = sum(1 for _ in asked.every_seed) * -(-(len(asked.rows) + benches.has_twin(asked)) // benches.ROWS_A_JOB)
     sizes = f"{len(asked.rows)} removers, {len(asked.columns)} ways back, {len(asked.every_seed)} seed(s)"
-    print(f"{sizes} > {folder}", file=to)
+    print(f"{sizes}; folder {folder}", file=to)
     try:
         benched = benches.run(asked, folder, on=on, processes=processes, fresh=fresh, tell=sweeping(jobs, to))
     except KeyboardInterrupt:
@@ -367,13 +368,21 @@ def show(
 
 @app.command()
 def compare(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="One run folder, or several.")],
+    json: Annotated[bool, typer.Option("--json", help="Of one run: print it as JSON.")] = False,
 ) -> None:
-    """Print a finished run beside the numbers of the paper's release, with differences."""
+    """Print a finished run beside the numbers of the paper's release, with differences; or several runs side by side.
+
+    `relearn-lens report RUN RUN` writes a page of the same.
+    """
     from relearn_lens.runs import published, store
 
-    comparison = published.compare(store.load_run(run))
+    if len(runs) > 1:
+        if json:
+            raise ValueError("--json is of one run, beside the release; of several, read their summary.json")
+        pages.print_compared([store.load_run(run) for run in runs])
+        return
+    comparison = published.compare(store.load_run(runs[0]))
     if json:
         from json import dumps
 
@@ -617,7 +626,7 @@ def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> N
     )
     print(f"folder {folder}")
     if page is not None:
-        from relearn_lens.runs.files import write_whole
+        from relearn_lens.files import write_whole
 
         write_whole(page, removals.page(every).encode())
         print(f"page {page}")
@@ -743,14 +752,19 @@ def main() -> None:
 
 
 def _print_anywhere() -> None:
-    """Where output is not UTF-8 (a pipe on Windows, LANG=C), print what its encoding lacks as JSON would: \\u5730."""
+    """Where output is not UTF-8 (a pipe on Windows, LANG=C), print our own signs in plain ones (-> for an arrow), and
+    else what its encoding lacks as JSON would: \\u5730."""
     import codecs
     from json import dumps
+
+    plain = {"→": "->", "·": "|", "…": "...", "≤": "<=", **dict(zip("▁▂▃▄▅▆▇█", "_.-:=+*#", strict=True))}
 
     def escaped(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
             raise error
-        return dumps(error.object[error.start : error.end])[1:-1], error.end
+        return "".join(
+            plain.get(sign) or dumps(sign)[1:-1] for sign in error.object[error.start : error.end]
+        ), error.end
 
     codecs.register_error("as_json", escaped)
     for stream in (sys.stdout, sys.stderr):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
+
+from relearn_lens.cli.printing import columns
 
 if TYPE_CHECKING:
     from relearn_lens.bench.engines import Done
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def following(experiment: Experiment | None = None) -> Iterator[Following]:
+def following(experiment: Experiment | None = None, *, verbose: bool = False) -> Iterator[Following]:
     """For a while, a bar that says what is being done and how long still, below the lines of results."""
-    follow = Following(experiment)
+    follow = Following(experiment, verbose or experiment is None)
     with follow.live:
         yield follow
 
@@ -25,15 +26,15 @@ def following(experiment: Experiment | None = None) -> Iterator[Following]:
 class Following:
     """What is printed while long work is under way: its bar, and of a run each arm as a line that fills up."""
 
-    def __init__(self, experiment: Experiment | None):
+    def __init__(self, experiment: Experiment | None, verbose: bool):
         from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-        self.experiment = experiment
-        self.console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
-        columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn()
-        self.bar = Progress(*columns, console=self.console)
+        self.experiment, self.verbose = experiment, verbose
+        self.console = Console(width=columns(), highlight=False)
+        shown = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn()
+        self.bar = Progress(*shown, console=self.console)
         self.live = Live(self.bar, console=self.console, transient=True, refresh_per_second=4)
         self.task: Any = None
         self.what = ""
@@ -49,7 +50,7 @@ class Following:
                 self.bar.remove_task(self.task)
             self.what, self.task = what, self.bar.add_task(what, total=total)
             phase = what.partition(" (")[0]
-            if not self.console.is_terminal and phase not in self.phases:
+            if self.verbose and not self.console.is_terminal and phase not in self.phases:
                 self.phases.add(phase)
                 self.say(f"{phase} ...")
         self.bar.update(self.task, completed=done, total=total)
@@ -70,10 +71,13 @@ class Following:
         assert experiment is not None
         if isinstance(event, events.Prepared):
             self.run = Run(experiment, manifest={"other": event.other.name if event.other else None})
-            for part in (event.train, event.validation, event.probe):
-                self.say(repr(part.corpus))
-            for note in event.notes:
-                self.say(f"note: {note}")
+            parts = {"train": event.train, "validation": event.validation, "probe": event.probe}
+            if self.verbose:
+                for line in [*(repr(part.corpus) for part in parts.values()), *(f"note: {n}" for n in event.notes)]:
+                    self.say(line)
+            else:
+                sizes = ", ".join(f"{name} {part.corpus.n_sentences:,}" for name, part in parts.items())
+                self.say(f"sentences: {sizes}; {len(event.notes)} notes are on the page, and here with --verbose")
             return
         assert self.run is not None
         self.run.take(event)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from relearn_lens.cli.printing import print_prose, print_table, short
+from relearn_lens.cli.printing import columns, print_prose, print_table, short
 
 if TYPE_CHECKING:
     from relearn_lens.bench.sweeps import Swept
@@ -22,18 +21,24 @@ def print_brief(result: Run, report: str) -> None:
 
     from relearn_lens.show import brief
 
-    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    console = Console(width=columns(), highlight=False)
     for line in brief.brief(result, report):
         console.print(line, soft_wrap=True)
 
 
 def print_answers(result: Run) -> None:
-    """Every question in full: its verdict, what it rests on, and what would decide it."""
+    """Every question in full: its verdict, what it rests on, what was measured, and what would decide it."""
+    from relearn_lens.show import brief
+
     print()
-    for question in result.numbers.questions:
+    for answer in brief.answered(result):
+        question = answer.question
         decide = f" To decide it: {question.decide}." if question.decide else ""
         holm = f" p (Holm) {question.p_holm:.2g}." if question.p_holm is not None else ""
-        print_prose(f"{question.asks} {question.verdict}. {question.says} Bar {question.bar:g}.{holm}{decide}")
+        measured = "" if answer.number or answer.says in question.says else f" Measured: {answer.says}."
+        print_prose(
+            f"{question.asks} {question.verdict}. {question.says}{measured} Bar {question.bar:g}.{holm}{decide}"
+        )
 
 
 def print_scores(result: Run) -> None:
@@ -81,7 +86,7 @@ def print_findings(result: Run) -> None:
     for name, lines in result.numbers.heirs.items():
         if lines:
             print_prose(
-                f"top words at base > at the end, of neurons new in the top tenth ({name} arm, gained most first)"
+                f"top words at base → at the end, of neurons new in the top tenth ({name} arm, gained most first)"
             )
             for line in lines:
                 print_prose(str(line), indent=2)
@@ -104,6 +109,20 @@ def print_claims(result: Run) -> None:
         for claim in claims:
             print_prose(f"{claim.id}. {claim.says}: {claim.verdict}. {claim.why}")
         print_prose(tables.CORRECTED)
+
+
+def print_compared(runs: list[Run]) -> None:
+    """Runs side by side."""
+    from relearn_lens.show import report
+
+    beside = report.compared(runs)
+    for line in beside.warnings:
+        print_prose(f"note: {line}")
+    print_table("settings that differ", *beside.differ, piped=80) if beside.differ[1] else print("no setting differs\n")
+    print_table("scores, means with 95 % intervals over seeds, else over sentences", *beside.scores, piped=80)
+    if beside.claims:
+        header, rows = beside.claims
+        print_table("claims of the paper", [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows], piped=80)
 
 
 def print_swept(swept: Swept) -> None:
@@ -161,7 +180,7 @@ def print_removed(method: str, subject: Subject, removal: Recipe, done: Removed)
     print_prose(f"{method} on {subject.name}, {subject.facts.name}: {chosen or 'no fields'}")
     steps = f"{done.pause.step} steps, " if done.pause.step else ""
     print_prose(f"moved: {done.where}; {steps}{done.seconds:.0f} s")
-    print_table("before > after", *tables.answer_rows(done.before, done.after), piped=80)
+    print_table("before → after", *tables.answer_rows(done.before, done.after), piped=80)
     for note in done.notes:
         print_prose(f"note: {note}")
     if done.folder is None:

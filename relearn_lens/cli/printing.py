@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ def print_prose(text: str, indent: int = 0) -> None:
     """Text wrapped at words: to the terminal's width, or 80 columns where it is piped."""
     import textwrap
 
-    print(textwrap.fill(text, _width(), initial_indent=" " * indent, subsequent_indent=" " * (indent + 2)))
+    print(textwrap.fill(text, columns(), initial_indent=" " * indent, subsequent_indent=" " * (indent + 2)))
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]], *, piped: int = 200) -> None:
@@ -21,13 +22,13 @@ def print_table(title: str, header: list[str], rows: list[list[str]], *, piped: 
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else piped)
-    for i, columns in enumerate(_pieces(header, rows, console.width)):
+    console = Console(width=columns(piped))
+    for i, piece in enumerate(_pieces(header, rows, console.width)):
         grid = Table(title=title if i == 0 else None, title_justify="left", box=None, pad_edge=False)
-        for k in columns:
+        for k in piece:
             grid.add_column(header[k], no_wrap=_widest(header, rows, k) <= _PROSE, overflow="fold")
         for row in rows:
-            grid.add_row(*(Text(row[k]) for k in columns))
+            grid.add_row(*(Text(row[k]) for k in piece))
         console.print(grid)
         print()
 
@@ -62,10 +63,14 @@ def _pieces(header: list[str], rows: list[list[str]], width: int) -> list[list[i
     return pieces
 
 
-def _width() -> int:
+def columns(piped: int = 80) -> int:
+    """Columns of the terminal; where output is piped, as many as COLUMNS says, else `piped`."""
     import shutil
 
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+    if sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    wanted = os.environ.get("COLUMNS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else piped
 
 
 def short(value: Any) -> str:

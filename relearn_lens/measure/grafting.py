@@ -25,6 +25,7 @@ from relearn_lens.models.model import Model, wearing
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, differs
 from relearn_lens.neurons.weights import parts as parts_of
+from relearn_lens.text import markup
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,6 +183,26 @@ class Grafts:
         shown = ", ".join(f"{part} enough {shares[part][0].value:.2f} needed {shares[part][1]:.2f}" for part in most)
         control = f"; controls at most {self.most_of_controls():.2f}" if self.controls else ""
         return f"Grafts({ends}; {shown}{control})"
+
+    def _repr_html_(self) -> str:
+        """Both shares of every part, with their intervals, beside the largest of its controls."""
+
+        def cell(share: Share) -> str:
+            if not math.isfinite(share.value):
+                return "refused" if share.refused else ""
+            ends = f" [{100 * share.low:.0f}, {100 * share.high:.0f}]" if math.isfinite(share.low) else ""
+            return f"{100 * share.value:.0f} %{ends}"
+
+        header, rows = ["part", "alone brings back", "without it is lost"], []
+        for part in self.parts:
+            shares = [self.control(name, part).value for name, by in self.controls.items() if part in by]
+            most = max((share for share in shares if math.isfinite(share)), default=math.nan)
+            rows.append([part, cell(self.enough(part)), cell(self.needed(part)), cell(Share(most))])
+        refused = next((share.refused for part in self.parts if (share := self.enough(part)).refused), "")
+        between = f"{self.outcomes[0]}: {self.value(self.cut):.3g} cut, {self.value(self.retrained):.3g} retrained"
+        width = 3 + bool(self.controls)
+        rows = [row[:width] for row in rows]
+        return markup.box(between, markup.table([*header, "most of its controls"][:width], rows), markup.line(refused))
 
 
 @overload

@@ -19,7 +19,7 @@ from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import course, meaning
 from relearn_lens.measure.asking import Asked, Metric, Reference
-from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, evaluate, judge_of
+from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, as_html, evaluate, judge_of
 from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
@@ -116,18 +116,8 @@ class Snapshot:
 
     def _repr_html_(self) -> str:
         """Scores with their intervals over sentences, and the saliency."""
-        rows = [
-            [
-                label,
-                f"{value:.3f}",
-                "{:.3f} to {:.3f}".format(*self.scores.interval(label)),
-                self.scores.support()[label],
-            ]
-            for label, value in self.shown.items()
-        ]
         title = "before retraining" if self.at is None else repr(self.at)
-        header = ["label", self.scores.unit, "95 % interval over sentences", "of"]
-        return markup.box(title, markup.table(header, rows), self.saliency._repr_html_())
+        return markup.box(title, as_html(self.scores), self.saliency._repr_html_())
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +237,7 @@ class Trajectory:
         )
 
     def __repr__(self) -> str:
-        curve = " > ".join(f"{stage} {s.scores.shown(self.label):.3f}" for stage, s in self.snapshots.items())
+        curve = " → ".join(f"{stage} {s.scores.shown(self.label):.3f}" for stage, s in self.snapshots.items())
         what = self.concept.name if self.concept else OVERALL
         metric = next((s.scores.metric for s in self.snapshots.values()), "F1")
         return f"Trajectory({self.arm or 'arm'}, seed {self.seed}, {metric} of {what}: {curve})"

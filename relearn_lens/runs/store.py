@@ -121,11 +121,23 @@ def _run(
         with reported(None):
             return _in_folder(RunFolder.read(path), experiment, None)
     files.check_folder(path, MANIFEST, "run")
-    with files.alone(path):
+    is_new = not path.exists()
+    with files.alone(path), _nothing_left(path) if is_new else contextlib.nullcontext():
         folder = RunFolder.open(path, experiment, fresh=fresh)
         folder.shared = Stages(shared) if shared is not None else None
         processes.wait()
         return _in_folder(folder, experiment, on_event)
+
+
+@contextlib.contextmanager
+def _nothing_left(path: Path) -> Iterator[None]:
+    """Remove a new folder where the run was refused before anything was done: there is nothing to go on with."""
+    try:
+        yield
+    except Exception:
+        if not ((path / MANIFEST).is_file() and "inputs" in read_json(path / MANIFEST)):
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _in_folder(

@@ -238,7 +238,7 @@ def took_over(run: Run) -> Text | None:
     text = Text(f"{'now':<{_KEY}}")
     text.append(str(neuron.neuron), style=f"bold {ARM_COLOURS['concept']}")
     before, now = (", ".join(map(printable, words[:3])) for words in (neuron.before, neuron.now))
-    text.append(f"  {before} > {now}")
+    text.append(f"  {before} → {now}")
     text.truncate(WIDTH, overflow="ellipsis")
     return text
 
@@ -248,10 +248,10 @@ def took_over(run: Run) -> Text | None:
 
 def _gone(run: Run, decides: str) -> str | None:
     paths = run.arms["concept"]
-    text = f"{name_of(paths[0])} {_mean(paths, BASE, run)} > {_mean(paths, PRUNED, run)}"
+    text = f"{name_of(paths[0])} {_mean(paths, BASE, run)} → {_mean(paths, PRUNED, run)}"
     other = run.manifest.get("other")
     if other and other in paths[0][BASE].scores.labels:
-        text += f", {other} {_mean(paths, BASE, run, other)} > {_mean(paths, PRUNED, run, other)}"
+        text += f", {other} {_mean(paths, BASE, run, other)} → {_mean(paths, PRUNED, run, other)}"
     draws = [scores for damage in run.damage for scores in damage.random.get("layers", ())]
     if draws:
         text += f"; {len(draws)} random cuts leave {number(_value(draws, run.label))}"
@@ -268,7 +268,7 @@ def _back(run: Run, decides: str) -> str | None:
         shares.append((end - start) / (had - start) if had > start else np.nan)
     by, last = _by(paths), paths[0].stages[-1]
     if not np.isfinite(shares).all():
-        return f"{_mean(paths, PRUNED, run)} > {_mean(paths, last, run)} at {by[:-1]} {last}; there was nothing to lose"
+        return f"{_mean(paths, PRUNED, run)} → {_mean(paths, last, run)} at {by[:-1]} {last}; there was nothing to lose"
     share = decides or _percent(np.mean(shares))
     half = _steps(paths, paths, run)
     when = "it never fell to half" if half == "0" else f"half in {half} {by}"

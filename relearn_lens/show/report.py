@@ -103,6 +103,7 @@ def render(run: Run) -> str:
         first=_first(run, draw),
         reading=_reading(run),
         new=_new(run),
+        cards=_cards(run),
         sections=_sections(run, draw),
         tables=tables,
         whys=[(claim.id, claim.verdict, claim.why) for claim in claims],
@@ -222,6 +223,64 @@ def _new(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[str, bool]], li
     return heirs  # pyright: ignore[reportReturnType]
 
 
+class Card(NamedTuple):
+    """One neuron as text: its words, and what it does at the words of a few sentences."""
+
+    name: str
+    was: str
+    """`"carries it now"` or `"was cut"`."""
+    before: list[tuple[str, bool]]
+    """Its top words at base, each with whether it carries the concept; empty where they were not measured."""
+    now: list[tuple[str, bool]]
+    ranks: str
+    sentences: list[list[tuple[str, str, str]]]
+    """Word, colour by how far the activation is from the mean of all of these words, and the activation."""
+
+
+CARDS = 8
+"""Neurons of each kind that the page shows as text."""
+
+
+def _cards(run: Run) -> list[Card]:
+    """The neurons that carry the concept at the end, and some that were cut, at the words of the kept sentences."""
+    path = brief.told_of(run)[0]
+    kept, last = path.examples, path.stages[-1]
+    if kept is None:
+        return []
+    base, end = path[BASE], path[last]
+    survivors, cards = path.survivors(), []
+    for was, at, among in (("carries it now", last, survivors), ("was cut", BASE, ~survivors)):
+        score = path[at].saliency.score
+        named = {str(neuron): neuron for neuron in among if str(neuron) in kept.neurons}
+        place = {name: (path.site.layers.index(n.layer), n.index) for name, n in named.items()}
+        for name in sorted(named, key=lambda name: -float(score[place[name]]))[:CARDS]:
+            words = [
+                []
+                if each.words is None
+                else [(word, word in base.concept_words) for word in each.words.of(named[name])]
+                for each in (base, end)
+            ]
+            ranks = [f"{float(path[s].saliency.by_rank()[place[name]]):.3f} at {s}" for s in (BASE, last)]
+            cards.append(Card(name, was, words[0], words[1], " → ".join(ranks), _coloured(kept.of(name))))
+    return cards
+
+
+def _coloured(sentences: Sequence[tuple[Sequence[str], Sequence[float]]]) -> list[list[tuple[str, str, str]]]:
+    """Words on a colour that is the stronger the farther the activation is from the mean of all: orange above it."""
+    values = np.array([value for _, each in sentences for value in each])
+    middle = float(np.nanmean(values))
+    reach = float(np.nanmax(np.abs(values - middle))) or 1.0
+
+    def shade(value: float) -> str:
+        far = (value - middle) / reach
+        return "" if not abs(far) >= 0.1 else f"rgba({'212,85,0' if far > 0 else '94,60,153'},{0.6 * abs(far):.2f})"
+
+    return [
+        [(word, shade(value), f"{value:+.3g}") for word, value in zip(words, each, strict=True)]
+        for words, each in sentences
+    ]
+
+
 def _sections(run: Run, draw: Drawing) -> list[tuple[str, str, list[Picture]]]:
     """What is folded: id, heading, and the pictures of what was measured."""
 
@@ -256,8 +315,21 @@ def _sections(run: Run, draw: Drawing) -> list[tuple[str, str, list[Picture]]]:
     return [(id, title, [p for p in pictures if p]) for id, title, pictures in sections]
 
 
-def render_comparison(runs: Sequence[Run]) -> str:
-    """The page of several runs side by side as HTML: the settings that differ, scores with intervals, claims.
+class Compared(NamedTuple):
+    """Several runs side by side."""
+
+    names: list[str]
+    warnings: list[str]
+    """What keeps their numbers from being compared."""
+    differ: Table
+    """Settings that differ."""
+    scores: Table
+    """With intervals."""
+    claims: Table | None
+
+
+def compared(runs: Sequence[Run]) -> Compared:
+    """The numbers of several runs side by side: the settings that differ, scores with intervals, claims.
 
     Raises:
         ValueError: fewer than two runs, or runs whose inputs changed in between.
@@ -266,7 +338,20 @@ def render_comparison(runs: Sequence[Run]) -> str:
         raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
     names = _names(runs)
     verify.check_same_inputs({name: run.manifest for name, run in zip(names, runs, strict=True)})
-    draw = Drawing()
+    claims = _claims_table([run.numbers.claims for run in runs], names)
+    return Compared(
+        names, list(_warnings(runs)), _settings_that_differ(runs, names), _scores_table(runs, names), claims
+    )
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """The page of several runs side by side as HTML.
+
+    Raises:
+        ValueError: as `compared`.
+    """
+    beside = compared(runs)
+    names, draw = beside.names, Drawing()
     curves = [
         draw(plots.recovery_curves, run, beside=runs, says=lambda run=run: captions.recovery(run)) for run in runs
     ]
@@ -276,10 +361,10 @@ def render_comparison(runs: Sequence[Run]) -> str:
         title=f"{len(runs)} runs side by side",
         heading=f"{len(runs)} runs side by side",
         runs=list(zip(names, runs, strict=True)),
-        warnings=_warnings(runs),
-        differ=_settings_that_differ(runs, names),
-        scores=_scores_table(runs, names),
-        claims=_claims_table([run.numbers.claims for run in runs], names),
+        warnings=beside.warnings,
+        differ=beside.differ,
+        scores=beside.scores,
+        claims=beside.claims,
         curves=[(name, picture) for name, picture in zip(names, curves, strict=True) if picture],
         maps=[(name, picture) for name, picture in zip(names, maps, strict=True) if picture],
     )

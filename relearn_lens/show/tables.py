@@ -39,10 +39,10 @@ def answer_rows(before: Mapping[str, Answered], after: Mapping[str, Answered]) -
         rows.append(
             [
                 name,
-                "" if texts else f"{there.accuracy.shown(OVERALL):.2f} > {here.accuracy.shown(OVERALL):.2f}",
+                "" if texts else f"{there.accuracy.shown(OVERALL):.2f} → {here.accuracy.shown(OVERALL):.2f}",
                 "" if texts else f"{low:.2f} to {high:.2f}",
                 "" if texts else f"{here.accuracy.chance(OVERALL):.2f}",
-                f"{there.loss.shown(OVERALL):.2f} > {here.loss.shown(OVERALL):.2f}",
+                f"{there.loss.shown(OVERALL):.2f} → {here.loss.shown(OVERALL):.2f}",
             ]
         )
     return ["", "accuracy", "95 % after", "chance", "nats/token"], rows

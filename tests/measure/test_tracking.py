@@ -292,7 +292,7 @@ def test_to_xarray_has_named_axes(path):
 
 
 def test_trajectory_says_its_curve(path):
-    assert repr(path) == "Trajectory(concept, seed 3, F1 of place: base 0.900 > pruned 0.100 > 1 0.500 > 2 0.800)"
+    assert repr(path) == "Trajectory(concept, seed 3, F1 of place: base 0.900 → pruned 0.100 → 1 0.500 → 2 0.800)"
 
 
 def test_snapshot_f1_is_that_of_its_scores():

@@ -84,7 +84,7 @@ def test_the_folder_is_one_that_hugging_face_loads(files, tmp_path: Path):
     assert max(map(len, lines)) <= 80
     for row in ("forget, trained wording", "forget, other wording", "retain near", "retain general"):
         assert re.search(
-            rf"^{row} +\d\.\d\d > \d\.\d\d +\d\.\d\d to \d\.\d\d +0\.\d\d +\d+\.\d\d > \d", result.stdout, re.M
+            rf"^{row} +\d\.\d\d → \d\.\d\d +\d\.\d\d to \d\.\d\d +0\.\d\d +\d+\.\d\d → \d", result.stdout, re.M
         )
     manifest = json.loads((out / removals.MANIFEST).read_text())
     assert manifest["settings"].items() >= {"remover": "npo", "beta": 0.2, "lr": 0.01, "steps": [3]}.items()

@@ -350,6 +350,16 @@ def test_changed_inputs_are_refused_by_name(tmp_path, replayed, made, monkeypatc
         store.run(tiny(), tmp_path / "run")
 
 
+def test_a_run_that_was_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="river"):
+        store.run(tiny(other="river"), tmp_path / "runs" / "refused")
+    assert not (tmp_path / "runs" / "refused").exists()
+    (tmp_path / "own").mkdir()
+    with pytest.raises(ValueError, match="river"):
+        store.run(tiny(other="river"), tmp_path / "own")
+    assert (tmp_path / "own").is_dir()
+
+
 # --- what cannot be read
 
 

@@ -189,7 +189,7 @@ def test_heirs_are_lines_of_old_and_new_words(run: Run, found):
     assert set(found["heirs"]) == set(run.arms)
     lines = [line for lines in found["heirs"].values() for line in lines]
     assert lines
-    assert all(line.startswith("L") and ": " in line and " > " in line for line in lines)
+    assert all(line.startswith("L") and ": " in line and " → " in line for line in lines)
     assert all(len(lines) <= 8 for lines in found["heirs"].values())
 
 

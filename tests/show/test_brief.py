@@ -122,7 +122,7 @@ def test_a_label_that_never_returns_is_said():
 def test_took_over_shows_words_before_and_after(run):
     line = brief.took_over(run)
     assert line is not None
-    assert re.match(r"now      L\w+N\d+  .+ > .+", line.plain)
+    assert re.match(r"now      L\w+N\d+  .+ → .+", line.plain)
     assert len(line.plain) <= 80
     assert brief.took_over(run_of("concept", "random")) is None
 

@@ -34,6 +34,7 @@ from relearn_lens.runs.events import Again, Damage, Dose, Grafted, Round, Sized
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show import plots
+from relearn_lens.show.plots.style import VERDICT_COLOURS
 from tests.analysis.test_story import scores_of, site_of, trajectory
 
 STAGES = ("base", "pruned", "1", "2")
@@ -798,7 +799,9 @@ def test_verdicts_draw_effects_in_units_of_the_bar():
     assert np.isnan(unsure.error_x.array[0])
     assert np.isnan(unsure.x[1])
     assert [dots[c.verdict].y[0] for c in CLAIMS[:4]] == [5, 4, 3, 2]
-    (band,) = layout_of(figure).shapes
+    band, *rows = layout_of(figure).shapes
+    assert [row.fillcolor for row in rows] == [VERDICT_COLOURS[claim.verdict] for claim in CLAIMS]
+    assert all(row.y0 < dots[c.verdict].y[0] < row.y1 for row, c in zip(rows[:3], CLAIMS[:3], strict=True))
     assert (np.sinh(band.x0), np.sinh(band.x1)) == pytest.approx((-1, 1))
     low, high = layout_of(figure).xaxis.range
     assert low == -high
@@ -933,7 +936,7 @@ def test_grafts_draw_every_part_beside_its_controls(seeds):
     figure = plots.grafts(with_all(run_of("concept", "random", seeds=seeds)))
     found = drawn(figure)
     titles = [a["text"] for a in found["layout"]["annotations"]]
-    assert titles == ["first back (epoch 1)", "at the end (epoch 2)"]
+    assert titles == ["first back<br>epoch 1", "at the end<br>epoch 2"]
     for k, parts in enumerate((EARLY, LATE)):
         enough, needed, *controls = found["data"][4 * k : 4 * k + 4]
         assert enough["y"] == list(parts)

@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from relearn_lens.measure.evaluation import Guesses
+from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import presets
 from relearn_lens.runs.results import Run
@@ -299,6 +302,31 @@ def test_report_shows_neurons_that_took_over_beside_the_random_arms(page, run):
             words = " , ".join(row.now)
             assert str(row.neuron) in after
             assert all(word in after for word in row.now if word not in WORDS), words
+
+
+def test_report_shows_neurons_word_by_word_as_text():
+    run = told(with_all(run_of("concept", "random")))
+    path = run.arms["concept"][0]
+    cut, there = next(iter(path.pruned)), next(iter(path.survivors()))
+    sentences = (("In", HOSTILE, "."), ("Rome",))
+    values = torch.tensor([[0.0, 1.0], [4.0, 1.0], [0.0, 1.0], [math.nan, 3.0]])
+    kept = Examples((str(cut), str(there)), sentences, values)
+    run.arms["concept"] = [replace(path, examples=kept), *run.arms["concept"][1:]]
+    html = report.render(run)
+    page = Page(html)
+    for name, was in ((cut, "was cut"), (there, "carries it now")):
+        assert re.search(rf"{was} (\S+ )*{name}", page.text), was
+    read = re.findall(r'<p class="read">(.*?)</p>', html)
+    assert len(read) == 4
+    # Means 4/3 and 1.5: what is far above is orange, far below purple, what is not a number bare.
+    assert re.findall(r"rgba\((212|94),\d+,\d+,(0\.\d+)\)", read[2]) == [
+        ("94", "0.30"),
+        ("212", "0.60"),
+        ("94", "0.30"),
+    ]
+    assert "rgba" not in read[3]
+    assert "&lt;script&gt;" in read[2]
+    assert "word by word" not in report.render(told(with_all(run_of("concept", "random"))))
 
 
 def test_report_says_which_label_does_not_come_back():

@@ -168,11 +168,11 @@ def _draw_examples(figure: go.Figure, examples: Sequence[Example]) -> None:
 def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
     """Which of the paper's claims hold in this run, once each stands beside its control?
 
-    One row per claim. The dot is the measured effect in units of the claim's own bar, the smallest effect that counts:
-    right is the direction of the claim, and the grey band from -1 to 1 is too small to count. The verdict follows from
-    where the interval lies: beyond the band to the right *supported*, to the left *reversed*, inside it *not
-    supported*, anything else, or no interval (a training claim with fewer than three seeds), *inconclusive*. The scale
-    is drawn together towards its ends. A row without a dot was not measured.
+    One row per claim, in the colour of its verdict. The dot is the measured effect in units of the claim's own bar, the
+    smallest effect that counts: right is the direction of the claim, and the grey band from -1 to 1 is too small to
+    count. The verdict follows from where the interval lies: beyond the band to the right *supported*, to the left
+    *reversed*, inside it *not supported*, anything else, or no interval (a training claim with fewer than three seeds),
+    *inconclusive*. The scale is drawn together towards its ends. A row without a dot was not measured.
 
     Raises:
         ValueError: there is no claim (a run without a concept arm).
@@ -200,6 +200,11 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
             f"<extra>{verdict}</extra>",
         )  # fmt: skip
     for claim in claims:
+        row = {"y0": height[claim.id] - 0.28, "y1": height[claim.id] + 0.68}
+        figure.add_shape(
+            type="rect", xref="paper", x0=0, x1=1, **row, fillcolor=VERDICT_COLOURS[claim.verdict], opacity=0.13,
+            line_width=0, layer="below",
+        )  # fmt: skip
         # Above the dot and not beside it: on a phone there is no room for both.
         figure.add_annotation(
             x=0, xref="paper", xanchor="left", y=height[claim.id] + 0.2, yanchor="bottom", align="left",
