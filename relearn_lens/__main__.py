@@ -16,7 +16,7 @@ import typer
 
 from relearn_lens.cli import pages
 from relearn_lens.cli.following import following, sweeping
-from relearn_lens.cli.printing import print_table, short
+from relearn_lens.cli.printing import print_prose, print_table, short
 
 if TYPE_CHECKING:
     from relearn_lens.runs.settings import Experiment
@@ -473,7 +473,7 @@ def presets(
     for name in groups if all_ else [group] if group else []:
         print_table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
     if group is None and not all_:
-        printprint_prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
+        print_prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
 
 
 @app.command()
@@ -601,7 +601,7 @@ def removers(
     print(f"wrappers around a remover's step, as in npo+sam ({len(WRAPPERS)})\n")
     pages.print_methods(WRAPPERS)
     usual = ", ".join(f"{name} {short(field.default)}" for name, field in Removing.model_fields.items())
-    printprint_prose(f"training (all but prune, any of it by --set): {usual}")
+    print_prose(f"training (all but prune, any of it by --set): {usual}")
 
 
 def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> None:
@@ -619,7 +619,7 @@ def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> N
         print(f"{cell.name}, seed {cell.seed}: {done}", flush=True)
     print()
     print_table("accuracy where retain near is 0.95 of base", *removals.table(every), piped=80)
-    printprint_prose(
+    print_prose(
         f"works: seeds in which forget is below {removals.GONE} in both wordings. Intervals over "
         f"{'seeds' if len(numbers) > 1 else 'keys'}. share: of the way to the removed model. Recipes were chosen on "
         "seed 0."
