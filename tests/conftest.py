@@ -2,11 +2,18 @@
 
 import importlib
 import inspect
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+if "pytest" in sys.modules:  # and not in a process that a test starts
+    from tests import typed
+
+    typed.install()
 
 import numpy as np
 import pytest
@@ -21,6 +28,7 @@ importlib.import_module("beartype._check.code.codemain").getrandbits = random.Ra
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer  # noqa: E402
 
 from relearn_lens import progress  # noqa: E402
+from relearn_lens.__main__ import main  # noqa: E402
 from relearn_lens.models import toy as toy_module  # noqa: E402
 from relearn_lens.models.loading import load_tagger  # noqa: E402
 from relearn_lens.models.model import Model, Tagger  # noqa: E402
@@ -132,6 +140,13 @@ def toy() -> toy_module.Toy:
 
 
 @pytest.fixture(scope="session")
+def taught_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `made.small_taught` keeps its models, for all processes of the test run."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "taught"
+
+
+@pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of 3 layers with random weights, gains and biases too, and its WordPiece tokenizer."""
     folder = tmp_path_factory.mktemp("bert")
@@ -191,6 +206,37 @@ def corpus() -> Corpus:
 def encoded(corpus: Corpus, tokenizer: Any) -> Encoded:
     """The small text in the small BERT's sub-words."""
     return encode(corpus, tokenizer, context=CONTEXT)
+
+
+@pytest.fixture
+def error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that fails; gives its message."""
+    monkeypatch.delenv("RELEARN_LENS_TRACEBACK", raising=False)
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["relearn-lens", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.startswith("error: ")
+        assert said.count("error: ") == 1
+        return said.removeprefix("error: ").rstrip("\n")
+
+    return call
+
+
+@pytest.fixture
+def one_line(error: Callable[..., str]) -> Callable[..., str]:
+    """The same, of a message that is one line."""
+
+    def call(*arguments: str) -> str:
+        said = error(*arguments)
+        assert "\n" not in said
+        return said
+
+    return call
 
 
 Untouched = Callable[..., AbstractContextManager[None]]

@@ -240,17 +240,17 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return float((one.detach() - other.detach()).abs().max())
 
 
-def row(kind: str, site: str, folder: Path) -> dict[str, Any]:
-    """All cells of one family and site."""
-    tagger = small_tagger(kind, folder)
-    cells: dict[str, Any] = {"effect": effect(tagger, site)}
-    for sever in SEVERS:
-        fits = site == "resid" or sever in ("out", "both")
-        cells[sever] = weights_against_hooks(tagger, site, sever) if fits else None
-    cells["held"] = held_drift(tagger, site)
-    cells["trained"] = trained(tagger)
-    cells["export"] = export_difference(tagger, folder)
-    return cells
+def rows(tagger: Tagger, folder: Path) -> dict[str, dict[str, Any]]:
+    """All cells of one family, by site; the model is pruned and trained at the end."""
+    table: dict[str, dict[str, Any]] = {}
+    for site in SITES:
+        cells = table[site] = {"effect": effect(tagger, site)}
+        for sever in SEVERS:
+            fits = site == "resid" or sever in ("out", "both")
+            cells[sever] = weights_against_hooks(tagger, site, sever) if fits else None
+        cells["held"] = held_drift(tagger, site)
+    of_all = {"trained": trained(tagger), "export": export_difference(tagger, folder)}  # whatever the site
+    return {site: cells | of_all for site, cells in table.items()}
 
 
 def main() -> None:
@@ -258,9 +258,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     print(f"{'family':18}{'site':10}" + "".join(f"{cell:>10}" for cell in CELLS))
     for kind in KINDS:
-        for site in SITES:
-            with tempfile.TemporaryDirectory() as folder:
-                found = row(kind, site, Path(folder))
+        with tempfile.TemporaryDirectory() as folder:
+            table = rows(small_tagger(kind, Path(folder)), Path(folder))
+        for site, found in table.items():
             shown = [_shown(found[cell]) for cell in CELLS]
             print(f"{kind:18}{site:10}" + "".join(f"{cell:>10}" for cell in shown), flush=True)
 

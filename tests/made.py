@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from relearn_lens.models.model import LanguageModel
 from relearn_lens.runs.events import ArmDone, Event
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.text.facts import Facts, Passage
+from relearn_lens.text.facts import Facts, Passage, people
 
 TINY: Mapping[str, Any] = {
     "seeds": [0], "other": "person", "data.train_sentences": 64, "data.validation_sentences": 40,
@@ -31,6 +34,20 @@ TINY: Mapping[str, Any] = {
 def tiny(sets: Sequence[str] = (), **changes: Any) -> Experiment:
     """The smallest experiment; `prune__fraction=1` changes `prune.fraction`."""
     return settings_of("toy", {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}}, sets)
+
+
+SMALL = taught.Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
+
+
+def small_people(seed: int = 0) -> Facts:
+    """What a model of a few seconds can be taught."""
+    return people(seed, n=24, forget=8, never=4, animals=4, n_answers=8)
+
+
+def small_taught(cache: Path, seed: int = 0) -> taught.Taught:
+    """A small model that was taught them and its twin, the caller's own; trained where the cache has none yet."""
+    with patch.dict(os.environ, {"RELEARN_LENS_CACHE": str(cache)}):
+        return taught.load(small_people(seed), recipe=SMALL)
 
 
 def arms_in(events: Sequence[Event]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One small study for each of some families, and a small run, alone or in processes: `torchrun -m tests.processes DIR`.
 
-The first process writes what it holds at the end, and a run folder twice: in one go, and stopped after every result
-that it gave and taken up again. `tests.models.test_processes` compares what two processes made with what one made.
+The first process writes what it holds at the end, and a run folder; of several processes twice: in one go, and stopped
+after every result that it gave and taken up again. `tests.models.test_processes` compares what two made with what one
+made.
 """
 
 from __future__ import annotations
@@ -108,14 +109,14 @@ def main(out: Path) -> None:
     """Study every family, run twice, and let the first process write what it holds."""
     torch.set_num_threads(1)
     with processes.joined():
-        _study_and_run(out)
+        study_and_run(out, processes.size())
     processes.leave()
 
 
-def _study_and_run(out: Path) -> None:
+def study_and_run(out: Path, parts: int) -> None:
+    """What `main` does in each process, each step of training in so many parts."""
     if processes.is_first():
         out.mkdir(parents=True, exist_ok=True)
-    parts = int(sys.argv[2]) if len(sys.argv) > 2 else processes.size()
     for kind in KINDS:
         folder = out / kind
         if processes.is_first():

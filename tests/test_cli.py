@@ -33,25 +33,6 @@ def printed(*arguments: str) -> str:
     return re.sub(r"\s+", " ", result.stdout)
 
 
-@pytest.fixture
-def error(monkeypatch, capsys):
-    """Run a command that fails; gives its message."""
-    monkeypatch.delenv("RELEARN_LENS_TRACEBACK", raising=False)
-
-    def call(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["relearn-lens", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert caught.value.code == 1
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        assert said.startswith("error: ")
-        assert said.count("error: ") == 1
-        return said.removeprefix("error: ").rstrip("\n")
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A run made by the command line, with what it printed beside it."""

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """What a file says, to be read only."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def running(tree: ast.AST) -> Iterator[ast.AST]:
     """Every node but those that only a type checker sees."""
     yield tree
@@ -42,10 +49,11 @@ def running(tree: ast.AST) -> Iterator[ast.AST]:
             yield from running(child)
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Full names of the modules that a file imports, anywhere in it."""
     found = set()
-    for node in running(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in running(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -62,7 +70,7 @@ def docstrings(tree: ast.AST) -> set[int]:
 
 def named(path: Path) -> set[str]:
     """The package's own modules that a file names in a string which is nothing else: what an import by string does."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     spoken = docstrings(tree)
     texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in spoken)
     return {text for text in texts if isinstance(text, str) and re.fullmatch(r"relearn_lens(\.\w+)+", text)}
@@ -95,7 +103,7 @@ def test_modules_import_each_other_in_no_circle():
 def test_private_names_stay_in_their_file(path):
     crossing = [
         alias.name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("relearn_lens")
         for alias in node.names
         if alias.name.startswith("_")
@@ -111,7 +119,7 @@ def test_plotly_is_imported_by_plots_alone(path):
 
 @EVERY
 def test_hook_names_stand_in_sites_alone(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     spoken = docstrings(tree)
     names = [
         n.value
@@ -123,7 +131,7 @@ def test_hook_names_stand_in_sites_alone(path):
 
 @EVERY
 def test_only_the_command_line_prints(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     prints = any(isinstance(n, ast.Call) and ast.unparse(n.func) == "print" for n in ast.walk(tree))
     assert not prints or module_of(path).split(".")[0] in ("cli", "__main__")
 
@@ -172,12 +180,12 @@ def code_from_data(tree: ast.AST, module: str = "") -> list[str]:
 @EVERY
 def test_module_never_runs_code_that_data_holds(path):
     assert not {name.split(".")[0] for name in imported(path)} & UNPICKLERS
-    assert code_from_data(ast.parse(path.read_text(encoding="utf-8")), module_of(path)) == []
+    assert code_from_data(tree_of(path), module_of(path)) == []
 
 
 @EVERY
 def test_every_read_of_safetensors_is_guarded(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     guarded = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
     reads = {"safe_open", "load_file", "load_safetensors"}
     assert [node.lineno for name, _, node in calls(tree) if name in reads and id(node) not in guarded] == []

@@ -486,15 +486,17 @@ def reading(model: nn.Module) -> Iterator[None]:
     bridge = model.bridge if isinstance(model, Model) else model
     # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
     parts = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
-    modes = [(module, module.training) for part in parts for module in part.modules()]
+    modes = {module: module.training for part in parts for module in part.modules()}
     try:
-        for module, _ in modes:  # eval() would go through shared parts many times over
-            module.training = False
+        for module, mode in modes.items():  # eval() would go through shared parts many times over
+            if mode:
+                module.training = False
         with torch.no_grad(), _fused_attention(bridge):
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, mode in modes.items():
+            if module.training != mode:  # to set it is slow, and most are as they were
+                module.training = mode
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from relearn_lens.__main__ import app, main
+from relearn_lens.__main__ import app
 from relearn_lens.bench import audit as module
 from relearn_lens.bench.audit import audit, framing, lines
 from relearn_lens.methods import Training
@@ -120,29 +120,18 @@ def test_facts_of_files_with_long_answers(folders, quick, tmp_path):
     assert max(map(len, result.output.splitlines())) <= 80
 
 
-def said(capsys, *command: str) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["relearn-lens", *command])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == 1
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1
-    return error
-
-
-def test_what_cannot_be_audited_is_one_line(folders, quick, bert_folder, tmp_path, capsys):
+def test_what_cannot_be_audited_is_one_line(folders, quick, bert_folder, tmp_path, one_line):
     knows = str(folders["knows"])
-    assert "has no chat template" in said(capsys, "audit", knows, "--facts", "people", "--system", "be quiet")
+    assert "has no chat template" in one_line("audit", knows, "--facts", "people", "--system", "be quiet")
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((folders["knows"] / name).read_bytes())
-    assert "holds no tokenizer" in said(capsys, "audit", str(bare), "--facts", "people")
-    assert "does not predict the next one" in said(capsys, "audit", str(bert_folder), "--facts", "people")
+    assert "holds no tokenizer" in one_line("audit", str(bare), "--facts", "people")
+    assert "does not predict the next one" in one_line("audit", str(bert_folder), "--facts", "people")
     never = str(folders["never"])
-    assert "the original does not answer these facts either" in said(
-        capsys, "audit", knows, "--facts", "people", "--original", never
+    assert "the original does not answer these facts either" in one_line(
+        "audit", knows, "--facts", "people", "--original", never
     )
-    assert "give what is to be gone" in said(capsys, "audit", knows)
-    assert "give what is to stay as --retain" in said(capsys, "audit", knows, "--forget", "x.jsonl")
+    assert "give what is to be gone" in one_line("audit", knows)
+    assert "give what is to stay as --retain" in one_line("audit", knows, "--forget", "x.jsonl")

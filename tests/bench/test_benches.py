@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +15,10 @@ from relearn_lens.analysis.matrix import NEVER
 from relearn_lens.bench import bench_page, benches, cells
 from relearn_lens.bench.cells import Work, read_cell
 from relearn_lens.bench.plan import PRESETS, bench_of
-from relearn_lens.models import taught
 from relearn_lens.runs import removals
 from relearn_lens.runs.stages import Stages
-from relearn_lens.text.facts import people
+from tests.made import small_taught
 
-SMALL = taught.Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
 SETS = [
     "seeds=[1]", "chooses=0", "keys=8", "wordings=1", "draws=200", "points=4",
     'metrics=["inside", "depth", "returned"]',
@@ -30,15 +30,13 @@ SETS = [
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(taught_cache):
     """Small facts and models in the place of those of the name `taught`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RELEARN_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
         def subject(model, facts, *, retain=None, seed=0):
-            made = people(seed, n=24, forget=8, never=4, animals=4, n_answers=8)
-            whole = taught.load(made, recipe=SMALL)
-            return removals.Subject("taught", whole.model, made, True, whole.never)
+            pair = small_taught(taught_cache, seed)
+            return removals.Subject("taught", pair.model, pair.facts, True, pair.never)
 
         patch.setattr(cells.removals, "subject", subject)
         patch.setattr(benches.engines, "local", in_process)
@@ -143,30 +141,42 @@ def test_nothing_is_computed_twice(benched, small, monkeypatch, untouched):
     assert removed == ["grad_diff", "grad_diff"]  # both seeds
 
 
+def without(benched: benches.Benched, out: Path, cell: str) -> Path:
+    """A copy of the folder without some cells (`cut@*`) and the stages that they are made of."""
+    shutil.copytree(benched.folder, out)
+    for path in (out / benches.CELLS).glob(f"{cell}.json"):
+        index = json.loads(path.read_text())
+        courses = [name for each in index["courses"].values() for name in each.values()]
+        for name in (index["removed"], index["calibrated"], *courses):
+            shutil.rmtree(out / benches.STAGES / name, ignore_errors=True)  # rows may share a stage
+        path.unlink()
+    return out
+
+
 def test_a_bench_that_is_stopped_goes_on_and_gives_the_same(benched, small, tmp_path, monkeypatch):
-    plainly, calls = Work._attacked, []
+    folder, plainly, calls = without(benched, tmp_path / "b", "*@1"), Work._attacked, []
 
     def stops(self, *args, **keywords):
-        calls.append(args)
-        if len(calls) == 5:
+        calls.append(self.seed)
+        if calls.count(1) == 5:
             raise KeyboardInterrupt
         return plainly(self, *args, **keywords)
 
     monkeypatch.setattr(Work, "_attacked", stops)
     with pytest.raises(KeyboardInterrupt):
-        benches.run(benched.bench, tmp_path / "b")
-    again = benches.run(benched.bench, tmp_path / "b")
+        benches.run(benched.bench, folder)
+    again = benches.run(benched.bench, folder)
     assert bench_page.summary(again)["rows"] == bench_page.summary(benched)["rows"]
 
 
 def test_one_row_that_fails_stops_no_other(benched, small, tmp_path, monkeypatch):
-    plainly = Work.cell
+    folder, plainly = without(benched, tmp_path / "b", "[gc][au]*@*"), Work.cell
     monkeypatch.setattr(
         Work,
         "cell",
         lambda self, name: plainly(self, name) if name != "ga" else (_ for _ in ()).throw(ValueError("broke")),
     )
-    partly = benches.run(benched.bench, tmp_path / "b")
+    partly = benches.run(benched.bench, folder)
     assert partly.results is not None
     assert partly.results.rows == ("gd", "cut")
     assert any("ga: broke" in why for why in partly.failed.values())

@@ -11,23 +11,18 @@ from typer.testing import CliRunner
 from relearn_lens.__main__ import app
 from relearn_lens.bench import removals
 from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING
-from relearn_lens.models import taught
-from relearn_lens.models.taught import Recipe, Taught
+from relearn_lens.models.taught import Taught
 from relearn_lens.remove.losses import GradientAscent
 from relearn_lens.remove.masks import SelectivePrune
 from relearn_lens.remove.preference import AltPO
 from relearn_lens.remove.recipes import RECIPES
 from relearn_lens.runs.removals import Subject
-from relearn_lens.text.facts import people
-
-SMALL = Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
+from tests.made import small_taught
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Taught:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RELEARN_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return taught.load(people(0, n=24, forget=8, never=4, animals=4, n_answers=8), recipe=SMALL)
+def pair(taught_cache: Path) -> Taught:
+    return small_taught(taught_cache)
 
 
 @pytest.fixture

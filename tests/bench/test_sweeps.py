@@ -23,6 +23,7 @@ from relearn_lens.__main__ import app
 from relearn_lens.bench import engines, sweep_tables, sweeps
 from relearn_lens.runs import store
 from relearn_lens.runs.presets import settings_of
+from tests.forks import Forked
 from tests.interruptions import difference
 
 SMALL = """
@@ -314,9 +315,9 @@ concept = "river"
 """
 
 
-def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_completes(file, tmp_path, processes):
+def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_completes(file, tmp_path):
     asked, out = sweeps.read(file(REAL)), tmp_path / "out"
-    told = []
+    told, processes = [], []
 
     def kill() -> None:
         while not list(out.glob("killed/state/concept-0.safetensors")):
@@ -324,7 +325,9 @@ def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_complet
         processes[0].kill()
 
     threading.Thread(target=kill, daemon=True).start()
-    first = sweeps.run(asked, out, workers=2, tell=lambda name, now, done: told.append((name, now)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines.subprocess, "Popen", lambda *a, **k: processes.append(Forked(*a, **k)) or processes[-1])
+        first = sweeps.run(asked, out, workers=2, tell=lambda name, now, done: told.append((name, now)))
     assert set(first.failed) == {"killed", "impossible"}
     assert first.failed["killed"] == "killed by SIGKILL (out of memory?)"
     assert re.match(r"no label 'river' for concept 'river'|.*no label 'river'", first.failed["impossible"])
@@ -334,7 +337,7 @@ def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_complet
     assert {row["arm"] for row in first.rows} == {"random"}
     kept = (out / "arms=random,retrain.steps=32" / "manifest.json").stat().st_mtime_ns
 
-    # Without the cell that cannot work, beside two runs that nobody disturbed.
+    # Without the cell that cannot work, in a fresh interpreter, beside two runs that nobody disturbed.
     mended = sweeps.read(file(REAL.split('[[sweep.cells]]\nname = "imp')[0]))
     again = sweeps.run(mended, out, workers=2)
     assert again.failed == {}
@@ -353,9 +356,9 @@ def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_complet
 
 
 def gathered(asked: sweeps.Sweep, out: Path) -> sweeps.Swept:
-    """The cells run here and now, and gathered."""
+    """The cells run here and now, as a sweep would run them, and gathered."""
     for cell in asked.cells:
-        store.run(cell.experiment, out / cell.name)
+        store.run(cell.experiment, out / cell.name, shared=out / "shared")
     (out / "sweep.toml").write_text(asked.text)
     return sweeps.run(asked, out)
 

@@ -6,6 +6,9 @@ The numbers are those that `python -m tests.families` prints.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,23 +18,36 @@ import transformers
 from relearn_lens.find.attribution import attribute
 from relearn_lens.models.export import export
 from relearn_lens.models.loading import load_language_model, load_tagger
-from relearn_lens.models.model import computing, reading
+from relearn_lens.models.model import Tagger, computing, reading
 from relearn_lens.neurons.sites import FAMILIES, SITES, Neurons, site_of
 from relearn_lens.neurons.weights import check_prunable
 from relearn_lens.remove.ablation import ablated, prune_
 from relearn_lens.text.concept import Concept
 from tests.conftest import D_MLP, D_MODEL, LABELS, N_LAYERS
-from tests.families import ENCODERS, IDS, KINDS, MASK, REAL, row, said, small_tagger, some_of
+from tests.families import ENCODERS, IDS, KINDS, MASK, REAL, rows, said, small_tagger, some_of
 
 NO_EXPORT = ("native", "modernbert", "gemma3")
 """No class of Hugging Face, or one whose head is more than a linear layer."""
 PRE_NORM = tuple(kind for kind in KINDS if kind not in ENCODERS or kind == "modernbert")
 
 
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> Callable[[str], tuple[Tagger, dict[str, dict[str, Any]]]]:
+    """By its name, a model of a family and its cells by site; each made once."""
+
+    @cache
+    def made(kind: str) -> tuple[Tagger, dict[str, dict[str, Any]]]:
+        folder = tmp_path_factory.mktemp(kind)
+        tagger = small_tagger(kind, folder)
+        return tagger, rows(tagger, folder)
+
+    return made
+
+
 @pytest.mark.parametrize("site", list(SITES))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_family_at_a_site(kind, site, tmp_path):
-    cells = row(kind, site, tmp_path)
+def test_a_family_at_a_site(kind, site, families):
+    cells = families(kind)[1][site]
     assert cells["effect"] > 1e-3
     has = {
         "out": site != "resid" or kind not in PRE_NORM,
@@ -50,14 +66,14 @@ def test_a_family_at_a_site(kind, site, tmp_path):
     assert cells["export"] is None if kind in NO_EXPORT else cells["export"] < 1e-5
 
 
-def test_every_family_is_in_the_table(tmp_path):
-    tried = {small_tagger(kind, tmp_path / kind).bridge.cfg.architecture for kind in KINDS}
+def test_every_family_is_in_the_table(families):
+    tried = {families(kind)[0].bridge.cfg.architecture for kind in KINDS}
     assert tried == set(FAMILIES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_widths_and_layers(kind, tmp_path):
-    tagger = small_tagger(kind, tmp_path)
+def test_widths_and_layers(kind, families):
+    tagger, _ = families(kind)
     blocks = tuple(map(str, range(4 if kind == "native" else N_LAYERS)))
     resid, mlp, heads = (site_of(tagger.bridge, site) for site in ("resid", "mlp_post", "attn_head"))
     assert (resid.layers, mlp.layers, heads.layers) == (("embed", *blocks), blocks, blocks)
@@ -130,34 +146,36 @@ def test_padding_beyond_a_window_is_finite_in_half_precision(kind, dtype, tmp_pa
 
 LOADS = """
 import json, sys, torch, transformers
-folder, kind = sys.argv[1:]
-model = getattr(transformers, kind).from_pretrained(folder, attn_implementation="eager").eval()
 ids, mask = torch.tensor({ids}), torch.tensor({mask})
-with torch.no_grad():
-    print(json.dumps(model(input_ids=ids, attention_mask=mask).logits.tolist()))
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForTokenClassification.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        print(json.dumps(model(input_ids=ids, attention_mask=mask).logits.tolist()))
+    transformers.AutoTokenizer.from_pretrained(folder)
 assert "relearn_lens" not in sys.modules and "transformer_lens" not in sys.modules
-transformers.AutoTokenizer.from_pretrained(folder)
 """
 
 
-def elsewhere(folder, kind: str) -> torch.Tensor:
-    """Logits of a folder in a fresh process with transformers alone."""
+def elsewhere(*folders: Path) -> list[torch.Tensor]:
+    """Logits of some folders in a fresh process with transformers alone."""
     script = LOADS.format(ids=IDS.tolist(), mask=MASK.tolist())
-    done = subprocess.run([sys.executable, "-c", script, str(folder), kind], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    return [torch.tensor(json.loads(line)) for line in done.stdout.splitlines()[-len(folders) :]]
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "gpt2"])
-def test_an_exported_tagger_loads_in_a_fresh_process(kind, tmp_path):
-    tagger = small_tagger(kind, tmp_path)
-    prune_(tagger, some_of(tagger, "mlp_post"))
-    path = export(tagger, tmp_path / "out")
-    assert {p.suffix for p in path.iterdir()} <= {".json", ".safetensors", ".txt"}
-    there = elsewhere(path, "AutoModelForTokenClassification")
-    torch.testing.assert_close(there[REAL], said(tagger), atol=1e-5, rtol=1e-5)
-    again = load_tagger(path, LABELS, device="cpu")
-    torch.testing.assert_close(said(again), said(tagger), atol=1e-6, rtol=1e-6)
+def test_exported_taggers_load_in_a_fresh_process(tmp_path):
+    taggers = {}
+    for kind in ("distilbert", "gpt2"):
+        tagger = small_tagger(kind, tmp_path / kind)
+        prune_(tagger, some_of(tagger, "mlp_post"))
+        path = export(tagger, tmp_path / f"{kind}-out")
+        assert {p.suffix for p in path.iterdir()} <= {".json", ".safetensors", ".txt"}
+        again = load_tagger(path, LABELS, device="cpu")
+        torch.testing.assert_close(said(again), said(tagger), atol=1e-6, rtol=1e-6)
+        taggers[path] = tagger
+    for there, tagger in zip(elsewhere(*taggers), taggers.values(), strict=True):
+        torch.testing.assert_close(there[REAL], said(tagger), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])

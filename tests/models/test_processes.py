@@ -15,7 +15,7 @@ from torch import Tensor
 from relearn_lens.models import processes
 from relearn_lens.runs.store import load_run
 from tests.interruptions import difference
-from tests.processes import KINDS
+from tests.processes import KINDS, study_and_run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CLOSE = 1e-4
@@ -46,9 +46,9 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Folders `one`, of one process (in two parts a step), and `two`, of two; what the latter printed."""
+    """Folders `one`, of this process (in two parts a step), and `two`, of two; what the latter printed."""
     folder = tmp_path_factory.mktemp("processes")
-    ran([sys.executable, "-m", "tests.processes", str(folder / "one"), "2"])
+    study_and_run(folder / "one", 2)
     (folder / "two.txt").write_text(ran([*TORCHRUN, "-m", "tests.processes", str(folder / "two")]))
     return folder
 

@@ -13,32 +13,28 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from relearn_lens.__main__ import app, main
+from relearn_lens.__main__ import app
 from relearn_lens.files import read_tensors
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import know
 from relearn_lens.models import taught
 from relearn_lens.models.loading import load_language_model
-from relearn_lens.models.taught import Recipe
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.recipes import recipe
 from relearn_lens.runs import removals
 from relearn_lens.sources import hash_files
-from relearn_lens.text.facts import FORGET, Facts, people
-
-SMALL = Recipe(n_layers=2, d_model=48, n_heads=2, d_mlp=96, steps=100, batch_size=64, lr=5e-3)
+from relearn_lens.text.facts import FORGET, Facts
+from tests.made import SMALL, small_people, small_taught
 
 
 @pytest.fixture(scope="module")
 def facts() -> Facts:
-    return people(0, n=24, forget=8, never=4, animals=4, n_answers=8)
+    return small_people()
 
 
 @pytest.fixture(scope="module")
-def pair(facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> taught.Taught:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RELEARN_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return taught.load(facts, recipe=SMALL)
+def pair(taught_cache: Path) -> taught.Taught:
+    return small_taught(taught_cache)
 
 
 @pytest.fixture
@@ -214,45 +210,29 @@ def test_carrying_out_leaves_nothing_but_weights(subject, untouched):
     assert removals.carry_out(subject, recipe(None, "rmu", {"steps": (1,)})).where == "what is usual for rmu"
 
 
-@pytest.fixture
-def error(monkeypatch, capsys):
-    """Run a command that fails; gives its message, which is one line."""
-    monkeypatch.delenv("RELEARN_LENS_TRACEBACK", raising=False)
-
-    def call(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["relearn-lens", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert caught.value.code == 1
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert said.count("\n") == 1
-        return said.removeprefix("error: ").rstrip("\n")
-
-    return call
-
-
-def test_what_is_wrong_is_one_line(error, files, tmp_path: Path):
-    assert "fraction = 0.1 says how many neurons" in error("remove", "npo", "--set", "fraction=0.1")
-    assert "unknown remover 'npoo'; did you mean 'npo'? Known: prune" in error("remove", "npoo")
-    assert error("remove", "npo", "--set", "beta=0") == "beta = 0: Input should be greater than 0"
-    assert "npo has no field 'betta'; it has " in error("remove", "npo", "--set", "betta=1")
-    assert "--set 'lr': write key=value" in error("remove", "npo", "--set", "lr")
-    assert "fields of the localiser are where.KEY" in error("remove", "npo", "--set", "a.b=1")
-    assert "there is no localiser; name one as --where" in error("remove", "npo", "--set", "where.site=resid")
-    assert "unknown localiser 'lok'; known: score, " in error("remove", "npo", "--where", "lok")
-    assert "site = 'heads'" in error("remove", "prune", "--where", "score", "--set", "where.site=heads")
-    assert "unknown recipes 'tiny'; known: toy" in error("remove", "npo", "--recipe", "tiny")
-    assert "unknown facts 'persons'; known: people, countries, ontology, a JSONL" in error(
+def test_what_is_wrong_is_one_line(one_line, files, tmp_path: Path):
+    assert "fraction = 0.1 says how many neurons" in one_line("remove", "npo", "--set", "fraction=0.1")
+    assert "unknown remover 'npoo'; did you mean 'npo'? Known: prune" in one_line("remove", "npoo")
+    assert one_line("remove", "npo", "--set", "beta=0") == "beta = 0: Input should be greater than 0"
+    assert "npo has no field 'betta'; it has " in one_line("remove", "npo", "--set", "betta=1")
+    assert "--set 'lr': write key=value" in one_line("remove", "npo", "--set", "lr")
+    assert "fields of the localiser are where.KEY" in one_line("remove", "npo", "--set", "a.b=1")
+    assert "there is no localiser; name one as --where" in one_line("remove", "npo", "--set", "where.site=resid")
+    assert "unknown localiser 'lok'; known: score, " in one_line("remove", "npo", "--where", "lok")
+    assert "site = 'heads'" in one_line("remove", "prune", "--where", "score", "--set", "where.site=heads")
+    assert "unknown recipes 'tiny'; known: toy" in one_line("remove", "npo", "--recipe", "tiny")
+    assert "unknown facts 'persons'; known: people, countries, ontology, a JSONL" in one_line(
         "remove", "npo", "--facts", "persons"
     )
-    assert "are made with what is to stay, so --retain is none" in error("remove", "npo", "--retain", files["retain"])
-    assert "so --held-out is none of theirs" in error("remove", "npo", "--held-out", files["retain"])
-    assert "the key " in error(*command(files, "npo", "--held-out", files["forget"]))
-    assert "give what is to stay as --retain FILE.jsonl" in error("remove", "npo", "--forget", files["forget"])
+    assert "are made with what is to stay, so --retain is none" in one_line(
+        "remove", "npo", "--retain", files["retain"]
+    )
+    assert "so --held-out is none of theirs" in one_line("remove", "npo", "--held-out", files["retain"])
+    assert "the key " in one_line(*command(files, "npo", "--held-out", files["forget"]))
+    assert "give what is to stay as --retain FILE.jsonl" in one_line("remove", "npo", "--forget", files["forget"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "here").touch()
-    assert "full' is there already; choose a folder that" in error("remove", "npo", "--out", str(tmp_path / "full"))
+    assert "full' is there already; choose a folder that" in one_line("remove", "npo", "--out", str(tmp_path / "full"))
 
     def swapped(name: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
         path = tmp_path / "rows.jsonl"
@@ -260,11 +240,11 @@ def test_what_is_wrong_is_one_line(error, files, tmp_path: Path):
         return command({**files, name: str(path)}, "npo")
 
     row = json.loads(Path(files["forget"]).read_text().splitlines()[0])
-    assert "line 1: prompt without answer" in error(*swapped("forget", [{"prompt": "Who?"}]))
-    assert f"the key {row['key']!r} is in forget_" in error(*swapped("retain", [row]))
+    assert "line 1: prompt without answer" in one_line(*swapped("forget", [{"prompt": "Who?"}]))
+    assert f"the key {row['key']!r} is in forget_" in one_line(*swapped("retain", [row]))
     again = swapped("retain", [{**row, "key": "x", "form": "options"}])
     nothing = tuple(tmp_path / "rows.jsonl" if part == files["general"] else part for part in again[:-2])
-    assert "have nothing to train on in retain_near and retain_general" in error(*map(str, nothing))
+    assert "have nothing to train on in retain_near and retain_general" in one_line(*map(str, nothing))
 
 
 def test_adapters_beside_weights_in_16_bits(files, tmp_path: Path):
@@ -284,12 +264,12 @@ def test_adapters_beside_weights_in_16_bits(files, tmp_path: Path):
     assert f"memory: about {sum(memory.values()):,} MB (Python 515, " in result.stdout
 
 
-def test_adapters_are_for_what_trains_all_weights(error, files):
+def test_adapters_are_for_what_trains_all_weights(one_line, files):
     for more in (("rmu",), ("prune",), ("npo", "--where", "score", "--set", "fraction=0.1")):
-        assert f"adapters train in the place of all weights, and {more[0]} works on some" in error(
+        assert f"adapters train in the place of all weights, and {more[0]} works on some" in one_line(
             *command(files, more[0], "--lora", "2", *more[1:])
         )
-    assert "the taught model is small, and its weights are float32" in error("remove", "npo", "--half")
+    assert "the taught model is small, and its weights are float32" in one_line("remove", "npo", "--half")
 
 
 def test_a_model_that_knows_nothing_is_told_of(files):

@@ -1,0 +1,216 @@
+"""Faults put into the package one at a time: which do the tests see?
+
+`python -m tests.benchmarks mutants --seed 0 -n 100 [--only analysis/] [--out FILE]`
+
+A fault is one comparison (`<` for `<=`), operator (`+` for `-`, `and` for `or`) or constant (a number more, `False` for
+`True`) of a function, in a copy of the checkout. What is in the message of an error or in a text is left alone. Each is
+met by the tests of its module, then by all of the folder that mirrors its package, and is caught where one fails, or
+takes more than three times the processor time that they take without it. Some faults change nothing that could be
+seen: a survivor is a question, not a gap. Results are kept a line each, and the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "relearn_lens"
+SWAPPED: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or,
+    ast.Or: ast.And,
+}  # fmt: skip
+HEAVY = ("torch", "transformers", "transformer_lens.model_bridge", "scipy.stats", "sklearn.linear_model", "pandas")
+"""What every child would import anew."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: the how manyth node of a module's tree, and what it reads before and after."""
+
+    module: str
+    """Path below the package."""
+    node: int
+    line: int
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line}: {self.was}  >  {self.now}"
+
+
+def _nodes(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes in one order, and whether a fault may be put there: in a function, not in an annotation or a text."""
+    yield tree, inside
+    function = isinstance(tree, ast.FunctionDef | ast.Lambda)
+    for name, value in ast.iter_fields(tree):
+        within = (inside or function) and name not in ("annotation", "returns", "decorator_list")
+        within &= not isinstance(tree, ast.Raise | ast.JoinedStr | ast.Assert)
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _nodes(child, within)
+
+
+def _changed(node: Any) -> Any:
+    """The node with its fault, or None where there is none to put."""
+    other = copy.deepcopy(node)
+    match node:
+        case ast.Compare(ops=[kind]) if type(kind) in SWAPPED:
+            other.ops = [SWAPPED[type(kind)]()]
+        case ast.BinOp(op=kind) | ast.BoolOp(op=kind) if type(kind) in SWAPPED:
+            other.op = SWAPPED[type(kind)]()
+        case ast.UnaryOp(op=ast.Not()):
+            return node.operand
+        case ast.Constant(value=bool()):
+            other.value = not node.value
+        case ast.Constant(value=int() | float()):
+            other.value = node.value + 1 if isinstance(node.value, int) else node.value * 1.5 + 0.1
+        case _:
+            return None
+    return other
+
+
+def mutants(only: str = "") -> list[Mutant]:
+    """Every fault that could be put into modules whose path begins so."""
+    made = []
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        name = path.relative_to(ROOT / PACKAGE).as_posix()
+        if not name.startswith(only) or not _tests(name):
+            continue
+        for i, (node, allowed) in enumerate(_nodes(ast.parse(path.read_text(encoding="utf-8")))):
+            if allowed and (other := _changed(node)) is not None:
+                made.append(Mutant(name, i, node.lineno, ast.unparse(node), ast.unparse(other)))  # pyright: ignore[reportAttributeAccessIssue]
+    return made
+
+
+def _tests(module: str) -> list[str]:
+    """The tests of a module, and then of its package."""
+    *folders, name = module.removesuffix(".py").split("/")
+    own = "/".join(("tests", *folders, f"test_{name}.py"))
+    folder = "/".join(("tests", *folders))
+    return [each for each in dict.fromkeys((own, folder)) if each != "tests" and (ROOT / each).exists()]
+
+
+def _source(mutant: Mutant) -> str:
+    """The module with its fault."""
+    tree = ast.parse((ROOT / PACKAGE / mutant.module).read_text(encoding="utf-8"))
+    fault = list(_nodes(tree))[mutant.node][0]
+    changed = _changed(fault)
+
+    class Put(ast.NodeTransformer):
+        def visit(self, node: ast.AST) -> ast.AST:
+            return changed if node is fault else self.generic_visit(node)
+
+    return ast.unparse(ast.fix_missing_locations(Put().visit(tree)))
+
+
+def _child(checkout: str, tests: list[str], log: str, limit: int) -> None:
+    """pytest, in a fork that has the heavy imports and nothing of the package."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115
+    if limit:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    os.chdir(checkout)
+    sys.path[:] = [checkout, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.split(".")[0] in (PACKAGE, "tests")]:
+        del sys.modules[name]
+    sys.dont_write_bytecode = True  # what was compiled of one fault is not taken for the next
+    import pytest
+
+    os._exit(int(pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", "--tb=line", "-o", "addopts=-q", *tests])))
+
+
+def _run(checkout: Path, tests: list[str], limit: int = 0) -> tuple[int, float, str]:
+    """Exit code, seconds of processor time, and the line that says what failed."""
+    log, before = checkout / "mutant.log", resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(str(checkout), tests, str(log), limit))
+    process.start()
+    process.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    failed = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return process.exitcode or 0, round(seconds, 1), failed[0].split(" - ")[0] if failed else ""
+
+
+def _checkout(place: Path) -> Path:
+    """A copy of all that git knows or would take."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+    return place
+
+
+def main() -> None:
+    """Draw faults, try each, and say which were caught."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks mutants", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-n", type=int, default=100, help="how many faults")
+    parser.add_argument("--only", default="", help="modules whose path below the package begins so, such as analysis/")
+    parser.add_argument("--out", type=Path, help="where results are kept; by default below build/")
+    asked = parser.parse_args([word for word in sys.argv[1:] if word != "mutants"])
+    every = mutants(asked.only)
+    drawn = random.Random(asked.seed).sample(every, min(asked.n, len(every)))
+    out = asked.out or ROOT / "build" / f"mutants-{asked.seed}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    kept = {json.dumps(line["mutant"], sort_keys=True): line for line in lines if "mutant" in line}
+    usual = {tuple(line["tests"]): line["seconds"] for line in lines if "mutant" not in line}
+    print(f"{len(drawn)} of {len(every):,} faults in {asked.only or PACKAGE}; {len(kept)} of some draw are in {out}")
+    for name in HEAVY:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as place, out.open("a") as file:
+        checkout, results = _checkout(Path(place)), []
+
+        def keep(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        for mutant in drawn:
+            if (line := kept.get(json.dumps(asdict(mutant), sort_keys=True))) is None:
+                tests = _tests(mutant.module)
+                if tuple(tests) not in usual:
+                    code, usual[tuple(tests)], why = _run(checkout, tests)
+                    if code:
+                        raise SystemExit(f"without any fault {' '.join(tests)} ends with {code}: {why}")
+                    keep({"tests": tests, "seconds": usual[tuple(tests)]})
+                path = checkout / PACKAGE / mutant.module
+                whole = path.read_bytes()
+                path.write_text(_source(mutant), encoding="utf-8")
+                code, seconds, why = _run(checkout, tests, limit=int(3 * usual[tuple(tests)] + 30))
+                path.write_bytes(whole)
+                line = {"mutant": asdict(mutant), "caught": code != 0, "by": why or f"exit {code}", "seconds": seconds}
+                keep(line)
+                time.sleep(0.01)  # so that Ctrl-C ends this and not a child alone
+            results.append((mutant, line))
+            print(f"{'caught  ' if line['caught'] else 'SURVIVED'} {mutant}  [{line['by']}]", flush=True)
+    alive = [mutant for mutant, line in results if not line["caught"]]
+    print(f"{len(results) - len(alive)} of {len(results)} caught; survived:", *alive, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
