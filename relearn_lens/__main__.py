@@ -584,6 +584,7 @@ def removers(
     seeds: Annotated[str, typer.Option(help="With --table: the toys, such as 0,1,2.")] = "0,1,2,3,4",
     only: Annotated[str, typer.Option(metavar="NAME,...", help="With --table: some removers; by default all.")] = "",
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="With --table: write it as Markdown too.")] = None,
+    kept: Annotated[bool, typer.Option("--kept", help="With --table: what the folder has, nothing computed.")] = False,
 ) -> None:
     """List the ways to remove something by training or pruning, with their fields and where they are from.
 
@@ -593,7 +594,7 @@ def removers(
     from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 
     if table is not None:
-        _removers_table(table, seeds, only, page)
+        _removers_table(table, seeds, only, page, kept)
         return
     if page is not None:
         raise ValueError("--page FILE is the table as a page; give the table's folder as --table DIR")
@@ -605,14 +606,14 @@ def removers(
     print_prose(f"training (all but prune, any of it by --set): {usual}")
 
 
-def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> None:
+def _removers_table(folder: Path, seeds: str, only: str, page: Path | None, kept: bool) -> None:
     from relearn_lens.bench import removals
 
     try:
         numbers = [int(each) for each in seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds {seeds!r}: write numbers, such as 0,1,2") from None
-    cells = removals.cells(folder, numbers, [name.strip() for name in only.split(",") if name.strip()])
+    cells = removals.cells(folder, numbers, [name.strip() for name in only.split(",") if name.strip()], kept=kept)
     every = []
     for cell in cells:
         every.append(cell)
@@ -622,8 +623,7 @@ def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> N
     print_table("accuracy where retain near is 0.95 of base", *removals.table(every), piped=80)
     print_prose(
         f"works: seeds in which forget is below {removals.GONE} in both wordings. Intervals over "
-        f"{'seeds' if len(numbers) > 1 else 'keys'}. share: of the way to the removed model. Recipes were chosen on "
-        "seed 0."
+        "seeds, of one seed over keys. share: of the way to the removed model. Recipes were chosen on seed 0."
     )
     print(f"folder {folder}")
     if page is not None:
