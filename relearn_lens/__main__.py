@@ -16,7 +16,7 @@ import typer
 
 from relearn_lens.cli import pages
 from relearn_lens.cli.following import following, sweeping
-from relearn_lens.cli.printing import print_prose, print_table, short
+from relearn_lens.cli.printing import print_table, short
 
 if TYPE_CHECKING:
     from relearn_lens.runs.settings import Experiment
@@ -464,7 +464,7 @@ def presets(
     for name in groups if all_ else [group] if group else []:
         print_table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
     if group is None and not all_:
-        print_prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
+        printprint_prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
 
 
 @app.command()
@@ -486,6 +486,9 @@ def remove(
     ] = "people",
     retain: Annotated[str | None, typer.Option(metavar="F", help="What is to stay, FILE.jsonl or hf:NAME.")] = None,
     general: Annotated[str | None, typer.Option(metavar="F", help="Other knowledge, or text, that is to stay.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(metavar="F", help="What is to be forgotten too, and no attack sees; else half is cut.")
+    ] = None,
     where: Annotated[
         str | None, typer.Option(metavar="LOCALISER", help="What may change; see `relearn-lens localisers`.")
     ] = None,
@@ -542,10 +545,13 @@ def remove(
         "facts": facts,
         "retain": retain,
         "general": general,
+        "held_out": held_out,
         "recipe": recipe,
     }
     with following() as follow, reported(follow.progress):
-        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed, half=half)
+        subject = removals.subject(
+            model, facts, retain=retain, general=general, held_out=held_out, seed=seed, half=half
+        )
         memory = removals.memory_of(subject, removal, lora=lora)
         follow.say(f"memory: about {sum(memory.values()):,} MB ({', '.join(f'{k} {v:,}' for k, v in memory.items())})")
         done = removals.carry_out(
@@ -567,6 +573,7 @@ def removers(
     ] = None,
     seeds: Annotated[str, typer.Option(help="With --table: the toys, such as 0,1,2.")] = "0,1,2,3,4",
     only: Annotated[str, typer.Option(metavar="NAME,...", help="With --table: some removers; by default all.")] = "",
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="With --table: write it as Markdown too.")] = None,
 ) -> None:
     """List the ways to remove something by training or pruning, with their fields and where they are from.
 
@@ -576,17 +583,19 @@ def removers(
     from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 
     if table is not None:
-        _removers_table(table, seeds, only)
+        _removers_table(table, seeds, only, page)
         return
+    if page is not None:
+        raise ValueError("--page FILE is the table as a page; give the table's folder as --table DIR")
     print(f"removers ({len(REMOVERS)})\n")
     pages.print_methods(REMOVERS)
     print(f"wrappers around a remover's step, as in npo+sam ({len(WRAPPERS)})\n")
     pages.print_methods(WRAPPERS)
     usual = ", ".join(f"{name} {short(field.default)}" for name, field in Removing.model_fields.items())
-    print_prose(f"training (all but prune, any of it by --set): {usual}")
+    printprint_prose(f"training (all but prune, any of it by --set): {usual}")
 
 
-def _removers_table(folder: Path, seeds: str, only: str) -> None:
+def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> None:
     from relearn_lens.bench import removals
 
     try:
@@ -601,12 +610,17 @@ def _removers_table(folder: Path, seeds: str, only: str) -> None:
         print(f"{cell.name}, seed {cell.seed}: {done}", flush=True)
     print()
     print_table("accuracy where retain near is 0.95 of base", *removals.table(every), piped=80)
-    print_prose(
+    printprint_prose(
         f"works: seeds in which forget is below {removals.GONE} in both wordings. Intervals over "
         f"{'seeds' if len(numbers) > 1 else 'keys'}. share: of the way to the removed model. Recipes were chosen on "
         "seed 0."
     )
     print(f"folder {folder}")
+    if page is not None:
+        from relearn_lens.runs.files import write_whole
+
+        write_whole(page, removals.page(every).encode())
+        print(f"page {page}")
 
 
 @app.command()

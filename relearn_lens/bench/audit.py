@@ -26,8 +26,9 @@ from relearn_lens import progress
 from relearn_lens.analysis.audit import Evidence, Verdict, decide
 from relearn_lens.analysis.matrix import Course, share
 from relearn_lens.measure.answers import AnswerAccuracy, answer, choose
-from relearn_lens.measure.asking import ask
+from relearn_lens.measure.asking import Asked, ask
 from relearn_lens.measure.evaluation import OVERALL
+from relearn_lens.measure.extraction import ExtractionStrength
 from relearn_lens.measure.grafting import grafts
 from relearn_lens.measure.inside import STATES, KnownInside
 from relearn_lens.measure.states import states_of
@@ -43,6 +44,9 @@ STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATES = (1e-4, 3e-4)
 BOUND = 0.10
 """Share of what stays that relearning may cost."""
+FORMS = ("options", "yes-no")
+"""In which the same is asked, by the likelihood of the choices; a model that was never taught them may answer by
+chance."""
 KEYS = 48
 """Of each role that are asked, at most."""
 
@@ -132,11 +136,21 @@ def audit(
         found["retained"] = note("retained", accuracy(model, retained))
         if never is not None:
             found["twin_answers"] = note("twin", beside(never, "answers", lambda: accuracy(never, statements)))
+        if any(" " in p.answer.strip() for p in statements):  # of one word it is whether that is answered
+            strength = ExtractionStrength()
+            asked = Asked(facts, statements, ("forgotten",) * len(statements))
+            for who, of in (("", model), (" of the original", original), (" of the twin", never)):
+                if of is not None:
+                    score = beside(of, "extraction", partial(strength, of, asked)) if who else strength(of, asked)
+                    numbers[f"extraction{who}"] = (score.shown(OVERALL), *score.interval(OVERALL))
         if reworded := drawn(facts, FORGET, "paraphrase", seed):
             found["reworded"] = note("reworded", accuracy(model, reworded))
         if choices := [p for p in statements if p.choices]:
             picked = choose(model, choices)
             found["options"], found["options_chance"] = note("of the choices", picked), picked.chance(OVERALL)
+        for form in FORMS:
+            if passages := [p for p in drawn(facts, FORGET, form, seed) if p.choices]:
+                note(form, choose(model, passages))
     inside, items = _inside(model, facts, found, numbers, {"original": original, "twin": never}, beside, seed)
     found["alike"] = alike(model, statements, retained)
     found |= of_weights(model, original)
@@ -363,16 +377,25 @@ def _where(
 
 # --- what is printed
 
+BLOCKS = 12
+"""That a line has room for."""
+
 
 def lines(name: str, done: Audit) -> list[str]:
     """What is printed: the verdict first; at most 25 lines of 80 columns."""
     e, n = done.evidence, done.numbers
-    out = [f"{name}: {done.verdict.kind}"[:80], f"  {done.verdict.why}"[:80]]
+    out = [f"{name}: {done.verdict.kind}"[:80], *_wrapped(f"  {done.verdict.why}")]
+    out.append(f"most of it that anything reaches: {e.reached:.2f}")
     asked = [f"{_short(n['answers'])} as taught"]
     asked += [f"{_short(n[key])} {key}" for key in ("without the prompt", "reworded") if key in n]
     out += _wrapped(f"answers {'; '.join(asked)}; chance {e.chance:.2f}; what stays {e.retained:.2f}")
+    if "extraction" in n:
+        others = [f"{key.split()[-1]} {value[0]:.2f}" for key, value in n.items() if key.startswith("extraction of")]
+        also = f" ({', '.join(others)})" if others else ""
+        out.append(f"of answers it completes a share of {_short(n['extraction'])}{also}")
     if e.options is not None:
-        out.append(f"of the choices {_short(n['of the choices'])}, chance {e.options_chance:.2f}")
+        forms = "".join(f"; {form} {_short(n[form])}" for form in FORMS if form in n)
+        out += _wrapped(f"of the choices {_short(n['of the choices'])}, chance {e.options_chance:.2f}{forms}")
     beside = [
         f"{who} {value:.2f}"
         for who, value in (("original", e.original_answers), ("twin", e.twin_answers))
@@ -387,12 +410,16 @@ def lines(name: str, done: Audit) -> list[str]:
             if value is not None
         ]
         out += _wrapped(f"inside: probes read {_short(n['inside'])} ({', '.join(others)})")
-        out += _wrapped(f"by block: {', '.join(f'{k} {v:.2f}' for k, v in list(e.by_layer.items())[:24])}")
+        every = -(-len(e.by_layer) // BLOCKS)
+        shown = list(e.by_layer.items())[::-1][::every][::-1]  # the last one always
+        out += _wrapped(f"by block: {', '.join(f'{k} {v:.2f}' for k, v in shown)}")
     gains = "" if e.twin_back is None else f"; the twin gains {e.twin_back:+.2f}"
     out += _wrapped(
         f"half relearned (best at step {done.best} of {done.curve['steps'][-1]}, lr {done.rate:g}): of the other half "
         f"{_short(n['relearned'])}, {e.back:+.2f}{gains}"
     )
+    course = list(zip(done.curve["steps"], done.curve["model"], strict=True))
+    out += _wrapped("after steps: " + ", ".join(f"{step} {share:.2f}" for step, share in course[::2]))
     weak = [
         f"{what} {value:.2f}"
         for what, value in (
@@ -409,7 +436,6 @@ def lines(name: str, done: Audit) -> list[str]:
         out += _wrapped("items: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in done.states.items()))
     for missing in done.verdict.missing:
         out += _wrapped(f"not given: {missing}")
-    out += _wrapped(f"most of it that anything reaches: {e.reached:.2f}")
     return out[:25]
 
 

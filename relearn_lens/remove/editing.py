@@ -56,6 +56,9 @@ class Editor(LanguageModel):
     """A language model beside a network that learns how to change the output matrices of some of its MLPs; the model's
     own weights stand still."""
 
+    moments: Float[Tensor, "block 2 width"]
+    """Mean and standard deviation of what the network reads."""
+
     def __init__(self, model: LanguageModel, entries: Mapping[str, Bool[Tensor, ...]], *, rank: int, scale: float):
         super(LanguageModel, self).__init__(model.bridge)  # its head is known to be right
         self.head = model.head

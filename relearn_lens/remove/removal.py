@@ -190,6 +190,8 @@ class Remover(Method):
     source: ClassVar[str]
     usual: ClassVar[Training] = Removing()
     """How it trains unless something else is asked for."""
+    fresh: ClassVar[bool] = False
+    """Whether it teaches a model that knows nothing yet; used on one that does, it is a negative control."""
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """What it lowers, by role of text; the first role gives the steps of an epoch."""

@@ -34,7 +34,8 @@ class GradientRoute(Remover):
     On the forgotten text the gradient through the last `units` MLP units of the first `layers` blocks is as usual, and
     that through their other units is multiplied by `scale`. The retained text trains as usual, with an L1 penalty on
     the mean absolute activation of all units of those blocks. At the end the units are pruned, and `tuning` steps on
-    the retained text follow. The published method adds the units to the model; here they are of its own width. It
+    the retained text follow. Embeddings and attention learn from both texts, as published, so what those alone can hold
+    is not routed. The published method adds the units to the model; here they are of its own width. It
     weighs tokens by how often they are in each text, here a text is one or the other; its bulk script passes
     another method's configuration.
 
@@ -45,6 +46,7 @@ class GradientRoute(Remover):
     formula: ClassVar[str] = "CE_f, x <- m x + (1 - m) (s x + (1 - s) stopgrad x); + CE_r + l1 |x|_r; x_m <- 0; CE_r"
     source: ClassVar[str] = "Cloud et al. 2024 (gradient routing)"
     usual: ClassVar[Training] = Removing(lr=5e-4, epochs=1)
+    fresh: ClassVar[bool] = True
 
     units: int = Field(default=64, ge=1, le=10**6, description="MLP units of a block that the forgotten text goes to")
     layers: int = Field(default=5, ge=1, le=10_000, description="first blocks in which it is routed, or all")
@@ -130,6 +132,7 @@ class SGTM(Remover):
     formula: ClassVar[str] = "m grad CE_f + grad CE_r(theta without m); theta_m <- 0"
     source: ClassVar[str] = "Shilov et al. 2025 (SGTM)"
     usual: ClassVar[Training] = Removing(lr=5e-4, epochs=1)
+    fresh: ClassVar[bool] = True
 
     units: int = Field(default=64, ge=1, le=10**6, description="MLP units of every block")
     heads: int = Field(default=1, ge=0, le=10**4, description="attention heads of every block")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -299,8 +300,9 @@ class Averaged(Method):
             n = float(memory.get("averaged", torch.zeros(()))) + 1
             memory["averaged"] = torch.tensor(n)
             for name, weight in stepped.moving.items():
-                mean = memory.setdefault(f"averaged.{name}", torch.zeros_like(weight))
-                mean.lerp_(weight, 1 / n)
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                mean = memory.setdefault(f"averaged.{name}", torch.zeros_like(weight, dtype=wide))
+                mean.lerp_(weight.to(wide), 1 / n)
         if stepped.step == stepped.last:
             for name, weight in stepped.moving.items():
                 weight.copy_(memory[f"averaged.{name}"])
@@ -325,17 +327,32 @@ def norm(slopes: Slopes) -> Tensor:
 
 @contextlib.contextmanager
 def moved(slopes: Slopes, by: float | Tensor) -> Iterator[None]:
-    """For a while, the weights so far along a direction; back to the bit, also after an error."""
+    """For a while, the weights so far along a direction; back to the bit, also after an error.
+
+    Warns where weights in 16 bits round most of the way off: then a wrapper does next to nothing.
+    """
     here = [weight.detach().clone() for weight, _ in slopes]
     try:
         with torch.no_grad():
             for weight, slope in slopes:
                 weight.add_(slope * by)
+            if any(weight.element_size() < 4 for weight, _ in slopes):
+                way = norm([(w, w - old) for (w, _), old in zip(slopes, here, strict=True)])
+                _check_rounding(float(norm(slopes) * abs(by)), float(way), here[0].dtype)
         yield
     finally:
         with torch.no_grad():
             for (weight, _), value in zip(slopes, here, strict=True):
                 weight.copy_(value)
+
+
+def _check_rounding(asked: float, way: float, dtype: torch.dtype) -> None:
+    if not 0.5 * asked <= way <= 2 * asked:
+        warnings.warn(
+            f"a way of length {asked:.3g} in weights of {str(dtype).removeprefix('torch.')} became one of {way:.3g} by "
+            "rounding, so the wrapper does not do what it says; take a larger one, or float32",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def _unit(slopes: Slopes) -> list[tuple[Tensor, Tensor]]:

@@ -41,7 +41,7 @@ TYPES: dict[str, type] = {
     )
 }  # fmt: skip
 """The types that a file may hold."""
-RENAMED = {"Trajectory": {"pruned": "removed"}}
+RENAMED = {"Trajectory": {"pruned": "removed"}, "Round": {"found": "neurons"}}
 """Fields that earlier versions wrote under another name."""
 
 

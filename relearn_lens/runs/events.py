@@ -181,7 +181,7 @@ class Own:
 class Round:
     """The concept's neurons found and cut once more in a model that it had come back to."""
 
-    found: Neurons
+    neurons: Neurons
     share_old: float
     """Share of them that an earlier cut had taken too."""
     share_by_chance: float

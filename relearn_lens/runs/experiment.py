@@ -43,7 +43,7 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.recipes import recipe
 from relearn_lens.remove.removal import FORGET, RETAIN
-from relearn_lens.runs.arms import Arm, arms_of
+from relearn_lens.runs.arms import COMPARED, Arm, arms_of
 from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
 from relearn_lens.runs.events import (
     Again,
@@ -66,9 +66,9 @@ from relearn_lens.runs.events import (
 )
 from relearn_lens.runs.preparation import adapters, load, precision_of, prepare
 from relearn_lens.runs.protocol import placed
-from relearn_lens.runs.settings import ArmRemoval, Experiment
+from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import StageRecipe
-from relearn_lens.runs.units import AGAIN, BLOCKED, COMPARED, CUTTING, GRAFTED, OWN, Unit, units_of
+from relearn_lens.runs.units import AGAIN, BLOCKED, CUTTING, GRAFTED, OWN, Unit, units_of
 from relearn_lens.runs.units import BASE as BASE_UNIT
 from relearn_lens.text.facts import from_concept
 
@@ -283,18 +283,18 @@ class _Seed:
             if resume is None:
                 yield from self._finetune("never")
             first = measured.get(BASE) or self._measure("measuring the model that never had the concept")
-        removed = None if arm.cut is None else placed(cuts.sets[arm.cut], prune.embedding)
+        removed = None if arm.own or arm.where is None else placed(cuts.sets[arm.where], prune.embedding)
         yield Measured(name, self.seed, BASE, first)
         snapshots = {BASE: first}
-        if arm.removal is not None:
+        if arm.own:
             if resume:
                 model.load_weights(base.weights)  # where it was found
-            where = self._where(arm.removal, cuts)
+            where = self._where(arm, cuts)
             removed = where if isinstance(where, Neurons) else None
             if kept:
                 model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
             else:
-                self._remove(arm.removal, name, where)
+                self._remove(arm, where)
                 if not self.experiment.grafts.skip:
                     yield from self._weigh(name, PRUNED)
             what = f"measuring what was removed from ({name})"
@@ -311,8 +311,7 @@ class _Seed:
         yield from self._retrained(arm, snapshots, kept)
         compare = ~placed(cuts.sets["concept"], prune.embedding) if removed is None and cuts.sets else None
         similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
-        by = arm.removal.remove if arm.removal else "" if removed is None else Prune.name
-        path = Trajectory(snapshots, removed, name, self.seed, ready.concept, compare, similarity, by)
+        path = Trajectory(snapshots, removed, name, self.seed, ready.concept, compare, similarity, arm.remove or "")
         return replace(path, examples=self._examples(path)) if name == "concept" and self._is_dear(arm) else path
 
     def _retrained(
@@ -344,7 +343,7 @@ class _Seed:
     def _is_grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
         wanted = "concept" in self.experiment.arms and not self.experiment.grafts.skip
-        if wanted and arm.removal is not None:
+        if wanted and arm.own:
             return last
         if not wanted or arm.name not in COMPARED:
             return False
@@ -353,22 +352,22 @@ class _Seed:
         so_far = Trajectory(dict(snapshots), None, concept=self.ready.concept)
         return last or first_back(so_far) == stage
 
-    def _where(self, how: ArmRemoval, cuts: Cuts) -> Neurons | WeightMask | None:
+    def _where(self, arm: Arm, cuts: Cuts) -> Neurons | WeightMask | None:
         """Where an arm of one's own removes: found in the model as it is."""
-        model, old, pruning = self.ready.model, cuts.sets["concept"], how.remove == Prune.name
-        if how.where is None:
+        model, old, pruning = self.ready.model, cuts.sets["concept"], arm.remove == Prune.name
+        if arm.where is None:
             return placed(old, self.experiment.prune.embedding) if pruning else None
         corpus, concept = self.ready.train.corpus, self.ready.concept
         if isinstance(model, LanguageModel):
-            choice = locate(model, from_concept(corpus, concept), how.where, seed=seed_for("remove", self.seed))
+            choice = locate(model, from_concept(corpus, concept), arm.where, seed=seed_for("remove", self.seed))
         else:
-            choice = locate(model, corpus, how.where, concept=concept, seed=seed_for("remove", self.seed))
+            choice = locate(model, corpus, arm.where, concept=concept, seed=seed_for("remove", self.seed))
         if isinstance(choice, WeightMask):
             return choice
         neurons = choice.top(min(len(old), choice.score.numel()))
         return neurons if pruning else WeightMask.of(model, neurons)
 
-    def _remove(self, how: ArmRemoval, name: str, where: Neurons | WeightMask | None) -> None:
+    def _remove(self, arm: Arm, where: Neurons | WeightMask | None) -> None:
         """Take the concept out of the model as an arm of one's own says."""
         model, corpus, concept = self.ready.model, self.ready.train.corpus, self.ready.concept
         if isinstance(model, LanguageModel):
@@ -379,9 +378,10 @@ class _Seed:
             holds = np.unique(sentence_of[classes.carries[classes.of_word]])
             others = np.setdiff1d(np.arange(corpus.n_sentences), holds)
             texts = {FORGET: corpus.take(holds), RETAIN: corpus.take(others)}
-        given = {"sever": self.experiment.prune.sever} if how.remove == Prune.name else {}
-        removal = recipe(None, how.remove, {**given, **how.set})
-        with progress.task(f"removing ({name})"):
+        assert arm.remove is not None
+        given = {"sever": self.experiment.prune.sever} if arm.remove == Prune.name else {}
+        removal = recipe(None, arm.remove, {**given, **arm.set})
+        with progress.task(f"removing ({arm.name})"):
             for _ in removal(model, texts, where, seed=seed_for("remove", self.seed)):
                 pass
 
@@ -470,11 +470,10 @@ class _Seed:
             return None
         assert prune.sever != "auto"
         controls = {}
-        for name in ("random", "unpruned"):
-            end = self._weights_at(name, stage) if name in done else None
-            if end is not None:
-                start = base.weights if name == "unpruned" else self._cut_weights(base, cuts.sets["random"])
-                controls[name] = (start, end)
+        for name in (name for name in COMPARED if name in done and name != "concept"):
+            if (end := self._weights_at(name, stage)) is not None:
+                where = self.arms[name].where
+                controls[name] = (base.weights if where is None else self._cut_weights(base, cuts.sets[where]), end)
         cut = self._cut_weights(base, cuts.sets["concept"])
         label = done["concept"].label
         mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=prune.sever)

@@ -191,6 +191,8 @@ def carry_out(
     memory = memory_of(subject, removal, lora=lora)
     before = know(model, facts)
     notes = [*facts.notes, *_unknown(facts, before)]
+    if getattr(removal.remover, "fresh", False):
+        notes.append(f"{removal.remover.name} teaches a fresh model; on one that is taught already it is a control")
     begin = time.perf_counter()
     where = located(model, facts, removal, where_fields, seed=seed)
     pause = None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from relearn_lens.runs.arms import arms_of, cut_anything
+from relearn_lens.runs.arms import COMPARED, arms_of, cut_anything
 from relearn_lens.runs.settings import Experiment
 
 BASE, CUTTING, GRAFTED, AGAIN, OWN, BLOCKED = "base", "cutting", "grafted", "again", "own-", "blocked-"
 """Names of units; those of arms are the arms', and the last two begin one for each arm, or held part."""
-COMPARED = ("concept", "random", "unpruned")
-"""The arms whose neurons and weights are compared with each other."""
 
 
 @dataclass(frozen=True)

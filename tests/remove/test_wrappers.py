@@ -1,5 +1,6 @@
 """A sharpness-aware step against one written out; without a radius it is no wrapper; what it leaves."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -326,3 +327,53 @@ def test_averaged_weights_at_the_end(texts, masked):
 def test_an_average_of_nothing_is_refused(texts):
     with pytest.raises(ValueError, match="averaged: no step counts, the first is 100 and the last 3"):
         run(texts, Averaged())
+
+
+# --- weights in 16 bits
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        SAM(rho=0.5), LAT(eps=0.5, ascent=2), TARLight(rho=0.3, adversary=2), Smoothed(sigma=0.05),
+        GradientPenalty(radius=0.3), Curvature(rho=1, mu=0.3, radius=0.3), Averaged(start=1, stride=1),
+    ],
+    ids=lambda step: step.name,
+)  # fmt: skip
+def test_weights_in_16_bits_are_wrapped_too(texts, step):
+    """Near what weights in float32 do, and another way than without the wrapper."""
+    ends: dict[Any, dict[str, torch.Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for each in (step, plain):
+            model = toy.language_model().to(dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                list(GradDiff()(model, texts, step=each, steps=(4,), batch_size=3, lr=1e-2, schedule="constant"))
+            assert {value.dtype for value in model.weights().values() if value.is_floating_point()} == {dtype}
+            ends[dtype, each is plain] = {n: v.float().clone() for n, v in model.weights().items()}
+    base = toy.language_model().weights()
+
+    def gap(one: Any, other: Any) -> float:
+        return sum(float((one[n] - other[n]).square().sum()) for n in base if base[n].is_floating_point()) ** 0.5
+
+    wide, narrow = ends[torch.float32, False], ends[torch.bfloat16, False]
+    assert gap(narrow, ends[torch.bfloat16, True]) > 0
+    assert gap(wide, narrow) < 0.5 * gap(wide, base)
+
+
+def test_a_way_that_16_bits_round_off_is_told(texts):
+    model = toy.language_model().bfloat16()
+    with pytest.warns(
+        RuntimeWarning, match=r"a way of length 0.0001 in weights of bfloat16 became one of .* by rounding"
+    ):
+        list(GradDiff()(model, texts, step=SAM(rho=1e-4), steps=(1,), batch_size=3))
+
+
+def test_an_average_in_16_bits_is_summed_in_float32(texts):
+    how: dict[str, Any] = {"batch_size": 3, "lr": 1e-2, "steps": tuple(range(1, 21)), "schedule": "constant"}
+    model, other = toy.language_model().bfloat16(), toy.language_model().bfloat16()
+    name, seen = "trunk.layers.1.mlp.fc_out.weight", []
+    for _ in GradDiff()(model, texts, **how):
+        seen.append(model.weights()[name].float().clone())
+    list(GradDiff()(other, texts, **how, step=Averaged(start=1, stride=1)))
+    torch.testing.assert_close(other.weights()[name], torch.stack(seen).mean(0).bfloat16(), atol=1e-6, rtol=2**-7)

@@ -686,7 +686,7 @@ def test_rounds_go_on_from_each_other():
     assert (evaluate(ready.model, ready.probe, concept=ready.concept).counts == again.same.counts).all()
     assert len(rounds) == 2
     for found in rounds:
-        assert len(found.found) == size
+        assert len(found.neurons) == size
         assert 0 <= found.share_old <= 1
         assert 0 < found.share_by_chance < 0.2
         steps = list(found.course)

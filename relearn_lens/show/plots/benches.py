@@ -206,9 +206,8 @@ def bench_parts(results: Results, parts: Mapping[str, Sequence[Mapping[str, Any]
     if not figure.data:
         raise NotMeasuredError("nothing came back that parts could be asked for")
     figure.add_hline(y=0, line={"color": INK, "width": 1})
-    return dressed(
-        figure, "Return by part of the model", about, x="part, from input to output", y="share it alone brings back"
-    )
+    # The axis has no title: on a phone its labels are long enough.
+    return dressed(figure, "Return by part of the model, from input to output", about, y="share it alone brings back")
 
 
 def bench_metric(results: Results, by_row: Mapping[str, Mapping[str, Any]], metric: str, about: str) -> go.Figure:
@@ -280,7 +279,7 @@ def bench_layers(results: Results, by_row: Mapping[str, Mapping[str, Any]], metr
         height=120 + high * lines,
     )  # fmt: skip
     figure.update_xaxes(title_text="steps", row=lines)
-    return figure
+    return figure.update_layout(margin={"t": 112})  # the names over the first line of maps
 
 
 def _log_steps(figure: go.Figure, steps: Sequence[int]) -> None:

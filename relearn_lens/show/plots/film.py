@@ -152,7 +152,7 @@ def save_gif(figure: go.Figure, path: str | Path, *, width: int = 900, height: i
 
     Raises:
         ValueError: the figure has no frames.
-        RuntimeError: Pillow, kaleido, or the Chrome or Chromium that it draws with, is missing.
+        ImportError: Pillow, kaleido, or the Chrome or Chromium that it draws with, is missing.
     """
     frames: Any = figure.frames
     if not frames:
@@ -160,7 +160,7 @@ def save_gif(figure: go.Figure, path: str | Path, *, width: int = 900, height: i
     try:
         from PIL import Image
     except ImportError as error:
-        raise RuntimeError('a GIF needs the package Pillow: pip install "relearn-lens[png]"') from error
+        raise ImportError('a GIF needs the package Pillow: pip install "relearn-lens[png]"') from error
     pictures = []
     for frame in frames:
         still: Any = go.Figure(figure)
