@@ -225,7 +225,7 @@ def reproduce_(
     elif name == "all":
         from relearn_lens.show import plots
 
-        print(f"{sum(result.cpu_seconds for result in results) / 60:.1f} minutes of one core in all")
+        print(tables.busy(results))
         print(plots.save_html(plots.reproductions(results), folder / "claims.html"))
 
 

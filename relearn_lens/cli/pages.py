@@ -157,8 +157,7 @@ def print_reproduction(result: Reproduction) -> None:
         print_prose(f"{row.verdict}: {row.claim.says}. {value} ({bar}{beside}{published})", indent=2)
         for note in row.notes:
             print_prose(note, indent=4)
-    took = f"{result.seconds:.0f} s ({result.cpu_seconds:.0f} s of one core)"
-    print_prose(f"{took}, seeds {', '.join(map(str, result.seeds))}, {result.model}; {result.paper.smaller}")
+    print_prose(f"{result.took}, seeds {', '.join(map(str, result.seeds))}, {result.model}; {result.paper.smaller}")
     print()
 
 
