@@ -8,7 +8,7 @@ before = rl.measure(tagger, corpus.probe, place)
 chosen = before.saliency.top(fraction=0.5)
 control = rl.random_neurons(like=chosen, seed=0)
 rl.prune_(tagger, chosen)
-path = rl.track(tagger, corpus.probe, place, rl.retrain_(tagger, corpus.train), before=before, pruned=chosen)
+path = rl.track(tagger, corpus.probe, place, rl.retrain_(tagger, corpus.train), before=before, removed=chosen)
 rl.plots.layer_map(path)
 """
 

@@ -147,4 +147,6 @@ from .show import plots as plots
 from .show.explore import examples as examples, explore as explore
 from .show.plots.cards import neuron_card as neuron_card
 from .show.report import write_report as write_report
+from . import bench as bench
 from .bench import sweeps as sweeps
+from .bench.audit import audit as audit

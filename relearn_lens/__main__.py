@@ -1,29 +1,24 @@
-"""The command line. The only module that prints; a thin user of the library.
+"""The command line: a thin user of the library. What it prints, and how, is `cli`.
 
 Imports stay inside the commands: `--help` must not wait for torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from relearn_lens.cli import pages
+from relearn_lens.cli.following import following, sweeping
+from relearn_lens.cli.printing import print_table, short
+
 if TYPE_CHECKING:
-    from relearn_lens.bench.engines import Done
-    from relearn_lens.bench.sweeps import Swept
-    from relearn_lens.remove.recipes import Recipe
-    from relearn_lens.reproduce.protocol import Reproduction
-    from relearn_lens.runs.events import Event
-    from relearn_lens.runs.removals import Removed, Subject
-    from relearn_lens.runs.results import Run
     from relearn_lens.runs.settings import Experiment
 
 app = typer.Typer(
@@ -70,6 +65,7 @@ def run(
     shared: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where runs keep fine-tuned models for each other.")
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print every note and every phase of the work.")] = False,
 ) -> None:
     """Find the concept's neurons, prune them, retrain, and follow the concept, with controls.
 
@@ -82,10 +78,10 @@ def run(
     from relearn_lens.models import processes
 
     with processes.joined():
-        _run(experiment, folder, fresh, shared)
+        _run(experiment, folder, fresh, shared, verbose)
 
 
-def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None) -> None:
+def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None, verbose: bool) -> None:
     """Run, and print what happened; in one of the processes that share a run."""
     from relearn_lens.models import processes
     from relearn_lens.runs import store
@@ -96,9 +92,9 @@ def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None)
         return
     shown = not fresh and store.is_complete(folder)
     what = f"{experiment.model}, {experiment.corpus}, concept {'+'.join(experiment.labels)}, site {experiment.site}"
-    print(f"{what} > {folder}")
+    print(f"{what}; folder {folder}")
     try:
-        with _following(experiment) as follow:
+        with following(experiment, verbose=verbose) as follow:
             result = store.run(
                 experiment, folder, fresh=fresh, shared=shared, progress=follow.progress, on_event=follow.take
             )
@@ -108,7 +104,18 @@ def _run(experiment: Experiment, folder: Path, fresh: bool, shared: Path | None)
         raise typer.Exit(130) from None
     if shown:
         print("this run was complete already; --fresh runs it again")
-    _print_brief(result, str(page))
+    pages.print_brief(result, str(page))
+
+
+@app.command(hidden=True, name="run-beside")
+def run_beside(
+    folder: Annotated[Path, typer.Argument(help="The folder of the run under way.")],
+    shared: Annotated[Path | None, typer.Argument(help="As of the run.")] = None,
+) -> None:
+    """Compute parts of a run that another process has begun."""
+    from relearn_lens.runs import store
+
+    store.work_beside(folder, shared)
 
 
 @app.command()
@@ -134,10 +141,10 @@ def sweep(
     plan = sweeps.read(file)
     folder = out or sweeps.folder_of(plan)
     if dry:
-        print(f"{len(plan.cells)} cells > {folder}", *(cell.name for cell in plan.cells), sep="\n")
+        print(f"{len(plan.cells)} cells; folder {folder}", *(cell.name for cell in plan.cells), sep="\n")
         return
-    say = _sweeping(len(plan.cells), sys.stderr if json else sys.stdout)
-    say(f"{len(plan.cells)} cells over {', '.join(plan.keys)} > {folder}")
+    say = sweeping(len(plan.cells), sys.stderr if json else sys.stdout)
+    say(f"{len(plan.cells)} cells over {', '.join(plan.keys)}; folder {folder}")
     try:
         swept = sweeps.run(plan, out, on=on, workers=workers, fresh=fresh, tell=say)
     except KeyboardInterrupt:
@@ -146,7 +153,7 @@ def sweep(
     if json:
         print((swept.folder / sweeps.SUMMARY).read_text(encoding="utf-8"), end="")
     else:
-        _print_swept(swept)
+        pages.print_swept(swept)
     raise typer.Exit(bool(swept.failed))
 
 
@@ -155,32 +162,62 @@ def reproduce_(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME | all]", help="A paper; without one they are listed.")
     ] = None,
-    scale: Annotated[Literal["toy", "real"], typer.Option(help="toy: minutes on two cores.")] = "toy",
+    scale: Annotated[
+        Literal["toy", "real"], typer.Option(help="toy: minutes on two cores; real: a pretrained model.")
+    ] = "toy",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="With --scale real: a source, a folder, or a name on the hub.")
+    ] = "smollm2",
     seeds: Annotated[int, typer.Option(min=1, help="How many; a verdict takes three.")] = 3,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder that seeds are kept in.")] = Path(
-        "runs/reproduce"
-    ),
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder of seeds (runs/reproduce); with --table, a file.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds that are measured at a time.")] = 1,
+    table: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Print the table of a folder of seeds; measure nothing.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Put a paper's claims to the test, small, with controls, intervals and a verdict for each.
 
-    The same command continues what was interrupted.
+    The same command continues what was interrupted. With --table, print claim, verdict and command of what a folder
+    has, and with --out as well write all that was measured to that file.
     """
     from relearn_lens import progress
-    from relearn_lens.reproduce import protocol
+    from relearn_lens.reproduce import protocol, tables
 
+    if table is not None:
+        results, missing = protocol.gathered(table, scale=scale)
+        print(tables.table(results, brief=True), end="")
+        if out is not None:
+            out.write_text(tables.record(results, missing), encoding="utf-8")
+        for line in missing:
+            print(f"not here: {line}", file=sys.stderr)
+        return
     if name is None:
         papers = [protocol.paper_of(each) for each in protocol.PAPERS]
         rows = [[p.name, p.title, p.source, ", ".join(p.scales)] for p in papers]
-        _table("papers; relearn-lens reproduce NAME", ["name", "title", "source", "scales"], rows, piped=80)
+        print_table("papers; relearn-lens reproduce NAME", ["name", "title", "source", "scales"], rows, piped=80)
         return
+    folder = out or Path("runs/reproduce")
+    names = protocol.PAPERS if name == "all" else (name,)
+    if name == "all":
+        without = [p for each in names if scale not in (p := protocol.paper_of(each)).scales]
+        for paper in without:
+            print(f"{paper.name} has no scale {scale!r}: {paper.toy_only}", file=sys.stderr)
+        names = tuple(each for each in names if each not in {p.name for p in without})
+    if processes > 1:
+        for line in protocol.spread(
+            names, processes=processes, scale=scale, model=model, seeds=range(seeds), out=folder
+        ):
+            print(line, file=sys.stderr)
     results = []
-    for each in protocol.PAPERS if name == "all" else [name]:
-        with _following() as follow, progress.reported(follow.progress):
-            result = protocol.reproduce(each, scale=scale, seeds=range(seeds), out=out)
+    for each in names:
+        with following() as follow, progress.reported(follow.progress):
+            result = protocol.reproduce(each, scale=scale, model=model, seeds=range(seeds), out=folder)
         results.append(result)
         if not json:
-            _print_reproduction(result)
+            pages.print_reproduction(result)
     if json:
         from json import dumps
 
@@ -188,23 +225,8 @@ def reproduce_(
     elif name == "all":
         from relearn_lens.show import plots
 
-        print(protocol.write_table(results, out / "table.md"))
-        print(plots.save_html(plots.reproductions(results), out / "claims.html"))
-
-
-def _print_reproduction(result: Reproduction) -> None:
-    """A paper's claims, verdict first."""
-    _prose(f"{result.paper.name}: {result.paper.title} ({result.paper.source})")
-    for row in result.rows:
-        beside = "" if row.control is None else f"; control {row.control:.2f}"
-        published = f"; published {row.claim.published}" if row.claim.published else ""
-        value = "not measured" if row.effect is None else f"{row.effect} {row.claim.unit}"
-        bar = f"within {row.claim.bar:g}" if row.claim.rule == "within" else f"bar {row.claim.bar:g}"
-        _prose(f"{row.verdict}: {row.claim.says}. {value} ({bar}{beside}{published})", indent=2)
-        for note in row.notes:
-            _prose(note, indent=4)
-    _prose(f"{result.seconds:.0f} s, seeds {', '.join(map(str, result.seeds))}, {result.scale}; {result.paper.smaller}")
-    print()
+        print(f"{sum(result.cpu_seconds for result in results) / 60:.1f} minutes of one core in all")
+        print(plots.save_html(plots.reproductions(results), folder / "claims.html"))
 
 
 @app.command()
@@ -224,6 +246,7 @@ def bench(
         int | None, typer.Option(help="Jobs at a time, with --on local; by default what fits this machine.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what the folder holds first.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what it would do, and what that takes.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print summary.json instead.")] = False,
 ) -> None:
     """Removers against ways back over one set of facts: what comes back of the half that the attacker never had.
@@ -234,13 +257,16 @@ def bench(
     from relearn_lens.bench.plan import bench_of
 
     asked = bench_of(settings, set_ or [])
+    if dry:
+        print(*benches.planned(asked), sep="\n")
+        return
     folder = out or Path("runs") / Path(settings).stem
     to = sys.stderr if json else sys.stdout
     jobs = sum(1 for _ in asked.every_seed) * -(-(len(asked.rows) + benches.has_twin(asked)) // benches.ROWS_A_JOB)
     sizes = f"{len(asked.rows)} removers, {len(asked.columns)} ways back, {len(asked.every_seed)} seed(s)"
-    print(f"{sizes} > {folder}", file=to)
+    print(f"{sizes}; folder {folder}", file=to)
     try:
-        benched = benches.run(asked, folder, on=on, processes=processes, fresh=fresh, tell=_sweeping(jobs, to))
+        benched = benches.run(asked, folder, on=on, processes=processes, fresh=fresh, tell=sweeping(jobs, to))
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -283,13 +309,13 @@ def audit(
     from relearn_lens.progress import reported
     from relearn_lens.runs import removals
 
-    with _following() as follow, reported(follow.progress if sys.stdout.isatty() else None):
+    with following() as follow, reported(follow.progress if sys.stdout.isatty() else None):
         subject = removals.subject(model, str(facts or forget), retain=retain, seed=seed)
         base, twin = (None if name is None else load_language_model(name) for name in (original, never))
         done = audits.audit(subject.model, subject.facts, original=base, never=twin, system=system, seed=seed)
     page = audits.write(model, done, out) if out else None
     if json:
-        from relearn_lens.runs.files import as_json
+        from relearn_lens.files import as_json
 
         print(as_json({"model": model, **done.to_dict()}).decode(), end="")
     else:
@@ -326,29 +352,37 @@ def show(
         print((run / store.SUMMARY).read_text(encoding="utf-8"), end="")
         return
     if all_ or not (layers or claims):
-        _print_brief(result, str(run / "report.html"))
+        pages.print_brief(result, str(run / "report.html"))
     if all_:
-        _print_answers(result)
-        _print_scores(result)
+        pages.print_answers(result)
+        pages.print_scores(result)
     if all_ or layers:
-        _print_layers(result)
+        pages.print_layers(result)
     if all_:
-        _print_findings(result)
+        pages.print_findings(result)
     if all_ or claims:
-        _print_claims(result)
+        pages.print_claims(result)
     if all_:
-        _print_story(result)
+        pages.print_story(result)
 
 
 @app.command()
 def compare(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="One run folder, or several.")],
+    json: Annotated[bool, typer.Option("--json", help="Of one run: print it as JSON.")] = False,
 ) -> None:
-    """Print a finished run beside the numbers of the paper's release, with differences."""
+    """Print a finished run beside the numbers of the paper's release, with differences; or several runs side by side.
+
+    `relearn-lens report RUN RUN` writes a page of the same.
+    """
     from relearn_lens.runs import published, store
 
-    comparison = published.compare(store.load_run(run))
+    if len(runs) > 1:
+        if json:
+            raise ValueError("--json is of one run, beside the release; of several, read their summary.json")
+        pages.print_compared([store.load_run(run) for run in runs])
+        return
+    comparison = published.compare(store.load_run(runs[0]))
     if json:
         from json import dumps
 
@@ -357,7 +391,7 @@ def compare(
     print(comparison)
     print()
     for title, header, rows in published.comparison_tables(comparison):
-        _table(title, header, rows)
+        print_table(title, header, rows)
 
 
 @app.command(name="report")
@@ -412,7 +446,7 @@ def fetch(
     from relearn_lens import sources
 
     for name in names or sources.SOURCES:
-        with _following() as follow:
+        with following() as follow:
             folder = sources.fetch(name, progress=follow.progress)
         print(f"{name}: {folder}")
 
@@ -431,15 +465,15 @@ def presets(
     groups: dict[str, list[list[str]]] = {}
     for key, default, says in fields():
         name = key.rpartition(".")[0] or "run"  # what the whole run has, such as its model
-        groups.setdefault(name, []).append([key, _short(default), says])
+        groups.setdefault(name, []).append([key, short(default), says])
     if group is not None and group not in groups:
         raise ValueError(f"unknown group of settings {group!r}; known: {', '.join(groups)}")
     if group is None:
-        _table("presets", ["name", "what it is"], [[name, says] for name, (says, _) in PRESETS.items()])
+        print_table("presets", ["name", "what it is"], [[name, says] for name, (says, _) in PRESETS.items()])
     for name in groups if all_ else [group] if group else []:
-        _table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
+        print_table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
     if group is None and not all_:
-        _prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
+        printprint_prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
 
 
 @app.command()
@@ -461,6 +495,9 @@ def remove(
     ] = "people",
     retain: Annotated[str | None, typer.Option(metavar="F", help="What is to stay, FILE.jsonl or hf:NAME.")] = None,
     general: Annotated[str | None, typer.Option(metavar="F", help="Other knowledge, or text, that is to stay.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(metavar="F", help="What is to be forgotten too, and no attack sees; else half is cut.")
+    ] = None,
     where: Annotated[
         str | None, typer.Option(metavar="LOCALISER", help="What may change; see `relearn-lens localisers`.")
     ] = None,
@@ -491,6 +528,7 @@ def remove(
     """
     from dataclasses import replace
 
+    from relearn_lens.files import check_free
     from relearn_lens.find.localisers import localiser_of
     from relearn_lens.progress import reported
     from relearn_lens.runs import removals
@@ -498,7 +536,8 @@ def remove(
     fields, of_where = removals.fields_from(set_ or [])
     removal = removals.recipe_for(model, method, fields, kind=recipe)
     removal = replace(removal, where=where or removal.where)
-    removals.check_free(out)
+    if out is not None:
+        check_free(out)
     if removal.where is None and removal.fraction is not None:
         raise ValueError(
             f"fraction = {removal.fraction} says how many neurons a localiser gives, and {method} is given none; add "
@@ -515,10 +554,13 @@ def remove(
         "facts": facts,
         "retain": retain,
         "general": general,
+        "held_out": held_out,
         "recipe": recipe,
     }
-    with _following() as follow, reported(follow.progress):
-        subject = removals.subject(model, facts, retain=retain, general=general, seed=seed, half=half)
+    with following() as follow, reported(follow.progress):
+        subject = removals.subject(
+            model, facts, retain=retain, general=general, held_out=held_out, seed=seed, half=half
+        )
         memory = removals.memory_of(subject, removal, lora=lora)
         follow.say(f"memory: about {sum(memory.values()):,} MB ({', '.join(f'{k} {v:,}' for k, v in memory.items())})")
         done = removals.carry_out(
@@ -530,7 +572,7 @@ def remove(
             seed=seed,
             says={"asked": says, "where_fields": of_where},
         )  # fmt: skip
-    _print_removed(method, subject, removal, done)
+    pages.print_removed(method, subject, removal, done)
 
 
 @app.command()
@@ -540,6 +582,7 @@ def removers(
     ] = None,
     seeds: Annotated[str, typer.Option(help="With --table: the toys, such as 0,1,2.")] = "0,1,2,3,4",
     only: Annotated[str, typer.Option(metavar="NAME,...", help="With --table: some removers; by default all.")] = "",
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="With --table: write it as Markdown too.")] = None,
 ) -> None:
     """List the ways to remove something by training or pruning, with their fields and where they are from.
 
@@ -549,17 +592,19 @@ def removers(
     from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 
     if table is not None:
-        _removers_table(table, seeds, only)
+        _removers_table(table, seeds, only, page)
         return
+    if page is not None:
+        raise ValueError("--page FILE is the table as a page; give the table's folder as --table DIR")
     print(f"removers ({len(REMOVERS)})\n")
-    _print_methods(REMOVERS)
+    pages.print_methods(REMOVERS)
     print(f"wrappers around a remover's step, as in npo+sam ({len(WRAPPERS)})\n")
-    _print_methods(WRAPPERS)
-    usual = ", ".join(f"{name} {_short(field.default)}" for name, field in Removing.model_fields.items())
-    _prose(f"training (all but prune, any of it by --set): {usual}")
+    pages.print_methods(WRAPPERS)
+    usual = ", ".join(f"{name} {short(field.default)}" for name, field in Removing.model_fields.items())
+    printprint_prose(f"training (all but prune, any of it by --set): {usual}")
 
 
-def _removers_table(folder: Path, seeds: str, only: str) -> None:
+def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> None:
     from relearn_lens.bench import removals
 
     try:
@@ -573,13 +618,18 @@ def _removers_table(folder: Path, seeds: str, only: str) -> None:
         done = "kept" if cell.cached else "done" if cell.seconds is None else f"done in {cell.seconds:.0f} s"
         print(f"{cell.name}, seed {cell.seed}: {done}", flush=True)
     print()
-    _table("accuracy where retain near is 0.95 of base", *removals.table(every), piped=80)
-    _prose(
+    print_table("accuracy where retain near is 0.95 of base", *removals.table(every), piped=80)
+    printprint_prose(
         f"works: seeds in which forget is below {removals.GONE} in both wordings. Intervals over "
         f"{'seeds' if len(numbers) > 1 else 'keys'}. share: of the way to the removed model. Recipes were chosen on "
         "seed 0."
     )
     print(f"folder {folder}")
+    if page is not None:
+        from relearn_lens.files import write_whole
+
+        write_whole(page, removals.page(every).encode())
+        print(f"page {page}")
 
 
 @app.command()
@@ -587,7 +637,7 @@ def localisers() -> None:
     """List the ways to find where something is in a model, with their fields and where they are from."""
     from relearn_lens.find.localisers import LOCALISERS
 
-    _print_methods(LOCALISERS)
+    pages.print_methods(LOCALISERS)
 
 
 @app.command(name="sources")
@@ -606,7 +656,7 @@ def sources_() -> None:
         ]
         for s in sources.SOURCES.values()
     ]
-    _table("sources", ["name", "kind", "archive", "in cache", "licence", "what it is"], rows)
+    print_table("sources", ["name", "kind", "archive", "in cache", "licence", "what it is"], rows)
     print(f"cache: {sources.cache_dir()}")
 
 
@@ -624,7 +674,7 @@ def sites() -> None:
                 has = [sever for weights, sever in forms.items() if getattr(sites[site], weights)]
                 by_forms.setdefault(", ".join(has) or "none", []).append(family)
         rows += [[site, says, has, ", ".join(families)] for has, families in by_forms.items()]
-    _table(
+    print_table(
         "sites", ["name", "what a neuron is", "prune.sever (weights)", "families; all can be ablated by hooks"], rows
     )
 
@@ -634,7 +684,7 @@ def scores() -> None:
     """List the ways to rank neurons."""
     from relearn_lens.find.saliency import SCORES
 
-    _table("scores", ["name", "unit", "what it says"], [[s.name, s.unit, s.says] for s in SCORES.values()])
+    print_table("scores", ["name", "unit", "what it says"], [[s.name, s.unit, s.says] for s in SCORES.values()])
 
 
 @app.command()
@@ -674,10 +724,10 @@ def doctor() -> None:
                 "" if there else f"relearn-lens fetch {name}",
             ]
         )
-    _table("doctor", ["what", "found", "note"], rows, piped=80)
+    print_table("doctor", ["what", "found", "note"], rows, piped=80)
     rows = needs.doctor_rows(has_gpu=torch.cuda.is_available() or torch.backends.mps.is_available())
     has, free = rows[0][2], rows[0][4]  # the same for each
-    _table(
+    print_table(
         f"presets on this machine (free: {has} of memory, {free} of disk)",
         [needs.HEADER[k] for k in (0, 1, 3, 5)], [[row[k] for k in (0, 1, 3, 5)] for row in rows], piped=80,
     )  # fmt: skip
@@ -702,14 +752,19 @@ def main() -> None:
 
 
 def _print_anywhere() -> None:
-    """Where output is not UTF-8 (a pipe on Windows, LANG=C), print what its encoding lacks as JSON would: \\u5730."""
+    """Where output is not UTF-8 (a pipe on Windows, LANG=C), print our own signs in plain ones (-> for an arrow), and
+    else what its encoding lacks as JSON would: \\u5730."""
     import codecs
     from json import dumps
+
+    plain = {"→": "->", "·": "|", "…": "...", "≤": "<=", **dict(zip("▁▂▃▄▅▆▇█", "_.-:=+*#", strict=True))}
 
     def escaped(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
             raise error
-        return dumps(error.object[error.start : error.end])[1:-1], error.end
+        return "".join(
+            plain.get(sign) or dumps(sign)[1:-1] for sign in error.object[error.start : error.end]
+        ), error.end
 
     codecs.register_error("as_json", escaped)
     for stream in (sys.stdout, sys.stderr):
@@ -727,314 +782,6 @@ def _folder(settings: str, experiment: Experiment) -> Path:
     if settings_of(settings) != experiment:
         name += "-" + hashlib.sha256(experiment.model_dump_json().encode()).hexdigest()[:6]
     return Path("runs") / name
-
-
-@contextlib.contextmanager
-def _following(experiment: Experiment | None = None) -> Iterator[_Following]:
-    """For a while, a bar that says what is being done and how long still, below the lines of results."""
-    follow = _Following(experiment)
-    with follow.live:
-        yield follow
-
-
-class _Following:
-    """What is printed while long work is under way: its bar, and of a run each arm as a line that fills up."""
-
-    def __init__(self, experiment: Experiment | None):
-        from rich.console import Console
-        from rich.live import Live
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-        self.experiment = experiment
-        self.console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
-        columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn()
-        self.bar = Progress(*columns, console=self.console)
-        self.live = Live(self.bar, console=self.console, transient=True, refresh_per_second=4)
-        self.task: Any = None
-        self.what = ""
-        self.phases: set[str] = set()
-        self.run: Run | None = None
-        self.arms: dict[str, dict[str, Any]] = {}
-        """Scores by arm and stage, of the seed under way."""
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """How far the work has come."""
-        if what != self.what:
-            if self.task is not None:
-                self.bar.remove_task(self.task)
-            self.what, self.task = what, self.bar.add_task(what, total=total)
-            phase = what.partition(" (")[0]
-            if not self.console.is_terminal and phase not in self.phases:
-                self.phases.add(phase)
-                self.say(f"{phase} ...")
-        self.bar.update(self.task, completed=done, total=total)
-
-    def say(self, text: Any) -> None:
-        """Print something above the bar."""
-        self.console.print(text, markup=False, soft_wrap=not isinstance(text, str))
-
-    def take(self, event: Event) -> None:
-        """Print what an event of a run brings."""
-        from rich.console import Group
-
-        from relearn_lens.runs import events
-        from relearn_lens.runs.results import Run
-        from relearn_lens.show import brief
-
-        experiment = self.experiment
-        assert experiment is not None
-        if isinstance(event, events.Prepared):
-            self.run = Run(experiment, manifest={"other": event.other.name if event.other else None})
-            for part in (event.train, event.validation, event.probe):
-                self.say(repr(part.corpus))
-            for note in event.notes:
-                self.say(f"note: {note}")
-            return
-        assert self.run is not None
-        self.run.take(event)
-        other, stages = self.run.manifest["other"], brief.stages_of(experiment)
-        match event:
-            case events.Base(seed=seed, snapshot=snapshot):
-                scores, self.arms = snapshot.scores, {}
-                by = "steps" if experiment.retrain.steps else "epochs"
-                self.say(f"seed {seed}: {scores.metric} of the base model {_scores(snapshot.shown)}")
-                self.say(brief.head(f"{scores.metric} of {'+'.join(experiment.labels)}", stages, by))
-            case events.Measured(arm=arm, stage=stage, snapshot=snapshot):
-                self.arms.setdefault(arm, {})[stage] = snapshot.scores
-                line = brief.rows_of(self.arms, other, experiment.labels, stages)[arm]
-                self.live.update(Group(line, self.bar))
-            case events.ArmDone(trajectory=path):
-                self.arms[path.arm] = {stage: path[stage].scores for stage in path.stages}
-                self.live.update(self.bar)
-                self.say(brief.rows_of(self.arms, other, experiment.labels, stages)[path.arm])
-            case events.SeedDone(seed=seed) if len(experiment.seeds) > 1 and seed == experiment.seeds[0]:
-                for line in ["", *brief.brief(self.run), ""]:
-                    self.say(line)
-
-
-def _print_methods(kinds: Mapping[str, Any]) -> None:
-    """Methods with what they do: formula, source, and each field with its default and what it is."""
-    for name, kind in kinds.items():
-        _prose(f"{name}: {kind.formula}")
-        _prose(f"source: {kind.source}", indent=4)
-        for field, about in kind.model_fields.items():
-            _prose(f"{field} = {_short(about.get_default(call_default_factory=True))}: {about.description}", indent=4)
-        print()
-
-
-def _print_removed(method: str, subject: Subject, removal: Recipe, done: Removed) -> None:
-    """What was known before and after, in a few lines."""
-    from relearn_lens.show import tables
-
-    chosen = ", ".join(f"{name} {_short(value)}" for name, value in removal.told().items())
-    _prose(f"{method} on {subject.name}, {subject.facts.name}: {chosen or 'no fields'}")
-    steps = f"{done.pause.step} steps, " if done.pause.step else ""
-    _prose(f"moved: {done.where}; {steps}{done.seconds:.0f} s")
-    _table("before > after", *tables.answer_rows(done.before, done.after), piped=80)
-    for note in done.notes:
-        _prose(f"note: {note}")
-    if done.folder is None:
-        return
-    if subject.native:
-        _prose(f"{done.folder}: weights, tokenizer and manifest; a native model has no Hugging Face form")
-    else:
-        _prose(f"{done.folder}: AutoModelForCausalLM.from_pretrained loads it; removal.json says how it was made")
-
-
-def _scores(shown: dict[str, float]) -> str:
-    return ", ".join(f"{label} {value:.2f}" for label, value in shown.items())
-
-
-def _print_brief(result: Run, report: str) -> None:
-    """The run in ten seconds."""
-    from rich.console import Console
-
-    from relearn_lens.show import brief
-
-    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
-    for line in brief.brief(result, report):
-        console.print(line, soft_wrap=True)
-
-
-def _print_answers(result: Run) -> None:
-    """Every question in full: its verdict, what it rests on, and what would decide it."""
-    from relearn_lens.runs.answers import answers
-
-    print()
-    for question in answers(result):
-        decide = f" To decide it: {question.decide}." if question.decide else ""
-        holm = f" p (Holm) {question.p_holm:.2g}." if question.p_holm is not None else ""
-        _prose(f"{question.asks} {question.verdict}. {question.says} Bar {question.bar:g}.{holm}{decide}")
-
-
-def _print_scores(result: Run) -> None:
-    """Every label's score in every arm, and what cutting alone does."""
-    from relearn_lens.show import tables
-
-    print()
-    _table(tables.score_title(result), *tables.score_rows(result), piped=80)
-    if result.damage:
-        _prose(tables.draws_row(result))
-
-
-def _print_layers(result: Run) -> None:
-    """The numbers of every layer."""
-    from relearn_lens.show import tables
-
-    print()
-    _table("by layer: pruned share; mean rank saliency (1 highest)", *tables.layer_rows(result), piped=80)
-
-
-def _print_story(result: Run) -> None:
-    """What happened by the rankings, and what the run took."""
-    from relearn_lens.runs.summary import summary as summary_of
-
-    summary = summary_of(result)
-    overlap = summary["overlap_random_with_concept"]
-    if overlap is not None:
-        _prose(f"The random arm shares {100 * overlap:.0f} % of its neurons with the concept arm.")
-    print()
-    _prose(summary["what_happened"])
-    seconds = summary["seconds"] or {}
-    print(f"\n{sum(seconds.values()):.0f} s, peak memory {summary['peak_rss_mb']} MB; folder {result.folder}")
-
-
-def _sweeping(total: int, to: TextIO) -> Callable[..., None]:
-    """A line for every cell as it starts and ends."""
-    ended = 0
-
-    def say(name: str, now: str = "", done: Done | None = None) -> None:
-        nonlocal ended
-        ended += now in ("complete", "done", "failed")
-        count = f"[{ended}/{total}] " if now else ""
-        took = f" in {done.seconds:.0f} s" if done else ""
-        why = f": {done.error}" if done and done.error else ""
-        print(f"{count}{name}{f': {now}' if now else ''}{took}{why}", file=to, flush=True)
-
-    return say
-
-
-def _print_swept(swept: Swept) -> None:
-    """The table of a sweep, what to know of it, and what failed."""
-    from relearn_lens.bench import sweep_tables, sweeps
-
-    print()
-    if swept.rows:
-        keys = [key for key in swept.summary["swept"] if key not in sweep_tables.SPREAD]
-        unit = " or ".join(sorted({row["unit"] for row in swept.rows}))
-        _table(f"{unit}; every stage is in {sweeps.SUMMARY}", *sweep_tables.printed(swept.rows, keys))
-    for note in swept.summary["notes"]:
-        print(f"note: {note}")
-    if swept.rows:
-        print(sweep_tables.intervals(swept.rows, len(swept.summary["settings"])))
-    if swept.failed:
-        rows = [[name, why, swept.summary["cells"][name]["log"]] for name, why in swept.failed.items()]
-        _table("failed; the same command tries again", ["cell", "error", "log"], rows)
-    print(f"folder {swept.folder}")
-
-
-def _print_findings(result: Run) -> None:
-    """What was measured besides F1 and saliency."""
-    from relearn_lens.runs import findings
-
-    print()
-    for title, (header, rows) in (
-        ("how fast it came back", findings.speed_rows(result)),
-        ("attribution: share by layer", findings.attribution_rows(result)),
-        ("scores at base", findings.agreement_rows(result)),
-        ("activations, base against the last stage", findings.similarity_rows(result)),
-    ):
-        if rows:
-            _table(title, header, rows, piped=80)
-    for name in result.arms:
-        if lines := findings.heirs(result, name):
-            _prose(f"top words at base > at the end, of neurons new in the top tenth ({name} arm, gained most first)")
-            for line in lines:
-                _prose(line, indent=2)
-            print()
-
-
-def _print_claims(result: Run) -> None:
-    """The paper's claims, beside their controls."""
-    from relearn_lens.runs import findings
-
-    claims = findings.claims_of(result)
-    if claims:
-        print()
-        header, rows = findings.claims_rows(claims)
-        shown = [k for k, name in enumerate(header) if name not in ("claim", "concept", "control")]
-        _table(
-            "claims of the paper, against the controls", [header[k] for k in shown],
-            [[row[k] for k in shown] for row in rows], piped=80,
-        )  # fmt: skip
-        for claim in claims:
-            _prose(f"{claim.id}. {claim.says}: {claim.verdict}. {claim.why}")
-        _prose(findings.CORRECTED)
-
-
-def _prose(text: str, indent: int = 0) -> None:
-    """Text wrapped at words: to the terminal's width, or 80 columns where it is piped."""
-    import textwrap
-
-    print(textwrap.fill(text, _width(), initial_indent=" " * indent, subsequent_indent=" " * (indent + 2)))
-
-
-def _width() -> int:
-    import shutil
-
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
-
-
-def _table(title: str, header: list[str], rows: list[list[str]], *, piped: int = 200) -> None:
-    """A table; what is wider than the terminal (or `piped` columns) is printed in pieces, each with the first columns
-    again."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else piped)
-    for i, columns in enumerate(_pieces(header, rows, console.width)):
-        table = Table(title=title if i == 0 else None, title_justify="left", box=None, pad_edge=False)
-        for k in columns:
-            table.add_column(header[k], no_wrap=_widest(header, rows, k) <= _PROSE, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(row[k]) for k in columns))
-        console.print(table)
-        print()
-
-
-_PROSE = 26
-"""Cells that are wider are prose, which may be wrapped."""
-
-
-def _widest(header: list[str], rows: list[list[str]], column: int) -> int:
-    return max(len(cells[column]) for cells in (header, *rows))
-
-
-def _pieces(header: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
-    """The columns of each piece of a table: those before the first one of numbers in each, and as many as fit."""
-
-    def is_number(k: int) -> bool:
-        cells = [row[k] for row in rows if row[k]]
-        return bool(cells) and all(re.match(r"[-+]?[\d.]", cell) for cell in cells)
-
-    every = range(len(header))
-    taken = [min(_widest(header, rows, k), _PROSE) + 2 for k in every]
-    first = next((k for k in every if is_number(k)), len(header))
-    if sum(taken) - 2 <= width or sum(taken[:first]) > width / 2:
-        return [list(every)]
-    pieces, room = [], 0
-    for k in range(first, len(header)):
-        room -= taken[k]
-        if not pieces or room < 0:
-            pieces.append(list(range(first)))
-            room = width + 2 - sum(taken[:first]) - taken[k]
-        pieces[-1].append(k)
-    return pieces
-
-
-def _short(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
 
     A dotted name is also told by its last part: `fraction` is near `prune.fraction`.
     """
-    asked = str(name).lower()
+    wanted = str(name).lower()
     by_form: dict[str, str] = {}
     for each in known:
         for form in (each.lower(), each.lower().rpartition(".")[2]):
             by_form.setdefault(form, each)
-    close = get_close_matches(asked, by_form, n=1, cutoff=0.7)
+    close = get_close_matches(wanted, by_form, n=1, cutoff=0.7)
     return by_form[close[0]] if close else None
 
 

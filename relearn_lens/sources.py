@@ -24,6 +24,8 @@ from typing import Literal
 
 import platformdirs
 
+from relearn_lens import files
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes done and the bytes in all."""
 
@@ -165,8 +167,8 @@ def hash_files(path: Path) -> dict[str, str]:
     For the manifest of a run on a user's own model or corpus. What lies in a hidden folder (such as the hub's
     `.cache`) is no part of it.
     """
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    names = {file: file.relative_to(path) if path.is_dir() else Path(file.name) for file in files if file.is_file()}
+    every = sorted(path.rglob("*")) if path.is_dir() else [path]
+    names = {file: file.relative_to(path) if path.is_dir() else Path(file.name) for file in every if file.is_file()}
     shown = {file: name for file, name in names.items() if not any(part[0] == "." for part in name.parts[:-1])}
     return {name.as_posix(): _sha256(file, lambda *_: None) for file, name in shown.items()}
 
@@ -215,6 +217,7 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
             damaged = _damaged(source, report)  # another process may have repaired it while we waited
             if not damaged:
                 return folder
+            files.remove_unfinished(folder)
             for member in damaged:
                 (folder / member.name).unlink(missing_ok=True)
             archive = _cached_archive(source, archives, report)
@@ -357,7 +360,7 @@ def _reason(output: str) -> str:
 
 def _extract(member: Member, archive: Path, folder: Path, report: Progress) -> None:
     """Put one verified member into `folder`; no file bears its name before it is complete."""
-    part, digest = folder / f"{member.name}.part", hashlib.sha256()
+    digest = hashlib.sha256()
     with zipfile.ZipFile(archive) as packed:
         info = next((item for item in packed.infolist() if item.filename == member.path), None)
         if info is None or info.file_size != member.size:  # zipfile never reads past the stated size
@@ -366,18 +369,13 @@ def _extract(member: Member, archive: Path, folder: Path, report: Progress) -> N
                 f"{member.path} {stated} in {archive}, expected {member.size:,} bytes; it was not extracted. "
                 "Report it: the pin in relearn_lens/sources.py is wrong"
             )
-        try:
-            with packed.open(info) as source, part.open("wb") as sink:
+        with files.whole(folder / member.name) as work:
+            with packed.open(info) as source, work.open("wb") as sink:
                 for chunk in _chunks(source.read, f"extract {member.name}", member.size, report):
                     digest.update(chunk)
                     sink.write(chunk)
-                sink.flush()
-                os.fsync(sink.fileno())
             if (sha256 := digest.hexdigest()) != member.sha256:
                 raise ValueError(
                     f"{member.path} in {archive} has sha256 {sha256}, expected {member.sha256}; "
                     "it was removed. Fetch again; if it repeats, report it"
                 )
-            part.replace(folder / member.name)
-        finally:
-            part.unlink(missing_ok=True)

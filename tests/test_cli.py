@@ -201,6 +201,8 @@ def test_a_run_is_printed_whatever_the_encoding(encoding, folder, tmp_path, monk
     # What the encoding lacks is written as JSON would, so that --json stays JSON.
     shown = "".join(c if c.encode(encoding, "ignore") else json.dumps(c)[1:-1] for c in place.name)
     assert shown in text
+    # Our own signs have plain ones.
+    assert ("place 1.00 → ." if encoding == "utf-8" else "place 1.00 -> .") in text
     assert ("東" in text) == (encoding == "utf-8")
 
 
@@ -216,8 +218,9 @@ def test_an_error_is_printed_whatever_the_encoding(encoding):
 def test_run_prints_what_it_does_the_tables_and_the_story(folder):
     text = re.sub(r"\s+", " ", (folder.parent / "printed").read_text())
     assert "toy, toy, concept place, site mlp_post" in text
-    for said in ("fine-tuning ...", "retraining ...", "measuring the base model ..."):
-        assert said in text
+    assert re.search(r"sentences: train \d+, validation \d+, probe \d+; \d notes are on the page, .*--verbose", text)
+    assert "note: " not in text
+    assert "fine-tuning ..." not in text
     lines = re.findall(r"concept 1\.00 \.\d\d \d?\.\d\d \d?\.\d\d", text)  # base, cut, and two stages
     assert len(lines) == 2  # as it came, and at the end
     for question in ("gone?", "back?", "sooner?", "where?", "same?"):
@@ -246,6 +249,31 @@ def test_compare_prints_the_run_beside_the_release(folder):
     found = json.loads(CliRunner().invoke(app, ["compare", str(folder), "--json"]).stdout)
     assert {"variant", "differs", "source", "rows"} == set(found)
     assert "arXiv 2401.01814" in found["source"]
+
+
+def test_compare_puts_runs_side_by_side(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "again")
+    text = printed("compare", str(folder), str(tmp_path / "again"))
+    assert "no setting differs" in text
+    assert "arm run: F1 of place again: F1 of place" in text
+    assert re.search(r"concept base stage 1\.000 \[.*\] 1\.000 \[", text)
+    assert re.search(r"claims of the paper .*C1 \w+ .*C9b \w+", text)
+
+
+def test_run_says_every_note_and_phase_where_it_is_asked(called, capsys):
+    from relearn_lens.__main__ import _Following
+
+    for verbose, phases in ((True, "fine-tuning ...\n"), (False, "")):
+        follow = _Following(None, verbose)
+        follow.progress("fine-tuning (1)", 0, 2)
+        assert capsys.readouterr().out == phases
+
+
+@pytest.mark.parametrize(("said", "width"), [("60", 60), ("", 80), ("no number", 80)])
+def test_tables_are_as_wide_as_columns_says_where_output_is_piped(monkeypatch, said, width):
+    monkeypatch.setenv("COLUMNS", said)
+    text = CliRunner().invoke(app, ["doctor"]).stdout
+    assert 0.8 * width < max(map(len, text.splitlines())) <= width
 
 
 def test_report_writes_the_page_again(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Calls as a person writes them before having read much: what works, and what the others say."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -218,11 +219,19 @@ def test_objects_show_the_same_in_a_notebook(toy_model, before):
     owes = rl.attribute(toy_model.tagger, toy_model.corpus, "place", site="mlp_post", sentences=8, steps=4)
     best = next(iter(owes.saliency().top(1)))
     layer = owes.site.layers.index(best.layer)
+    alone, without = ({"block 0": {"margin": a}, "block 1": {"margin": b}} for a, b in ((2.0, -1.0), (0.0, 3.0)))
+    grafted = rl.Grafts(
+        tuple(alone), {"margin": -1.0}, {"margin": 3.0}, alone, without, {"random": {"block 0": {"margin": -0.92}}},
+        noise=0.1,
+    )  # fmt: skip
     for shown, parts in (
         (before, ("strict span F1, 0 to 1", "1.000 to 1.000", "place")),
         (before.saliency.top(4), ("layer", "neurons", "L1N")),
         (owes, (str(best), f"{owes.score[layer, best.index]:+.4g}", "logit per word")),
         (rl.settings_of("toy", {"seeds": [7, 9]}), ("seeds", "7, 9", "0, 1, 2", "retrain.lr")),
+        (before.scores, ("strict span F1, 0 to 1", "person", "1.000 to 1.000")),
+        (grafted, ("margin: -1 cut, 3 retrained", "most of its controls", "block 0", "75 %", "2 %")),
+        (replace(grafted, retrained={"margin": -0.95}), ("block 0", "refused", "noise")),
     ):
         html = shown._repr_html_()
         assert all(part in html for part in parts), html

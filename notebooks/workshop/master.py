@@ -611,7 +611,7 @@ rl.prune_(tagger, planted)
 training = rl.retrain_(tagger, text.train, epochs=4, every=1, lr=3e-4, batch_size=16, seed=0)
 with rl.held(tagger, planted):
     path = rl.track(
-        tagger, text.probe, place, training, before=before, pruned=planted, validation=text.validation, site="mlp_post"
+        tagger, text.probe, place, training, before=before, removed=planted, validation=text.validation, site="mlp_post"
     )
 assert not tagger.bridge.blocks[1].mlp.out.weight[:, grouped(planted)[1]].any()
 print(path)
@@ -767,7 +767,7 @@ for arm, pruned in {"concept": half, "random": rl.random_neurons(like=half, seed
     tagger.load_weights(base)
     rl.prune_(tagger, pruned)
     training = rl.retrain_(tagger, text.train, epochs=2, every=2, lr=1e-3, batch_size=16, seed=0)
-    paths[arm] = rl.track(tagger, text.probe, place, training, before=at_base, pruned=pruned, arm=arm, **how)
+    paths[arm] = rl.track(tagger, text.probe, place, training, before=at_base, removed=pruned, arm=arm, **how)
 tagger.load_weights(base)
 
 both = paths["concept"].survivors() & paths["random"].survivors()  # the same neurons in both arms and at both stages

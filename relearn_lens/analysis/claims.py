@@ -360,7 +360,7 @@ def _late_before(run: Evidence) -> Claim:
     id, says, bar = "C4", "Before pruning, salient neurons sit in later layers", 0.05
     measures = "mean depth (0 to 1) of the pruned share of the ranking, minus the same under shuffled labels"
     bases = [arm[BASE] for arm in run.concept]
-    ks = [len(arm.pruned) if arm.pruned else arm.site.n_neurons // 2 for arm in run.concept]
+    ks = [len(arm.removed) if arm.removed else arm.site.n_neurons // 2 for arm in run.concept]
     ours = [evidence.depth_of_top(base.saliency, k) for base, k in zip(bases, ks, strict=True)]
     if not all(base.shuffled for base in bases):
         row = _unmeasured(

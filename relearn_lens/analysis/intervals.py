@@ -64,25 +64,6 @@ class Estimate:
         return f"{self.value:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if self.interval else "")
 
 
-@dataclass(frozen=True)
-class Against:
-    """One value beside the values of a null, such as random arms."""
-
-    value: float
-    null: Estimate
-    """Mean of the null values, with the interval that one more of them would fall into (`level`)."""
-    p: float
-    """Two-sided share of null values at least as far from the common mean; never below 1 / (1 + n)."""
-
-    @property
-    def outside(self) -> bool:
-        """Whether the value is where one more null value would not be expected."""
-        return self.null.excludes(self.value)
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} against {self.null} ({self.null.over}; p = {self.p:.3g})"
-
-
 def estimate(
     of: Callable[..., Any],
     label: Label,
@@ -322,29 +303,6 @@ def same_end(
     """Whether both sides are at the same end of a scale, where a difference could not be seen if there was one."""
     each = np.concatenate([np.ravel(ours), np.ravel(theirs)]).astype(float)
     return bool(len(each) and ((each <= low + within).all() or (each >= high - within).all()))
-
-
-def against_null(value: float | int, null_values: Numbers, *, level: float = 0.95) -> Against:
-    """Where one value lies among the values of a null: p-value, and the interval of one more null value.
-
-    p = (1 + null values at least as extreme) / (1 + n); extreme is far from the mean of all n + 1 values, so that
-    under the null the value is as likely as any other to be the most extreme. The interval is Student's t with
-    sqrt(1 + 1/n); there is none for one null value.
-
-    Raises:
-        ValueError: no null value, or one that is not a number.
-    """
-    null = np.asarray(null_values, dtype=float)
-    n = len(null)
-    if not n or not np.isfinite(null).all() or not math.isfinite(value):
-        raise ValueError(f"a null needs at least one number, and all finite, got {value} against {null.tolist()}")
-    far = np.abs(np.append(null, value) - np.append(null, value).mean())
-    # Equal values can differ in the last bit of their distance.
-    extreme = int((far[:-1] >= far[-1] * (1 - 1e-12) - 1e-300).sum())
-    mean = float(null.mean())
-    half = float(st.t.ppf((1 + level) / 2, n - 1) * null.std(ddof=1) * math.sqrt(1 + 1 / n)) if n > 1 else math.nan
-    expected = Estimate(mean, mean - half, mean + half, f"{n} null values", n=n)
-    return Against(float(value), expected, (1 + extreme) / (1 + n))
 
 
 def holm(p_values: Numbers) -> list[float]:

@@ -2,5 +2,5 @@
 
 import lazy_loader as lazy
 
-# Modules that are public names.
-__getattr__, __dir__, __all__ = lazy.attach(__name__, ["sweeps"])
+# Modules and functions that are public names.
+__getattr__, __dir__, __all__ = lazy.attach(__name__, ["sweeps"], {"benches": ["run"], "plan": ["Bench", "bench_of"]})

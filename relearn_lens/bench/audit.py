@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from relearn_lens import progress
 from relearn_lens.analysis.audit import Evidence, Verdict, decide
 from relearn_lens.analysis.matrix import Course, share
 from relearn_lens.measure.answers import AnswerAccuracy, answer, choose
-from relearn_lens.measure.asking import ask
+from relearn_lens.measure.asking import Asked, ask
 from relearn_lens.measure.evaluation import OVERALL
+from relearn_lens.measure.extraction import ExtractionStrength
 from relearn_lens.measure.grafting import grafts
 from relearn_lens.measure.inside import STATES, KnownInside
 from relearn_lens.measure.states import states_of
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.neurons.weights import parts
 from relearn_lens.relearn.attacks import ATTACKS
+from relearn_lens.runs.removals import weights_sha256
 from relearn_lens.text.facts import FORGET, RETAIN, TRAINED, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
 
@@ -41,6 +44,9 @@ STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATES = (1e-4, 3e-4)
 BOUND = 0.10
 """Share of what stays that relearning may cost."""
+FORMS = ("options", "yes-no")
+"""In which the same is asked, by the likelihood of the choices; a model that was never taught them may answer by
+chance."""
 KEYS = 48
 """Of each role that are asked, at most."""
 
@@ -85,8 +91,12 @@ def audit(
     rates: Sequence[float] = RATES,
     steps: Sequence[int] = STEPS,
     seed: int = 0,
+    kept: dict[Any, Any] | None = None,
 ) -> Audit:
     """Ask, read and bring back, and what may be said of it.
+
+    What is measured of the original and of the twin alone goes into `kept`, by their weights: audits of several models
+    that are given one dictionary measure it once.
 
     Raises:
         ValueError: a system prompt for a tokenizer without a chat template; an original that does not know the facts,
@@ -100,6 +110,7 @@ def audit(
     def accuracy(of: LanguageModel, passages: Sequence[Passage]) -> AnswerAccuracy:
         return answer(of, passages, closed=closed).accuracy
 
+    beside = _Beside(facts.sha256(), seed, kept)
     numbers: dict[str, Interval] = {}
 
     def note(name: str, scores: AnswerAccuracy) -> float:
@@ -107,7 +118,11 @@ def audit(
         return numbers[name][0]
 
     with progress.task("asking"):
-        knew = None if original is None else note("original", accuracy(original, statements))
+        knew = (
+            None
+            if original is None
+            else note("original", beside(original, "answers", lambda: accuracy(original, statements)))
+        )
         plain = accuracy(model, statements)
         chance = plain.chance(OVERALL)
         if knew is not None and knew <= chance + 0.1:
@@ -120,21 +135,34 @@ def audit(
         found["without_prompt"] = None if framed is None else note("without the prompt", plain)
         found["retained"] = note("retained", accuracy(model, retained))
         if never is not None:
-            found["twin_answers"] = note("twin", accuracy(never, statements))
+            found["twin_answers"] = note("twin", beside(never, "answers", lambda: accuracy(never, statements)))
+        if any(" " in p.answer.strip() for p in statements):  # of one word it is whether that is answered
+            strength = ExtractionStrength()
+            asked = Asked(facts, statements, ("forgotten",) * len(statements))
+            for who, of in (("", model), (" of the original", original), (" of the twin", never)):
+                if of is not None:
+                    score = beside(of, "extraction", partial(strength, of, asked)) if who else strength(of, asked)
+                    numbers[f"extraction{who}"] = (score.shown(OVERALL), *score.interval(OVERALL))
         if reworded := drawn(facts, FORGET, "paraphrase", seed):
             found["reworded"] = note("reworded", accuracy(model, reworded))
         if choices := [p for p in statements if p.choices]:
             picked = choose(model, choices)
             found["options"], found["options_chance"] = note("of the choices", picked), picked.chance(OVERALL)
-    inside, items = _inside(model, facts, found, numbers, original, never, seed)
+        for form in FORMS:
+            if passages := [p for p in drawn(facts, FORGET, form, seed) if p.choices]:
+                note(form, choose(model, passages))
+    inside, items = _inside(model, facts, found, numbers, {"original": original, "twin": never}, beside, seed)
     found["alike"] = alike(model, statements, retained)
-    found |= _weights(model, original)
+    found |= of_weights(model, original)
     with progress.task("bringing back"):
         curve, rate, weights = _relearned(model, facts, held_out, retained, rates, steps, seed)
         found["back"] = curve["interval"][0] - curve["all"][0]
         numbers["relearned"] = curve["interval"]
         if never is not None:
-            twin, *_ = _relearned(never, facts, held_out, retained, (rate,), steps, seed)
+            twin = beside(
+                never, ("relearned", rate, tuple(steps)),
+                lambda: _relearned(never, facts, held_out, retained, (rate,), steps, seed)[0],
+            )  # fmt: skip
             n = max(i for i, step in enumerate(twin["all_steps"]) if step <= curve["at"])
             found["twin_back"] = twin["all"][n] - twin["all"][0]
             curve["twin"] = twin["all"]
@@ -156,6 +184,21 @@ def audit(
         evidence, decide(evidence), numbers, {"steps": shown.pop("all_steps"), "model": shown.pop("all"), **shown},
         rate, curve["at"], where, inside, items, facts.name, (*facts.notes, *skipped),
     )  # fmt: skip
+
+
+class _Beside:
+    """What is measured of models beside the audited one, once where it is kept."""
+
+    def __init__(self, facts: str, seed: int, kept: dict[Any, Any] | None):
+        self.facts, self.seed, self.kept = facts, seed, kept
+
+    def __call__(self, model: LanguageModel, what: Any, measure: Callable[[], Any]) -> Any:
+        if self.kept is None:
+            return measure()
+        key = what, weights_sha256(model), self.facts, self.seed
+        if key not in self.kept:
+            self.kept[key] = measure()
+        return self.kept[key]
 
 
 def framing(model: LanguageModel, system: str | None) -> Callable[[Sequence[Passage]], tuple[Passage, ...]] | None:
@@ -204,16 +247,17 @@ def drawn(facts: Facts, roles: Sequence[str], form: str, seed: int) -> tuple[Pas
 
 def _inside(
     model: LanguageModel, facts: Facts, found: dict[str, Any], numbers: dict[str, Interval],
-    original: LanguageModel | None, never: LanguageModel | None, seed: int,
+    others: Mapping[str, LanguageModel | None], beside: _Beside, seed: int,
 ) -> tuple[dict[str, float], list[dict[str, str]]]:  # fmt: skip
     """What probes read of the model, of the original and of the twin; the share of each state, and each item's."""
     asked = ask(facts, roles=FORGET, keys=KEYS, wordings=1, seed=seed)
     try:
         with progress.task("reading inside"):
             known = KnownInside(seed=seed)(model, asked)
-            for name, other in (("original", original), ("twin", never)):
+            for name, other in others.items():
                 if other is not None:
-                    found[f"{name}_inside"] = KnownInside(seed=seed)(other, asked).value(OVERALL)
+                    read = partial(KnownInside(seed=seed), other, asked)
+                    found[f"{name}_inside"] = beside(other, "inside", read).value(OVERALL)
     except ValueError:  # no closed sets
         return {}, []
     found["inside"], found["inside_chance"] = known.value(OVERALL), known.chance(OVERALL)
@@ -249,7 +293,7 @@ def alike(model: LanguageModel, forgotten: Sequence[Passage], retained: Sequence
     return max(here[name] - there[name] for name in here)
 
 
-def _weights(model: LanguageModel, original: LanguageModel | None) -> dict[str, float]:
+def of_weights(model: LanguageModel, original: LanguageModel | None) -> dict[str, float]:
     """What the weights say by themselves, and beside the original's."""
     mine = {name: value.float() for name, value in model.weights().items() if value.is_floating_point()}
     blocks = {name: value for name, value in mine.items() if value.ndim == 2 and any(c.isdigit() for c in name)}
@@ -333,16 +377,25 @@ def _where(
 
 # --- what is printed
 
+BLOCKS = 12
+"""That a line has room for."""
+
 
 def lines(name: str, done: Audit) -> list[str]:
     """What is printed: the verdict first; at most 25 lines of 80 columns."""
     e, n = done.evidence, done.numbers
-    out = [f"{name}: {done.verdict.kind}"[:80], f"  {done.verdict.why}"[:80]]
+    out = [f"{name}: {done.verdict.kind}"[:80], *_wrapped(f"  {done.verdict.why}")]
+    out.append(f"most of it that anything reaches: {e.reached:.2f}")
     asked = [f"{_short(n['answers'])} as taught"]
     asked += [f"{_short(n[key])} {key}" for key in ("without the prompt", "reworded") if key in n]
     out += _wrapped(f"answers {'; '.join(asked)}; chance {e.chance:.2f}; what stays {e.retained:.2f}")
+    if "extraction" in n:
+        others = [f"{key.split()[-1]} {value[0]:.2f}" for key, value in n.items() if key.startswith("extraction of")]
+        also = f" ({', '.join(others)})" if others else ""
+        out.append(f"of answers it completes a share of {_short(n['extraction'])}{also}")
     if e.options is not None:
-        out.append(f"of the choices {_short(n['of the choices'])}, chance {e.options_chance:.2f}")
+        forms = "".join(f"; {form} {_short(n[form])}" for form in FORMS if form in n)
+        out += _wrapped(f"of the choices {_short(n['of the choices'])}, chance {e.options_chance:.2f}{forms}")
     beside = [
         f"{who} {value:.2f}"
         for who, value in (("original", e.original_answers), ("twin", e.twin_answers))
@@ -357,12 +410,16 @@ def lines(name: str, done: Audit) -> list[str]:
             if value is not None
         ]
         out += _wrapped(f"inside: probes read {_short(n['inside'])} ({', '.join(others)})")
-        out += _wrapped(f"by block: {', '.join(f'{k} {v:.2f}' for k, v in list(e.by_layer.items())[:24])}")
+        every = -(-len(e.by_layer) // BLOCKS)
+        shown = list(e.by_layer.items())[::-1][::every][::-1]  # the last one always
+        out += _wrapped(f"by block: {', '.join(f'{k} {v:.2f}' for k, v in shown)}")
     gains = "" if e.twin_back is None else f"; the twin gains {e.twin_back:+.2f}"
     out += _wrapped(
         f"half relearned (best at step {done.best} of {done.curve['steps'][-1]}, lr {done.rate:g}): of the other half "
         f"{_short(n['relearned'])}, {e.back:+.2f}{gains}"
     )
+    course = list(zip(done.curve["steps"], done.curve["model"], strict=True))
+    out += _wrapped("after steps: " + ", ".join(f"{step} {share:.2f}" for step, share in course[::2]))
     weak = [
         f"{what} {value:.2f}"
         for what, value in (
@@ -379,7 +436,6 @@ def lines(name: str, done: Audit) -> list[str]:
         out += _wrapped("items: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in done.states.items()))
     for missing in done.verdict.missing:
         out += _wrapped(f"not given: {missing}")
-    out += _wrapped(f"most of it that anything reaches: {e.reached:.2f}")
     return out[:25]
 
 
@@ -395,7 +451,7 @@ def _wrapped(text: str) -> list[str]:
 
 def write(name: str, done: Audit, folder: Path) -> Path:
     """Write audit.json and the page; gives the page's path."""
-    from relearn_lens.runs.files import as_json, write_whole
+    from relearn_lens.files import as_json, write_whole
     from relearn_lens.show import plots, report
 
     draw = report.Drawing()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from relearn_lens.analysis import matrix
@@ -136,6 +137,40 @@ def _plain(estimate: Estimate | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def chosen(benched: Benched, of: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What was looked into by attack and rate, then by row: of each row at the rate that was chosen for it."""
+    results, first = benched.results, next(iter(benched.bench.columns))
+    if results is None:
+        return {}
+    out: dict[str, Any] = {}
+    for row in [*results.rows, *([NEVER] if results.twin else [])]:
+        rate = matrix.rate_of(results, row, first)
+        # Of a model that no checkpoint left usable, the first rate.
+        for where, by in of.items():
+            if row in by and (rate is None or where.rpartition(" ")[2] == rate):
+                out.setdefault(row, by[row])
+    return out
+
+
+def tracked(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Metrics along one attack: by name its unit, steps, values with intervals, and values by layer or part."""
+    out: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if "why" in row:
+            out.setdefault(row["metric"], {})["why"] = row["why"]
+            continue
+        mine = out.setdefault(
+            row["metric"], {"unit": row["unit"], "steps": [], "whole": [], "chance": [], "layers": {}}
+        )
+        if row["layer"] is None:
+            mine["steps"].append(row["step"])
+            mine["whole"].append([row["value"], row["low"], row["high"]])
+            mine["chance"].append(row["chance"])
+        else:
+            mine["layers"].setdefault(row["layer"], []).append(row["value"])
+    return {name: each for name, each in out.items() if each.get("steps") or "why" in each}
+
+
 def summary(benched: Benched) -> dict[str, Any]:
     """All numbers, as summary.json holds them."""
     bench, results = benched.bench, benched.results
@@ -182,6 +217,7 @@ def summary(benched: Benched) -> dict[str, Any]:
             for p in matrix.pairs(results)
         ],
         "parts": {where: {row: list(each) for row, each in by.items()} for where, by in benched.parts.items()},
+        "metrics": {row: tracked(each) for row, each in chosen(benched, benched.metrics).items()},
     }  # fmt: skip
 
 
@@ -201,13 +237,14 @@ def render(benched: Benched) -> str:
     pictures = {"matrix": draw(plots.bench_matrix, results)}
     pictures |= {f"curves-{column}": draw(plots.bench_curves, results, column) for column in results.columns}
     pictures["ranks"] = draw(plots.bench_ranks, results)
-    for where, by in benched.parts.items():
-        rate = where.rpartition(" ")[2]
-        chosen = {
-            row: each for row, each in by.items() if matrix.rate_of(results, row, next(iter(bench.columns))) == rate
-        }
-        about = f"{where}, seed {bench.seeds[0]}: removers for which this rate was chosen; intervals over keys"
-        pictures[f"parts-{where}"] = draw(plots.bench_parts, results, chosen, about) if chosen else None
+    about = f"{next(iter(bench.columns))} at the rate chosen for each remover, seed {bench.seeds[0]}"
+    parts = chosen(benched, benched.parts)
+    pictures["parts"] = draw(plots.bench_parts, results, parts, f"{about}; intervals over keys")
+    metrics = {row: tracked(each) for row, each in chosen(benched, benched.metrics).items()}
+    for name in dict.fromkeys(name for each in metrics.values() for name in each):
+        by_row = {row: each[name] for row, each in metrics.items() if "whole" in each.get(name, {})}
+        pictures[f"metric-{name}"] = draw(plots.bench_metric, results, by_row, name, f"{about}; intervals over keys")
+        pictures[f"layers-{name}"] = draw(plots.bench_layers, results, by_row, name, about)
     pictures["components"] = draw(plots.bench_components, results)
     told = matrix.pairs(results)
     return report.page(

@@ -18,11 +18,11 @@ The folder of a bench:
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -30,7 +30,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from relearn_lens.analysis.matrix import NEVER, Results
 from relearn_lens.bench import engines
 from relearn_lens.bench.plan import Bench
-from relearn_lens.bench.sweeps import ENGINES, locked, performed
+from relearn_lens.bench.sweeps import ENGINES, performed
+from relearn_lens.files import alone, as_json, check_folder, digest_of, read_json, write_whole
+from relearn_lens.runs import needs
 
 if TYPE_CHECKING:
     from relearn_lens.runs.stages import Stages
@@ -57,6 +59,8 @@ class Benched:
     """None where no row is complete in every seed."""
     parts: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
     """By attack and rate, then by row: what each part of the model brings back."""
+    metrics: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+    """By attack and rate, then by row: what metrics read at every checkpoint, whole and by layer."""
     failed: Mapping[str, str]
     """Job or cell to its error, in one line."""
     seconds: float
@@ -65,6 +69,49 @@ class Benched:
 def has_twin(bench: Bench) -> bool:
     """Whether there is a model that never knew: of the taught one, or where a pretrained one is taught here."""
     return bench.model == "taught" or bench.teach is not None
+
+
+def planned(bench: Bench) -> list[str]:
+    """What a bench will do, and what that takes at most: jobs, memory of each, disk of all; no model is loaded.
+
+    Raises:
+        ValueError: as `run`, before anything is computed.
+    """
+    from relearn_lens.bench.cells import check
+    from relearn_lens.runs import removals
+
+    check(bench)
+    rows, seeds = _rows(bench), bench.every_seed
+    jobs = len(seeds) * -(-len(rows) // ROWS_A_JOB)
+    courses = sum(max(1, len(column.rates)) for column in bench.columns.values())
+    cells = len(rows) * len(seeds)
+    out = [
+        f"model: {bench.model}", f"facts: {bench.facts}",
+        f"seeds: {_joined(bench.seeds)}; rates are chosen on {bench.chooses}",
+        f"removers: {_joined(bench.rows)}{'; and the twin that never knew' if has_twin(bench) else ''}",
+        f"ways back: {_joined(f'{name} ({_joined(c.rates)})'.replace(' ()', '') for name, c in bench.columns.items())}",
+        f"metrics along the first of them: {_joined(bench.metrics) or 'none'}",
+        f"{jobs} jobs, {cells} cells, {cells * courses} attacks",
+    ]  # fmt: skip
+    if bench.teach is not None:
+        taught = f"{bench.teach.epochs:g} epochs at lr {bench.teach.lr:g}"
+        out.insert(2, f"taught: {taught}; and a twin, all but what is forgotten")
+    # Of the taught model nothing but its Python counts.
+    shape = needs.Shape(4, 128, 4, 880_000, 400) if bench.model == removals.TAUGHT else needs.shape_of(bench.model)
+    if shape is None:
+        return [*out, "memory and disk: not known before the model is here"]
+    longest = 32 if bench.facts in removals.MADE else 128
+    # The base, the twin, what the remover left and what an attack starts from; and the models that metrics compare.
+    copies = 4 + 2 * bool({"depth", "returned", "moved", "rank"} & set(bench.metrics))
+    memory = sum(needs.removal_mb(shape, moving=shape.parameters, batch=32, longest=longest).values())
+    memory += math.ceil(copies * shape.bytes / 2**20)
+    kept = len(bench.rows) + 2 * (bench.teach is not None)
+    disk = math.ceil(len(seeds) * kept * shape.bytes / 2**20)
+    return [*out, f"memory: about {memory:,} MB for each job at a time; disk: about {disk:,} MB"]
+
+
+def _joined(names: Iterable[Any]) -> str:
+    return ", ".join(f"{name:g}" if isinstance(name, float) else str(name) for name in names)
 
 
 def run(
@@ -87,7 +134,6 @@ def run(
         BlockingIOError: another process runs into the folder.
     """
     from relearn_lens.bench.cells import check
-    from relearn_lens.runs.files import as_json, write_whole
 
     if on not in ENGINES:
         raise ValueError(f"on = {on!r}: no such engine; known: {', '.join(ENGINES)}")
@@ -97,8 +143,8 @@ def run(
     if on == "ray":
         engines.need_ray()
     folder, begin = Path(out).absolute(), time.monotonic()
-    _check_folder(folder)
-    with locked(folder):
+    check_folder(folder, ASKED, "bench")
+    with alone(folder):
         if fresh:
             for name in (TASKS, LOGS, STAGES, CELLS):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -135,7 +181,6 @@ def perform(task: Path, folder: Path, *, say: Callable[[str], object] = print) -
     import torch
 
     from relearn_lens.bench.cells import Work
-    from relearn_lens.runs.files import as_json, read_json, write_whole
     from relearn_lens.runs.stages import Stages
 
     given = read_json(task)
@@ -163,7 +208,7 @@ def _key(bench: Bench, row: str, seed: int) -> str:
     values = bench.model_dump(mode="json", exclude={"rows", "seeds", "draws"})
     values["first"] = bench.seeds[0]  # where parts are moved
     values["row"] = bench.rows[row].model_dump(mode="json") if row in bench.rows else None
-    return hashlib.sha256(json.dumps([values, seed], sort_keys=True).encode()).hexdigest()[:32]
+    return digest_of([values, seed])[:32]
 
 
 def _index(folder: Path, bench: Bench, row: str, seed: int) -> dict[str, Any] | None:
@@ -179,11 +224,10 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
     """What is complete, as numbers, with summary and page written."""
     from relearn_lens.bench import bench_page
     from relearn_lens.bench.cells import read_cell
-    from relearn_lens.runs.files import as_json, write_whole
     from relearn_lens.runs.stages import Stages
 
     stages: Stages = Stages(folder / STAGES)
-    wrong, cells, parts = dict(failed), {}, {}
+    wrong, cells, parts, metrics = dict(failed), {}, {}, {}
     for row in _rows(bench):
         for seed in bench.every_seed:
             index = _index(folder, bench, row, seed)
@@ -191,9 +235,11 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
                 if not any(f"seed {seed}:" in name and row in name for name in failed):
                     wrong[f"{row}@{seed}"] = "not there"
                 continue
-            cells[row, seed], grafts = read_cell(index, stages)
-            for where, each in grafts.items():
-                parts.setdefault(where, {})[row] = each
+            read = read_cell(index, stages)
+            cells[row, seed] = read.cell
+            for by_rate, own in ((parts, read.parts), (metrics, read.metrics)):
+                for where, each in own.items():
+                    by_rate.setdefault(where, {})[row] = each
     whole = tuple(row for row in bench.rows if all((row, seed) in cells for seed in bench.every_seed))
     results = None
     if whole:
@@ -202,15 +248,8 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
             {at: cell for at, cell in cells.items() if twin or at[0] != NEVER}, whole, tuple(bench.columns),
             bench.seeds, bench.chooses, bench.bound, bench.draws, twin=twin,
         )  # fmt: skip
-    benched = Benched(folder, bench, results, parts, wrong, seconds)
+    benched = Benched(folder, bench, results, parts, metrics, wrong, seconds)
     write_whole(folder / SUMMARY, as_json(bench_page.summary(benched)))
     if results is not None:
         write_whole(folder / PAGE, bench_page.render(benched).encode())
     return benched
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise FileExistsError(f"{str(folder)!r} is a file; choose a folder with --out")
-    if folder.is_dir() and not (folder / ASKED).is_file() and any(p.name != ".lock" for p in folder.iterdir()):
-        raise FileExistsError(f"{str(folder)!r} holds files that are no bench; choose another folder with --out")

@@ -3,7 +3,7 @@
 base, never       a pretrained model taught the facts, and its twin (the small taught model is kept in the cache)
 removed           the remover's weights, and what they leave
 calibrated        how far towards them the base's retained ability is kept
-attacked          one attack at one learning rate: what is answered at every checkpoint
+attacked          one attack at one learning rate: what is answered at every checkpoint, and what metrics read there
 grafted           which part of the model brought it back
 """
 
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ from relearn_lens.analysis.matrix import NEVER, Cell, Course, share
 from relearn_lens.bench.plan import Bench, Column, Row
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.measure.answers import AnswerAccuracy, answer
+from relearn_lens.measure.asking import Asked, Reference
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.grafting import grafts
+from relearn_lens.measure.metrics import measured, metric_of
 from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel, computing
 from relearn_lens.models.training import train_
@@ -44,6 +46,7 @@ from relearn_lens.text.facts.encoded import encode_facts
 
 HELD_OUT = "forget_held_out"
 Weights = Mapping[str, Tensor]
+Rows = list[dict[str, Any]]
 
 
 def check(bench: Bench) -> None:
@@ -62,6 +65,18 @@ def check(bench: Bench) -> None:
                 make(bench, each)  # pyright: ignore[reportArgumentType]
             except ValueError as error:
                 wrong.append(f"{kind}.{name}: {error}")
+    try:
+        metrics = [metric_of(name) for name in bench.metrics]
+    except ValueError as error:
+        wrong.append(f"metrics: {error}")
+    else:
+        twin = bench.model == removals.TAUGHT or bench.teach is not None
+        wrong += [
+            f"metrics: {metric.name} compares with a twin that never knew, and model {bench.model!r} has none: give "
+            "teach, or leave it out"
+            for metric in metrics
+            if NEVER in metric.needs and not twin
+        ]
     if bench.model == removals.TAUGHT and bench.teach is not None:
         wrong.append("teach: the model 'taught' is taught these facts anyway; leave it out, or name a pretrained model")
     if wrong:
@@ -315,8 +330,10 @@ class Work:
         bench = self.bench
         how = {"attack": attack.name, **attack.model_dump(mode="json"), "held": held is not None}
         first = next((name for name, each in bench.columns.items() if each.rates), None)
-        grafted = bench.grafts and column == first and self.seed == bench.seeds[0] and row != NEVER
-        grafted = grafted and self.seed != bench.chooses and getattr(attack, "lora", None) is None
+        looked_into = column == first and self.seed == bench.seeds[0] and self.seed != bench.chooses
+        looked_into = looked_into and getattr(attack, "lora", None) is None  # whose adapters are no part of the model
+        grafted = bench.grafts and looked_into and row != NEVER
+        metrics = list(bench.metrics) if looked_into else []
         if held is not None and "freeze" in type(attack).model_fields:
             attack = attack.model_copy(update={"freeze": held})
 
@@ -325,6 +342,7 @@ class Work:
                 steps, held_out, retained = [0], [self._sums(self._held_out)], [self._sums(self._retained)]
                 best: tuple[float, Weights] | None = None
                 diverged = False
+                read: Rows = self._read(metrics, start, 0)
                 iterator = attack(self.model, self.facts, seed=self.seed)
                 try:
                     for pause in iterator:
@@ -332,6 +350,7 @@ class Work:
                         steps.append(max(pause.step, 1))
                         held_out.append(now[0])
                         retained.append(now[1])
+                        read += self._read(metrics, start, steps[-1])
                         if grafted and (best is None or share(now[0].sum(0)) > best[0]):
                             usable = Course(tuple(steps), np.stack(held_out), np.stack(retained)).usable(bench.bound)
                             if len(steps) - 1 in usable:
@@ -340,13 +359,15 @@ class Work:
                     diverged = True
                 finally:
                     getattr(iterator, "close", lambda: None)()
-                numbers: dict[str, Any] = {"steps": steps, "diverged": diverged}
+                numbers: dict[str, Any] = {"steps": steps, "diverged": diverged, "metrics": read}
                 if best is not None:
                     numbers["grafts"] = self._grafts(start, best[1])
             tensors = {"held_out": np.stack(held_out), "retained": np.stack(retained)}
             return numbers, {name: torch.from_numpy(value) for name, value in tensors.items()}
 
         fields = {**common, "from": origin, "how": how, "grafted": [bench.bound, bench.bands] if grafted else None}
+        if metrics:
+            fields |= {"metrics": metrics, "base": self._base_sha}
         with progress.task(f"attacking ({row}, {column} {rate})"):
             return self._made("attacked", fields, run)
 
@@ -360,11 +381,74 @@ class Work:
         finally:
             self.model.load_weights(start)
 
+    def _read(self, metrics: Sequence[str], start: Weights, step: int) -> Rows:
+        """Metrics of the held-out half: of the whole model (`layer` is None), and by layer or part of it; `why` says
+        why these facts do not have one."""
+        if not metrics:
+            return []
+        made = [metric_of(name) for name in metrics]
+        reference = None
+        if any(metric.needs for metric in made):
+            twin = self._never_model if any(NEVER in metric.needs for metric in made) else None
+            reference = Reference(self._base_model, twin, start, self._reference_kept)
+        once = tuple({(p.key, p.relation): p for p in self._held_out}.values())
+        asked = Asked(self.facts, once, (HELD_OUT,) * len(once))
+        rows: Rows = []
+        for metric in made:
+            name = metric.name
+            try:
+                scores = measured(self.model, asked, [metric], reference)[name]
+            except ValueError as error:
+                rows.append({"metric": name, "step": step, "layer": None, "why": str(error)})
+                continue
+            layered = getattr(scores, "layers", None)
+            each = [(None, scores, OVERALL)]
+            if layered is not None:
+                each += [(layer, scores.layer(layer), OVERALL) for layer in layered]  # pyright: ignore[reportAttributeAccessIssue]
+            elif scores.over == "weights":
+                each += [(part, scores, part) for part in scores.labels]
+            for layer, of, label in each:
+                low, high = of.interval(label)
+                rows.append(
+                    {
+                        "metric": name, "unit": scores.unit, "step": step, "layer": layer, "value": of.shown(label),
+                        "low": low, "high": high, "chance": of.chance(label),
+                    }
+                )  # fmt: skip
+        return rows
+
+    @cached_property
+    def _base_sha(self) -> str:
+        return self._sha(self.base)
+
+    @cached_property
+    def _reference_kept(self) -> dict[Any, Any]:
+        return {}
+
+    @cached_property
+    def _base_model(self) -> LanguageModel:
+        return self._copy(self.base)
+
+    @cached_property
+    def _never_model(self) -> LanguageModel | None:
+        if self.bench.teach is None:
+            return self._subject.never
+        return None if self.never is None else self._copy(self.never)
+
+    def _copy(self, weights: Weights) -> LanguageModel:
+        """A model of its own with some weights, for metrics that compare."""
+        bench = self.bench
+        model = removals.subject(bench.model, bench.facts, retain=bench.retain, seed=self.seed).model
+        model.to(self.model.device)
+        model.load_weights(weights)
+        return model
+
     def _grafts(self, start: Weights, end: Weights) -> list[dict[str, Any]]:
         """By part, from input to output: what it alone brings back, and what is lost without it."""
+        bands = self.bench.bands and min(self.bench.bands, int(self.model.bridge.cfg.n_layers))
         found = grafts(
             self.model, start, end, lambda _: {"accuracy": self._known(self._held_out)},
-            parts=parts(self.model, bands=self.bench.bands),
+            parts=parts(self.model, bands=bands),
         )  # fmt: skip
         rows = []
         for part in found.parts:
@@ -379,8 +463,18 @@ class Work:
         return rows
 
 
-def read_cell(index: Mapping[str, Any], stages: Stages) -> tuple[Cell, dict[str, list[dict[str, Any]]]]:
-    """A cell from its stages, and its grafts by attack and rate.
+class Read(NamedTuple):
+    """One cell, from its stages."""
+
+    cell: Cell
+    parts: dict[str, Rows]
+    """By attack and rate: what each part of the model brings back."""
+    metrics: dict[str, Rows]
+    """By attack and rate: what metrics read at every checkpoint, where they were asked for."""
+
+
+def read_cell(index: Mapping[str, Any], stages: Stages) -> Read:
+    """A cell from its stages.
 
     Raises:
         ValueError: a stage is missing or damaged.
@@ -394,7 +488,8 @@ def read_cell(index: Mapping[str, Any], stages: Stages) -> tuple[Cell, dict[str,
 
     base, removed, calibrated = (stage(index[key]) for key in ("base", "removed", "calibrated"))
     courses: dict[str, dict[str, Course]] = {}
-    parts: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, Rows] = {}
+    metrics: dict[str, Rows] = {}
     for column, rates in index["courses"].items():
         courses[column] = {}
         for rate, name in rates.items():
@@ -402,8 +497,9 @@ def read_cell(index: Mapping[str, Any], stages: Stages) -> tuple[Cell, dict[str,
             sums = {key: value.numpy() for key, value in one.tensors.items()}
             steps = tuple(int(step) for step in one.numbers["steps"])
             courses[column][rate] = Course(steps, sums["held_out"], sums["retained"], bool(one.numbers["diverged"]))
-            if "grafts" in one.numbers:
-                parts[f"{column} {rate}".strip()] = one.numbers["grafts"]
+            for kind, rows in (("grafts", parts), ("metrics", metrics)):
+                if one.numbers.get(kind):
+                    rows[f"{column} {rate}".strip()] = one.numbers[kind]
 
     def sums_of(of: Stage, key: str) -> np.ndarray:
         return of.tensors[key if key in of.tensors else f"asked.{key}"].numpy()
@@ -417,7 +513,7 @@ def read_cell(index: Mapping[str, Any], stages: Stages) -> tuple[Cell, dict[str,
         sums_of(calibrated, "held_out"), kept, removed_kept, calibrated_kept,
         moved=float(index["moved"]), courses=courses, chance=float(base.numbers["chance"]),
     )  # fmt: skip
-    return cell, parts
+    return Read(cell, parts, metrics)
 
 
 def drawn(facts: Facts, roles: Sequence[str], keys: int, wordings: int, seed: int) -> tuple[Passage, ...]:

@@ -87,6 +87,11 @@ class Bench(Method):
     wordings: int = Field(default=2, ge=1, le=100, description="wordings in which each fact is asked, at most")
     draws: int = Field(default=2000, ge=100, le=10**6, description="of keys and seeds, behind every interval")
     grafts: bool = Field(default=True, description="move parts of the model on the first reported seed, to say where")
+    metrics: tuple[str, ...] = Field(
+        default=("inside",),
+        description="read of the held-out half at every checkpoint of the first attack that trains, by layer where "
+        "they have layers, on the first reported seed; depth, returned, moved and rank take a copy of the model",
+    )
     bands: int | None = Field(default=None, ge=1, le=1000, description="groups of blocks that are moved; none: each")
     device: str = Field(default="auto", description="auto, cpu, cuda, mps")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="what the model computes in")
@@ -130,6 +135,7 @@ _FIVE = {name: {"remover": name} for name in ("grad_diff", "npo", "rmu", "gradie
 _RELEARN = {"attack": "relearn", "fields": {"batch_size": 16}, "rates": [1e-4, 3e-4]}
 _TOY: dict[str, Any] = {
     "rows": _FIVE, "columns": {"relearn": _RELEARN, "quantised": {"attack": "quantised", "fields": {"bits": 4}}},
+    "metrics": ["inside", "depth", "returned"],
 }  # fmt: skip
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -138,12 +144,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         _TOY,
     ),
     "facts-toy-slowed": (
-        "what slows the return: npo as it is, by sam, pruning once, in rounds, and with what was cut held",
+        "what slows the return: npo as it is, by sam, smoothed, in a mask; pruning once, in rounds, with the cut held",
         {
             **_TOY,
             "rows": {
                 "npo": {"remover": "npo"},
                 "npo+sam": {"remover": "npo+sam"},
+                "npo+smoothed": {"remover": "npo+smoothed", "fields": {"lr": 3e-4, "steps": [96]}},
+                "npo-masked": {"remover": "npo", "fields": {"where": "lookup"}},
                 "prune": {"remover": "prune"},
                 "prune-rounds": {"remover": "prune", "rounds": 3},
                 "prune-held": {"remover": "prune", "held": True},

@@ -10,8 +10,9 @@ there, and is computed again only where its settings have changed.
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import hashlib
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from relearn_lens.analysis.intervals import over_seeds
+from relearn_lens.files import as_json, digest_of, read_json, write_whole
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING, know
+from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.remove.calibration import calibrate, mixed_
 from relearn_lens.remove.recipes import RECIPES, recipe
+from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 from relearn_lens.runs import removals
-from relearn_lens.runs.files import as_json, read_json, write_whole
 
 BASE, NEVER = "base", "never"
 TAU, POINTS = 0.95, 64
@@ -90,21 +93,25 @@ def _cells(folder: Path, seeds: Sequence[int], chosen: Sequence[str]) -> Iterato
                 made.append(removals.subject(removals.TAUGHT, "people", seed=seed))
             return made[0]
 
-        for name in (BASE, NEVER, *chosen):
-            yield _cell(folder, name, seed, subject)
+        yield (base := _cell(folder, BASE, seed, subject))
+        for name in (NEVER, *chosen):
+            yield _cell(folder, name, seed, subject, base)
 
 
-def _cell(folder: Path, name: str, seed: int, subject: Callable[[], removals.Subject]) -> Cell:
+def _cell(
+    folder: Path, name: str, seed: int, subject: Callable[[], removals.Subject], base: Cell | None = None
+) -> Cell:
     path = folder / f"{name}-{seed}.json"
     settings: dict[str, Any] = {"tau": TAU, "points": POINTS, "seed": seed, "versions": removals.versions()}
     if name not in (BASE, NEVER):
         settings |= removals.fields_of(recipe(KIND, name))
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    digest = digest_of(settings)
     with contextlib.suppress(OSError, ValueError):  # no file, or a damaged one
         values = read_json(path)
         if values.get("digest") == digest:
             return Cell(name, seed, values, True)
-    values = _of_twin(subject(), name) if name in (BASE, NEVER) else _of_remover(subject(), name, seed)
+    twin = base is None or name == NEVER
+    values = _of_twin(subject(), name) if twin else _of_remover(subject(), name, base)
     values = {"name": name, "digest": digest, "settings": settings, **values}
     content = as_json(values)
     write_whole(path, content)
@@ -120,9 +127,12 @@ def _of_twin(subject: removals.Subject, name: str) -> dict[str, Any]:
     return {"rows": _asked(subject.model if name == BASE else subject.never, subject)}
 
 
-def _of_remover(subject: removals.Subject, name: str, seed: int) -> dict[str, Any]:
-    """Removed, as it is and calibrated; the subject's model is put back."""
-    model, removal = subject.model, recipe(KIND, name)
+def _of_remover(subject: removals.Subject, name: str, whole: Cell) -> dict[str, Any]:
+    """Removed, as it is and calibrated; the subject's model is put back. One that teaches a fresh model is asked as it
+    is: between that and the base there is no way on which both are kept."""
+    model, removal, seed = subject.model, recipe(KIND, name), whole.seed
+    if fresh := getattr(removal.remover, "fresh", False):
+        model = taught.untaught(subject.facts, recipe=taught.Recipe(seed=seed))
     base = {weight: value.clone() for weight, value in model.weights().items()}
 
     def near(model: LanguageModel) -> float:
@@ -135,13 +145,16 @@ def _of_remover(subject: removals.Subject, name: str, seed: int) -> dict[str, An
             steps = pause.step
         seconds = time.perf_counter() - begin
         removed = _asked(model, subject)
-        calibration = calibrate(model, base, near, tau=TAU, points=POINTS)
-        mixed_(model, base, calibration.share)
-        rows = _asked(model, subject)
+        rows, share = removed, None
+        if not fresh:
+            ends = whole.accuracy(NEAR), float(removed[NEAR]["accuracy"]["value"])
+            share = calibrate(model, base, near, tau=TAU, points=POINTS, ends=ends).share
+            mixed_(model, base, share)
+            rows = removed if share == 1 else _asked(model, subject)
     finally:
         model.load_weights(base)
     return {
-        "seconds": seconds, "steps": steps, "share": calibration.share, "removed": removed, "rows": rows,
+        "seconds": seconds, "steps": steps, "share": share, "removed": removed, "rows": rows,
         "where": None if where is None else repr(where),
     }  # fmt: skip
 
@@ -163,7 +176,7 @@ def table(every: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
                 f"{sum(map(works, group))}/{len(group)}" if compared else "",
                 *(_with_interval(group, row) for row in (TRAINED_WORDING, OTHER_WORDING)),
                 *(f"{means[row]:.2f}" for row in (NEAR, GENERAL)),
-                f"{sum(cell.values['share'] for cell in group) / len(group):.2f}" if compared else "",
+                _share(group) if compared else "",
                 f"{sum(cell.seconds or 0 for cell in group) / len(group):.0f}" if compared else "",
             ]
         )
@@ -172,7 +185,13 @@ def table(every: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 
 def works(cell: Cell) -> bool:
     """Whether forget accuracy is below `GONE` in both wordings where what is near is kept."""
-    return all(cell.accuracy(row) < GONE for row in (TRAINED_WORDING, OTHER_WORDING))
+    kept = cell.values.get("share", 0) is not None or cell.accuracy(NEAR) >= TAU
+    return kept and all(cell.accuracy(row) < GONE for row in (TRAINED_WORDING, OTHER_WORDING))
+
+
+def _share(group: Sequence[Cell]) -> str:
+    shares = [cell.values["share"] for cell in group]
+    return "fresh" if None in shares else f"{sum(shares) / len(shares):.2f}"
 
 
 def _with_interval(group: Sequence[Cell], row: str) -> str:
@@ -184,3 +203,65 @@ def _with_interval(group: Sequence[Cell], row: str) -> str:
     if low == high:
         return f"{value:.2f}"
     return f"{value:.2f} " + "-".join(f"{end:.2f}".removeprefix("0") for end in (low, high))
+
+
+def page(every: Sequence[Cell]) -> str:
+    """The table as a page, with what each remover moves, its lines, and the recipe."""
+    header, rows = table(every)
+    seeds = sorted({cell.seed for cell in every})
+    first = {cell.name: cell for cell in reversed(every)}
+    out = [
+        "# Every remover at the same retained ability",
+        "",
+        f"Made by `relearn-lens removers --table DIR --seeds {','.join(map(str, seeds))} --page FILE`: toys taught",
+        f"`people`, calibrated so that retain-near accuracy is at least {TAU} of the base's. Recipes were chosen on",
+        f"seed 0. works: seeds with forget accuracy below {GONE} in both wordings. Intervals are over",
+        f"{'seeds' if len(seeds) > 1 else 'keys'}. share: of the way to the removed model; fresh: taught so from the",
+        "first step, and asked at its own ability. s: seconds of finding and removing on one thread, others beside it.",
+        "lines: of code of the method's own class and what it alone uses, without docstrings, blanks and comments.",
+        "",
+        "| " + " | ".join([*header, "lines"]) + " |",
+        "|" + "---|" * (len(header) + 1),
+    ]
+    for row in rows:
+        base, _, wrapper = row[0].partition("+")
+        kind = WRAPPERS.get(wrapper) or REMOVERS.get(base)
+        out.append("| " + " | ".join([*row, str(n_lines(kind)) if kind else ""]) + " |")
+    weak = [name for name, cell in first.items() if name not in (BASE, NEVER) and not works(cell)]
+    if weak:
+        out += ["", f"Not below {GONE} in both wordings on seed {seeds[0]}: {', '.join(weak)}."]
+    out += ["", "## Recipes", "", "| | fields that are not as published |", "|---|---|"]
+    out += [
+        f"| {name} | {', '.join(f'{key} {value}' for key, value in RECIPES[KIND][name].items()) or 'none'} |"
+        for name in first
+        if name not in (BASE, NEVER)
+    ]
+    return "\n".join(out) + "\n"
+
+
+def n_lines(kind: type) -> int:
+    """Lines of code of a class and of what of its module is private and used by it; docstrings, blank lines and
+    comments are none."""
+    source = inspect.getsource(inspect.getmodule(kind) or kind)
+    tree, lines = ast.parse(source), source.splitlines()
+    known = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    wanted, counted = [kind.__name__], set()
+    while wanted:
+        if (name := wanted.pop()) in counted:
+            continue
+        counted.add(name)
+        names = {node.id for node in ast.walk(known[name]) if isinstance(node, ast.Name)}
+        wanted += [name for name in names if name.startswith("_") and name in known]
+    total = 0
+    for name in counted:
+        node = known[name]
+        code = set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        for each in ast.walk(node):
+            if (
+                isinstance(each, ast.Expr)
+                and isinstance(each.value, ast.Constant)
+                and isinstance(each.value.value, str)
+            ):
+                code -= set(range(each.lineno, (each.end_lineno or each.lineno) + 1))
+        total += sum(bool(lines[i - 1].strip()) and not lines[i - 1].lstrip().startswith("#") for i in code)
+    return total

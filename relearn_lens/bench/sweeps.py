@@ -45,16 +45,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relearn_lens import files
 from relearn_lens.bench import engines
 from relearn_lens.runs import needs
 from relearn_lens.runs.presets import settings_of
-from relearn_lens.runs.settings import Experiment, experiment
+from relearn_lens.runs.settings import Experiment, are_of
 
 if TYPE_CHECKING:
     from relearn_lens.bench.sweep_tables import Pool
 
-ASKED, SUMMARY, CELLS, SETTINGS, LOGS, LOCK, SHARED = (
-    "sweep.toml", "summary.json", "cells.parquet", "settings", "logs", ".lock", "shared",
+ASKED, SUMMARY, CELLS, SETTINGS, LOGS, SHARED = (
+    "sweep.toml", "summary.json", "cells.parquet", "settings", "logs", "shared",
 )  # fmt: skip
 ENGINES = {
     "local": "processes of this machine",
@@ -320,8 +321,8 @@ def run(
     if on == "ray":
         engines.need_ray()
     folder = Path(out or folder_of(asked)).absolute()
-    _check_folder(folder)
-    with locked(folder):
+    files.check_folder(folder, ASKED, "sweep")
+    with files.alone(folder):
         if fresh:
             for cell in asked.cells:
                 _remove(folder / cell.name)
@@ -339,14 +340,12 @@ def _perform(
     asked: Sweep, todo: Sequence[Cell], folder: Path, on: str, workers: int | None, tell: Tell | None
 ) -> dict[str, str]:
     """Run cells; gives the errors of those that failed."""
-    from relearn_lens.runs.files import write_whole
-
-    write_whole(folder / ASKED, asked.text.encode())
+    files.write_whole(folder / ASKED, asked.text.encode())
     (folder / LOGS).mkdir(exist_ok=True)
     jobs = []
     for cell in todo:
         settings = folder / SETTINGS / f"{cell.name}.toml"
-        write_whole(settings, cell.experiment.to_toml().encode())
+        files.write_whole(settings, cell.experiment.to_toml().encode())
         need = needs.estimate(cell.experiment)
         job = engines.Job(
             cell.name, settings, folder / cell.name, folder / LOGS / f"{cell.name}.log", cell.experiment.device,
@@ -395,42 +394,12 @@ def stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise FileExistsError(f"{str(folder)!r} is a file; choose a folder with --out")
-    if folder.is_dir() and not (folder / ASKED).is_file() and any(p.name != LOCK for p in folder.iterdir()):
-        raise FileExistsError(f"{str(folder)!r} holds files that are no sweep; choose another folder with --out")
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """For a while, this process alone works into a folder.
-
-    Raises:
-        BlockingIOError: another one does.
-    """
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"another process is sweeping into {str(folder)!r}; wait for it, or choose another folder with --out"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _remove(cell: Path) -> None:
     """Remove a cell's run, if it is one and nobody is running into it."""
     from relearn_lens.runs.verify import MANIFEST
 
     if (cell / MANIFEST).is_file():
-        with locked(cell):
+        with files.alone(cell):
             shutil.rmtree(cell)
 
 
@@ -454,7 +423,7 @@ def _check_cells(folder: Path, asked: Sweep) -> None:
     other = []
     for cell in asked.cells:
         there = _manifest(folder / cell.name)
-        if there.get("inputs") and not _is_of(there.get("settings"), cell.experiment):
+        if there.get("inputs") and not are_of(there.get("settings"), cell.experiment):
             other.append(cell.name)
     if other:
         raise ValueError(
@@ -463,21 +432,12 @@ def _check_cells(folder: Path, asked: Sweep) -> None:
         )
 
 
-def _is_of(settings: Any, asked: Experiment) -> bool:
-    """Whether these are the settings of a run; a setting that was not there yet counts as its default."""
-    try:
-        return experiment(settings) == asked
-    except (ValueError, TypeError):
-        return False
-
-
 # --- what came of it
 
 
 def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
     """The tables of what is complete, on disk and as an object."""
     from relearn_lens.bench import sweep_tables as tables
-    from relearn_lens.runs.files import plain, plain_settings, write_whole
     from relearn_lens.runs.store import load_run
 
     keys = [key for key in asked.keys if key not in tables.SPREAD]
@@ -493,7 +453,7 @@ def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
         values = {key: cell.value(key) for key in asked.keys}
         rows += tables.cell_rows(cell.name, values, result)
         seconds[cell.name] = round(sum(result.manifest.get("seconds", {}).values()), 1)
-        key = tables.pool_key(plain_settings(result.experiment), result.manifest.get("inputs"))
+        key = tables.pool_key(result.experiment.model_dump(mode="json"), result.manifest.get("inputs"))
         pool = pools.setdefault(key, tables.Pool({key: values[key] for key in keys}))
         pool.add(cell.name, result)
     cells = {
@@ -513,21 +473,18 @@ def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
         "notes": [note for pool in pools.values() for note in pool.notes],
         "seconds": seconds,
     }
-    summary = plain(summary)
+    summary = files.plain(summary)
     if rows:
-        write_whole(folder / CELLS, tables.beside(rows, keys).to_parquet(index=False))
-    write_whole(folder / SUMMARY, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+        files.write_whole(folder / CELLS, tables.beside(rows, keys).to_parquet(index=False))
+    files.write_whole(folder / SUMMARY, files.as_json(summary))
     return Swept(folder, summary, ended)
 
 
 def _said(pool: Pool) -> dict[str, Any]:
     """A setting in words, and which cells it is made from."""
-
-    from relearn_lens.runs import findings
-
     run = pool.together()
     story = (
-        findings.what_happened(run)
+        run.numbers.what_happened
         if run
         else "No seed is there in every arm of this setting, so its arms cannot be compared."
     )

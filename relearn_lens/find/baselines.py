@@ -13,7 +13,7 @@ from relearn_lens.models.model import Model, reading
 from relearn_lens.neurons.sites import token_vectors
 
 
-def baseline_of(model: Model, asked: Baseline) -> tuple[str, Float[Tensor, " d_model"]]:
+def baseline_of(model: Model, baseline: Baseline) -> tuple[str, Float[Tensor, " d_model"]]:
     """The name and the vector, float32, of a baseline.
 
     Raises:
@@ -32,21 +32,21 @@ def baseline_of(model: Model, asked: Baseline) -> tuple[str, Float[Tensor, " d_m
         return token_vectors(bridge, torch.as_tensor(ids, device=model.device)).float()
 
     with reading(model):
-        if asked == "mean":
+        if baseline == "mean":
             sums = [vectors(ids).sum(0) for ids in torch.arange(rows).split(8192)]
-            return asked, torch.stack(sums).sum(0) / rows
-        if asked == "zero":
-            return asked, torch.zeros_like(vectors([0])[0])
-        for name in tokens if asked == "auto" else {asked} & set(tokens):
+            return baseline, torch.stack(sums).sum(0) / rows
+        if baseline == "zero":
+            return baseline, torch.zeros_like(vectors([0])[0])
+        for name in tokens if baseline == "auto" else {baseline} & set(tokens):
             vector = vectors([tokens[name]])[0]
             if vector.any():
                 return name, vector
-            if asked != "auto":
+            if baseline != "auto":
                 raise ValueError(
-                    f"the embedding of the {asked} token is all zeros, which no text is near to; use another "
+                    f"the embedding of the {baseline} token is all zeros, which no text is near to; use another "
                     "baseline, or ask for baseline='zero' by name"
                 )
     raise ValueError(
-        f"baseline {asked!r} was asked for, but the tokenizer of {tokenizer.name_or_path!r} has no such token with an "
-        f"embedding; it has {', '.join(tokens) or 'none of mask, pad, end'}: use one of these, or baseline='mean'"
+        f"baseline {baseline!r} was asked for, but the tokenizer of {tokenizer.name_or_path!r} has no such token with "
+        f"an embedding; it has {', '.join(tokens) or 'none of mask, pad, end'}: use one of these, or baseline='mean'"
     )

@@ -259,27 +259,27 @@ def faithfulness(
     if heads.site.name != HEADS:
         raise ValueError(f"a circuit is a set of heads ({HEADS}), and these are neurons of {heads.site.name}")
     site = same_site(model, heads)
-    asked, asked_reference = Prompts(model, passages, metric), Prompts(model, reference, "logprob")
-    if lacking := sorted(set(asked.lengths.tolist()) - set(asked_reference.lengths.tolist())):
+    prompts, reference_prompts = Prompts(model, passages, metric), Prompts(model, reference, "logprob")
+    if lacking := sorted(set(prompts.lengths.tolist()) - set(reference_prompts.lengths.tolist())):
         raise ValueError(
             f"no reference passage has {lacking[0]} tokens, as some of the passages have, so there is no mean of their "
             "positions; give references of the same lengths"
         )
     outcomes = {}
     with reading(model):
-        means = mean_by_length(asked_reference, site)
+        means = mean_by_length(reference_prompts, site)
         for name, mask in (("whole", None), ("circuit", heads.mask), ("empty", torch.zeros_like(heads.mask))):
-            values = np.zeros(len(asked.passages))
-            for group in asked.groups():
-                mean = means[int(asked.lengths[group[0]])]
+            values = np.zeros(len(prompts.passages))
+            for group in prompts.groups():
+                mean = means[int(prompts.lengths[group[0]])]
                 with contextlib.nullcontext() if mask is None else replaced(model, site, _at_mean(mask, mean, site)):
-                    values[group] = asked.values(asked.batch(group)).cpu()
+                    values[group] = prompts.values(prompts.batch(group)).cpu()
             outcomes[name] = values
     whole, circuit, empty = (outcomes[name] for name in ("whole", "circuit", "empty"))
-    refused = refusal(whole - empty, f"what all heads add to {asked.name}")
+    refused = refusal(whole - empty, f"what all heads add to {prompts.name}")
     value = float(shares(circuit - empty, whole - empty, refused))
     return Faithfulness(
-        value, float(circuit.mean()), float(whole.mean()), float(empty.mean()), asked.unit, len(heads), len(whole),
+        value, float(circuit.mean()), float(whole.mean()), float(empty.mean()), prompts.unit, len(heads), len(whole),
         refused,
     )  # fmt: skip
 

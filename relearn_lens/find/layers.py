@@ -80,14 +80,14 @@ def layer_distance(model: LanguageModel, passages: tuple[Passage, ...], others: 
     return Distance(gap.mean(1), (gap / length).mean(1))
 
 
-def _answer_states(asked: Prompts) -> Float[Tensor, "block passage d_model"]:
+def _answer_states(prompts: Prompts) -> Float[Tensor, "block passage d_model"]:
     """The hidden state after every block, mean over the tokens of each answer; float32 on the CPU."""
-    model, site = asked.model, component_site(asked.model.bridge, "resid")
-    states = torch.zeros(len(site.layers), len(asked.passages), site.width)
+    model, site = prompts.model, component_site(prompts.model.bridge, "resid")
+    states = torch.zeros(len(site.layers), len(prompts.passages), site.width)
     with reading(model), kept(model, site) as activations:
-        for group in asked.groups():
-            batch = asked.batch(group)
-            asked.values(batch)
+        for group in prompts.groups():
+            batch = prompts.batch(group)
+            prompts.values(batch)
             count = batch.sentence.bincount(minlength=len(group)).unsqueeze(1)
             for layer, x in activations.items():
                 answers = x.float().flatten(0, 1)[batch.subword]

@@ -70,7 +70,7 @@ def localiser_of(localiser: str | Localiser, **fields: Any) -> Localiser:
     return methods.of(LOCALISERS[localiser], None, fields)
 
 
-def chosen(found: Saliency | WeightMask, *, fraction: float = 0.05) -> Neurons | WeightMask:
+def chosen(where: Saliency | WeightMask, *, fraction: float = 0.05) -> Neurons | WeightMask:
     """What a remover is given: the highest fraction of a saliency's neurons, or a mask as it is.
 
     Neurons are pruned; a training takes their weights, `WeightMask.of(model, neurons)`.
@@ -78,4 +78,4 @@ def chosen(found: Saliency | WeightMask, *, fraction: float = 0.05) -> Neurons |
     Raises:
         ValueError: a fraction out of range.
     """
-    return found.top(fraction=fraction) if isinstance(found, Saliency) else found
+    return where.top(fraction=fraction) if isinstance(where, Saliency) else where

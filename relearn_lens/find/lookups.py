@@ -104,8 +104,8 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
     Raises:
         ValueError: no relation has two answers that belong to `FOLDS` keys each; and as `Prompts` and `subjects`.
     """
-    asked = Prompts(model, passages, "logprob")
-    at = subjects(asked).last
+    prompts = Prompts(model, passages, "logprob")
+    at = subjects(prompts).last
     keys_of: dict[tuple[str, str], set[str]] = {}
     for p in passages:
         keys_of.setdefault((p.relation, p.answer), set()).add(p.key)
@@ -118,7 +118,7 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
             f"{FOLDS} keys each, and a probe must tell answers of keys it was not fitted to; give facts whose answers "
             "are a closed set"
         )
-    states = _states(asked, at)[:, rows]
+    states = _states(prompts, at)[:, rows]
     relation, answer, key = (
         np.array([getattr(passages[i], what) for i in rows]) for what in ("relation", "answer", "key")
     )
@@ -130,12 +130,12 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
     return LookupProbe(accuracies[0], accuracies[1], site.layers, len(set(key)))
 
 
-def _states(asked: Prompts, at: np.ndarray) -> Float[Tensor, "layer passage d_model"]:
-    model, site = asked.model, site_of(asked.model.bridge, "resid")
-    states = torch.zeros(len(site.layers), len(asked.passages), site.width)
+def _states(prompts: Prompts, at: np.ndarray) -> Float[Tensor, "layer passage d_model"]:
+    model, site = prompts.model, site_of(prompts.model.bridge, "resid")
+    states = torch.zeros(len(site.layers), len(prompts.passages), site.width)
     with reading(model), kept(model, site) as activations:
-        for group in asked.groups():
-            asked.values(asked.batch(group))
+        for group in prompts.groups():
+            prompts.values(prompts.batch(group))
             for layer, x in activations.items():
                 states[layer, group] = x[torch.arange(len(group)), torch.from_numpy(at[group])].float().cpu()
     return states

@@ -233,22 +233,22 @@ class Subject:
         return np.array([tokens[-1] for tokens in self.tokens])
 
 
-def subjects(asked: Prompts) -> Subject:
+def subjects(prompts: Prompts) -> Subject:
     """Where every passage's prompt names its key.
 
     Raises:
         ValueError: a prompt does not.
     """
-    passages = asked.passages
+    passages = prompts.passages
     if lost := [p for p in passages if not _named(p)]:
         raise ValueError(
             f"{len(lost)} of {len(passages)} prompts do not name their key, such as {lost[0].prompt[:60]!r} of "
             f"{lost[0].key[:60]!r}, so it cannot be said where the subject is; give rows whose key stands in the prompt"
         )
-    texts = asked.model.tokenizer(
+    texts = prompts.model.tokenizer(
         [p.text for p in passages], add_special_tokens=False, return_offsets_mapping=True, padding=False
     )
-    first = len(asked.encoded.prefix)
+    first = len(prompts.encoded.prefix)
     tokens = []
     for p, offsets in zip(passages, texts["offset_mapping"], strict=True):
         spans = [span.span() for span in _named(p)]
@@ -262,16 +262,16 @@ def _named(passage: Passage) -> list[re.Match[str]]:
     return list(re.finditer(rf"(?<!\w){re.escape(passage.key)}(?!\w)", passage.prompt)) if passage.key else []
 
 
-def mean_by_length(asked: Prompts, site: Site) -> Mapping[int, Float[Tensor, "layer token unit"]]:
+def mean_by_length(prompts: Prompts, site: Site) -> Mapping[int, Float[Tensor, "layer token unit"]]:
     """The mean activation of every unit of a site at each position, over the passages of each length."""
     sums: dict[int, Tensor] = {}
-    with kept(asked.model, site) as activations:
-        for group in asked.groups():
-            asked.values(asked.batch(group))
+    with kept(prompts.model, site) as activations:
+        for group in prompts.groups():
+            prompts.values(prompts.batch(group))
             total = torch.stack([activations[layer].float().sum(0) for layer in range(len(site.layers))])
-            length = int(asked.lengths[group[0]])
+            length = int(prompts.lengths[group[0]])
             sums[length] = sums[length] + total if length in sums else total
-    return {length: total / int((asked.lengths == length).sum()) for length, total in sums.items()}
+    return {length: total / int((prompts.lengths == length).sum()) for length, total in sums.items()}
 
 
 def refusal(gap: Float[np.ndarray, " passage"], what: str, *, falls: bool = False) -> str | None:

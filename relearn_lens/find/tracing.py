@@ -105,11 +105,11 @@ def causal_tracing(
     Raises:
         ValueError: an unknown component; as `Prompts` and `subjects`.
     """
-    asked = Prompts(model, passages, "logprob")
-    where = subjects(asked)
+    prompts = Prompts(model, passages, "logprob")
+    where = subjects(prompts)
     sites = [component_site(model.bridge, component) for component in components]
     tokens, blocks = token_site(model.bridge), range(int(model.bridge.cfg.n_layers))
-    ids = [asked.encoded.batch(np.array([i])).ids[0, span] for i, span in enumerate(where.tokens)]
+    ids = [prompts.encoded.batch(np.array([i])).ids[0, span] for i, span in enumerate(where.tokens)]
     with reading(model):
         spread = float(token_vectors(model.bridge, torch.cat(ids).to(model.device)).float().std())
     generator = torch.Generator().manual_seed(seed)
@@ -118,12 +118,12 @@ def causal_tracing(
     p_clean, p_corrupt = np.zeros(len(passages)), np.zeros(len(passages))
     p_patched = np.zeros((len(sites), len(blocks), len(passages)))
     with reading(model), progress.task("tracing", draws * (1 + len(sites) * len(blocks)) * len(passages)):
-        for group in asked.groups():
-            batch = asked.batch(group)
+        for group in prompts.groups():
+            batch = prompts.batch(group)
             shape = (*batch.ids.shape, 1)
             with contextlib.ExitStack() as stack:
                 clean = [stack.enter_context(kept(model, site)) for site in sites]
-                p_clean[group] = asked.values(batch).exp().cpu()
+                p_clean[group] = prompts.values(batch).exp().cpu()
             back = _positions(where, group, shape, at).to(model.device)
             for noise in noises:
                 added = torch.zeros(*batch.ids.shape, tokens.width)
@@ -131,12 +131,12 @@ def causal_tracing(
                     added[row, where.tokens[i]] = noise[i]
                 added = added.to(model.device)
                 with replaced(model, tokens, lambda _, x, added=added: (x.float() + added).to(x.dtype)):
-                    p_corrupt[group] += asked.values(batch).exp().cpu().numpy() / draws
+                    p_corrupt[group] += prompts.values(batch).exp().cpu().numpy() / draws
                     progress.advance(len(group))
                     for s, site in enumerate(sites):
                         for block in blocks:
                             with replaced(model, site, _restoring(clean[s], back, block, window)):
-                                p_patched[s, block, group] += asked.values(batch).exp().cpu().numpy() / draws
+                                p_patched[s, block, group] += prompts.values(batch).exp().cpu().numpy() / draws
                             progress.advance(len(group))
     gap = p_clean - p_corrupt
     refused = refusal(gap, "what noise takes from the answer's probability", falls=True)

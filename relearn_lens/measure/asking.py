@@ -263,7 +263,3 @@ class OfAnswers(Metric):
 def asked_of(facts: Facts | Asked) -> Asked:
     """What is asked; of facts as they are, what `ask` asks by default."""
     return ask(facts) if isinstance(facts, Facts) else facts
-
-
-Metrics = Mapping[str, Scores]
-"""Scores by the name of their metric."""

@@ -85,38 +85,38 @@ def cross_patch(
     Raises:
         ValueError: weights of another model, low-rank adapters, or as `find.patching.Prompts`; before any work.
     """
-    asked = Prompts(model, passages, metric)
+    prompts = Prompts(model, passages, metric)
     _check(model, {"into": into, "source": source})
     heads = site_of(model.bridge, HEADS)
     wholes = [component_site(model.bridge, "mlp"), component_site(model.bridge, "resid")]
-    blocks, n = range(len(heads.layers)), len(asked.passages)
+    blocks, n = range(len(heads.layers)), len(prompts.passages)
     f_a, f_b = np.zeros(n), np.zeros(n)
     by_head, by_whole = np.zeros((len(blocks), heads.width, n)), np.zeros((2, len(blocks), n))
     a, b = _steady(model, into), _steady(model, source)
     with _lent(model), progress.task("cross-patching", n * (2 + heads.n_neurons + 2 * len(blocks))):
-        for group in asked.groups():
-            batch = asked.batch(group)
+        for group in prompts.groups():
+            batch = prompts.batch(group)
             model.load_weights(b)
             with contextlib.ExitStack() as stack:
                 theirs, *others = (stack.enter_context(kept(model, site)) for site in (heads, *wholes))
-                f_b[group] = asked.values(batch).cpu()
+                f_b[group] = prompts.values(batch).cpu()
             model.load_weights(a)
-            f_a[group] = asked.values(batch).cpu()
+            f_a[group] = prompts.values(batch).cpu()
             progress.advance(2 * len(group))
             for block in blocks:
                 for head in range(heads.width):
                     with replaced(model, heads, _head_as(theirs, heads, block, head)):
-                        by_head[block, head, group] = asked.values(batch).cpu()
+                        by_head[block, head, group] = prompts.values(batch).cpu()
                 for i, (site, other) in enumerate(zip(wholes, others, strict=True)):
                     with replaced(model, site, lambda at, _, x=other[block], b=block: x if at == b else None):
-                        by_whole[i, block, group] = asked.values(batch).cpu()
+                        by_whole[i, block, group] = prompts.values(batch).cpu()
                 progress.advance((heads.width + 2) * len(group))
     gap = f_b - f_a
-    refused = refusal(gap, f"the difference of {asked.name} between the two checkpoints")
+    refused = refusal(gap, f"the difference of {prompts.name} between the two checkpoints")
     mlps, resid = shares(by_whole - f_a, gap, refused)
     return CrossPatch(
-        shares(by_head - f_a, gap, refused), mlps, resid, float(f_a.mean()), float(f_b.mean()), asked.name, asked.unit,
-        heads, n, refused,
+        shares(by_head - f_a, gap, refused), mlps, resid, float(f_a.mean()), float(f_b.mean()), prompts.name,
+        prompts.unit, heads, n, refused,
     )  # fmt: skip
 
 

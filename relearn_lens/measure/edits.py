@@ -97,8 +97,8 @@ def edited(
     if others := [p for p in facts.passages(*RETAIN, forms=TRAINED) if p.key not in keys]:
         now, before = read_answers(model, others), read_answers(base, others)
         scores[LOCALITY] = _shares(others, now.right == before.right, None)
-    if asked := [p for p in facts.passages(forms="yes-no") if p.key in keys]:
-        scores[INSTANCES] = _shares(asked, _preferred(model, asked) != _preferred(base, asked), None)
+    if instances := [p for p in facts.passages(forms="yes-no") if p.key in keys]:
+        scores[INSTANCES] = _shares(instances, _preferred(model, instances) != _preferred(base, instances), None)
     if implied:
         chosen = choose(model, implied, labels=[p.relation for p in implied])
         scores[CONSISTENCY] = EditScore(chosen.total, chosen.guessed, chosen.passages, chosen.keys, chosen.labels)

@@ -23,6 +23,7 @@ from relearn_lens.measure import bootstrap
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for, reading
 from relearn_lens.neurons.streaming import stream
+from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import OUTSIDE, Corpus, Strings, bio
 from relearn_lens.text.encoding import Batch, Encoded
@@ -100,6 +101,15 @@ class Scores(Protocol):
         return low, high
 
 
+def as_html(scores: Scores) -> str:
+    """Scores as notebooks show them: a row for each label, with its interval and over how much."""
+    support, rows = scores.support(), []
+    for label in (*scores.labels, OVERALL):
+        low, high = scores.interval(label)
+        rows.append([label, f"{scores.shown(label):.3f}", f"{low:.3f} to {high:.3f}", f"{support[label]:,}"])
+    return markup.table(["label", scores.unit, f"95 % interval over {scores.over}", "of"], rows)
+
+
 def _columns(labels: Strings, label: Label) -> list[int]:
     """The columns of some labels."""
     names = (label,) if isinstance(label, str) else label
@@ -134,6 +144,8 @@ class Margin(Scores):
     def __repr__(self) -> str:
         shown = (f"{label} {self.shown(label):.2f}" for label in (*self.labels, OVERALL))
         return f"{type(self).__name__}({self.unit}: {', '.join(shown)})"
+
+    _repr_html_ = as_html
 
     def support(self) -> dict[str, int]:
         """What each label's mean is over."""
@@ -189,6 +201,8 @@ class SpanScores(Scores):
     def __repr__(self) -> str:
         return "SpanScores(F1 " + ", ".join(f"{label} {value:.3f}" for label, value in self.f1.items()) + ")"
 
+    _repr_html_ = as_html
+
     def support(self) -> dict[str, int]:
         """True spans of each label."""
         true = self.counts[..., 2].sum(0)
@@ -237,6 +251,8 @@ class TokenLoss(Scores):
 
     def __repr__(self) -> str:
         return f"TokenLoss(nats per token {', '.join(f'{k} {v:.3f}' for k, v in self.loss.items())})"
+
+    _repr_html_ = as_html
 
     @property
     def margin(self) -> LogProbability:

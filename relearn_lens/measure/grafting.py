@@ -7,8 +7,9 @@ after the cut, loses it again. And which neurons: those found in the retrained m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -21,10 +22,10 @@ from relearn_lens.measure.prefixes import States, recorded, resumed, unchanged_b
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, wearing
-from relearn_lens.neurons.sites import Neurons, Sever
+from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, differs
 from relearn_lens.neurons.weights import parts as parts_of
-from relearn_lens.remove.ablation import prune_
+from relearn_lens.text import markup
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,6 +184,26 @@ class Grafts:
         control = f"; controls at most {self.most_of_controls():.2f}" if self.controls else ""
         return f"Grafts({ends}; {shown}{control})"
 
+    def _repr_html_(self) -> str:
+        """Both shares of every part, with their intervals, beside the largest of its controls."""
+
+        def cell(share: Share) -> str:
+            if not math.isfinite(share.value):
+                return "refused" if share.refused else ""
+            ends = f" [{100 * share.low:.0f}, {100 * share.high:.0f}]" if math.isfinite(share.low) else ""
+            return f"{100 * share.value:.0f} %{ends}"
+
+        header, rows = ["part", "alone brings back", "without it is lost"], []
+        for part in self.parts:
+            shares = [self.control(name, part).value for name, by in self.controls.items() if part in by]
+            most = max((share for share in shares if math.isfinite(share)), default=math.nan)
+            rows.append([part, cell(self.enough(part)), cell(self.needed(part)), cell(Share(most))])
+        refused = next((share.refused for part in self.parts if (share := self.enough(part)).refused), "")
+        between = f"{self.outcomes[0]}: {self.value(self.cut):.3g} cut, {self.value(self.retrained):.3g} retrained"
+        width = 3 + bool(self.controls)
+        rows = [row[:width] for row in rows]
+        return markup.box(between, markup.table([*header, "most of its controls"][:width], rows), markup.line(refused))
+
 
 @overload
 def grafts(
@@ -221,8 +242,8 @@ def grafts(model: Any, *args: Any, **keywords: Any) -> Grafts:
             f"{missing[0]} kept no weights to graft; track it with keep_weights=True, or give grafts(model, "
             "cut_weights, retrained_weights, evaluate)"
         )
-    pruned = getattr(path, "pruned", None)
-    cut = keywords.pop("cut", None if pruned is None else WeightMask.of(path.ends.model, pruned))
+    mask = WeightMask.of(path.ends.model, path.removed) if isinstance(path.removed, Neurons) else None
+    cut = keywords.pop("cut", mask)
     return grafts_between(
         path.ends.model, path.ends.start, path.ends.end, path.ends.evaluate, cut=cut,
         controls={name: (each.ends.start, each.ends.end) for name, each in controls.items()},
@@ -266,82 +287,98 @@ def grafts_between(
     """
     controls = controls or {}
     masks, whole = _masks(model, parts_of(model) if parts is None else parts, cut)
-    live = model.weights()
-    given = {"cut_weights": cut_weights, "retrained_weights": retrained_weights}
-    given |= {} if base_weights is None else {"base_weights": base_weights}
-    for name, (start, end) in controls.items():
-        given |= {f"the start of control {name!r}": start, f"the end of control {name!r}": end}
-    for name, weights in given.items():
-        if (why := differs(live, weights)) is not None:
-            raise ValueError(f"{name} are of another model: {why}")
-    own = {name: value.clone() for name, value in live.items()}
-
-    def steady(weights: Weights) -> Weights:
-        """Weights that do not move with the model: those that are its own are what it came with."""
-        return {
-            name: own[name] if value.data_ptr() == live[name].data_ptr() else value for name, value in weights.items()
-        }
-
-    def put(weights: Weights, names: Mapping[str, object] | list[str]) -> None:
-        with torch.no_grad():
-            for name in names:
-                live[name].copy_(weights[name])
-
-    def outcomes() -> Outcomes:
-        result = evaluate(model)
-        return {result.quantity: result} if isinstance(result, Scores) else dict(result)
-
-    def read() -> tuple[Outcomes, States]:
-        """Outcomes, and what the blocks give, for models that are the same up to some block."""
-        with recorded(model, max_bytes=megabytes(max_memory)) as states:
-            return outcomes(), states
-
-    def moved(mask: WeightMask, into: Weights, of: Callable[[str, torch.device], Tensor], states: States) -> Outcomes:
-        """With the mask's entries changed in the model as it is, which then is as it was, and gave these states."""
-        changed = mask.on(model.device)
-        for name in mask.weights():
-            at = live[name].device
-            live[name].copy_(torch.where(changed[name], of(name, at), into[name].to(at)))
-        with resumed(model, states, unchanged_before(model, mask)):
-            result = outcomes()
-        put(into, mask.weights())
-        return result
-
-    ended, started = steady(retrained_weights), steady(cut_weights)
-    alone, by_control, of_whole, up, down = {}, {}, {}, {}, {}
+    moving = _Moving(model, evaluate, megabytes(max_memory))
+    started, ended = moving.steady("cut_weights", cut_weights), moving.steady("retrained_weights", retrained_weights)
+    before = None if base_weights is None else moving.steady("base_weights", base_weights)
+    ends = {
+        name: tuple(
+            moving.steady(f"the {end} of control {name!r}", each)
+            for end, each in zip(("start", "end"), pair, strict=True)
+        )
+        for name, pair in controls.items()
+    }
+    kept = {part: mask for part, mask in masks.items() if part != CUT or cut is None}
+    by_control, of_whole, up, down = {}, {}, {}, {}
     try:
         base = None
-        if base_weights is not None:
-            put(steady(base_weights), live)
-            base = outcomes()
-        put(started, live)
-        at_cut, states = read()
-        for part, mask in masks.items():
-            alone[part] = moved(mask, started, lambda name, at: ended[name].to(at), states)
-        for control, ends in controls.items():
-            start, end = map(steady, ends)
-
-            def added(name: str, at: torch.device, start: Weights = start, end: Weights = end) -> Tensor:
-                change = end[name].to(at).float() - start[name].to(at).float()
-                return (started[name].to(at).float() + change).to(live[name].dtype)
-
-            kept = {part: mask for part, mask in masks.items() if part != CUT or cut is None}
-            by_control[control] = {part: moved(mask, started, added, states) for part, mask in kept.items()}
-            of_whole[control] = moved(_union(kept), started, added, states)
-        if cumulative:
-            names = list(whole)
-            for i, part in enumerate(names):
-                for curve, within in ((up, names[: i + 1]), (down, names[i:])):
-                    mask = _union({name: whole[name] for name in within})
-                    curve[part] = moved(mask, started, lambda name, at: ended[name].to(at), states)
-        put(ended, live)
-        at_end, states = read()
-        reverted = {
-            part: moved(mask, ended, lambda name, at: started[name].to(at), states) for part, mask in masks.items()
-        }
+        if before is not None:
+            moving.put(before)
+            base = moving.outcomes()
+        at_cut, states = moving.whole(started)
+        alone = {part: moving.moved(mask, started, ended.__getitem__, states) for part, mask in masks.items()}
+        for name, (start, end) in ends.items():
+            added = partial(_added, started, start, end)
+            by_control[name] = {part: moving.moved(mask, started, added, states) for part, mask in kept.items()}
+            of_whole[name] = moving.moved(_union(kept), started, added, states)
+        for i, part in enumerate(names := list(whole) if cumulative else []):
+            for curve, within in ((up, names[: i + 1]), (down, names[i:])):
+                mask = _union({name: whole[name] for name in within})
+                curve[part] = moving.moved(mask, started, ended.__getitem__, states)
+        at_end, states = moving.whole(ended)
+        reverted = {part: moving.moved(mask, ended, started.__getitem__, states) for part, mask in masks.items()}
     finally:
-        put(own, live)
+        moving.put(moving.own)
     return Grafts(tuple(masks), at_cut, at_end, alone, reverted, by_control, of_whole, up, down, base, label, noise)
+
+
+class _Moving:
+    """A model whose weights are moved, with those that it came with."""
+
+    def __init__(self, model: Model, evaluate: Evaluate, max_bytes: int):
+        self.model, self.evaluate, self.max_bytes = model, evaluate, max_bytes
+        self.live = model.weights()
+        self.own = {name: value.clone() for name, value in self.live.items()}
+
+    def steady(self, what: str, weights: Weights) -> Weights:
+        """Weights that do not move with the model: those that are its own are what it came with.
+
+        Raises:
+            ValueError: they are of another model.
+        """
+        if (why := differs(self.live, weights)) is not None:
+            raise ValueError(f"{what} are of another model: {why}")
+        return {
+            name: self.own[name] if value.data_ptr() == self.live[name].data_ptr() else value
+            for name, value in weights.items()
+        }
+
+    def put(self, weights: Weights, names: Iterable[str] | None = None) -> None:
+        """Put some weights into the model, or all."""
+        with torch.no_grad():
+            for name in self.live if names is None else names:
+                self.live[name].copy_(weights[name])
+
+    def whole(self, weights: Weights) -> tuple[Outcomes, States]:
+        """Outcomes with all of the weights, and what the blocks give: models that are the same up to some block need
+        not compute it again."""
+        self.put(weights)
+        with recorded(self.model, max_bytes=self.max_bytes) as states:
+            return self.outcomes(), states
+
+    def moved(self, mask: WeightMask, into: Weights, of: Callable[[str], Tensor], states: States) -> Outcomes:
+        """With the mask's entries changed in the model as it is, which then is as it was, and gave these states."""
+        changed = mask.on(self.model.device)
+        with torch.no_grad():
+            for name in mask.weights():
+                live = self.live[name]
+                there = into[name].to(live.device)
+                live.copy_(torch.where(changed[name], of(name).to(live.device), there))
+        with resumed(self.model, states, unchanged_before(self.model, mask)):
+            outcomes = self.outcomes()
+        self.put(into, mask.weights())
+        return outcomes
+
+    def outcomes(self) -> Outcomes:
+        """Of the model as it is."""
+        result = self.evaluate(self.model)
+        return {result.quantity: result} if isinstance(result, Scores) else dict(result)
+
+
+def _added(to: Weights, start: Weights, end: Weights, name: str) -> Tensor:
+    """A weight with another arm's change added."""
+    at = to[name].device
+    change = end[name].to(at).float() - start[name].to(at).float()
+    return (to[name].float() + change).to(to[name].dtype)
 
 
 def _masks(model: Model, parts: Parts, cut: WeightMask | None) -> tuple[dict[str, WeightMask], dict[str, WeightMask]]:
@@ -372,19 +409,6 @@ def _union(masks: Mapping[str, WeightMask]) -> WeightMask:
     return first
 
 
-@dataclass(frozen=True, eq=False)
-class SecondCut:
-    """The neurons that carry a concept after it came back, and what is left when they are cut too."""
-
-    neurons: Neurons
-    share_old: float
-    """Share of them that were cut before, 0 to 1."""
-    share_old_by_chance: float
-    """The same of sets drawn with as many neurons per layer."""
-    after: Outcomes
-    """With them cut, before any further retraining."""
-
-
 def share_old(new: Neurons, old: Neurons) -> float:
     """Share of a new set of neurons that are in an old one, 0 to 1; NaN for an empty set.
 
@@ -392,26 +416,3 @@ def share_old(new: Neurons, old: Neurons) -> float:
         ValueError: sets of two sites.
     """
     return len(new & old) / len(new) if len(new) else math.nan
-
-
-def share_old_by_chance(new: Neurons, old: Neurons) -> float:
-    """`share_old` to be expected of sets drawn uniformly, with as many neurons in each layer as the new set has."""
-    if not len(new):
-        return math.nan
-    drawn = new.mask.sum(1) * old.mask.sum(1) / new.site.width
-    return float(drawn.sum()) / len(new)
-
-
-def cut_again_(model: Model, new: Neurons, old: Neurons, evaluate: Evaluate, *, sever: Sever = "out") -> SecondCut:
-    """Cut the neurons found in a retrained model, evaluate, and leave the model cut, to be retrained once more.
-
-    `old` are those that were cut before (of several rounds: their union). Found by the rule by which those were, and as
-    many, they say whether the concept came back in the same neurons.
-
-    Raises:
-        ValueError: neurons of another model or of two sites, or the model has no such weights.
-    """
-    shares = share_old(new, old), share_old_by_chance(new, old)
-    prune_(model, new, sever=sever)
-    result = evaluate(model)
-    return SecondCut(new, *shares, {result.quantity: result} if isinstance(result, Scores) else dict(result))

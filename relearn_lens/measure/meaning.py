@@ -111,7 +111,7 @@ def _same_site(before: TopWords, now: TopWords) -> None:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What one neuron meant before and means now, printed as `L4N217: Isaac, Gear > Straits, Town, Hague`."""
+    """What one neuron meant before and means now, printed as `L4N217: Isaac, Gear → Straits, Town, Hague`."""
 
     neuron: Neuron
     before: tuple[str, ...]
@@ -121,7 +121,7 @@ class Meaning:
 
     def __str__(self) -> str:
         before, now = (", ".join(map(printable, words)) for words in (self.before, self.now))
-        return f"{self.neuron}: {before} > {now}"
+        return f"{self.neuron}: {before} → {now}"
 
 
 @jaxtyped(typechecker=typechecker)

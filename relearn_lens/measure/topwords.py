@@ -110,8 +110,8 @@ class WordSums:
         """Sort the batch's words by type."""
         of_word = self.of_word[batch.words.cpu()]
         types, counts = torch.unique_consecutive(of_word.sort(stable=True).values, return_counts=True)
-        found = (types, of_word.argsort(stable=True), counts.cumsum(0) - counts)
-        self.types, self.order, self.first = (t.to(batch.words.device) for t in found)
+        tables = (types, of_word.argsort(stable=True), counts.cumsum(0) - counts)
+        self.types, self.order, self.first = (t.to(batch.words.device) for t in tables)
 
     def add(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """Add one layer's words to the rows of their types."""

@@ -19,7 +19,7 @@ from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import course, meaning
 from relearn_lens.measure.asking import Asked, Metric, Reference
-from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, evaluate, judge_of
+from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, as_html, evaluate, judge_of
 from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
@@ -116,18 +116,8 @@ class Snapshot:
 
     def _repr_html_(self) -> str:
         """Scores with their intervals over sentences, and the saliency."""
-        rows = [
-            [
-                label,
-                f"{value:.3f}",
-                "{:.3f} to {:.3f}".format(*self.scores.interval(label)),
-                self.scores.support()[label],
-            ]
-            for label, value in self.shown.items()
-        ]
         title = "before retraining" if self.at is None else repr(self.at)
-        header = ["label", self.scores.unit, "95 % interval over sentences", "of"]
-        return markup.box(title, markup.table(header, rows), self.saliency._repr_html_())
+        return markup.box(title, as_html(self.scores), self.saliency._repr_html_())
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +125,8 @@ class Trajectory:
     """One arm: snapshots by stage (`"base"`, `"pruned"`, then epochs of retraining), in order."""
 
     snapshots: Mapping[str, Snapshot]
-    pruned: Neurons | None = None
-    """What was pruned between base and the next stage; None when nothing was."""
+    removed: Neurons | None = None
+    """The neurons that were pruned between base and the next stage; None where none were."""
     arm: str = ""
     seed: int = 0
     concept: Concept | None = None
@@ -145,6 +135,8 @@ class Trajectory:
     neurons that survive in the concept arm, or choosing those by their score at base would look like a move."""
     similarity: Mapping[str, ActivationSimilarity] = field(default_factory=dict)
     """Activations at base against those at the last stage: over `"all"` words and over the `"concept"`'s."""
+    by: str = ""
+    """How it was removed: `"prune"`, or the name of another remover; empty where nothing was."""
     examples: Examples | None = None
     """What some neurons do at the words of a few sentences at the last stage, where that was kept."""
     ends: course.Ends | None = field(default=None, init=False, compare=False)
@@ -174,7 +166,7 @@ class Trajectory:
         """The neurons that were not pruned: what a matched comparison looks at on both sides."""
         site = self.site
         everything = Neurons(torch.ones(len(site.layers), site.width, dtype=torch.bool), site)
-        return everything if self.pruned is None else everything - self.pruned
+        return everything if self.removed is None else everything - self.removed
 
     def there(self, stage: str) -> Neurons:
         """The neurons that are ranked at a stage: all at base, later the survivors.
@@ -218,7 +210,7 @@ class Trajectory:
         return pd.DataFrame(rows)
 
     def to_xarray(self) -> xr.Dataset:
-        """`saliency[stage, layer, neuron]`, `f1[stage, label]` or `loss`, and `pruned[layer, neuron]`, axes by name."""
+        """`saliency[stage, layer, neuron]`, `f1[stage, label]` or `loss`, `removed[layer, neuron]`, axes by name."""
         first = next(iter(self.snapshots.values()))
         labels = [*first.scores.labels, OVERALL]
         return xr.Dataset(
@@ -233,7 +225,7 @@ class Trajectory:
                     [[s.shown[k] for k in labels] for s in self.snapshots.values()],
                     {"units": first.scores.unit},
                 ),
-                "pruned": (("layer", "neuron"), (~self.survivors().mask).numpy()),
+                "removed": (("layer", "neuron"), (~self.survivors().mask).numpy()),
             },
             coords={"stage": list(self.stages), "layer": list(self.site.layers), "label": labels},
             attrs={
@@ -245,7 +237,7 @@ class Trajectory:
         )
 
     def __repr__(self) -> str:
-        curve = " > ".join(f"{stage} {s.scores.shown(self.label):.3f}" for stage, s in self.snapshots.items())
+        curve = " → ".join(f"{stage} {s.scores.shown(self.label):.3f}" for stage, s in self.snapshots.items())
         what = self.concept.name if self.concept else OVERALL
         metric = next((s.scores.metric for s in self.snapshots.values()), "F1")
         return f"Trajectory({self.arm or 'arm'}, seed {self.seed}, {metric} of {what}: {curve})"
@@ -258,8 +250,10 @@ class Trajectory:
             there = self.there(stage)
             best = next(iter(snapshot.saliency.top(1, among=there))) if len(there) else "none is left"
             rows.append([stage, *(f"{value:.3f}" for value in snapshot.shown.values()), best])
-        pruned = "nothing pruned" if self.pruned is None else f"{len(self.pruned):,} neurons pruned"
-        return markup.box(f"{self!r}; {pruned}", markup.table(header, rows))
+        removed = f"removed by {self.by}" if self.by else "nothing pruned"
+        if self.removed is not None:
+            removed = f"{len(self.removed):,} neurons pruned"
+        return markup.box(f"{self!r}; {removed}", markup.table(header, rows))
 
 
 def _columns(scores: Scores, label: str) -> dict[str, float]:
@@ -453,7 +447,7 @@ def track_text(
     how: Measuring | None = None,
     *,
     before: Snapshot | None = None,
-    pruned: Neurons | None = None,
+    removed: Neurons | None = None,
     compare: Neurons | None = None,
     validation: Corpus | Encoded | None = None,
     arm: str = "",
@@ -465,7 +459,7 @@ def track_text(
     """Measure now, then at every checkpoint of a training loop.
 
     `checkpoints` is `retrain_(...)` or any loop that yields `Checkpoint`. `before` is the snapshot from before
-    pruning (stage `"base"`), `pruned` the set that was pruned, `compare` the neurons of matched comparisons where they
+    pruning (stage `"base"`), `removed` the set that was pruned, `compare` the neurons of matched comparisons where they
     are not the survivors. `how` and other keywords are those of `measure`; `on_measured` is called with each
     stage's name and snapshot as it comes. With `keep_weights` the trajectory holds copies of the weights after pruning
     and at its end, for `grafts`.
@@ -496,7 +490,7 @@ def track_text(
             raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
         take(stage, checkpoint)
         _warn_of_twins(snapshots, stage)
-    path = Trajectory(snapshots, pruned, arm, seed, concept, compare)
+    path = Trajectory(snapshots, removed, arm, seed, concept, compare, by="" if removed is None else "prune")
     if start is not None:
 
         def outcomes(model: Model) -> dict[str, Scores]:

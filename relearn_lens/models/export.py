@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relearn_lens.files import check_free, whole
 from relearn_lens.models.gguf import silent
 from relearn_lens.models.heads import classifier_of
 from relearn_lens.models.model import Model, Tagger, plain_name, reading, wearing
@@ -30,22 +29,14 @@ def export(model: Model, folder: str | Path) -> Path:
     if wearing(model.bridge):
         raise ValueError("this model has low-rank adapters now; export it when the block of `adapted` has ended")
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{str(path)!r} is there already; choose a folder that is empty or not there yet")
+    check_free(path)
     plain = _plain(model)
     _compare(model, plain)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
+    with whole(path) as work:
+        work.mkdir()
         with silent():
             plain.save_pretrained(work)
         model.tokenizer.save_pretrained(work)
-        if path.exists():
-            path.rmdir()
-        os.replace(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return path
 
 

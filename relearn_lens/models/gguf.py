@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from relearn_lens import sources
+from relearn_lens import files, sources
 
 RECORD = "dequantised.json"
 """File in a folder made here: which file it was made from, and the sha256 of every other file."""
@@ -53,17 +52,13 @@ def _made(file: Path, folder: Path, digest: str) -> Path:
     with FileLock(folder.parent / ".lock"):
         if _is_whole(folder, digest):  # another process made it while we waited
             return folder
-        work = folder.with_name(f".{folder.name}")  # a fixed name: what a killed process left is found
-        shutil.rmtree(work, ignore_errors=True)
-        try:
+        files.remove_unfinished(folder.parent)
+        with files.whole(folder) as work:
             work.mkdir()
             _convert(file, work)
             record = {"gguf": digest, "sha256": sources.hash_files(work)}
-            (work / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            (work / RECORD).write_bytes(files.as_json(record))
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(work, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 

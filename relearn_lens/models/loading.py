@@ -192,7 +192,34 @@ def _place(model: str | Path) -> str:
         check_folder(folder)
     elif where.count("/") > 1 or where.startswith((".", "/", "~")):
         raise ValueError(f"no model folder at {where!r}")
+    else:
+        _ask_hub(where)
     return where
+
+
+def _ask_hub(name: str) -> None:
+    """Refuse a name that is not in the hub's cache and that the hub does not give: its client asks for half a minute.
+
+    Raises:
+        OSError: the hub has no such model, keeps it closed, or is not to be reached.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except Exception as error:  # of the hub, of the network, or of a name that cannot be one
+        raise _not_given(name, error) from error
+
+
+def _not_given(name: str, error: Exception) -> OSError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return OSError(
+        f"cannot load model {name!r}: it is no source ({', '.join(sources.SOURCES)}), no local folder, and the hub did "
+        f"not give it ({reason}). Download it once where there is a network (`hf download NAME --local-dir DIR`) and "
+        f"pass the folder{meant(name, _MODELS)}"
+    )
 
 
 def _auto_class(config: Any, where: str) -> Any:
@@ -238,11 +265,7 @@ def _in_our_words(where: str) -> Iterator[None]:
                 f"cannot load model {where!r} from the hub: its cache cannot be written ({full}); set HF_HOME to a "
                 "folder that can, or give a local folder",
             ) from error
-        raise OSError(
-            f"cannot load model {where!r}: it is no source ({', '.join(sources.SOURCES)}), no local folder, and the "
-            f"hub did not give it ({reason}). Download it once where there is a network "
-            f"(`hf download NAME --local-dir DIR`) and pass the folder{meant(where, _MODELS)}"
-        ) from error
+        raise _not_given(where, error) from error
     except Exception as error:  # a config.json or tokenizer of wrong values ends in any error that there is
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

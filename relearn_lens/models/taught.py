@@ -7,9 +7,7 @@ told apart. Teaching takes a minute or two and is kept in the cache folder, by e
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ from safetensors.torch import save_file
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native import boot as boot_native
 
-from relearn_lens import sources
+from relearn_lens import files, sources
 from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import train_
@@ -191,8 +189,7 @@ def _place(facts: Facts, courses: Iterable[Course]) -> Path:
         ]
         if course.forms != TRAINED:
             depends.append(list(course.forms))
-    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-    return sources.cache_dir() / "taught" / f"{digest[:32]}.safetensors"
+    return sources.cache_dir() / "taught" / f"{files.digest_of(depends)[:32]}.safetensors"
 
 
 def _read(path: Path, model: LanguageModel) -> Lesson | None:
@@ -208,12 +205,6 @@ def _read(path: Path, model: LanguageModel) -> Lesson | None:
 
 def _write(path: Path, model: LanguageModel, lesson: Lesson) -> None:
     """Keep weights in the cache, where it can be written; no file bears its name before it is complete."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     weights = {name: value.contiguous().clone() for name, value in model.weights().items()}
-    with contextlib.suppress(OSError, SafetensorError):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(weights, part, metadata={"lesson": json.dumps({"seconds": lesson.seconds, "loss": lesson.loss})})
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, SafetensorError), files.whole(path) as work:
+        save_file(weights, work, metadata={"lesson": json.dumps({"seconds": lesson.seconds, "loss": lesson.loss})})

@@ -86,8 +86,11 @@ class Tuning(Attack, Training):
         entries = self.entries(model)
         text = encoded_for(model, text)
         training = train_(model, text, how, only=entries, seed=seed, what=what)
-        # With adapters the same is refused here, and then trained within their block.
-        return training if self.lora is None else self._adapted(model, text, how, seed, what)
+        if self.lora is None:
+            return training
+        # With adapters the same was refused by this one, and is then trained within their block.
+        training.close()
+        return self._adapted(model, text, how, seed, what)
 
     def _adapted(self, model: Model, text: Encoded, how: Training, seed: int, what: str) -> Iterator[Checkpoint]:
         assert self.lora is not None

@@ -33,7 +33,13 @@ class Calibration:
 
 
 def calibrate(
-    model: Model, base: Mapping[str, Tensor], score: Score, *, tau: float = 0.95, points: int = 64
+    model: Model,
+    base: Mapping[str, Tensor],
+    score: Score,
+    *,
+    tau: float = 0.95,
+    points: int = 64,
+    ends: tuple[float | None, float | None] = (None, None),
 ) -> Calibration:
     """How much of a removal keeps `tau` of the base's score on what is to be retained?
 
@@ -41,7 +47,8 @@ def calibrate(
     theta = (1 - a) base + a removed, and a the largest of 0, 1/points, ..., 1 at which the score is at least tau times
     the base's, found by bisection: exact where the score falls along the way, else one place where it passes and the
     next one fails. The score is asked in place, at most 2 + log2(points) times; the model's weights are put back, to
-    the bit. Compare removers there: `mixed_` goes there.
+    the bit. Compare removers there: `mixed_` goes there. `ends` are the scores of the base and of the removed model,
+    where they are known already.
 
     Source: Wang et al. 2024 (UWC); their update ratio is 1 - a.
 
@@ -51,7 +58,7 @@ def calibrate(
     if not 0 < tau <= 1 or points < 1:
         raise ValueError(f"tau must be above 0 and at most 1, points at least 1; got tau={tau}, points={points}")
     removed = {name: value.clone() for name, value in model.weights().items()}
-    scores: dict[int, float] = {}
+    scores = {at: value for at, value in zip((0, points), ends, strict=True) if value is not None}
 
     def at(point: int) -> float:
         if point not in scores:

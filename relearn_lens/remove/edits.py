@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
@@ -13,10 +12,9 @@ from torch import Tensor
 from relearn_lens.methods import Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Gradient, Step, plain
-from relearn_lens.neurons.sites import parameter, site_of
 from relearn_lens.remove.losses import Retained
 from relearn_lens.remove.preference import PREFERRED, Preferring
-from relearn_lens.remove.removal import FORGET, Removing, Term, Texts
+from relearn_lens.remove.removal import FORGET, Removing, Term, Texts, written
 from relearn_lens.text.encoding import Batch
 
 
@@ -60,16 +58,11 @@ class DINM(Preferring):
         Raises:
             ValueError: the model does not have it.
         """
-        site, n = site_of(model.bridge, "mlp_post"), int(model.bridge.cfg.n_layers)
+        n = int(model.bridge.cfg.n_layers)
         layer = n - 1 if self.layer is None else self.layer
         if layer >= n:
             raise ValueError(f"layer = {layer}: this model has {n} blocks, 0 to {n - 1}")
-        trained = {id(parameter(model.bridge, part)) for part in site.writes[layer]}
-        return {
-            name: torch.ones_like(weight, dtype=torch.bool)
-            for name, weight in model.plain().items()
-            if id(weight) in trained
-        }
+        return written(model, [layer])
 
     def __call__(self, model: Model, texts: Texts, where: Any = None, *, step: Step = plain, **keywords: Any) -> Any:
         """As of `Remover`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -20,13 +20,18 @@ from relearn_lens.remove.removal import (
     RETAIN,
     Remover,
     Term,
+    Texts,
     by_sentence,
     kept_by_piece,
     kept_of,
     n_pieces,
     n_subwords,
 )
+from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
+from relearn_lens.text.facts import RETAIN as STAYING
+from relearn_lens.text.facts import TRAINED, Facts
+from relearn_lens.text.facts.encoded import encode_facts
 
 Retained = Literal["ce", "kl"]
 """What keeps the retained text: its own cross-entropy, or how far predictions are from those of before."""
@@ -158,6 +163,49 @@ class SimNPO(Keeping):
             return -2 / self.beta * F.logsigmoid(self.beta * (mean - self.delta)).sum(), len(mean)
 
         return {FORGET: Term(value, n_pieces, weight=self.gamma), **self.kept(model)}
+
+
+TUNING = "tuning"
+"""The role of a text like those that the model may be fine-tuned on afterwards."""
+
+
+class ILU(NPO):
+    """Invariant unlearning: what `NPO` lowers, and a penalty that makes the model a stationary point of fine-tuning on
+    other text, so that such fine-tuning does not move it back.
+
+    The penalty is that of invariant risk minimisation: the squared slope of the mean cross-entropy on the text
+    `tuning` in a factor w of all logits, at w = 1. Of facts, that text is what is to stay in general, or, where
+    there is nothing, what is near. It is no sum over sub-words, so batches cannot go through the model in parts.
+
+    Published over NPO and over RMU; this is the first.
+
+    Source: Wang et al. 2025 (ILU); Arjovsky et al. 2019 (IRMv1).
+    """
+
+    name: ClassVar[str] = "ilu"
+    formula: ClassVar[str] = "as npo, + penalty (d/dw CE_t(w logits) at w = 1)^2"
+    source: ClassVar[str] = "Wang et al. 2025 (ILU)"
+
+    penalty: float = Field(default=1.0, ge=0, le=1e6, description="weight of the squared slope, per nat squared")
+
+    def terms(self, model: Model, seed: int) -> dict[str, Term]:
+        """As of `Remover`."""
+        return {**super().terms(model, seed), TUNING: Term(_slope, None, weight=self.penalty)}
+
+    def texts(self, model: Model, texts: Texts | None, roles: Iterable[str], seed: int) -> dict[str, Corpus | Encoded]:
+        """As of `Remover`, with the text `tuning`."""
+        if not isinstance(texts, Facts):
+            return super().texts(model, texts, roles, seed)
+        given = super().texts(model, texts, [role for role in roles if role != TUNING], seed)
+        near, general = STAYING
+        role = general if texts.passages(general, forms=TRAINED) else near
+        return {**given, TUNING: encode_facts(texts, role, tokenizer=model.tokenizer, context=model.context)}
+
+
+def _slope(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
+    logits, right = model.predictions(batch)
+    expected = (logits.softmax(-1) * logits).sum(-1)
+    return (expected - logits.gather(1, right[:, None])[:, 0]).mean().square(), 1
 
 
 # --- cross-entropy

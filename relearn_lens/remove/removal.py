@@ -20,6 +20,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Method, Rate, Training
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, Stepped, plain, train_
+from relearn_lens.neurons.sites import parameter, site_of
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text import facts
 from relearn_lens.text.corpus import Corpus
@@ -136,6 +137,17 @@ def texts_of(model: Model, texts: Texts | None, roles: Iterable[str], what: str)
         raise ValueError(f"{what}; {error}") from None
 
 
+def written(model: Model, blocks: Iterable[int]) -> dict[str, Bool[Tensor, ...]]:
+    """All of the MLPs' output matrices of some blocks, as entries that may move."""
+    writes = site_of(model.bridge, "mlp_post").writes
+    trained = {id(parameter(model.bridge, part)) for block in blocks for part in writes[block]}
+    return {
+        name: torch.ones_like(weight, dtype=torch.bool)
+        for name, weight in model.plain().items()
+        if id(weight) in trained
+    }
+
+
 def n_pieces(_: Any, pieces: np.ndarray) -> int:
     """Of some pieces of a text, their number: a `Term.count`."""
     return len(pieces)
@@ -178,6 +190,8 @@ class Remover(Method):
     source: ClassVar[str]
     usual: ClassVar[Training] = Removing()
     """How it trains unless something else is asked for."""
+    fresh: ClassVar[bool] = False
+    """Whether it teaches a model that knows nothing yet; used on one that does, it is a negative control."""
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """What it lowers, by role of text; the first role gives the steps of an epoch."""

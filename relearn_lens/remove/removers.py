@@ -17,8 +17,10 @@ from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.arithmetic import TaskVector
 from relearn_lens.remove.distillation import UNDIAL, Undo, WhoIs
+from relearn_lens.remove.editing import Mend
 from relearn_lens.remove.edits import DINM
-from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent, SimNPO
+from relearn_lens.remove.layering import Layered
+from relearn_lens.remove.losses import ILU, NPO, GradDiff, GradientAscent, SimNPO
 from relearn_lens.remove.masks import SelectivePrune, SetDifferencePrune
 from relearn_lens.remove.preference import DPO, IDK, AltPO
 from relearn_lens.remove.pruning import Prune, Pruner
@@ -26,22 +28,22 @@ from relearn_lens.remove.removal import ROLES, Remover, Removing, Texts, texts_o
 from relearn_lens.remove.representations import RMU, CircuitBreaker, RepNoise
 from relearn_lens.remove.routing import SGTM, GradientRoute
 from relearn_lens.remove.weighting import CEU, PDU, WGA, SatImp
-from relearn_lens.remove.wrappers import SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
+from relearn_lens.remove.wrappers import LAT, SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
 from relearn_lens.text.facts import Facts
 
-Wrapper = SAM | Smoothed | GradientPenalty | Curvature | Averaged | TARLight
+Wrapper = SAM | LAT | Smoothed | GradientPenalty | Curvature | Averaged | TARLight
 """What can stand around a remover's step."""
 REMOVERS: dict[str, type[Remover] | type[Pruner]] = {
     kind.name: kind
     for kind in (
         *(Prune, SelectivePrune, SetDifferencePrune),
-        *(GradientAscent, GradDiff, NPO, SimNPO, IDK, DPO, AltPO, WGA, SatImp, CEU, PDU, UNDIAL),
-        *(RMU, CircuitBreaker, RepNoise, WhoIs, TaskVector, Undo, DINM, GradientRoute, SGTM),
+        *(GradientAscent, GradDiff, NPO, ILU, SimNPO, IDK, DPO, AltPO, WGA, SatImp, CEU, PDU, UNDIAL),
+        *(RMU, CircuitBreaker, RepNoise, WhoIs, TaskVector, Undo, DINM, Mend, Layered, GradientRoute, SGTM),
     )
 }
 """Removers by name. Each has `name`, `formula`, `source` and, with unit and origin, `model_fields`."""
 WRAPPERS: dict[str, type[Wrapper]] = {
-    kind.name: kind for kind in (SAM, Smoothed, GradientPenalty, Curvature, Averaged, TARLight)
+    kind.name: kind for kind in (SAM, LAT, Smoothed, GradientPenalty, Curvature, Averaged, TARLight)
 }
 """What can stand around a remover's step, by name; described as the removers are."""
 

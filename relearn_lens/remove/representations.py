@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel, Model, hidden
 from relearn_lens.models.training import Stepped
-from relearn_lens.neurons.sites import Component, component_site, parameter, site_of, streaming
+from relearn_lens.neurons.sites import Component, component_site, streaming
 from relearn_lens.remove.losses import likely
 from relearn_lens.remove.removal import (
     FORGET,
@@ -28,6 +28,7 @@ from relearn_lens.remove.removal import (
     kept_by_piece,
     kept_of,
     n_subwords,
+    written,
 )
 from relearn_lens.text.encoding import Batch, Reading
 
@@ -100,14 +101,8 @@ class RMU(Remover):
 
     def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]]:
         """All of the MLPs' output matrices of the last blocks up to `layer`."""
-        site, layer = site_of(model.bridge, "mlp_post"), self.at(model)
-        parts = [part for writes in site.writes[max(0, layer + 1 - self.matrices) : layer + 1] for part in writes]
-        trained = {id(parameter(model.bridge, part)) for part in parts}
-        return {
-            name: torch.ones_like(weight, dtype=torch.bool)
-            for name, weight in model.plain().items()
-            if id(weight) in trained
-        }
+        layer = self.at(model)
+        return written(model, range(max(0, layer + 1 - self.matrices), layer + 1))
 
 
 class CircuitBreaker(Remover):

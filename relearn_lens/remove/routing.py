@@ -45,6 +45,7 @@ class GradientRoute(Remover):
     formula: ClassVar[str] = "CE_f, x <- m x + (1 - m) (s x + (1 - s) stopgrad x); + CE_r + l1 |x|_r; x_m <- 0; CE_r"
     source: ClassVar[str] = "Cloud et al. 2024 (gradient routing)"
     usual: ClassVar[Training] = Removing(lr=5e-4, epochs=1)
+    fresh: ClassVar[bool] = True
 
     units: int = Field(default=64, ge=1, le=10**6, description="MLP units of a block that the forgotten text goes to")
     layers: int = Field(default=5, ge=1, le=10_000, description="first blocks in which it is routed, or all")
@@ -130,6 +131,7 @@ class SGTM(Remover):
     formula: ClassVar[str] = "m grad CE_f + grad CE_r(theta without m); theta_m <- 0"
     source: ClassVar[str] = "Shilov et al. 2025 (SGTM)"
     usual: ClassVar[Training] = Removing(lr=5e-4, epochs=1)
+    fresh: ClassVar[bool] = True
 
     units: int = Field(default=64, ge=1, le=10**6, description="MLP units of every block")
     heads: int = Field(default=1, ge=0, le=10**4, description="attention heads of every block")

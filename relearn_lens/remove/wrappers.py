@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from relearn_lens.methods import Method
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Gradient, Stepped
+from relearn_lens.neurons.sites import component_site, streaming
 from relearn_lens.remove.removal import FORGET
 
 Slopes = Sequence[tuple[Tensor, Tensor]]
@@ -76,6 +78,83 @@ class TARLight(Method):
                 slopes = taken(model)
                 stack.enter_context(moved(slopes, self.rho / (norm(slopes) + 1e-12)))
             gradient(FORGET)
+        if others:
+            gradient(*others)
+
+
+class LAT(Method):
+    """Latent adversarial: the forgetting gradient is taken where hidden states are disturbed so that forgetting is
+    worst.
+
+    At every token a vector d is added to the outputs of `layers`. It goes `ascent` times along the gradient of the
+    forget part in it, each step of length `rate`, and back into the ball of radius `eps` (L2, at each token). The
+    forgetting gradient is then taken with it, all other parts' without. Costs `ascent` + 2 passes in the place of one.
+
+    The published method lets the adversary aim at an answer of its own, disturb prompts alone, and step by Adam; here
+    it raises what the remover lowers, everywhere, by steps of a length.
+
+    Source: Casper et al. 2024; Sheshadri et al. 2024 (targeted LAT).
+    """
+
+    name: ClassVar[str] = "lat"
+    formula: ClassVar[str] = "grad f(theta, h_l + d) + grad r(theta), d = argmax of f over |d| <= eps at every token"
+    source: ClassVar[str] = "Casper et al. 2024; Sheshadri et al. 2024"
+
+    eps: float = Field(
+        default=1.0, ge=0, le=1e6, description="largest disturbance of a token, activation units; 0: none"
+    )
+    rate: float = Field(default=0.25, gt=0, le=1e6, description="length of a step of it, activation units")
+    ascent: int = Field(default=16, ge=1, le=10_000, description="steps of it (Sheshadri et al. 2024)")
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="blocks whose outputs are disturbed, from 0; none: as deep as 8, 16, 24 of Llama's 32"
+    )
+
+    def at(self, model: Model) -> tuple[int, ...]:
+        """The blocks whose outputs are disturbed.
+
+        Raises:
+            ValueError: the model does not have one of them.
+        """
+        n = int(model.bridge.cfg.n_layers)
+        layers = tuple(sorted({k * n // 4 for k in (1, 2, 3)})) if self.layers is None else self.layers
+        if not layers or not all(0 <= layer < n for layer in layers):
+            raise ValueError(f"layers = {list(layers)}: this model has {n} blocks, 0 to {n - 1}")
+        return layers
+
+    def __call__(self, model: Model, gradient: Gradient) -> None:
+        """As `train_` takes a step."""
+        layers, site = self.at(model), component_site(model.bridge, "resid")
+        if self.eps == 0:
+            gradient()
+            return
+        disturbed: dict[tuple[int, int], Tensor] = {}
+        passes = dict.fromkeys(layers, 0)
+
+        def disturb(layer: int, x: Tensor) -> Tensor | None:
+            if layer not in passes:
+                return None
+            # A gradient may take several passes, of several texts or of parts of a batch: each time the same ones.
+            passes[layer] += 1
+            at = layer, passes[layer]
+            if at not in disturbed:
+                disturbed[at] = torch.zeros_like(x, requires_grad=True)
+            return x + disturbed[at]
+
+        def forgetting() -> tuple[str, ...]:
+            passes.update(dict.fromkeys(layers, 0))
+            with streaming(model.bridge, site, disturb):
+                return gradient(FORGET)
+
+        for _ in range(self.ascent):
+            others = [part for part in forgetting() if part != FORGET]
+            taken(model)
+            for d in disturbed.values():
+                if (slope := d.grad) is not None:
+                    with torch.no_grad():
+                        d += self.rate * torch.nn.functional.normalize(slope, dim=-1, eps=1e-30)
+                        d *= (self.eps / d.norm(dim=-1, keepdim=True).clamp(min=self.eps)).to(d)
+                    d.grad = None
+        forgetting()
         if others:
             gradient(*others)
 
@@ -221,8 +300,9 @@ class Averaged(Method):
             n = float(memory.get("averaged", torch.zeros(()))) + 1
             memory["averaged"] = torch.tensor(n)
             for name, weight in stepped.moving.items():
-                mean = memory.setdefault(f"averaged.{name}", torch.zeros_like(weight))
-                mean.lerp_(weight, 1 / n)
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                mean = memory.setdefault(f"averaged.{name}", torch.zeros_like(weight, dtype=wide))
+                mean.lerp_(weight.to(wide), 1 / n)
         if stepped.step == stepped.last:
             for name, weight in stepped.moving.items():
                 weight.copy_(memory[f"averaged.{name}"])
@@ -247,17 +327,32 @@ def norm(slopes: Slopes) -> Tensor:
 
 @contextlib.contextmanager
 def moved(slopes: Slopes, by: float | Tensor) -> Iterator[None]:
-    """For a while, the weights so far along a direction; back to the bit, also after an error."""
+    """For a while, the weights so far along a direction; back to the bit, also after an error.
+
+    Warns where weights in 16 bits round most of the way off: then a wrapper does next to nothing.
+    """
     here = [weight.detach().clone() for weight, _ in slopes]
     try:
         with torch.no_grad():
             for weight, slope in slopes:
                 weight.add_(slope * by)
+            if any(weight.element_size() < 4 for weight, _ in slopes):
+                way = norm([(w, w - old) for (w, _), old in zip(slopes, here, strict=True)])
+                _check_rounding(float(norm(slopes) * abs(by)), float(way), here[0].dtype)
         yield
     finally:
         with torch.no_grad():
             for (weight, _), value in zip(slopes, here, strict=True):
                 weight.copy_(value)
+
+
+def _check_rounding(asked: float, way: float, dtype: torch.dtype) -> None:
+    if not 0.5 * asked <= way <= 2 * asked:
+        warnings.warn(
+            f"a way of length {asked:.3g} in weights of {str(dtype).removeprefix('torch.')} became one of {way:.3g} by "
+            "rounding, so the wrapper does not do what it says; take a larger one, or float32",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def _unit(slopes: Slopes) -> list[tuple[Tensor, Tensor]]:

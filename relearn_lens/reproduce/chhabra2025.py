@@ -74,4 +74,5 @@ PAPER = Paper(
     "a native model taught the task, poisoned and cleaned for five passes each, read by path and cross-model patching",
     "three blocks of eight heads, so 7 % of the heads are two",
     measure,
+    toy_only="poisoning and cleaning are ten passes over 2,000 sentences, hours of a pretrained model without a GPU",
 )  # fmt: skip

@@ -98,4 +98,5 @@ PAPER = Paper(
     "or on one; V is asked, beside what it was before",
     "300 steps of a model of 0.4 M parameters, not 20,000 of 28 M; nothing was tuned, so what each keeps differs",
     measure,
+    toy_only="routing is a way of pretraining, from nothing",
 )  # fmt: skip

@@ -44,4 +44,6 @@ PAPER = Paper(
     "GradDiff, NPO and RMU at equal retained ability, fine-tuned on T for 64 steps; V is asked, beside the twin",
     "a model of 0.9 M parameters that was taught the facts from nothing, so nothing is said of pretrained facts",
     measure,
+    toy_only="a pretrained model has no twin that never knew; `relearn-lens bench facts-smollm2` teaches it "
+    "facts, and a twin",
 )  # fmt: skip

@@ -20,8 +20,9 @@ from relearn_lens.remove.wrappers import Curvature, GradientPenalty
 from relearn_lens.reproduce.protocol import Lab, Paper, Reading, State, averaged, distance, over_keys
 
 ITEMS = (20, 40, 60)
+RATE = {"toy": 3e-4, "real": 5e-5}
 RADIUS = 0.1
-FEW = {"lr": 3e-4, "steps": (3,), "clip": 1e6}
+FEW = {"steps": (3,), "clip": 1e6}
 """The steps that terms are compared by."""
 
 
@@ -30,7 +31,7 @@ def measure(lab: Lab) -> Iterator[Reading]:
     states = {name: lab.removed(name) for name in ("npo", "npo+sam")}
     each = []
     for items in ITEMS:
-        attack = FineTune(lr=3e-4, items=items, steps=(16,))
+        attack = FineTune(lr=RATE[lab.scale], items=items, steps=(16,))
         plain, sam = (lab.course(state, attack) for state in states.values())
         ends = [course[step].accuracy for course in (plain, sam) for step in (16, 0)]
         each.append(over_keys(lambda p, p0, s, s0: (p - p0) - (s - s0), *ends))
@@ -55,7 +56,7 @@ def measure(lab: Lab) -> Iterator[Reading]:
 
 def _few(lab: Lab, remover: NPO, step: Step = plain_step) -> State:
     with lab.loaded(lab.base) as model:
-        for _ in remover(model, lab.facts, seed=lab.seed, step=step, **FEW):
+        for _ in remover(model, lab.facts, seed=lab.seed, step=step, lr=RATE[lab.scale], **FEW):
             pass
         return State({name: value.clone() for name, value in model.weights().items()}, "few")
 

@@ -5,6 +5,7 @@ Claim: text about the topic, without any answer, brings answers back.
 Here: after gradient ascent, fine-tuning on four kinds of text of equal length (about T's keys or not, in the form of
 the questions or not), none of which holds an answer; T is asked, since V's keys are in none of them. For repetitions
 the twin is taught T's facts anew, each quarter of the keys twice as often as the last, and forgets them uncalibrated.
+Beside it what the same text does to facts that were to stay: text that damages all answers jogs nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def measure(lab: Lab) -> Iterator[Reading]:
 
     course, twin = arms["topic and form"]
     both = [course[0].loss, course[last].loss, twin[0].loss, twin[last].loss]
-    taught = twin[last].loss.value("overall") - twin[0].loss.value("overall")
-    yield Reading("falls", over_keys(gains, *both), taught)
+    near = lab.course(removed, Benign(arm="topic and form", lr=3e-4, steps=(last,)), "retain_near")
+    damage = near[last].loss.value("overall") - near[0].loss.value("overall")
+    left = course[0].accuracy.value("overall")
+    says = f"seed {lab.seed}: {left:.2f} of T answered before; what was to stay changes by {damage:.2f} nats"
+    yield Reading("falls", over_keys(gains, *both), damage, says)
     form, topic = arms["form"][0], arms["topic"][0]
     yield Reading("form", over_keys(lambda f, t: f - t, form[last].loss, topic[last].loss))
     yield Reading("twin", over_keys(lambda n, t: t - n, twin[0].accuracy, twin[last].accuracy))
@@ -79,4 +83,6 @@ PAPER = Paper(
     "form or not",
     "facts of one token; the text is made, not found",
     measure,
+    toy_only="a pretrained model has no twin that never knew; `relearn-lens bench facts-smollm2` teaches it "
+    "facts, and a twin",
 )  # fmt: skip

@@ -37,7 +37,8 @@ def measure(lab: Lab) -> Iterator[Reading]:
         base, cut, last = (stages[i].scores.shown(label) for i in (0, 1, -1))
         return (last - cut) / (base - cut) if base - cut > 0.1 else float("nan")
 
-    yield Reading("returns", share("concept"), share("random"))
+    f1 = ", ".join(f"{each.scores.shown(label):.2f}" for each in arms["concept"].snapshots.values())
+    yield Reading("returns", share("concept"), share("random"), f"seed {lab.seed}: F1 {f1} from the base to the end")
     centres = {name: migration.centre(list(path.snapshots.values())[-1].saliency) for name, path in arms.items()}
     depth = len(arms["concept"].site.layers) - 1
     earlier = (centres["unpruned"] - centres["concept"]) / depth
@@ -55,4 +56,5 @@ PAPER = Paper(
     "half of a toy tagger's neurons pruned by probeless ranking, eight epochs; random neurons and nothing beside it",
     "the concept is planted in 4 of 256 neurons; `relearn-lens run lo2024` is the protocol at its scale",
     measure,
+    toy_only="the protocol at its own scale is `relearn-lens run lo2024`",
 )  # fmt: skip

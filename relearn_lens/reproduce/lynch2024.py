@@ -55,4 +55,6 @@ PAPER = Paper(
     "and general facts lost",
     "the model follows no instructions, so asking for ignorance is not tried",
     measure,
+    toy_only="a pretrained model has no twin that never knew; `relearn-lens bench facts-smollm2` teaches it "
+    "facts, and a twin",
 )  # fmt: skip

@@ -6,23 +6,28 @@ the models; each seed is one file of the folder, whole or absent, so that the sa
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from scipy import stats as st
-from torch import Tensor
+from torch import Tensor, set_num_threads
 
 from relearn_lens import progress
 from relearn_lens.analysis.intervals import Estimate, over_seeds, over_seeds_and_neurons, over_sentences
+from relearn_lens.files import as_json, read_json, write_whole
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.find.localising import Localiser
 from relearn_lens.find.saliency import Saliency
@@ -36,16 +41,20 @@ from relearn_lens.relearn.attack import Attack
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.calibration import calibrate, mixed_
 from relearn_lens.remove.pruning import Pruner
-from relearn_lens.remove.recipes import Recipe, recipe
+from relearn_lens.remove.recipes import RECIPES, Recipe
 from relearn_lens.reproduce.claims import CLAIMS, Claim, Verdict, verdict_of
 from relearn_lens.runs import removals
-from relearn_lens.runs.files import as_json, read_json, write_whole
 from relearn_lens.runs.stages import StageRecipe, Stages
 from relearn_lens.text.facts import TRAINED, Facts
 
 Scale = Literal["toy", "real"]
 SEEDS = (0, 1, 2)
 """What is chosen is chosen on the first; all are reported."""
+MODEL = "smollm2"
+"""What `real` takes unless another model is named."""
+Where = str | Localiser | None
+USUAL = "usual"
+"""Where a remover's recipe says that it works."""
 
 
 @dataclass(frozen=True)
@@ -80,30 +89,39 @@ class Lab:
     seed: int
     folder: Path
     """Removed models are kept there, for all papers."""
+    name: str = removals.TAUGHT
+    """Of the model: the toy, or a pretrained one."""
 
     @cached_property
-    def _taught(self) -> taught.Taught:
-        return taught.load(recipe=taught.Recipe(seed=self.seed))
+    def _subject(self) -> removals.Subject:
+        toy = self.name == removals.TAUGHT
+        return removals.subject(self.name, "people" if toy else "countries", seed=self.seed)
 
     @property
     def facts(self) -> Facts:
-        """Invented people, in roles."""
-        return self._taught.facts
+        """Invented people, or those facts about countries that a pretrained model knows; in roles."""
+        return self._subject.facts
 
     @cached_property
     def base(self) -> State:
-        """The model that was taught everything."""
-        return State(_copied(self._taught.model), "base")
+        """The model that knows everything."""
+        return State(_copied(self._subject.model), "base")
 
     @cached_property
     def never(self) -> State:
-        """Its twin, which never saw what is to be forgotten."""
-        return State(_copied(self._taught.never), "never")
+        """Its twin, which never saw what is to be forgotten.
+
+        Raises:
+            ValueError: a pretrained model has none.
+        """
+        if self._subject.never is None:
+            raise ValueError(f"{self.name} has no twin that never knew; only the taught toy has one")
+        return State(_copied(self._subject.never), "never")
 
     @contextlib.contextmanager
     def loaded(self, state: State) -> Iterator[LanguageModel]:
         """The lab's model with some weights, for a while."""
-        model = self._taught.model
+        model = self._subject.model
         model.load_weights(state.weights)
         try:
             yield model
@@ -111,7 +129,7 @@ class Lab:
             model.load_weights(self.base.weights)
 
     def model_of(self, state: State) -> LanguageModel:
-        """A model of its own with some weights, to compare with."""
+        """A toy of its own with some weights, to compare with."""
         model = taught.untaught(self.facts, recipe=taught.Recipe(seed=self.seed))
         model.load_weights(state.weights)
         return model
@@ -120,21 +138,24 @@ class Lab:
         self,
         remover: str,
         *,
-        where: str | Localiser | None = None,
+        where: Where = USUAL,
         calibrated: bool = True,
         tau: float = 0.95,
         **fields: Any,
     ) -> State:
-        """The base after a remover's recipe for the toy with some fields changed, by default calibrated: as far from
+        """The base after a remover's recipe for this model with some fields changed, by default calibrated: as far from
         the base as `tau` of its accuracy near by allows. Computed once for all papers.
 
-        `where` is a localiser: a training moves only the weights that it gives, pruning takes its neurons.
+        `where` is a localiser: a training moves only the weights that it gives, pruning takes its neurons; None takes
+        the recipe's own away, so that the remover's fields say where.
 
         Raises:
             ValueError: as the recipe, the localiser and the remover say.
         """
-        removal = recipe("toy", remover, fields)
-        localiser = None if where is None else localiser_of(where)
+        removal = removals.recipe_for(self.name, remover, fields)
+        if where is None:
+            removal = replace(removal, where=None)
+        localiser = None if where is None or where == USUAL else localiser_of(where)
         with self.loaded(self.base) as model:
             kept = {
                 "facts": self.facts.sha256(), "seed": self.seed, "base": removals.weights_sha256(model),
@@ -219,7 +240,7 @@ class Lab:
     @property
     def n_weights(self) -> int:
         """Parameters of the model."""
-        return sum(value.numel() for value in self._taught.model.parameters())
+        return sum(value.numel() for value in self._subject.model.parameters())
 
     def _asked(
         self, model: LanguageModel, roles: Sequence[str], forms: Iterable[str], attack: Attack | None
@@ -267,6 +288,15 @@ def distance(ours: State, theirs: State, since: State) -> float:
     return math.sqrt(apart / way) if way > 0 else math.nan
 
 
+def cosine(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Between two changes of the same weights."""
+    pairs = [(a.double().flatten(), b.double().flatten()) for a, b in zip(ours, theirs, strict=True)]
+    dot, one, other = (sum(float(x @ y) for x, y in each) for each in (
+        pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs]
+    ))  # fmt: skip
+    return dot / math.sqrt(one * other) if one * other > 0 else math.nan
+
+
 def recovered(base: Scores, removed: Scores, attacked: Scores, never: Scores, never_attacked: Scores) -> Estimate:
     """The share of what was removed that is back, less what the same attack teaches the twin, over keys.
 
@@ -294,7 +324,13 @@ class Paper:
     smaller: str
     """What is smaller than in the paper, and what that cannot say."""
     measure: Callable[[Lab], Iterator[Reading]]
-    scales: tuple[Scale, ...] = ("toy",)
+    toy_only: str = ""
+    """Why there is no form for a pretrained model; empty where there is one."""
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """Where it can be measured."""
+        return ("toy",) if self.toy_only else ("toy", "real")
 
 
 @dataclass(frozen=True)
@@ -319,19 +355,29 @@ class Reproduction:
     rows: tuple[Row, ...]
     seconds: float
     """Summed over seeds; what was read from the folder counts as it took then."""
+    cpu_seconds: float
+    """The same of what the processor was busy."""
     folder: Path = field(compare=False)
+    model: str = removals.TAUGHT
+
+    @property
+    def command(self) -> str:
+        """That makes it."""
+        return f"relearn-lens reproduce {self.paper.name}" + (" --scale real" if self.scale == "real" else "")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
         return {
             "paper": self.paper.name, "source": self.paper.source, "scale": self.scale, "seeds": self.seeds,
-            "seconds": self.seconds, "rows": [asdict(row) for row in self.rows],
+            "model": self.model, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds,
+            "rows": [asdict(row) for row in self.rows],
         }  # fmt: skip
 
 
 PAPERS: tuple[str, ...] = (
     "lo2024", "chhabra2025", "fan2025", "che2025", "guo2024", "hu2024", "wang2024", "lynch2024", "deeb2024", "uds2026",
     "bayazit2023", "wang2024dinm", "wang2024concept", "cloud2024",
+    "tian2024",
 )  # fmt: skip
 """Names, each a module of this package with a `PAPER`."""
 
@@ -348,52 +394,158 @@ def paper_of(name: str) -> Paper:
 
 
 def reproduce(
-    name: str, *, scale: Scale = "toy", seeds: Sequence[int] = SEEDS, out: str | Path = "runs/reproduce"
+    name: str,
+    *,
+    scale: Scale = "toy",
+    model: str = MODEL,
+    seeds: Sequence[int] = SEEDS,
+    out: str | Path = "runs/reproduce",
 ) -> Reproduction:
     """Measure a paper's claims over some seeds, and say of each whether it holds here.
+
+    `model` is the pretrained one of scale `real`: a source, a folder or a name on the hub.
 
     Raises:
         ValueError: no such paper, a scale that it does not have, or no seed.
     """
-    paper = paper_of(name)
-    if scale not in paper.scales:
-        raise ValueError(f"{name} has no scale {scale!r}; it has {', '.join(paper.scales)}")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds = {list(seeds)}: give at least one, and each once")
-    folder = Path(out)
-    readings: dict[int, list[Reading]] = {}
-    seconds = 0.0
+    paper, labs = _checked(name, scale, model, seeds, Path(out))
+    each: dict[int, _Kept] = {}
     with progress.task(f"reproducing {name}", len(seeds)):
-        for seed in seeds:
-            readings[seed], took = _of_seed(paper, Lab(scale, seed, folder))
-            seconds += took
+        for lab in labs:
+            each[lab.seed] = _of_seed(paper, lab)
             progress.advance()
-    rows = tuple(_row(claim, readings) for claim in CLAIMS[name].values())
-    result = Reproduction(paper, scale, tuple(seeds), rows, seconds, folder)
-    write_whole(folder / name / f"{scale}.json", as_json(result.to_dict()))
+    result = _result(paper, scale, labs[0].name, each, Path(out))
+    write_whole(Path(out) / name / f"{scale}.json", as_json(result.to_dict()))
     return result
 
 
-def _of_seed(paper: Paper, lab: Lab) -> tuple[list[Reading], float]:
-    """A seed's readings, measured or from the folder; a file that another version of the page wrote does not count."""
-    path = lab.folder / paper.name / f"{lab.scale}-{lab.seed}.json"
-    digest = _digest(paper)
-    if path.exists() and (kept := read_json(path)).get("digest") == digest:
-        return [_reading(each) for each in kept["readings"]], float(kept["seconds"])
-    begin = time.perf_counter()
+def spread(
+    names: Sequence[str],
+    *,
+    processes: int,
+    scale: Scale = "toy",
+    model: str = MODEL,
+    seeds: Sequence[int] = SEEDS,
+    out: str | Path = "runs/reproduce",
+) -> Iterator[str]:
+    """Measure seeds of papers that the folder does not have yet, in several processes; says of each when it is done.
+
+    Afterwards `reproduce` reads them.
+
+    Raises:
+        ValueError: as `reproduce`, or no process.
+    """
+    if processes < 1:
+        raise ValueError(f"processes = {processes}: it takes at least one")
+    todo: list[tuple[str, Lab]] = []
+    for name in names:
+        paper, labs = _checked(name, scale, model, seeds, Path(out))
+        todo += [(name, lab) for lab in labs if _kept(paper, lab) is None]
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, get_context("spawn"), set_num_threads, (threads,)) as pool:
+        ends = {pool.submit(_by_name, name, lab): f"{name}, seed {lab.seed}" for name, lab in todo}
+        try:
+            for end in as_completed(ends):
+                yield f"{ends[end]}: {end.result():.0f} s"
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def gathered(folder: str | Path, *, scale: Scale = "toy") -> tuple[list[Reproduction], list[str]]:
+    """What a folder has of every paper, over the seeds that are there, and a line for each that it does not have.
+
+    A seed that another version of a page wrote does not count.
+    """
+    results, missing = [], []
+    for name in PAPERS:
+        paper, model = paper_of(name), removals.TAUGHT
+        each: dict[int, _Kept] = {}
+        for path in sorted((Path(folder) / name).glob(f"{scale}-*.json")):
+            lab = Lab(scale, int(path.stem.rpartition("-")[2]), Path(folder), read_json(path).get("model", model))
+            if (kept := _kept(paper, lab)) is None:
+                missing.append(f"{name}, seed {lab.seed}: of another version of the page")
+            else:
+                each[lab.seed], model = kept, lab.name
+        if each:
+            results.append(_result(paper, scale, model, each, Path(folder)))
+        else:
+            missing.append(f"{name}: no seed")
+    return results, missing
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One seed's file."""
+
+    readings: list[Reading]
+    seconds: float
+    cpu_seconds: float
+
+
+def _checked(name: str, scale: Scale, model: str, seeds: Sequence[int], folder: Path) -> tuple[Paper, list[Lab]]:
+    paper = paper_of(name)
+    if scale not in paper.scales:
+        raise ValueError(f"{name} has no scale {scale!r}: {paper.toy_only}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds = {list(seeds)}: give at least one, and each once")
+    return paper, [Lab(scale, seed, folder, model if scale == "real" else removals.TAUGHT) for seed in seeds]
+
+
+def _result(paper: Paper, scale: Scale, model: str, each: Mapping[int, _Kept], folder: Path) -> Reproduction:
+    readings = {seed: kept.readings for seed, kept in each.items()}
+    rows = tuple(_row(claim, readings) for claim in CLAIMS[paper.name].values())
+    seconds, cpu = (sum(getattr(kept, name) for kept in each.values()) for name in ("seconds", "cpu_seconds"))
+    return Reproduction(paper, scale, tuple(each), rows, seconds, cpu, folder, model)
+
+
+def _by_name(name: str, lab: Lab) -> float:
+    """In a process of its own."""
+    return _of_seed(paper_of(name), lab).seconds
+
+
+def _of_seed(paper: Paper, lab: Lab) -> _Kept:
+    """A seed's readings, measured or from the folder."""
+    if (kept := _kept(paper, lab)) is not None:
+        return kept
+    begin, busy = time.perf_counter(), time.process_time()
     readings = list(paper.measure(lab))
-    seconds = time.perf_counter() - begin
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - busy
     if unknown := {each.key for each in readings} - set(CLAIMS[paper.name]):
         raise ValueError(f"{paper.name} measures {sorted(unknown)}, which claims.py does not have")
-    kept = {"digest": digest, "seconds": seconds, "readings": [asdict(each) for each in readings]}
-    write_whole(path, as_json(kept))
-    return readings, seconds
+    kept = {
+        "digest": _digest(paper, lab), "model": lab.name, "seconds": seconds, "cpu_seconds": cpu_seconds,
+        "readings": [asdict(each) for each in readings],
+    }  # fmt: skip
+    write_whole(_path(paper, lab), as_json(kept))
+    return _Kept(readings, seconds, cpu_seconds)
 
 
-def _digest(paper: Paper) -> str:
-    """Of the page that measures."""
-    file = Path(str(importlib.import_module(f"{__package__}.{paper.name}").__file__))
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def _kept(paper: Paper, lab: Lab) -> _Kept | None:
+    """From the folder; a file that another version of the page wrote, or with other recipes, does not count."""
+    path = _path(paper, lab)
+    if not path.exists() or (kept := read_json(path)).get("digest") != _digest(paper, lab):
+        return None
+    return _Kept([_reading(each) for each in kept["readings"]], float(kept["seconds"]), float(kept["cpu_seconds"]))
+
+
+def _path(paper: Paper, lab: Lab) -> Path:
+    return lab.folder / paper.name / f"{lab.scale}-{lab.seed}.json"
+
+
+def _digest(paper: Paper, lab: Lab) -> str:
+    """Of what the page does (its words and its `PAPER` aside), the model, and the recipes that the page names."""
+    page = Path(str(importlib.import_module(f"{__package__}.{paper.name}").__file__)).read_text(encoding="utf-8")
+    body = [
+        ast.dump(each)
+        for each in ast.parse(page).body
+        if not (
+            isinstance(each, ast.Expr)
+            or (isinstance(each, ast.Assign) and [ast.unparse(target) for target in each.targets] == ["PAPER"])
+        )
+    ]
+    recipes = RECIPES.get(removals.KINDS.get(lab.name, ""), {})
+    named = {name: dict(fields) for name, fields in sorted(recipes.items()) if f'"{name}"' in page}
+    return hashlib.sha256(f"{body}{lab.name}{named}".encode()).hexdigest()[:16]
 
 
 def _reading(kept: dict[str, Any]) -> Reading:
@@ -417,26 +569,11 @@ def _row(claim: Claim, readings: dict[int, list[Reading]]) -> Row:
         effect = over_seeds_and_neurons(within)  # pyright: ignore[reportArgumentType]
     else:
         effect = over_seeds([values[i] for i in finite])
+    if effect.interval and effect.low == effect.high:
+        notes += ("every seed gives this number, so its interval has no width",)
     if len(finite) < len(readings):
         notes += (f"measured in {len(finite)} of {len(readings)} seeds",)
     controls = [each[i].control for i in finite]
-    control = None if None in controls else sum(map(float, controls)) / len(controls)  # pyright: ignore[reportArgumentType]
+    known = [control for control in controls if control is not None and math.isfinite(control)]
+    control = sum(known) / len(known) if len(known) == len(finite) else None
     return Row(claim, effect, control, verdict_of(claim, effect), notes)
-
-
-def table(results: Sequence[Reproduction]) -> str:
-    """All claims as a Markdown table: claim, measured, verdict, command."""
-    lines = ["| paper | claim | measured | published | verdict |", "|---|---|---|---|---|"]
-    for result in results:
-        for row in result.rows:
-            measured = "" if row.effect is None else f"{row.effect} {row.claim.unit}"
-            lines.append(
-                f"| {result.paper.name} | {row.claim.says} | {measured} | {row.claim.published} | {row.verdict} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def write_table(results: Sequence[Reproduction], path: Path) -> Path:
-    """Write `table` to a file."""
-    write_whole(path, table(results).encode())
-    return path

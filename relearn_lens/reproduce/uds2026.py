@@ -43,4 +43,6 @@ PAPER = Paper(
     "depth of V for the base, the twin, and NPO at equal retained ability while it relearns T",
     "four blocks, and answers of one token",
     measure,
+    toy_only="a pretrained model has no twin that never knew; `relearn-lens bench facts-smollm2` teaches it "
+    "facts, and a twin",
 )  # fmt: skip

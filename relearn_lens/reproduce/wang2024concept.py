@@ -14,7 +14,7 @@ from relearn_lens.measure.edits import INSTANCES, RELIABILITY, edited
 from relearn_lens.models import taught
 from relearn_lens.relearn.finetuning import FineTune
 from relearn_lens.reproduce.protocol import Lab, Paper, Reading
-from relearn_lens.text.facts import ontology
+from relearn_lens.text.facts import FORGET, RETAIN, ontology
 from relearn_lens.text.facts.encoded import encode_passages
 
 EDITED = ("definition", "class")
@@ -24,9 +24,9 @@ def measure(lab: Lab) -> Iterator[Reading]:
     """Whether edits hold, and which answers about instances flip with them."""
     facts = ontology(lab.seed)
     recipe = taught.Recipe(seed=lab.seed)
-    whole = taught.load(facts, recipe=recipe)
+    model, _ = taught.teach(facts, (*FORGET, *RETAIN), recipe=recipe)
     base = taught.untaught(facts, recipe=recipe)
-    base.load_weights(whole.model.weights())
+    base.load_weights(model.weights())
     passages = [p for p in facts.passages("forget_attacked") if p.relation in EDITED]
     # Each concept is said to be what another one is.
     keys = list(dict.fromkeys(p.key for p in passages))
@@ -38,10 +38,10 @@ def measure(lab: Lab) -> Iterator[Reading]:
         if answers[after[p.key], p.relation] != p.answer
     ]
     trained = [p for p in edits if p.form == "statement"]
-    text = encode_passages(trained, whole.model.tokenizer, context=whole.model.context)
-    for _ in FineTune(lr=3e-4, steps=(64,), batch_size=16)(whole.model, text, seed=lab.seed):
+    text = encode_passages(trained, model.tokenizer, context=model.context)
+    for _ in FineTune(lr=3e-4, steps=(64,), batch_size=16)(model, text, seed=lab.seed):
         pass
-    scores = edited(whole.model, base, facts, edits)
+    scores = edited(model, base, facts, edits)
     says = ", ".join(f"{name} {each.shown('overall'):.2f}" for name, each in scores.scores.items())
     yield Reading("reliable", scores[RELIABILITY].value("overall"), note=f"seed {lab.seed}: {says}")
     change = scores[INSTANCES].value("overall")
@@ -54,4 +54,5 @@ PAPER = Paper(
     "64 steps on new definitions and classes of T's concepts; the edit, and yes or no of their instances",
     "four invented concepts a seed; no editor beside fine-tuning",
     measure,
+    toy_only="its concepts are invented, so no pretrained model knows them",
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,16 +14,17 @@ from relearn_lens.measure.grafting import CUT
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.runs.preparation import FEWEST_SPANS
-from relearn_lens.runs.results import Run, once
+
+if TYPE_CHECKING:
+    from relearn_lens.runs.results import Run
 
 
-@once
-def answers(run: Run) -> list[Question]:
-    """The questions of a run in their order, one Holm family; those that were not measured say so."""
+def questions_of(run: Run) -> list[Question]:
+    """The questions of a run in their order; those that were not measured say so."""
     if "concept" not in run.arms:
         return []
     every = [_specific(run), *_back(run), *_where(run), _same(run), *_heirs(run)]
-    return questions.family([each for each in every if each is not None])
+    return [each for each in every if each is not None]
 
 
 def outcome(scores: Scores, label: Any) -> Outcome:

@@ -41,6 +41,8 @@ TYPES: dict[str, type] = {
     )
 }  # fmt: skip
 """The types that a file may hold."""
+RENAMED = {"Trajectory": {"pruned": "removed"}, "Round": {"found": "neurons"}}
+"""Fields that earlier versions wrote under another name."""
 
 
 def pack(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -140,7 +142,8 @@ def _make(body: Any, tensors: Mapping[str, Tensor], sites: list[Any]) -> Any:
     if "items" in body:
         made = kind(*(_make(v, tensors, sites) for v in body["items"]))
     else:
-        made = kind(**{name: _make(v, tensors, sites) for name, v in body["fields"].items()})
+        names = RENAMED.get(body["type"], {})
+        made = kind(**{str(names.get(name, name)): _make(v, tensors, sites) for name, v in body["fields"].items()})
     _check_fields(made)
     return made
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from relearn_lens.runs.settings import ArmRemoval, Experiment
+from relearn_lens.remove.pruning import Prune
+from relearn_lens.runs.settings import Experiment
 
 
 @dataclass(frozen=True)
@@ -13,14 +15,24 @@ class Arm:
     """One way through the experiment: a model, what is taken out of it, and what training brings back."""
 
     name: str
-    cut: str | None
-    """The set of neurons that is pruned, by its name among a seed's cuts; None: nothing is."""
+    where: str | None
+    """The set of neurons that is pruned, by its name among a seed's cuts; in an arm of one's own the localiser that
+    finds what is pruned or may move, or None for what is usual."""
+    remove: str | None = Prune.name
+    """The remover, with a wrapper as in `"npo+sam"`; None: nothing is removed."""
+    set: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the remover, its wrapper and its training."""
+    control_of: str | None = None
+    """The arm beside which it says what is special about that one."""
     knows: bool = True
     """Whether the model that it starts from was fine-tuned on the concept."""
     says: str = ""
     """What it is, in a few words."""
-    removal: ArmRemoval | None = None
-    """How the concept is removed, where it is not by cutting a set of neurons."""
+
+    @property
+    def own(self) -> bool:
+        """Whether it is an arm of one's own."""
+        return self.name not in ARMS
 
 
 ARMS: Mapping[str, Arm] = {
@@ -28,17 +40,25 @@ ARMS: Mapping[str, Arm] = {
     for arm in (
         Arm("concept", "concept", says="the concept's neurons are cut"),
         Arm("other", "other", says="another label's neurons are cut, as many"),
-        Arm("random", "random", says="neurons drawn at random are cut, as many in every layer"),
-        Arm("unpruned", None, says="nothing is cut"),
-        Arm("never", "concept", knows=False, says="cut like the concept's arm, but it never had the label"),
+        Arm(
+            "random", "random", control_of="concept",
+            says="neurons drawn at random are cut, as many in every layer",
+        ),
+        Arm("unpruned", None, None, control_of="concept", says="nothing is cut"),
+        Arm(
+            "never", "concept", control_of="concept", knows=False,
+            says="cut like the concept's arm, but it never had the label",
+        ),
     )
-}
+}  # fmt: skip
 """The arms by name, in the order in which they run: what grafts compare with is known when they are asked for."""
+COMPARED = tuple(arm.name for arm in ARMS.values() if arm.knows and "concept" in (arm.name, arm.control_of))
+"""The arms whose neurons and weights are compared with each other: all begin with the same model."""
 
 
 def cut_anything(arms: Sequence[Arm]) -> bool:
     """Whether there is anything to cut in some arms, and so a size to be found."""
-    return any(arm.cut is not None for arm in arms)
+    return any(arm.remove is not None and not arm.own for arm in arms)
 
 
 def arms_of(experiment: Experiment, *, other: str | None) -> list[Arm]:
@@ -46,7 +66,7 @@ def arms_of(experiment: Experiment, *, other: str | None) -> list[Arm]:
     out."""
     usual = [arm for name, arm in ARMS.items() if name in experiment.arms and (name != "other" or other is not None)]
     own = [
-        Arm(name, None, says=f"the concept is removed by {how.remove}", removal=how)
+        Arm(name, how.where, how.remove, how.set, says=f"the concept is removed by {how.remove}")
         for name, how in experiment.arm.items()
     ]
     return usual + own

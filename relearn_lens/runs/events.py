@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import Stages
+from relearn_lens.runs.units import Unit
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded
 
@@ -179,7 +181,7 @@ class Own:
 class Round:
     """The concept's neurons found and cut once more in a model that it had come back to."""
 
-    found: Neurons
+    neurons: Neurons
     share_old: float
     """Share of them that an earlier cut had taken too."""
     share_by_chance: float
@@ -226,12 +228,31 @@ Event = (
 )  # fmt: skip
 
 
+class Turns(Protocol):
+    """Which of several processes computes which unit."""
+
+    def take(self, unit: Unit, compute: Callable[[Unit], Iterator[Event]]) -> Iterator[Event]:
+        """The results of a unit, computed here unless another process has done it or is at it."""
+        ...
+
+
 @runtime_checkable
 class Kept(Protocol):
     """What an earlier process of the same run left."""
 
     shared: Stages | None
     """What other runs may have computed already, and may read of this one."""
+
+    def keep(self, event: Event) -> None:
+        """What an event brings."""
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether all results of a unit are kept."""
+        ...
+
+    def shared_out(self, ready: Prepared, units: Sequence[Unit]) -> AbstractContextManager[Turns | None]:
+        """For a while, other processes compute units of the run too; None where this one is alone."""
+        ...
 
     def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
         """Weights and measurement of a seed's base model."""

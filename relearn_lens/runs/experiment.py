@@ -11,8 +11,10 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,7 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.recipes import recipe
 from relearn_lens.remove.removal import FORGET, RETAIN
-from relearn_lens.runs.arms import Arm, arms_of, cut_anything
+from relearn_lens.runs.arms import COMPARED, Arm, arms_of
 from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
 from relearn_lens.runs.events import (
     Again,
@@ -64,12 +66,12 @@ from relearn_lens.runs.events import (
 )
 from relearn_lens.runs.preparation import adapters, load, precision_of, prepare
 from relearn_lens.runs.protocol import placed
-from relearn_lens.runs.settings import ArmRemoval, Experiment
+from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import StageRecipe
+from relearn_lens.runs.units import AGAIN, BLOCKED, CUTTING, GRAFTED, OWN, Unit, units_of
+from relearn_lens.runs.units import BASE as BASE_UNIT
 from relearn_lens.text.facts import from_concept
 
-COMPARED = ("concept", "random", "unpruned")
-"""The arms whose neurons and weights are compared with each other."""
 BACK = 0.9
 """Share of what it was at which a concept counts as back: where grafts are taken first."""
 EXAMPLES = 50
@@ -90,10 +92,30 @@ def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Eve
         ready = prepare(experiment)
         with computing(ready.model, precision_of(experiment, ready.model.device)):
             yield ready
-            for seed in experiment.seeds:
-                yield from _Seed(ready, seed, kept).events()
+            with kept.shared_out(ready, units_of_run(ready)) if kept else contextlib.nullcontext() as turns:
+                for seed in experiment.seeds:
+                    under_way = _Seed(ready, seed, kept)
+                    for unit in units_of(experiment, seed, other=ready.other.name if ready.other else None):
+                        yield from under_way.unit(unit) if turns is None else turns.take(unit, under_way.unit)
+                    yield SeedDone(seed)
     finally:
         torch.set_num_threads(threads)
+
+
+def units_of_run(ready: Prepared) -> list[Unit]:
+    """All units of a run, in the order of their results."""
+    other = ready.other.name if ready.other else None
+    return [unit for seed in ready.experiment.seeds for unit in units_of(ready.experiment, seed, other=other)]
+
+
+def alone(ready: Prepared, unit: Unit, kept: Kept) -> Iterator[Event]:
+    """The events of one unit, all that it needs being kept: as they are in the whole run, to the bit."""
+    seed = _Seed(ready, unit.seed, kept)
+    needed = {each.name: each for each in units_of_run(ready) if each.seed == unit.seed}
+    for name in unit.needs:
+        for _ in seed.unit(needed[name]):
+            pass
+    yield from seed.unit(unit)
 
 
 def seed_for(role: str, seed: int) -> int:
@@ -111,43 +133,49 @@ class _Seed:
     kept: Kept | None
     weighed: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict)
     """Weights that grafts are made from, where there is no folder to look them up in."""
+    cuts: Cuts = field(init=False)
+    done: dict[str, Trajectory] = field(default_factory=dict)
+    back: str | None = None
+    """The stage at which the concept is first back."""
+    grafted: Grafted | None = None
+    base: Base = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cuts = Cuts(self.seed, {})
+        other = self.ready.other.name if self.ready.other else None
+        self.arms = {arm.name: arm for arm in arms_of(self.experiment, other=other)}
 
     @property
     def experiment(self) -> Experiment:
         return self.ready.experiment
 
-    def events(self) -> Iterator[Event]:
-        """All of the seed, in order."""
-        ready = self.ready
-        base = yield from self._base()
-        yield base
-        arms = arms_of(self.experiment, other=ready.other.name if ready.other else None)
-        cuts = Cuts(self.seed, {})
-        if cut_anything(arms):
+    def unit(self, unit: Unit) -> Iterator[Event]:
+        """The results of a unit, computed or as they were kept; those of the units that it needs come first."""
+        name, ready = unit.name, self.ready
+        if name == BASE_UNIT:
+            self.base = yield from self._base()
+            yield self.base
+        elif name == CUTTING:
             whole = self.seed == self.experiment.seeds[0]
-            sized = self._result(Sized) or size(ready, base, whole=whole)
+            sized = self._result(Sized) or size(ready, self.base, whole=whole)
             yield sized
-            cuts = self._result(Cuts) or Cuts(self.seed, cuts_of(ready, base, sized.fraction))
-            yield cuts
-            yield self._result(Damage) or damage(ready, base, cuts.sets)
-        done: dict[str, Trajectory] = {}
-        back: str | None = None
-        again = self._lacks_weights()
-        for arm in arms:
-            finished = self.kept.arm(arm.name, self.seed, ready.site) if self.kept else None
-            if finished is None or (again and arm.name in COMPARED):
-                finished = yield from self._arm(arm, base, cuts, back)
+            self.cuts = self._result(Cuts) or Cuts(self.seed, cuts_of(ready, self.base, sized.fraction))
+            yield self.cuts
+            yield self._result(Damage) or damage(ready, self.base, self.cuts.sets)
+        elif name in self.arms:
+            finished = self.kept.arm(name, self.seed, ready.site) if self.kept else None
+            if finished is None or (name in COMPARED and self._lacks_weights):
+                finished = yield from self._arm(self.arms[name])
                 yield ArmDone(finished, ready.model.weights())
             else:
                 yield ArmDone(finished, None)
-            done[arm.name] = finished
-            if arm.name == "concept":
-                back = first_back(finished)
-        if "concept" in done:
-            yield from self._afterwards(base, cuts, done, back)
-        self.weighed.clear()
-        yield SeedDone(self.seed)
+            self.done[name] = finished
+            if name == "concept":
+                self.back = first_back(finished)
+        else:
+            yield from self._afterwards(name)
 
+    @cached_property
     def _lacks_weights(self) -> bool:
         """Whether grafts, or what follows them, are to be made anew from arms that were finished, and whose weights are
         gone: then these arms are trained again, to the same bits."""
@@ -237,9 +265,10 @@ class _Seed:
         model.load_weights({key: value.to(model.device) for key, value in weights.items()})
         return at, state
 
-    def _arm(self, arm: Arm, base: Base, cuts: Cuts, back: str | None) -> Generator[Event, None, Trajectory]:
+    def _arm(self, arm: Arm) -> Generator[Event, None, Trajectory]:
         """Prune and retrain one arm, from its last pause if there is one; returns its trajectory."""
         ready, model, how = self.ready, self.ready.model, self.experiment.retrain
+        base, cuts = self.base, self.cuts
         name, prune = arm.name, self.experiment.prune
         measured = self.kept.stages(name, self.seed) if self.kept else {}
         kept = self.kept.state(name, self.seed) if self.kept and PRUNED in measured else None
@@ -254,84 +283,91 @@ class _Seed:
             if resume is None:
                 yield from self._finetune("never")
             first = measured.get(BASE) or self._measure("measuring the model that never had the concept")
-        pruned = None if arm.cut is None else placed(cuts.sets[arm.cut], prune.embedding)
+        removed = None if arm.own or arm.where is None else placed(cuts.sets[arm.where], prune.embedding)
         yield Measured(name, self.seed, BASE, first)
         snapshots = {BASE: first}
-        if arm.removal is not None:
+        if arm.own:
             if resume:
                 model.load_weights(base.weights)  # where it was found
-            where = self._where(arm.removal, cuts)
-            pruned = where if isinstance(where, Neurons) else None
+            where = self._where(arm, cuts)
+            removed = where if isinstance(where, Neurons) else None
             if kept:
                 model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
             else:
-                self._remove(arm.removal, name, where)
+                self._remove(arm, where)
                 if not self.experiment.grafts.skip:
                     yield from self._weigh(name, PRUNED)
             what = f"measuring what was removed from ({name})"
             snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
-        elif pruned is None:  # nothing was taken away, so there is nothing new to measure
+        elif removed is None:  # nothing was taken away, so there is nothing new to measure
             snapshots[PRUNED] = first
         else:
             assert prune.sever != "auto"  # resolved() decided
             if resume is None or how.lora_rank:
-                prune_(model, pruned, sever=prune.sever)
+                prune_(model, removed, sever=prune.sever)
             what = f"measuring the cut model ({name})"
             snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
         yield Measured(name, self.seed, PRUNED, snapshots[PRUNED])
-        before = [(stage, s) for stage, s in measured.items() if resume and s.at and s.at.step <= resume[0].step]
-        for stage, snapshot in sorted(before, key=lambda entry: entry[1].at.step if entry[1].at else 0):
-            snapshots[stage] = snapshot
-            yield Measured(name, self.seed, stage, snapshot)
-        with adapters(model, how.lora_rank, seed=seed_for("retrain", self.seed)):
+        yield from self._retrained(arm, snapshots, kept)
+        compare = ~placed(cuts.sets["concept"], prune.embedding) if removed is None and cuts.sets else None
+        similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
+        path = Trajectory(snapshots, removed, name, self.seed, ready.concept, compare, similarity, arm.remove or "")
+        return replace(path, examples=self._examples(path)) if name == "concept" and self._is_dear(arm) else path
+
+    def _retrained(
+        self, arm: Arm, snapshots: dict[str, Snapshot], kept: tuple[Checkpoint, Any, Any] | None
+    ) -> Iterator[Event]:
+        """Train the model on as it is, from what was kept of its last pause, and measure every stage."""
+        model, how, name, seed = self.ready.model, self.experiment.retrain, arm.name, seed_for("retrain", self.seed)
+        resume = (kept[0], kept[2]) if kept else None
+        measured = self.kept.stages(name, self.seed) if self.kept and kept else {}
+        for stage, snapshot in sorted(measured.items(), key=lambda entry: entry[1].at.step if entry[1].at else 0):
+            if resume and snapshot.at and snapshot.at.step <= resume[0].step:
+                snapshots[stage] = snapshot
+                yield Measured(name, self.seed, stage, snapshot)
+        with adapters(model, how.lora_rank, seed=seed):
             if kept and how.lora_rank:
                 load_adapter_weights(model, kept[1])
-            training = retrain_(
-                model, ready.train, how, seed=seed_for("retrain", self.seed), resume=resume, what=f"retraining ({name})"
-            )
+            training = retrain_(model, self.ready.train, how, seed=seed, resume=resume, what=f"retraining ({name})")
             for checkpoint in training:
                 stage = checkpoint.stage
                 last = checkpoint.step == training.last_step
                 what = f"measuring ({name}, {checkpoint.by} {stage})"
-                snapshots[stage] = self._measure(what, base=base, last=last, at=checkpoint, arm=arm)
+                snapshots[stage] = self._measure(what, base=self.base, last=last, at=checkpoint, arm=arm)
                 yield Measured(name, self.seed, stage, snapshots[stage])
-                if not how.lora_rank and self._grafted(arm, snapshots, stage, back, last):
+                if not how.lora_rank and self._is_grafted(arm, snapshots, stage, last):
                     yield from self._weigh(name, stage)
                 weights = adapter_weights(model) if how.lora_rank else model.weights()
                 yield Paused(name, self.seed, checkpoint, weights, training.state())
-        compare = ~placed(cuts.sets["concept"], prune.embedding) if pruned is None and cuts.sets else None
-        similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
-        path = Trajectory(snapshots, pruned, name, self.seed, ready.concept, compare, similarity)
-        return replace(path, examples=self._examples(path)) if name == "concept" and self._is_dear(arm) else path
 
-    def _grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, back: str | None, last: bool) -> bool:
+    def _is_grafted(self, arm: Arm, snapshots: Mapping[str, Snapshot], stage: str, last: bool) -> bool:
         """Whether grafts are made from an arm's weights at a stage: where the concept is first back, and at the end."""
         wanted = "concept" in self.experiment.arms and not self.experiment.grafts.skip
-        if wanted and arm.removal is not None:
+        if wanted and arm.own:
             return last
         if not wanted or arm.name not in COMPARED:
             return False
         if arm.name != "concept":
-            return last or stage == back
+            return last or stage == self.back
         so_far = Trajectory(dict(snapshots), None, concept=self.ready.concept)
         return last or first_back(so_far) == stage
 
-    def _where(self, how: ArmRemoval, cuts: Cuts) -> Neurons | WeightMask | None:
+    def _where(self, arm: Arm, cuts: Cuts) -> Neurons | WeightMask | None:
         """Where an arm of one's own removes: found in the model as it is."""
-        model, old, pruning = self.ready.model, cuts.sets["concept"], how.remove == Prune.name
-        if how.where is None:
+        model, old, pruning = self.ready.model, cuts.sets["concept"], arm.remove == Prune.name
+        if arm.where is None:
             return placed(old, self.experiment.prune.embedding) if pruning else None
         corpus, concept = self.ready.train.corpus, self.ready.concept
         if isinstance(model, LanguageModel):
-            choice = locate(model, from_concept(corpus, concept), how.where, seed=seed_for("remove", self.seed))
+            choice = locate(model, from_concept(corpus, concept), arm.where, seed=seed_for("remove", self.seed))
         else:
-            choice = locate(model, corpus, how.where, concept=concept, seed=seed_for("remove", self.seed))
+            choice = locate(model, corpus, arm.where, concept=concept, seed=seed_for("remove", self.seed))
         if isinstance(choice, WeightMask):
             return choice
         neurons = choice.top(min(len(old), choice.score.numel()))
         return neurons if pruning else WeightMask.of(model, neurons)
 
-    def _remove(self, how: ArmRemoval, name: str, where: Neurons | WeightMask | None) -> None:
+    def _remove(self, arm: Arm, where: Neurons | WeightMask | None) -> None:
         """Take the concept out of the model as an arm of one's own says."""
         model, corpus, concept = self.ready.model, self.ready.train.corpus, self.ready.concept
         if isinstance(model, LanguageModel):
@@ -342,9 +378,10 @@ class _Seed:
             holds = np.unique(sentence_of[classes.carries[classes.of_word]])
             others = np.setdiff1d(np.arange(corpus.n_sentences), holds)
             texts = {FORGET: corpus.take(holds), RETAIN: corpus.take(others)}
-        given = {"sever": self.experiment.prune.sever} if how.remove == Prune.name else {}
-        removal = recipe(None, how.remove, {**given, **how.set})
-        with progress.task(f"removing ({name})"):
+        assert arm.remove is not None
+        given = {"sever": self.experiment.prune.sever} if arm.remove == Prune.name else {}
+        removal = recipe(None, arm.remove, {**given, **arm.set})
+        with progress.task(f"removing ({arm.name})"):
             for _ in removal(model, texts, where, seed=seed_for("remove", self.seed)):
                 pass
 
@@ -372,40 +409,41 @@ class _Seed:
         here = self.weighed.get((arm, stage))
         return self.kept.weighed(arm, self.seed, stage) if here is None and self.kept is not None else here
 
-    def _afterwards(self, base: Base, cuts: Cuts, done: Mapping[str, Trajectory], back: str | None) -> Iterator[Event]:
-        """Where it came back, by intervention."""
-        experiment, path = self.experiment, done["concept"]
-        last = path.stages[-1]
-        if experiment.grafts.skip or experiment.retrain.lora_rank:
+    def _afterwards(self, name: str) -> Iterator[Event]:
+        """Where it came back, by intervention: nothing where the weights for it are gone."""
+        if name.startswith(OWN):
+            arm = name.removeprefix(OWN)
+            if (own := self._result(Own, arm) or self._own(self.done[arm])) is not None:
+                yield own
             return
-        for name in experiment.arm:
-            own = self._result(Own, name) or self._own(done[name])
-            if own is None:
-                return
-            yield own
-        stages = list(dict.fromkeys(stage for stage in (back, last) if stage is not None))
-        grafted, again = self._result(Grafted), self._result(Again)
-        lacking = (
-            grafted is None or again is None or any(self._result(Blocked, h) is None for h in experiment.block.held)
-        )
-        end = self._weights_at("concept", last) if lacking else {}
-        if end is None:
-            return
-        if grafted is None:
-            whole, within = {}, {}
-            for stage in stages:
-                made = self._graft(stage, base, cuts, done)
-                if made is None:
-                    continue
-                whole[stage] = made
-                finer = self._finer(made)
-                if finer and (inner := self._graft(stage, base, cuts, done, finer)) is not None:
-                    within[stage] = inner
-            grafted = Grafted(self.seed, whole, within)
-        yield grafted
-        yield again or self._again(end, cuts, path)
-        for held in experiment.block.held:
-            yield self._result(Blocked, held) or self._blocked(held, base, end, cuts, path, grafted)
+        path = self.done["concept"]
+        held = name.removeprefix(BLOCKED)
+        result: Any = self._result(*{GRAFTED: (Grafted,), AGAIN: (Again,)}.get(name, (Blocked, held)))
+        end = None if result is not None else self._weights_at("concept", path.stages[-1])
+        if result is None and end is not None:
+            if name == GRAFTED:
+                result = self._where_it_came_back(path)
+            elif name == AGAIN:
+                result = self._again(end, path)
+            elif self.grafted is not None:
+                result = self._blocked(held, end, path, self.grafted)
+        if name == GRAFTED:
+            self.grafted = result
+        if result is not None:
+            yield result
+
+    def _where_it_came_back(self, path: Trajectory) -> Grafted:
+        """Grafts of the concept's arm where it is first back and at its end, and within the part that does most."""
+        whole, within = {}, {}
+        for stage in dict.fromkeys(stage for stage in (self.back, path.stages[-1]) if stage is not None):
+            made = self._graft(stage)
+            if made is None:
+                continue
+            whole[stage] = made
+            finer = self._finer(made)
+            if finer and (inner := self._graft(stage, finer)) is not None:
+                within[stage] = inner
+        return Grafted(self.seed, whole, within)
 
     def _cut_weights(self, base: Base, neurons: Neurons) -> dict[str, Tensor]:
         """Weights of the base model after a cut; the model holds them too."""
@@ -424,20 +462,18 @@ class _Seed:
         known = {part: share for part, share in shares.items() if share == share}
         return apart(self.ready.model, max(known, key=known.__getitem__), bands=how.bands) if known else {}
 
-    def _graft(
-        self, stage: str, base: Base, cuts: Cuts, done: Mapping[str, Trajectory], within: Parts | None = None
-    ) -> Grafts | None:
+    def _graft(self, stage: str, within: Parts | None = None) -> Grafts | None:
         model, how, prune = self.ready.model, self.experiment.grafts, self.experiment.prune
+        base, cuts, done = self.base, self.cuts, self.done
         retrained = self._weights_at("concept", stage)
         if retrained is None:
             return None
         assert prune.sever != "auto"
         controls = {}
-        for name in ("random", "unpruned"):
-            end = self._weights_at(name, stage) if name in done else None
-            if end is not None:
-                start = base.weights if name == "unpruned" else self._cut_weights(base, cuts.sets["random"])
-                controls[name] = (start, end)
+        for name in (name for name in COMPARED if name in done and name != "concept"):
+            if (end := self._weights_at(name, stage)) is not None:
+                where = self.arms[name].where
+                controls[name] = (base.weights if where is None else self._cut_weights(base, cuts.sets[where]), end)
         cut = self._cut_weights(base, cuts.sets["concept"])
         label = done["concept"].label
         mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=prune.sever)
@@ -458,11 +494,11 @@ class _Seed:
         tokens = self.experiment.measure.max_tokens
         return evaluate(ready.model, ready.scored, concept=ready.concept, max_tokens=tokens)
 
-    def _again(self, end: Mapping[str, Tensor], cuts: Cuts, path: Trajectory) -> Again:
+    def _again(self, end: Mapping[str, Tensor], path: Trajectory) -> Again:
         """The first cut made again in the retrained model; and what carries the concept now, found, cut, retrained."""
         model, prune = self.ready.model, self.experiment.prune
         assert prune.sever != "auto"
-        old = cuts.sets["concept"]
+        old = self.cuts.sets["concept"]
         model.load_weights(end)
         drawn = [random_neurons(like=old, seed=draw_seed(self.seed, 1 + k)) for k in range(prune.control_draws)]
         after = []
@@ -512,11 +548,9 @@ class _Seed:
         assert prune.sever != "auto"
         return severed(self.ready.model, neurons | placed(neurons, prune.embedding), sever=prune.sever)
 
-    def _blocked(
-        self, held: str, base: Base, end: Mapping[str, Tensor], cuts: Cuts, path: Trajectory, grafted: Grafted
-    ) -> Blocked:
+    def _blocked(self, held: str, end: Mapping[str, Tensor], path: Trajectory, grafted: Grafted) -> Blocked:
         """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
-        model, old = self.ready.model, cuts.sets["concept"]
+        model, old = self.ready.model, self.cuts.sets["concept"]
         known_parts = parts(model, bands=self.experiment.grafts.bands)
         if held == "part":
             last = grafted.stages.get(path.stages[-1])
@@ -536,13 +570,13 @@ class _Seed:
             prune = self.experiment.prune
             assert prune.sever != "auto"
             mask = WeightMask.of(model, which, sever=prune.sever)
-        self._cut_weights(base, old)
+        self._cut_weights(self.base, old)
         course = self._course(f"retraining ({held} held)", path, "retrain", only=~mask)
         return Blocked(self.seed, held, course)
 
     def _examples(self, path: Trajectory) -> Examples | None:
         """What the neurons that were cut, and those that carry the concept at the end, do at a few sentences' words."""
-        cut, there = path.pruned or ~path.survivors(), path.survivors()
+        cut, there = path.removed or ~path.survivors(), path.survivors()
         groups = ((path[BASE], cut), (path[path.stages[-1]], there))
         chosen = [at.saliency.top(min(EXAMPLES // 2, len(among)), among=among) for at, among in groups if len(among)]
         both = chosen[0] if len(chosen) == 1 else chosen[0] | chosen[1]

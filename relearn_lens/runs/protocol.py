@@ -69,10 +69,10 @@ def resolved(experiment: Experiment, bridge: TransformerBridge, site: Site) -> t
         ValueError: the model has no weights that could be pruned as the settings ask.
     """
     prune, family = experiment.prune, str(bridge.cfg.architecture)
-    which, sever, said = prune.which, prune.sever, []
+    which, sever, notes = prune.which, prune.sever, []
     if which == "by_family":
         which = "least" if family in LEAST_SALIENT else "most"
-        said.append(f"prune.which = 'by_family': the {which} salient neurons are pruned, as published for {family}")
+        notes.append(f"prune.which = 'by_family': the {which} salient neurons are pruned, as published for {family}")
     everywhere = placed(Neurons(torch.ones(len(site.layers), site.width, dtype=torch.bool), site), prune.embedding)
     if sever == "auto":
         try:
@@ -83,10 +83,10 @@ def resolved(experiment: Experiment, bridge: TransformerBridge, site: Site) -> t
             sever = "out"
         of = f"site {site.name!r} of a {family} model"
         has = "has weights that carry its neurons on" if sever == "out" else "sums over blocks"
-        said.append(f"prune.sever = 'auto': {sever!r} is taken, as {of} {has}")
+        notes.append(f"prune.sever = 'auto': {sever!r} is taken, as {of} {has}")
     check_prunable(bridge, everywhere, sever=sever)
     if experiment.protocol == "published" and (others := experiment.departures()):
         listed = ", ".join(f"{key} = {value!r}" for key, value in others.items())
-        said.append(f"protocol 'published', but for {listed}")
+        notes.append(f"protocol 'published', but for {listed}")
     changed = prune.model_copy(update={"which": which, "sever": sever})
-    return experiment.model_copy(update={"prune": changed}), said
+    return experiment.model_copy(update={"prune": changed}), notes

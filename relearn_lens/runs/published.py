@@ -5,7 +5,8 @@ run each: span F1 from its logs, layer means recomputed from its per-neuron tabl
 
 The release's layer means after retraining cannot be those of survivors ranked among themselves: such ranks average 0.5
 over the survivors, and theirs are above 0.5 in six layers of seven. They fit ranks among all neurons, null ones left
-out. So ours are given both ways, in buckets of 100 as there, whatever the protocol of the run.
+out. So ours are ranks among all neurons too, of those that are not null and of survivors, in buckets of 100 as there,
+whatever the protocol of the run; only what the release itself ranks among survivors is so here.
 """
 
 from __future__ import annotations
@@ -245,10 +246,9 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
             for layer, mine, theirs in zip(RELEASE.layers, ours, release, strict=True)
         )
 
-    def ranks(arm: Trajectory, stage: str) -> list[float]:
-        """Of all neurons, null ones left out of the means."""
-        s = arm[stage].saliency.by_rank(bucket=BUCKET)
-        return s.where(_means_something(arm[stage]), torch.nan).nanmean(1).tolist()
+    def ranks(arm: Trajectory, stage: str, among: torch.Tensor) -> list[float]:
+        """Ranks among all neurons, of which some are left out of the means."""
+        return arm[stage].saliency.by_rank(bucket=BUCKET).where(among, torch.nan).nanmean(1).tolist()
 
     def kept(arm: Trajectory) -> Neurons:
         return survivors(arm, experiment)
@@ -262,9 +262,9 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
                 lambda a: rank_saliency_by_layer(a[BASE].saliency, bucket=BUCKET),
             )
         else:
-            add("mean rank saliency, all neurons but null ones", stage, values, lambda a, k=stage: ranks(a, k))
-            add("mean rank saliency, published selection (survivors)", stage, values,
-                lambda a, k=stage: rank_saliency_by_layer(a[k].saliency, kept(a), bucket=BUCKET))  # fmt: skip
+            add("mean rank saliency, all neurons but null ones", stage, values,
+                lambda a, k=stage: ranks(a, k, _means_something(a[k])))  # fmt: skip
+            add("mean rank saliency among all, survivors", stage, values, lambda a, k=stage: ranks(a, k, kept(a).mask))
     add("% of all s > 0.5, all neurons", BASE, RELEASE.share_base, lambda a: _high(a[BASE], None))
     add("% of all s > 0.5, all neurons", "8", RELEASE.share_all, lambda a: _high(a["8"], None))
     add("% of all s > 0.5, survivors", "8", RELEASE.share_survivors, lambda a: _high(a["8"], kept(a)))
@@ -282,10 +282,10 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
 def survivors(arm: Trajectory, experiment: Experiment) -> Neurons:
     """The neurons that were not chosen: the release counts survivors by what was asked, not by what was pruned."""
     for which in ("most", "least"):
-        if arm.pruned is None or experiment.prune.fraction == "auto":
+        if arm.removed is None or experiment.prune.fraction == "auto":
             continue
         chosen = choose(arm[BASE].saliency, experiment.prune.fraction, which)
-        if placed(chosen, experiment.prune.embedding) == arm.pruned:
+        if placed(chosen, experiment.prune.embedding) == arm.removed:
             return ~chosen
     return arm.survivors()
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 
 from relearn_lens import sources
+from relearn_lens.files import as_json, check_free, whole, write_tensors, write_whole
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.measure.answers import Answered, known
 from relearn_lens.measure.evaluation import OVERALL
@@ -37,7 +36,6 @@ from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.pruning import Pruner
 from relearn_lens.remove.recipes import RECIPES, Recipe, recipe
 from relearn_lens.runs import needs
-from relearn_lens.runs.files import as_json, write_tensors, write_whole
 from relearn_lens.runs.presets import value_of
 from relearn_lens.runs.store import PACKAGES
 from relearn_lens.text.facts import FORGET, RETAIN, Facts, countries, ontology, people, read_facts
@@ -180,7 +178,8 @@ def carry_out(
         FileExistsError: the folder is there and holds something.
         ValueError: adapters for pruning or beside a localiser; as the localiser, the remover and `export`.
     """
-    check_free(out)
+    if out is not None:
+        check_free(out)
     model, facts = subject.model, subject.facts
     chosen = isinstance(removal.remover, Pruner) or removal.where is not None
     if lora is not None and (chosen or removal.remover.entries(model) is not None):  # pyright: ignore[reportAttributeAccessIssue]
@@ -192,6 +191,8 @@ def carry_out(
     memory = memory_of(subject, removal, lora=lora)
     before = know(model, facts)
     notes = [*facts.notes, *_unknown(facts, before)]
+    if getattr(removal.remover, "fresh", False):
+        notes.append(f"{removal.remover.name} teaches a fresh model; on one that is taught already it is a control")
     begin = time.perf_counter()
     where = located(model, facts, removal, where_fields, seed=seed)
     pause = None
@@ -232,16 +233,6 @@ def memory_of(subject: Subject, removal: Recipe, *, lora: int | None = None) -> 
         shape, moving=moving, half=half, adapters=lora is not None, batch=-(-how.batch_size // how.accumulate),
         longest=int(text.lengths.max()), checkpointing=how.checkpointing,
     )  # fmt: skip
-
-
-def check_free(out: Path | None) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        FileExistsError: it does.
-    """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{str(out)!r} is there already; choose a folder that is empty or not there yet")
 
 
 def weights_sha256(model: Model) -> str:
@@ -295,9 +286,7 @@ def _write(subject: Subject, removal: Recipe, done: Removed, says: Mapping[str, 
     """The folder, under its name once all of it is there."""
     assert done.folder is not None
     out = done.folder
-    work = out.with_name(f".{out.name}.{os.getpid()}.removed")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
+    with whole(out) as work:
         if subject.native:
             work.mkdir(parents=True)
             weights = {name: value.cpu() for name, value in subject.model.weights().items()}
@@ -317,11 +306,6 @@ def _write(subject: Subject, removal: Recipe, done: Removed, says: Mapping[str, 
             "outputs": sources.hash_files(work),
         }  # fmt: skip
         write_whole(work / MANIFEST, as_json(manifest))
-        if out.exists():
-            out.rmdir()
-        os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def fields_from(sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.tracking import BASE, Trajectory
 from relearn_lens.runs.events import Again, ArmDone, Blocked, Cuts, Damage, Event, Grafted, Own, Sized
+from relearn_lens.runs.numbers import Numbers
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.text import markup
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -40,12 +38,15 @@ class Run:
     manifest: dict[str, Any] = field(default_factory=dict)
     """Versions, seeds, hashes of inputs, notes, seconds, memory."""
     folder: str | None = None
-    numbers: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What functions that are computed `once` have said of this run."""
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """What it says; each is computed once."""
+        return Numbers(self)
 
     def take(self, event: Event) -> None:
         """Put what an event brings to the rest; events that pass by change nothing."""
-        self.numbers.clear()
+        self.__dict__.pop("numbers", None)
         match event:
             case ArmDone(trajectory=path):
                 self.arms.setdefault(path.arm, []).append(path)
@@ -93,15 +94,3 @@ class Run:
     def __repr__(self) -> str:
         arms = "\n  ".join(repr(t) for arm in self.arms.values() for t in arm)
         return f"Run({self.experiment.model}, {self.experiment.corpus}, {self.experiment.site})\n  {arms}"
-
-
-def once(of: Callable[[Run], T]) -> Callable[[Run], T]:
-    """A function of a run that is computed when it is first asked for, and kept in `Run.numbers`."""
-
-    @wraps(of)
-    def kept(run: Run) -> T:
-        if of not in run.numbers:
-            run.numbers[of] = of(run)
-        return run.numbers[of]
-
-    return kept

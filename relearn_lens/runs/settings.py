@@ -288,6 +288,11 @@ class Experiment(Method):
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of torch while the run lasts; none: torch's own choice"
     )
+    workers: int | None = Field(
+        default=None, ge=1, le=64,
+        description="processes that compute parts of the run side by side, each with its share of the threads; none: "
+        "as many as cores and memory allow, at most 4, and 1 for a model below 5 million weights or on a GPU",
+    )  # fmt: skip
     keep: Literal["none", "last", "all"] = Field(
         default="none",
         description="weights that stay in the run folder; last: of the base and of every arm at its end; all: at every "
@@ -471,6 +476,15 @@ def experiment(values: Mapping[str, Any]) -> Experiment:
     if strange := [key for key in values if not isinstance(key, str)]:
         raise ValueError(unknown("setting", strange[0], [name for name, _, _ in fields()]))
     return Experiment(**values)
+
+
+def are_of(kept: Any, experiment_: Experiment) -> bool:
+    """Whether plain settings are those of an experiment; one that was not there when they were written counts as its
+    default."""
+    try:
+        return experiment(kept) == experiment_
+    except (ValueError, TypeError):
+        return False
 
 
 def _lines(error: ValidationError) -> str:

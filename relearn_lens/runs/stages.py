@@ -11,10 +11,6 @@ several processes that need it one computes it and the others read it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
-from relearn_lens.runs.files import as_json, plain, read_json, read_tensors, write_tensors, write_whole
+from relearn_lens.files import as_json, digest_of, plain, read_json, read_tensors, whole, write_tensors, write_whole
 
 RECIPE, NUMBERS, TENSORS = "recipe.json", "stage.json", "tensors.safetensors"
 PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers")
@@ -43,7 +39,7 @@ class StageRecipe:
     @cached_property
     def digest(self) -> str:
         """Of kind, fields and versions, whatever the order of the fields."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
+        return digest_of(self.to_dict())[:32]
 
     def to_dict(self) -> dict[str, Any]:
         """As `recipe.json` holds it."""
@@ -102,16 +98,11 @@ class Stages:
         folder = self.folder(recipe)
         if folder.is_dir():
             return
-        work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(work, ignore_errors=True)
-        try:
+        with whole(folder) as work:
             write_whole(work / RECIPE, as_json(recipe.to_dict()))
             if tensors:
                 write_tensors(work / TENSORS, tensors, {})
             write_whole(work / NUMBERS, as_json(numbers))
-            os.replace(work, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
     @contextlib.contextmanager
     def locked(self, recipe: StageRecipe) -> Iterator[None]:

@@ -8,6 +8,7 @@
     tensors/*.safetensors    per seed and arm: score of every neuron, class statistics, span counts, what was pruned
     stages/*.safetensors     every stage of the arm under way, while the run lasts
     state/*.safetensors      where the training under way stood at its last pause: weights, optimiser, position
+    turns/                   what several processes at one run tell each other, while it lasts
     weights/*.safetensors    the base models while the run lasts; of the arms, by `keep`, the last or every stage's
     report.html              the page (report.py)
 
@@ -24,22 +25,23 @@ import errno
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from relearn_lens import files
+from relearn_lens.files import as_json, read_json, read_tensors, write_tensors, write_whole
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models import processes
+from relearn_lens.models.model import computing
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site
 from relearn_lens.progress import Progress, reported
 from relearn_lens.runs import archive, needs, settings, verify
-from relearn_lens.runs.arms import arms_of, cut_anything
 from relearn_lens.runs.events import (
     Again,
     ArmDone,
@@ -57,14 +59,16 @@ from relearn_lens.runs.events import (
     Sized,
     Weighed,
 )
-from relearn_lens.runs.experiment import perform
-from relearn_lens.runs.files import as_json, plain_settings, read_json, read_tensors, write_tensors, write_whole
+from relearn_lens.runs.experiment import perform, units_of_run
 from relearn_lens.runs.needs import peak_rss_mb
+from relearn_lens.runs.preparation import precision_of, prepare
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import Stages
 from relearn_lens.runs.summary import layers_table, summary
+from relearn_lens.runs.turns import PATIENCE, TURNS, Turns, beside, end_with_parent, processes_for, threads_of
+from relearn_lens.runs.units import BASE, Unit, units_of
 from relearn_lens.runs.verify import MANIFEST
 
 SUMMARY, SETTINGS = "summary.json", "settings.toml"
@@ -116,22 +120,24 @@ def _run(
         processes.wait()  # for the first one to have opened the folder
         with reported(None):
             return _in_folder(RunFolder.read(path), experiment, None)
-    _check_folder(path)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"another process is running into {str(path)!r}; wait for it, or choose another folder with --out"
-        ) from None
-    try:
+    files.check_folder(path, MANIFEST, "run")
+    is_new = not path.exists()
+    with files.alone(path), _nothing_left(path) if is_new else contextlib.nullcontext():
         folder = RunFolder.open(path, experiment, fresh=fresh)
         folder.shared = Stages(shared) if shared is not None else None
         processes.wait()
         return _in_folder(folder, experiment, on_event)
-    finally:
-        lock.release()
+
+
+@contextlib.contextmanager
+def _nothing_left(path: Path) -> Iterator[None]:
+    """Remove a new folder where the run was refused before anything was done: there is nothing to go on with."""
+    try:
+        yield
+    except Exception:
+        if not ((path / MANIFEST).is_file() and "inputs" in read_json(path / MANIFEST)):
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _in_folder(
@@ -166,6 +172,8 @@ def _drive(
             name = _phase(event)
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
             phase_began = time.monotonic()
+            if folder and folder.turns:
+                seconds = {"prepare": seconds["prepare"], **folder.turns.seconds()}
         if isinstance(event, Prepared):
             result.manifest |= {"inputs": dict(event.inputs), "notes": list(event.notes)}
             result.manifest["text"] = [repr(part.corpus) for part in (event.train, event.validation, event.probe)]
@@ -183,6 +191,22 @@ def _drive(
     if folder:
         folder.finish(result)
     return result
+
+
+def work_beside(folder: Path, shared: Path | None) -> None:
+    """Compute units of the run under way in a folder until none is left: in a process that the run itself started."""
+    end_with_parent()
+    kept = RunFolder.read(folder)
+    kept.shared = Stages(shared) if shared is not None else None
+    experiment = settings.experiment(kept.manifest["settings"])
+    with reported(None):
+        ready = prepare(experiment)
+        kept.check_inputs(ready.inputs)
+        with computing(ready.model, precision_of(experiment, ready.model.device)):
+            turns = Turns(folder, kept, ready, units_of_run(ready))
+            while not turns.are_done:
+                if not turns.help():
+                    time.sleep(PATIENCE)
 
 
 def is_complete(folder: Path) -> bool:
@@ -219,17 +243,6 @@ def load_run(folder: str | Path) -> Run:
     return result
 
 
-def _check_folder(path: Path) -> None:
-    """Refuse a path that cannot be a run folder, or a folder that holds something else."""
-    if path.is_file():
-        raise FileExistsError(f"{str(path)!r} is a file; choose a folder with --out")
-    above = next((parent for parent in path.parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
-        raise NotADirectoryError(f"{str(path)!r} cannot be a folder: {str(above)!r} is a file")
-    if path.is_dir() and not (path / MANIFEST).is_file() and any(p.name != ".lock" for p in path.iterdir()):
-        raise FileExistsError(f"{str(path)!r} holds files that are no run; choose another folder with --out")
-
-
 class RunFolder:
     """A run's folder on disk; gives `perform` what an earlier process left in it."""
 
@@ -237,31 +250,32 @@ class RunFolder:
         self.path = path
         self.manifest = manifest
         self.shared: Stages | None = None
+        self.turns: Turns | None = None
+        self._state_kept = time.monotonic()
         self._frozen: frozenset[Path] | None = None
 
     @classmethod
     def open(cls, path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
         """A new folder, or one with a run of the same settings to go on with."""
-        _check_folder(path)
+        files.check_folder(path, MANIFEST, "run")
         if (path / MANIFEST).is_file() and not fresh:
             manifest = read_json(path / MANIFEST)
-            if _are_of(manifest.get("settings"), experiment):
-                for part in path.rglob(".*.tmp"):  # of a killed process: whoever holds the lock is the only one here
-                    part.unlink()
+            if settings.are_of(manifest.get("settings"), experiment):
+                files.remove_unfinished(path)
                 return cls(path, manifest)
             if manifest.get("inputs"):  # else nothing ran: the settings were refused, and these may be the mended ones
-                changed = _differences(manifest.get("settings", {}), plain_settings(experiment))
+                changed = _differences(manifest.get("settings", {}), experiment.model_dump(mode="json"))
                 raise FileExistsError(
                     f"{str(path)!r} holds a run with other settings ({changed}); choose another folder with --out, or "
                     "--fresh to remove that run"
                 )
         for old in path.iterdir() if path.is_dir() else ():
-            if old.name != ".lock":
+            if old.name != files.LOCK:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path, {})
         # The manifest first: it is what makes the folder a run.
-        folder.note(settings=plain_settings(experiment), complete=False)
+        folder.note(settings=experiment.model_dump(mode="json"), complete=False)
         write_whole(path / SETTINGS, experiment.to_toml().encode())
         return folder
 
@@ -306,12 +320,8 @@ class RunFolder:
     def names(self, seed: int) -> list[str]:
         """The names of all results of a seed, in their order."""
         experiment = settings.experiment(self.manifest["settings"])
-        there = arms_of(experiment, other=self.manifest.get("other"))
-        arms, before = [arm.name for arm in there], CUTTING if cut_anything(there) else ()
-        where = [] if experiment.grafts.skip or "concept" not in arms or experiment.retrain.lora_rank else AFTERWARDS
-        held = [f"blocked-{name}-{seed}" for name in experiment.block.held] if where else []
-        own = [f"own-{name}" for name in experiment.arm] if where else []
-        return [f"{name}-{seed}" for name in (*before, *arms, *own, *where)] + held
+        units = units_of(experiment, seed, other=self.manifest.get("other"))
+        return [f"{name}-{seed}" for unit in units for name in unit.results if name != BASE]
 
     def note(self, **entries: Any) -> None:
         """Write entries into the manifest."""
@@ -360,13 +370,31 @@ class RunFolder:
             case ArmDone():
                 self.keep_arm(event)
             case SeedDone():
-                pass
+                if self._keeps != "all":  # no more grafts of this seed are made
+                    for path in (self.path / "weights").glob(f"*@*-{event.seed}.safetensors"):
+                        path.unlink()
             case _:
                 if not (path := self._tensors(name_of(event))).exists():
                     write_tensors(path, *archive.pack(event))
-        if isinstance(event, Again) and self._keeps != "all":  # no more grafts of this seed are made
-            for path in (self.path / "weights").glob(f"*@*-{event.seed}.safetensors"):
-                path.unlink()
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether all results of a unit are here."""
+        weights = unit.name != BASE or self._is_here(self._weights(BASE, unit.seed))
+        return weights and all(self._is_here(self._tensors(f"{name}-{unit.seed}")) for name in unit.results)
+
+    @contextlib.contextmanager
+    def shared_out(self, ready: Prepared, units: Sequence[Unit]) -> Iterator[Turns | None]:
+        """For a while, other processes of this machine compute units of the run too, as many as its settings say; None
+        where there are no others."""
+        n = self.manifest.setdefault("workers", processes_for(ready))
+        if n == 1:
+            yield None
+            return
+        self.note(workers=n)
+        self.turns = Turns(self.path, self, ready, units)
+        shared = self.shared.path if self.shared else None
+        with beside(self.path, n - 1, threads=threads_of(ready, n), shared=shared):
+            yield self.turns
 
     def result(self, kind: type, seed: int, name: str = "") -> Any:
         """A result of a seed, if it is here."""
@@ -407,12 +435,16 @@ class RunFolder:
         return snapshots
 
     def keep_state(self, event: Paused) -> None:
-        """Where a training stands: enough to go on from. One file, replaced at every pause."""
+        """Where a training stands: enough to go on from. One file, replaced at every pause; a large one not before
+        `STATE_SECONDS` have gone by, since what would be lost is computed in less than it takes to write it."""
         tensors = {f"weights/{name}": value for name, value in event.weights.items()}
         tensors |= {f"optimiser/{name}": value for name, value in event.state.items()}
         at = event.at
         meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss, "by": at.by}
-        write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+        large = sum(value.nbytes for value in tensors.values()) > LARGE_STATE
+        if not large or time.monotonic() - self._state_kept >= STATE_SECONDS:
+            write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+            self._state_kept = time.monotonic()
         if self._keeps == "all":
             weights = {name: value.cpu() for name, value in event.weights.items()}
             write_tensors(self._weights(f"{event.training}@{at.stage}", event.seed), weights, {})
@@ -470,10 +502,11 @@ class RunFolder:
     def finish(self, result: Run) -> None:
         """Tables and summary; then what only an unfinished run needs goes, and the run is complete: its manifest holds
         the hash of every file beside it."""
+        files.remove_unfinished(self.path)
         write_whole(self.path / "metrics.parquet", result.to_dataframe().to_parquet(index=False))
         write_whole(self.path / "layers.parquet", layers_table(result).to_parquet(index=False))
         write_whole(self.path / SUMMARY, as_json(summary(result)))
-        for name in ("state", "stages", *(["weights"] if self._keeps == "none" else [])):
+        for name in ("state", "stages", TURNS, *(["weights"] if self._keeps == "none" else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
         final = {**self.manifest, "outputs": verify.hashes_of(self.path), "complete": True}
         final.pop("seal", None)
@@ -504,18 +537,8 @@ class RunFolder:
         return value
 
 
-def _are_of(kept: Any, experiment: Experiment) -> bool:
-    """Whether these are the settings of a run; a setting that was not there when it began counts as its default."""
-    try:
-        return settings.experiment(kept) == experiment
-    except (ValueError, TypeError):
-        return False
-
-
-CUTTING = ("sized", "cuts", "damage")
-"""What comes before the arms of a seed, where one of them cuts."""
-AFTERWARDS = ("grafted", "again")
-"""What follows when the arms of a seed are done."""
+LARGE_STATE, STATE_SECONDS = 50 * 2**20, 20.0
+"""Bytes from which on the state of a training is not written at every pause, and seconds between two times."""
 KINDS = {kind.__name__.lower(): kind for kind in (Sized, Cuts, Damage, Own, Grafted, Again, Blocked)}
 """What a file of results holds, by the first word of its name; the others hold an arm."""
 

@@ -6,24 +6,20 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from relearn_lens.analysis import story
-from relearn_lens.analysis.migration import Selection, sides
+from relearn_lens.analysis import migration, recovery, story
+from relearn_lens.analysis.migration import sides
 from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
-from relearn_lens.runs.answers import answers
 from relearn_lens.runs.events import Again, Grafted, Sized
-from relearn_lens.runs.files import plain_settings
-from relearn_lens.runs.findings import findings, natural_scores, notes, what_happened
-from relearn_lens.runs.results import Run, once
+from relearn_lens.runs.numbers import mean
+from relearn_lens.runs.results import Run
 
 
-@once
 def summary(result: Run) -> dict[str, Any]:
     """The numbers of a run as plain values; lists by layer and means over seeds where the name says so."""
-    label, interval = result.label, result.interval
+    label, interval, numbers = result.label, result.interval, result.numbers
     first = next(iter(result.arms.values()))[0]
     site = first.site
     metric = first.snapshots[first.stages[0]].scores.metric.lower()
@@ -31,11 +27,8 @@ def summary(result: Run) -> dict[str, Any]:
     def by_stage(arm: Trajectory, of: Callable[[Snapshot], Any]) -> dict[str, Any]:
         return {stage: of(snapshot) for stage, snapshot in arm.snapshots.items()}
 
-    def mean(values: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-        return {stage: np.mean([v[stage] for v in values], axis=0).tolist() for stage in values[0]}
-
     return {
-        "settings": plain_settings(result.experiment),
+        "settings": result.experiment.model_dump(mode="json"),
         "concept": story.name_of(first),
         "site": site.name,
         "layers": list(site.layers),
@@ -55,7 +48,7 @@ def summary(result: Run) -> dict[str, Any]:
             "meaning": "means over a layer's neurons; cosines; counts",
         },
         "text": result.manifest.get("text"),
-        "notes": notes(result),
+        "notes": numbers.notes,
         "arms": {
             name: [
                 {
@@ -67,7 +60,7 @@ def summary(result: Run) -> dict[str, Any]:
                     ),
                     "support": next(iter(arm.snapshots.values())).scores.support(),
                     "training_loss": by_stage(arm, lambda s: s.at.loss if s.at else None),
-                    "n_pruned": 0 if arm.pruned is None else len(arm.pruned),
+                    "n_pruned": 0 if arm.removed is None else len(arm.removed),
                 }
                 for arm in arms
             ]
@@ -75,7 +68,7 @@ def summary(result: Run) -> dict[str, Any]:
         },
         "natural": [
             {"seed": seed, "drawn": _each(drawn), "natural": _each(plain)}
-            for seed, drawn, plain in natural_scores(result)
+            for seed, drawn, plain in numbers.natural
         ],
         "random_draws": [
             {
@@ -87,22 +80,14 @@ def summary(result: Run) -> dict[str, Any]:
             }
             for d in result.damage
         ],
-        "overlap_random_with_concept": _overlap(result),
-        "pruned_share_by_layer": {
-            name: np.mean([(~arm.survivors()).share_by_layer() for arm in arms], axis=0).tolist()
-            for name, arms in result.arms.items()
-        },
-        "saliency_by_layer": {
-            name: {
-                which: mean([story.saliency_by_layer(arm, which) for arm in arms]) for which in selections(result)
-            }
-            for name, arms in result.arms.items()
-        },
+        "overlap_random_with_concept": numbers.overlap,
+        "pruned_share_by_layer": numbers.pruned_share,
+        "saliency_by_layer": numbers.saliency,
         "score_by_layer": {
             name: mean([_score_by_stage(arm) for arm in arms]) for name, arms in result.arms.items()
         },
-        "what_happened": what_happened(result),
-        "questions": [asdict(question) for question in answers(result)],
+        "what_happened": numbers.what_happened,
+        "questions": [asdict(question) for question in numbers.questions],
         "grafts": [_grafts(grafted) for grafted in result.grafted],
         "again": [_again(again, label) for again in result.again],
         "doses": [_doses(sized) for sized in result.sized],
@@ -111,6 +96,97 @@ def summary(result: Run) -> dict[str, Any]:
         "peak_rss_mb": result.manifest.get("peak_rss_mb"),
         "versions": result.manifest.get("versions"),
     }  # fmt: skip
+
+
+def findings(run: Run) -> dict[str, Any]:
+    """What was measured besides scores and saliency, as plain values; a part that was not measured is empty."""
+    numbers = run.numbers
+    base = next(iter(run.arms.values()))[0][BASE]
+    return {
+        "claims": [asdict(claim) for claim in numbers.claims],
+        "migration": {
+            which: {"says": moved} if isinstance(moved, str) else {**asdict(moved), "says": str(moved)}
+            for which, moved in numbers.migrations.items()
+        },
+        "recovery_speed": {name: _speeds(speeds) for name, speeds in numbers.speeds.items()},
+        "savings": None if numbers.savings is None else _savings(numbers.savings),
+        "attribution": _by_stage(run, _attribution),
+        "scores_agreement": numbers.agreement,
+        "similarity": {name: [_similarity(arm) for arm in arms] for name, arms in run.arms.items()},
+        "meaning": _by_stage(run, _meaning),
+        "heirs": {name: [str(row) for row in rows] for name, rows in numbers.heirs.items()},
+        "probe_quality": {kind: asdict(s.quality) for kind, s in base.also.items() if s.quality is not None},
+    }
+
+
+def _by_stage(run: Run, of: Any) -> dict[str, Any]:
+    """Arm to one mapping of stages per seed; stages without the measurement are left out."""
+    by_arm = {}
+    for name, arms in run.arms.items():
+        each = [{stage: entry for stage in arm.stages if (entry := of(arm, stage))} for arm in arms]
+        if any(each):
+            by_arm[name] = each
+    return by_arm
+
+
+def _attribution(arm: Trajectory, stage: str) -> dict[str, Any] | None:
+    each = [
+        {
+            "layer_share": migration.layer_share(attribution.saliency()),
+            "score_by_layer": attribution.score.sum(1).tolist(),
+            "delta": attribution.delta.tolist(),
+            "delta_is_error": attribution.is_cut_set,
+            "change": attribution.change,
+            "unit": attribution.unit,
+            **{
+                key: getattr(attribution, key)
+                for key in ("form", "target", "baseline", "quadrature", "steps", "n_words")
+            },
+        }
+        for attribution in arm[stage].attributions.values()
+    ]
+    return None if not each else {**each[0], "also": each[1:]} if each[1:] else each[0]
+
+
+def _similarity(arm: Trajectory) -> dict[str, Any]:
+    return {
+        which: {
+            "flow": similarity.flow.tolist(),
+            "cka": similarity.cka.tolist(),
+            "same_by_layer": similarity.same.nanmedian(1).values.tolist(),
+            "best_by_layer": similarity.best.abs().nanmedian(1).values.tolist(),
+            "chance": similarity.chance,
+            "above_chance": similarity.above_chance(),
+            "n_words": similarity.n_words,
+        }
+        for which, similarity in arm.similarity.items()
+    }
+
+
+def _meaning(arm: Trajectory, stage: str) -> dict[str, Any] | None:
+    snapshot = arm[stage]
+    if snapshot.words is None:
+        return None
+    return {
+        "null_by_layer": snapshot.words.null.sum(1).tolist(),
+        "similarity_by_layer": None if snapshot.meaning is None else snapshot.meaning.nanmean(1).tolist(),
+        "near_concept_by_layer": None if snapshot.near_concept is None else snapshot.near_concept.nanmean(1).tolist(),
+        "classes_separated_by_layer": None
+        if snapshot.separated is None
+        else snapshot.separated.double().mean(1).tolist(),
+    }
+
+
+def _speeds(speeds: recovery.Speeds) -> dict[str, Any]:
+    return {
+        "reached": {f"{share:g}": asdict(when) for share, when in speeds.reached.items()},
+        "area": None if speeds.area is None else asdict(speeds.area),
+    }
+
+
+def _savings(savings: recovery.Savings) -> dict[str, Any]:
+    saved = {f"{share:g}": None if each is None else asdict(each) for share, each in savings.saved.items()}
+    return {"saved": saved, "area": asdict(savings.area)}
 
 
 def _grafts(grafted: Grafted) -> dict[str, Any]:
@@ -180,7 +256,7 @@ def layers_table(result: Run) -> pd.DataFrame:
     rows = []
     for name, arms in result.arms.items():
         for arm in arms:
-            for which in selections(result):
+            for which in result.numbers.selections:
                 for stage, ranks in story.saliency_by_layer(arm, which).items():
                     before, later = sides(arm.matched(), arm.survivors(), which)
                     scores = story.score_by_layer(arm[stage].saliency, before if stage == BASE else later)
@@ -192,18 +268,5 @@ def layers_table(result: Run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _overlap(result: Run) -> float | None:
-    """Share of the random arm's neurons that the concept arm pruned too, mean over seeds."""
-    if not {"concept", "random"} <= set(result.arms):
-        return None
-    pairs = zip(result.arms["concept"], result.arms["random"], strict=True)
-    return float(np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned]))
-
-
 def _each(scores: Scores) -> dict[str, float]:
     return {label: scores.shown(label) for label in (*scores.labels, OVERALL)}
-
-
-def selections(run: Run) -> tuple[Selection, ...]:
-    """The neurons that layers are compared on: first as the settings ask, then matched and all."""
-    return tuple(dict.fromkeys((run.experiment.measure.selection, "matched", "all")))

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from relearn_lens import sources
-from relearn_lens.runs.files import plain
+from relearn_lens.files import LOCK, plain
 
 MANIFEST, SEAL = "manifest.json", "seal"
 ROLES = ("model", "corpus", "probe_corpus")
 """The settings that name an input."""
-UNSEALED = {MANIFEST, ".lock", "report.html", "film.gif", "film.html"}
+UNSEALED = {MANIFEST, LOCK, "report.html", "film.gif", "film.html"}
 """Files of a run folder without a hash: the manifest has its seal, page and film are made again at will."""
 
 

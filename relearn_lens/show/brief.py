@@ -21,8 +21,7 @@ from relearn_lens.analysis.recovery import name_of
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.grafting import CUT, Grafts
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
-from relearn_lens.runs import findings
-from relearn_lens.runs.answers import answers, curve, heirs, outcome
+from relearn_lens.runs.answers import curve, heirs, outcome
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show.plots.style import ARM_COLOURS, VERDICT_COLOURS, measured_by
@@ -84,7 +83,7 @@ def headline(run: Run) -> Text:
     """What was cut out of which model, on which text."""
     paths = told_of(run)
     how, site = run.experiment, paths[0].site
-    cut = sorted({0 if path.pruned is None else len(path.pruned) for path in paths})
+    cut = sorted({0 if path.removed is None else len(path.removed) for path in paths})
     many = f"{cut[0]:,}" if len(cut) == 1 else f"{cut[0]:,} to {cut[-1]:,}"
     text = f"{name_of(paths[0])} in {_short(how.model)} · {_short(how.corpus)} · {site.name} · "
     text += f"{many} of {site.n_neurons:,} neurons cut · {_seeds(len(paths))}"
@@ -98,7 +97,7 @@ def sentence(run: Run) -> str:
     paths = run.arms["concept"]
     name, unit = name_of(paths[0]), _unit(paths)
     base, cut, end = (_mean(paths, stage, run) for stage in (BASE, PRUNED, paths[0].stages[-1]))
-    many = round(float(np.mean([0 if path.pruned is None else len(path.pruned) for path in paths])))
+    many = round(float(np.mean([0 if path.removed is None else len(path.removed) for path in paths])))
     what = f"{name} falls from F1" if unit == "F1" else f"the {unit} on {name} goes from"
     text = f"Without {many:,} of {paths[0].site.n_neurons:,} neurons, {what} {base} to {cut}"
     other = run.manifest.get("other")
@@ -195,7 +194,7 @@ def spark(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> str:
 
 def answered(run: Run) -> list[Answer]:
     """The run's questions, each with its numbers in a line; those that were not measured are left out."""
-    verdicts = [each.verdict for each in answers(run) if each.key.startswith("where")]
+    verdicts = [each.verdict for each in run.numbers.questions if each.key.startswith("where")]
     tell: dict[str, tuple[str, Callable[[Run, str], str | None]]] = {
         "specific": ("gone?", _gone),
         "returns": ("back?", _back),
@@ -207,7 +206,7 @@ def answered(run: Run) -> list[Answer]:
         "mixed": ("mixed?", lambda run, _: _heirs(run, "mixed")),
     }
     lines = []
-    for question in answers(run):
+    for question in run.numbers.questions:
         name, say = tell.get(question.key, (question.key, lambda *_: None))
         decides = _number(question)
         says = say(run, decides) or question.says.removeprefix("Undecided: ").rstrip(".")
@@ -233,13 +232,13 @@ def never_back(run: Run) -> str:
 
 def took_over(run: Run) -> Text | None:
     """A neuron that took over: its words before and after. The one that gained most, so an example and no evidence."""
-    if "concept" not in run.arms or not (found := findings.heir_rows(run, "concept", 1)):
+    neuron = next(iter(run.numbers.heirs.get("concept", [])), None)
+    if neuron is None:
         return None
-    neuron = found[0]
     text = Text(f"{'now':<{_KEY}}")
     text.append(str(neuron.neuron), style=f"bold {ARM_COLOURS['concept']}")
     before, now = (", ".join(map(printable, words[:3])) for words in (neuron.before, neuron.now))
-    text.append(f"  {before} > {now}")
+    text.append(f"  {before} → {now}")
     text.truncate(WIDTH, overflow="ellipsis")
     return text
 
@@ -249,10 +248,10 @@ def took_over(run: Run) -> Text | None:
 
 def _gone(run: Run, decides: str) -> str | None:
     paths = run.arms["concept"]
-    text = f"{name_of(paths[0])} {_mean(paths, BASE, run)} > {_mean(paths, PRUNED, run)}"
+    text = f"{name_of(paths[0])} {_mean(paths, BASE, run)} → {_mean(paths, PRUNED, run)}"
     other = run.manifest.get("other")
     if other and other in paths[0][BASE].scores.labels:
-        text += f", {other} {_mean(paths, BASE, run, other)} > {_mean(paths, PRUNED, run, other)}"
+        text += f", {other} {_mean(paths, BASE, run, other)} → {_mean(paths, PRUNED, run, other)}"
     draws = [scores for damage in run.damage for scores in damage.random.get("layers", ())]
     if draws:
         text += f"; {len(draws)} random cuts leave {number(_value(draws, run.label))}"
@@ -269,7 +268,7 @@ def _back(run: Run, decides: str) -> str | None:
         shares.append((end - start) / (had - start) if had > start else np.nan)
     by, last = _by(paths), paths[0].stages[-1]
     if not np.isfinite(shares).all():
-        return f"{_mean(paths, PRUNED, run)} > {_mean(paths, last, run)} at {by[:-1]} {last}; there was nothing to lose"
+        return f"{_mean(paths, PRUNED, run)} → {_mean(paths, last, run)} at {by[:-1]} {last}; there was nothing to lose"
     share = decides or _percent(np.mean(shares))
     half = _steps(paths, paths, run)
     when = "it never fell to half" if half == "0" else f"half in {half} {by}"

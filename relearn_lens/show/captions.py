@@ -17,7 +17,6 @@ from relearn_lens.analysis import migration, priming, story
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import FEWEST_SEEDS
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
-from relearn_lens.runs import findings
 from relearn_lens.runs.results import Run
 
 TOP = 0.1
@@ -67,7 +66,7 @@ def pruned_share(run: Run) -> str:
         return f"{text} There is no random arm beside it."
     other = np.mean([(~arm.survivors()).share_by_layer() for arm in run.arms["random"]], axis=0)
     pairs = list(zip(arms, run.arms["random"], strict=False))
-    both = np.mean([len(c.pruned & r.pruned) / len(r.pruned) for c, r in pairs if c.pruned and r.pruned])
+    both = np.mean([len(c.removed & r.removed) / len(r.removed) for c, r in pairs if c.removed and r.removed])
     as_many = "took as many from every layer" if np.allclose(share, other) else "took other numbers from the layers"
     return f"{text} The random arm {as_many} and shares {both:.0%} of its neurons with this cut."
 
@@ -159,10 +158,10 @@ def neuron_map(run: Run) -> str:
 
 def migrated(run: Run, score: str = "saliency") -> str:
     """The matched comparison in words, then the unmatched one."""
-    migrations = findings.migration_of(run)
+    moved = run.numbers.migrations
     if score == "attribution":
-        return f"{migrations['attribution']['says']} Attribution and the ranking score need not agree."
-    return f"{migrations['matched']['says']} {migrations['published']['says']}"
+        return f"{moved['attribution']} Attribution and the ranking score need not agree."
+    return f"{moved['matched']} {moved['published']}"
 
 
 def attribution(run: Run) -> str:

@@ -16,16 +16,25 @@ from markupsafe import Markup, escape
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.analysis.recovery import name_of
+from relearn_lens.files import write_whole
 from relearn_lens.measure.tracking import BASE, PRUNED
-from relearn_lens.runs import files, findings, presets, verify
+from relearn_lens.runs import presets, verify
 from relearn_lens.runs.results import Run
-from relearn_lens.runs.summary import summary
 from relearn_lens.show import brief, captions, plots
 from relearn_lens.show.plots.style import VERDICT_COLOURS, measured_by
-from relearn_lens.show.tables import draws_row, layer_rows, score_rows
+from relearn_lens.show.tables import (
+    CORRECTED,
+    Table,
+    agreement_rows,
+    attribution_rows,
+    claims_rows,
+    draws_row,
+    layer_rows,
+    score_rows,
+    similarity_rows,
+    speed_rows,
+)
 from relearn_lens.text.corpus import OUTSIDE
-
-Table = tuple[list[str], list[list[str]]]
 
 
 class Picture(NamedTuple):
@@ -45,7 +54,7 @@ class Picture(NamedTuple):
 def write_report(run: Run, path: str | Path) -> Path:
     """Write the page of a run; gives its path back."""
     path = Path(path)
-    files.write_whole(path, render(run).encode())
+    write_whole(path, render(run).encode())
     return path
 
 
@@ -56,37 +65,36 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
         ValueError: fewer than two runs.
     """
     path = Path(path)
-    files.write_whole(path, render_comparison(runs).encode())
+    write_whole(path, render_comparison(runs).encode())
     return path
 
 
 def render(run: Run) -> str:
     """The page of a run as HTML."""
-    numbers = summary(run)
-    claims = findings.claims_of(run)
+    numbers = run.numbers
+    claims = numbers.claims
     manifest = run.manifest
-    heirs = {name: findings.heirs(run, name) for name in run.arms}
     draw = Drawing()
     tables: dict[str, Table | None] = {
         "f1": score_rows(run),
         # Of stages that are steps, the questions say it in steps.
-        "speeds": findings.speed_rows(run) if measured_by(brief.told_of(run)) == "epochs" else None,
+        "speeds": speed_rows(run) if measured_by(brief.told_of(run)) == "epochs" else None,
         "layers": layer_rows(run),
-        "agreement": findings.agreement_rows(run),
-        "attribution": findings.attribution_rows(run),
-        "similarity": findings.similarity_rows(run),
-        "claims": findings.claims_rows(claims) if claims else None,
+        "agreement": agreement_rows(run),
+        "attribution": attribution_rows(run),
+        "similarity": similarity_rows(run),
+        "claims": claims_rows(claims) if claims else None,
     }
     return page(
         "run.html.j2",
-        title=f"Where does {numbers['concept']} come back in {run.experiment.model}?",
+        title=f"Where does {name_of(next(iter(run.arms.values()))[0])} come back in {run.experiment.model}?",
         heading=brief.sentence(run),
         lead=brief.headline(run).plain,
         run=run,
         experiment=run.experiment,
         scores=_scores_of(run),
         draws=draws_row(run) if run.damage else "",
-        overlap=numbers["overlap_random_with_concept"],
+        overlap=numbers.overlap,
         lost=brief.never_back(run),
         answers=[
             (answer, VERDICT_COLOURS[answer.question.verdict], _interval_picture(answer))
@@ -95,16 +103,17 @@ def render(run: Run) -> str:
         first=_first(run, draw),
         reading=_reading(run),
         new=_new(run),
-        sections=_sections(run, claims, heirs, draw),
+        cards=_cards(run),
+        sections=_sections(run, draw),
         tables=tables,
         whys=[(claim.id, claim.verdict, claim.why) for claim in claims],
-        corrected=findings.CORRECTED,
-        heirs=heirs,
+        corrected=CORRECTED,
+        heirs={name: [str(row) for row in rows] for name, rows in numbers.heirs.items()},
         settings=run.experiment.to_toml(),
         command=_command(run),
         versions=manifest.get("versions", {}),
         inputs=manifest.get("inputs", {}),
-        notes=[*manifest.get("text", []), *findings.notes(run)],
+        notes=[*manifest.get("text", []), *numbers.notes],
         seconds=manifest.get("seconds", {}),
         memory=manifest.get("peak_rss_mb"),
     )
@@ -203,7 +212,7 @@ def _new(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[str, bool]], li
     """Arm to the neurons that took over: name, words before and after, each with whether it carries the concept."""
     heirs = []
     for name in ("concept", "random"):
-        rows = findings.heir_rows(run, name) if name in run.arms else []
+        rows = run.numbers.heirs.get(name, [])
         carries = set(run.arms[name][0][BASE].concept_words) if rows else set()
         marked = [
             (str(row.neuron), *([(word, word in carries) for word in side] for side in (row.before, row.now)))
@@ -214,9 +223,65 @@ def _new(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[str, bool]], li
     return heirs  # pyright: ignore[reportReturnType]
 
 
-def _sections(
-    run: Run, claims: Sequence[Claim], heirs: Mapping[str, list[str]], draw: Drawing
-) -> list[tuple[str, str, list[Picture]]]:
+class Card(NamedTuple):
+    """One neuron as text: its words, and what it does at the words of a few sentences."""
+
+    name: str
+    was: str
+    """`"carries it now"` or `"was cut"`."""
+    before: list[tuple[str, bool]]
+    """Its top words at base, each with whether it carries the concept; empty where they were not measured."""
+    now: list[tuple[str, bool]]
+    ranks: str
+    sentences: list[list[tuple[str, str, str]]]
+    """Word, colour by how far the activation is from the mean of all of these words, and the activation."""
+
+
+CARDS = 8
+"""Neurons of each kind that the page shows as text."""
+
+
+def _cards(run: Run) -> list[Card]:
+    """The neurons that carry the concept at the end, and some that were cut, at the words of the kept sentences."""
+    path = brief.told_of(run)[0]
+    kept, last = path.examples, path.stages[-1]
+    if kept is None:
+        return []
+    base, end = path[BASE], path[last]
+    survivors, cards = path.survivors(), []
+    for was, at, among in (("carries it now", last, survivors), ("was cut", BASE, ~survivors)):
+        score = path[at].saliency.score
+        named = {str(neuron): neuron for neuron in among if str(neuron) in kept.neurons}
+        place = {name: (path.site.layers.index(n.layer), n.index) for name, n in named.items()}
+        for name in sorted(named, key=lambda name: -float(score[place[name]]))[:CARDS]:
+            words = [
+                []
+                if each.words is None
+                else [(word, word in base.concept_words) for word in each.words.of(named[name])]
+                for each in (base, end)
+            ]
+            ranks = [f"{float(path[s].saliency.by_rank()[place[name]]):.3f} at {s}" for s in (BASE, last)]
+            cards.append(Card(name, was, words[0], words[1], " → ".join(ranks), _coloured(kept.of(name))))
+    return cards
+
+
+def _coloured(sentences: Sequence[tuple[Sequence[str], Sequence[float]]]) -> list[list[tuple[str, str, str]]]:
+    """Words on a colour that is the stronger the farther the activation is from the mean of all: orange above it."""
+    values = np.array([value for _, each in sentences for value in each])
+    middle = float(np.nanmean(values))
+    reach = float(np.nanmax(np.abs(values - middle))) or 1.0
+
+    def shade(value: float) -> str:
+        far = (value - middle) / reach
+        return "" if not abs(far) >= 0.1 else f"rgba({'212,85,0' if far > 0 else '94,60,153'},{0.6 * abs(far):.2f})"
+
+    return [
+        [(word, shade(value), f"{value:+.3g}") for word, value in zip(words, each, strict=True)]
+        for words, each in sentences
+    ]
+
+
+def _sections(run: Run, draw: Drawing) -> list[tuple[str, str, list[Picture]]]:
     """What is folded: id, heading, and the pictures of what was measured."""
 
     def each(
@@ -243,15 +308,28 @@ def _sections(
         ("same", "Are they still the same neurons?", each(plots.flow, lambda: captions.flow(run), list(run.arms))),
         ("meaning", "What the neurons stand for", [
             draw(plots.saliency_against_similarity, run, says=lambda: captions.saliency_against_similarity(run)),
-            _card(draw, run, heirs)]),
+            _card(draw, run)]),
         ("claims", "The paper's claims, beside their controls", [
-            draw(plots.verdicts, run, says=lambda: captions.verdicts(claims, len(run.experiment.seeds)))]),
+            draw(plots.verdicts, run, says=lambda: captions.verdicts(run.numbers.claims, len(run.experiment.seeds)))]),
     ]  # fmt: skip
     return [(id, title, [p for p in pictures if p]) for id, title, pictures in sections]
 
 
-def render_comparison(runs: Sequence[Run]) -> str:
-    """The page of several runs side by side as HTML: the settings that differ, scores with intervals, claims.
+class Compared(NamedTuple):
+    """Several runs side by side."""
+
+    names: list[str]
+    warnings: list[str]
+    """What keeps their numbers from being compared."""
+    differ: Table
+    """Settings that differ."""
+    scores: Table
+    """With intervals."""
+    claims: Table | None
+
+
+def compared(runs: Sequence[Run]) -> Compared:
+    """The numbers of several runs side by side: the settings that differ, scores with intervals, claims.
 
     Raises:
         ValueError: fewer than two runs, or runs whose inputs changed in between.
@@ -260,7 +338,20 @@ def render_comparison(runs: Sequence[Run]) -> str:
         raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
     names = _names(runs)
     verify.check_same_inputs({name: run.manifest for name, run in zip(names, runs, strict=True)})
-    draw = Drawing()
+    claims = _claims_table([run.numbers.claims for run in runs], names)
+    return Compared(
+        names, list(_warnings(runs)), _settings_that_differ(runs, names), _scores_table(runs, names), claims
+    )
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """The page of several runs side by side as HTML.
+
+    Raises:
+        ValueError: as `compared`.
+    """
+    beside = compared(runs)
+    names, draw = beside.names, Drawing()
     curves = [
         draw(plots.recovery_curves, run, beside=runs, says=lambda run=run: captions.recovery(run)) for run in runs
     ]
@@ -270,10 +361,10 @@ def render_comparison(runs: Sequence[Run]) -> str:
         title=f"{len(runs)} runs side by side",
         heading=f"{len(runs)} runs side by side",
         runs=list(zip(names, runs, strict=True)),
-        warnings=_warnings(runs),
-        differ=_settings_that_differ(runs, names),
-        scores=_scores_table(runs, names),
-        claims=_claims_table([findings.claims_of(run) for run in runs], names),
+        warnings=beside.warnings,
+        differ=beside.differ,
+        scores=beside.scores,
+        claims=beside.claims,
         curves=[(name, picture) for name, picture in zip(names, curves, strict=True) if picture],
         maps=[(name, picture) for name, picture in zip(names, maps, strict=True) if picture],
     )
@@ -341,11 +432,11 @@ def _as_html(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _card(draw: Drawing, run: Run, heirs: Mapping[str, list[str]]) -> Picture | None:
+def _card(draw: Drawing, run: Run) -> Picture | None:
     """One neuron close up: the one that gained most words of the concept, in the first arm that has any."""
     for name in [captions.told(run), *run.arms]:
-        if heirs.get(name):
-            neuron = heirs[name][0].partition(":")[0]
+        if run.numbers.heirs[name]:
+            neuron = str(run.numbers.heirs[name][0].neuron)
             says = (
                 f"{neuron} gained most words of the concept among the neurons that are new in the top tenth of the "
                 f"{name} arm. It was chosen for that after the fact, so it is an example and no evidence."

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
-from relearn_lens.analysis import story
+from relearn_lens.analysis import migration, recovery, story
+from relearn_lens.analysis.claims import Claim
+from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.measure.answers import Answered
 from relearn_lens.measure.evaluation import OVERALL
-from relearn_lens.measure.tracking import BASE
-from relearn_lens.runs.findings import layer_columns
+from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot
 from relearn_lens.runs.results import Run
-from relearn_lens.runs.summary import selections, summary
+
+CORRECTED = (
+    "An effect is positive in the direction of the claim. Each verdict holds at the level of the run's intervals by "
+    "itself; p (Holm) is corrected for all claims of the table."
+)
+
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
 
 
-def answer_rows(before: Mapping[str, Answered], after: Mapping[str, Answered]) -> tuple[list[str], list[list[str]]]:
+def answer_rows(before: Mapping[str, Answered], after: Mapping[str, Answered]) -> Table:
     """Header and rows of what was answered before and after: accuracy and loss of each row of `measure.facts.asked`.
 
     The interval is that of the accuracy after, over keys; the chance that of a guess which knows what may be an answer.
@@ -29,10 +39,10 @@ def answer_rows(before: Mapping[str, Answered], after: Mapping[str, Answered]) -
         rows.append(
             [
                 name,
-                "" if texts else f"{there.accuracy.shown(OVERALL):.2f} > {here.accuracy.shown(OVERALL):.2f}",
+                "" if texts else f"{there.accuracy.shown(OVERALL):.2f} → {here.accuracy.shown(OVERALL):.2f}",
                 "" if texts else f"{low:.2f} to {high:.2f}",
                 "" if texts else f"{here.accuracy.chance(OVERALL):.2f}",
-                f"{there.loss.shown(OVERALL):.2f} > {here.loss.shown(OVERALL):.2f}",
+                f"{there.loss.shown(OVERALL):.2f} → {here.loss.shown(OVERALL):.2f}",
             ]
         )
     return ["", "accuracy", "95 % after", "chance", "nats/token"], rows
@@ -44,7 +54,7 @@ def score_title(run: Run) -> str:
     return scores.unit[:1].upper() + scores.unit[1:] if scores.metric == "F1" else f"{scores.metric}, {scores.unit}"
 
 
-def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+def score_rows(run: Run) -> Table:
     """Header and rows of the table of F1 (or loss): every arm and stage, every label, means over seeds; the concept's
     interval."""
     first = next(iter(run.arms.values()))[0]
@@ -66,10 +76,10 @@ def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     return ["arm", "stage", *labels, f"{story.name_of(first)} interval"], rows
 
 
-def layer_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+def layer_rows(run: Run) -> Table:
     """Header and rows of the layer table: pruned share, then mean rank saliency per layer, matched and all."""
     layers = list(next(iter(run.arms.values()))[0].site.layers)
-    numbers, columns = summary(run), layer_columns(layers)
+    columns = layer_columns(layers)
 
     def cells(values: list[float]) -> list[str]:
         """Means over the layers of each column that have a value."""
@@ -78,11 +88,11 @@ def layer_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 
     rows = [
         ["pruned share", name, "pruned", *cells(shares)]
-        for name, shares in numbers["pruned_share_by_layer"].items()
+        for name, shares in run.numbers.pruned_share.items()
         if any(shares)
     ]
-    for which in selections(run):
-        for name, by_selection in numbers["saliency_by_layer"].items():
+    for which in run.numbers.selections:
+        for name, by_selection in run.numbers.saliency.items():
             for stage, values in by_selection[which].items():
                 rows.append([f"saliency, {which}", name, stage, *cells(values)])
     return ["", "arm", "stage", *(name for name, _ in columns)], rows
@@ -99,6 +109,121 @@ def draws_row(run: Run) -> str:
         f"Ablated, not retrained: {metric} {concept:.3f} without the concept's neurons; {len(draws)} random sets "
         f"of the same size per layer: {np.mean(draws):.3f} on average, {min(draws):.3f} to {max(draws):.3f}."
     )
+
+
+MOST_LAYERS = 14
+"""Columns of layers that a terminal and a page have room for; deeper models are shown in groups of neighbours."""
+
+
+def layer_columns(layers: Sequence[str]) -> list[tuple[str, slice]]:
+    """Name and layers of each column of a table: one layer each, or groups such as `"3-5"` where there are many."""
+    size = -(-len(layers) // MOST_LAYERS)
+    parts = [slice(i, min(i + size, len(layers))) for i in range(0, len(layers), size)]
+    return [(layers[p.start] if p.stop - p.start == 1 else f"{layers[p.start]}-{layers[p.stop - 1]}", p) for p in parts]
+
+
+def _by_column(layers: Sequence[str], values: Any, of: Any = np.mean) -> list[str]:
+    """Values by layer as cells: means (or sums) over the layers of each column."""
+    values = np.asarray(values, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return [_number(of(values[part])) for _, part in layer_columns(layers)]
+
+
+def claims_rows(each_claim: Sequence[Claim]) -> Table:
+    """The claims table: the number in the concept arm and in its control, effect with interval, verdict."""
+    rows = [
+        [
+            claim.id, claim.says, claim.verdict, _number(claim.concept), _number(claim.control),
+            _interval(claim.effect), f"{claim.bar:g}", _number(claim.p), _number(claim.p_holm),
+        ]
+        for claim in each_claim
+    ]  # fmt: skip
+    return ["", "claim", "verdict", "concept", "control", "effect", "bar", "p", "p (Holm)"], rows
+
+
+def speed_rows(run: Run) -> Table:
+    """Epochs until each arm has a share of its base F1 again."""
+    rows = []
+    for name, arms in run.arms.items():
+        if arms[0].removed is None:
+            continue
+        speeds = run.numbers.speeds[name]
+        area = "within noise" if speeds.area is None else _interval(speeds.area)
+        rows.append([name, *(_interval(when.epochs) or "not reached" for when in speeds.reached.values()), area])
+    shares = [f"epochs to {share:.0%}" for share in recovery.SHARES]
+    return ["arm", *shares, "area under recovery"], rows
+
+
+def attribution_rows(run: Run) -> Table:
+    """Share of the attribution in each layer, its change of the output and the largest completeness error."""
+    first = next(iter(run.arms.values()))[0]
+    rows, layers = [], list(first.site.layers)
+    kinds = list(dict.fromkeys(kind for snapshot in first.snapshots.values() for kind in snapshot.attributions))
+    for kind in kinds:
+        shown_base = False
+        for name, arms in run.arms.items():
+            for stage in arms[0].stages:
+                known = [arm[stage].attributions[kind] for arm in arms if kind in arm[stage].attributions]
+                again = (stage == BASE and shown_base and name != "never") or (
+                    stage == PRUNED and arms[0].removed is None
+                )
+                if again or not known:
+                    continue
+                shown_base = shown_base or stage == BASE
+                shares = np.mean([migration.layer_share(each.saliency()) for each in known], axis=0)
+                largest = max(float((each.delta / each.change).abs().max()) for each in known)
+                error = f"{largest:.1%}" if known[0].is_cut_set else "no cut set"
+                change = float(np.mean([each.change for each in known]))
+                who = "all arms" if stage == BASE and name != "never" else name
+                who += f", {kind}" if len(kinds) > 1 else ""
+                rows.append([who, stage, *_by_column(layers, shares, np.sum), f"{change:.2f}", error])
+    return ["arm", "stage", *(name for name, _ in layer_columns(layers)), "output change", "completeness error"], rows
+
+
+def similarity_rows(run: Run) -> Table:
+    """Per layer, base against last stage: CKA, correlation of a neuron with itself, share that stays in its layer."""
+    rows, layers = [], list(next(iter(run.arms.values()))[0].site.layers)
+    for name, arms in run.arms.items():
+        for which in ("all", "concept"):
+            similarities = [arm.similarity[which] for arm in arms if which in arm.similarity]
+            if not similarities:
+                continue
+            for what, values in (
+                ("linear CKA, same layer", [each.cka.diagonal() for each in similarities]),
+                ("correlation with itself, median", [each.same.nanmedian(1).values for each in similarities]),
+                ("best match in the same layer, share", [each.flow.diagonal() for each in similarities]),
+            ):
+                rows.append(
+                    [
+                        name,
+                        f"{which}, {similarities[0].n_words:,} words",
+                        what,
+                        *_by_column(layers, torch.stack(values).mean(0)),
+                    ]
+                )
+    return ["arm", "over", "base against last stage", *(name for name, _ in layer_columns(layers))], rows
+
+
+def agreement_rows(run: Run) -> Table:
+    """Rank correlation of the ranking score with the others, at base; fitted scores with their held-out quality."""
+    rows = []
+    also = _base(run).also
+    for name, value in run.numbers.agreement.items():
+        quality = also[name].quality if name in also else None
+        rows.append([name, _number(value), "" if quality is None else str(quality)])
+    return ["score", f"Spearman with {_base(run).saliency.kind}", "held-out quality, beside its controls"], rows
+
+
+def _base(run: Run) -> Snapshot:
+    return next(iter(run.arms.values()))[0][BASE]
+
+
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    if estimate.interval is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 def _number(value: float | np.floating | None) -> str:

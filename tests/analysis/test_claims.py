@@ -18,11 +18,11 @@ from relearn_lens.analysis import claims as module
 from relearn_lens.analysis.claims import Claim, claims, verdict_of
 from relearn_lens.analysis.evidence import Evidence
 from relearn_lens.analysis.intervals import Estimate, beside_control, holm, same_end
+from relearn_lens.files import plain
 from relearn_lens.measure.evaluation import SpanScores, TokenLoss
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neurons, Site
-from relearn_lens.runs.files import plain
 from tests.analysis.test_story import LABEL, scores_of, trajectory
 
 MAKE = {
@@ -87,7 +87,7 @@ def arm_of(
     made = trajectory(
         dict(zip(STAGES, (max(0.0, float(v) - float(j)) for v, j in zip(f1, jitter, strict=True)), strict=True)),
         {name: score - shift for name, score in zip(STAGES, (base, cut, first, last), strict=True)},
-        pruned=mask,
+        removed=mask,
         arm=name,
         seed=seed,
     )
@@ -371,7 +371,7 @@ def test_fall_with_training_starts_right_after_pruning_where_that_was_measured()
 def unpruned_of(arms: Mapping[str, Sequence[Trajectory]], f1: Sequence[float] = (0.9,) * 4, **changes: Any) -> list:
     """The unpruned arm of the same seeds, with these F1s."""
     made = [arm_of("unpruned", arm.seed, f1, fraction=0.0, **changes) for arm in arms["concept"]]
-    return [replace(arm, pruned=None) for arm in made]
+    return [replace(arm, removed=None) for arm in made]
 
 
 def test_speed_of_return_is_not_told_of_an_arm_that_lost_nothing():
@@ -535,7 +535,7 @@ def test_return(n, f1, verdict):
     assert found.verdict == verdict
     assert "in the random arm" in found.why
     assert found.control == pytest.approx(1, abs=0.05)
-    unpruned = [replace(arm, pruned=None, arm="unpruned") for arm in arms["random"]]
+    unpruned = [replace(arm, removed=None, arm="unpruned") for arm in arms["random"]]
     assert "training on without pruning changed F1" in row("C2", {**arms, "unpruned": unpruned}).why
 
 
@@ -643,7 +643,7 @@ def test_move_as_published_is_there_where_nothing_moves(slope, as_published):
 
 def test_move_as_published_says_what_training_alone_does():
     arms = arms_of(3)
-    moved = [replace(arm, pruned=None) for arm in arms_of(3, {"f1": F1["concept"], "earlier": 0.9})["concept"]]
+    moved = [replace(arm, removed=None) for arm in arms_of(3, {"f1": F1["concept"], "earlier": 0.9})["concept"]]
     found = row("C5 unmatched", {**arms, "unpruned": moved})
     assert "training on without pruning moved it 0." in found.why
     assert found.control is not None
@@ -730,7 +730,7 @@ def scored(of: Callable[[torch.Tensor], torch.Tensor]) -> Degraded:
 
 
 def everything_pruned(arm: Trajectory) -> Trajectory:
-    return replace(arm, pruned=Neurons(torch.ones_like(arm.survivors().mask), arm.site))
+    return replace(arm, removed=Neurons(torch.ones_like(arm.survivors().mask), arm.site))
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -741,7 +741,7 @@ def everything_pruned(arm: Trajectory) -> Trajectory:
         scored(lambda s: 0 * s),
         scored(lambda s: -s.abs() - 1),
         everything_pruned,
-        lambda arm: replace(arm, pruned=None),
+        lambda arm: replace(arm, removed=None),
         lambda arm: changed(arm, scores=scores_of(0.0)),
         lambda arm: changed(arm, scores=scores_of(1.0)),
         lambda arm: changed(arm, meaning=torch.full((LAYERS, 40), torch.nan), near_concept=torch.ones(LAYERS, 40)),

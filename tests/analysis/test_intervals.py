@@ -322,47 +322,6 @@ def test_sign_flips_are_uniform_under_the_null():
     assert within(int((p <= 0.1).sum()), 400, 0.1)
 
 
-# --- a null
-
-
-def test_against_null_by_hand():
-    # Mean of all five is 1.6: the value is 3.4 from it, the others 0.6, 1.6, 0.4, 2.6 and less than that.
-    found = intervals.against_null(5, [1, 0, 2, -1 + 1])
-    assert found.p == 1 / 5
-    assert intervals.against_null(2, [0, 1, 0, -3]).p == 2 / 5  # mean 0: one of 0, 1, 0, 3 is farther than 2
-    low, high = stats.t.interval(0.95, 3, loc=0.75, scale=np.std([1, 0, 2, 0], ddof=1) * math.sqrt(1.25))
-    assert (found.null.value, found.null.low, found.null.high) == pytest.approx((0.75, low, high))
-    assert found.outside == (high < 5)
-    assert str(found).endswith("(4 null values; p = 0.2)")
-
-
-def test_against_null_counts_ties():
-    assert intervals.against_null(0.1, [0.1] * 3).p == 1
-    assert intervals.against_null(0.3, [0.3, 0.1, 0.2]).p == pytest.approx(3 / 4)  # 0.225: .075, .075, .125, .025
-
-
-def test_against_one_null_value_has_no_interval():
-    found = intervals.against_null(5, [1])
-    assert found.null.interval is None
-    assert not found.outside
-    assert found.p == 1
-    for value, null in ((1, []), (1, [math.nan]), (math.inf, [1.0])):
-        with pytest.raises(ValueError, match="at least one number, and all finite"):
-            intervals.against_null(value, null)
-
-
-@pytest.mark.parametrize("n", [3, 19])
-def test_against_null_keeps_its_promises_under_the_null(n):
-    draws = [np.random.default_rng(k).exponential(size=n + 1) for k in range(400)]
-    found = [intervals.against_null(float(d[0]), d[1:]) for d in draws]
-    for k in range(1, n + 1):  # valid at every level that the p-value can have
-        share = k / (n + 1)
-        assert sum(f.p <= share + 1e-9 for f in found) <= 400 * share + 3 * math.sqrt(400 * share * (1 - share))
-    normal = [np.random.default_rng(k).normal(size=n + 1) for k in range(400)]
-    inside = sum(not intervals.against_null(float(d[0]), d[1:]).outside for d in normal)
-    assert within(inside, 400, 0.95)
-
-
 # --- several comparisons
 
 

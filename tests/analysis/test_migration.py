@@ -48,7 +48,7 @@ def still() -> Trajectory:
     assert pruned[4].sum() > 2 * pruned[0].sum()
     after = score.where(~pruned, 0.0)
     stages = {"base": score, "pruned": after, "1": after, "2": after}
-    return trajectory(dict.fromkeys(stages, 0.9), stages, pruned=pruned)
+    return trajectory(dict.fromkeys(stages, 0.9), stages, removed=pruned)
 
 
 def test_saliency_of_all_shows_a_move_where_nothing_moves(still):
@@ -71,7 +71,7 @@ def test_saliency_of_matched_shows_a_move_among_survivors(still):
     there = trajectory(
         dict.fromkeys(("base", "2"), 0.9),
         {"base": still["base"].saliency.score, "2": moved},
-        pruned=~still.survivors().mask,
+        removed=~still.survivors().mask,
     )
     found = migration.saliency_by_layer(there)
     assert found["2"][4] > found["base"][4]
@@ -83,7 +83,7 @@ def test_rank_saliency_of_layers_does_not_depend_on_the_order_of_neurons(still):
     other = trajectory(
         dict.fromkeys(still.stages, 0.9),
         {stage: s.saliency.score[:, order] for stage, s in still.snapshots.items()},
-        pruned=~still.survivors().mask[:, order],
+        removed=~still.survivors().mask[:, order],
     )
     for which in ("all", "matched"):
         for stage, values in migration.saliency_by_layer(other, which).items():
@@ -95,7 +95,7 @@ def test_shift_by_hand():
     base = torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.0, 1.0]])
     later = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
     pruned = torch.tensor([[False, False], [False, True], [False, True]])
-    arm = trajectory({"base": 1, "1": 1}, {"base": base, "1": later}, pruned=pruned)
+    arm = trajectory({"base": 1, "1": 1}, {"base": base, "1": later}, removed=pruned)
     found = migration.shift(arm, "1", "all")
     assert (found.base, found.later, found.moved) == pytest.approx((0.5, 0.875, 0.375))
     # Matched: mass 1, 1, 0 is centred at 1/4; later 0, 1, 0 at 1/2.
@@ -171,7 +171,7 @@ def run_of(
     """An arm whose scores are `base`, then without the pruned neurons, then `later`."""
     cut = base.where(~mask, 0.0)
     scores: dict[str, torch.Tensor] = dict(zip(STAGES, (base, cut, (cut + later) / 2, later), strict=True))
-    return trajectory(dict.fromkeys(STAGES, 0.9), scores, pruned=mask, arm=arm, seed=seed)
+    return trajectory(dict.fromkeys(STAGES, 0.9), scores, removed=mask, arm=arm, seed=seed)
 
 
 def arms_of(n: int, *, moved: float | int = 0.0, noise: float = 0.02) -> dict[str, list[Trajectory]]:
@@ -318,7 +318,7 @@ def test_migration_does_not_depend_on_the_order_of_neurons_nor_on_scale():
             stage: replace(s, saliency=replace(s.saliency, score=7 * s.saliency.score[:, order]))
             for stage, s in arm.snapshots.items()
         }
-        return replace(arm, snapshots=snapshots, pruned=Neurons(~arm.survivors().mask[:, order], site))
+        return replace(arm, snapshots=snapshots, removed=Neurons(~arm.survivors().mask[:, order], site))
 
     other = {name: [changed(arm) for arm in side] for name, side in arms.items()}
     for selection in ("matched", "all", "published"):
@@ -359,7 +359,7 @@ def test_migration_refuses_what_it_cannot_compare():
     with pytest.raises(ValueError, match=r"concept has no stage '9'; it has base, pruned, 1, 2"):
         migration.migration(arms, "9")
     every = torch.ones(5, 40, dtype=torch.bool)
-    none = {name: [replace(a, pruned=Neurons(every, a.site)) for a in side] for name, side in arms.items()}
+    none = {name: [replace(a, removed=Neurons(every, a.site)) for a in side] for name, side in arms.items()}
     with pytest.raises(ValueError, match="no neuron survived in both arms"):
         migration.migration(none)
 

@@ -11,7 +11,7 @@ import pytest
 from relearn_lens.analysis import questions
 from relearn_lens.analysis.intervals import Estimate, holm
 from relearn_lens.analysis.questions import Again, Back, Curve, Cuts, Grafts, Heirs, Outcome, Question, Steps
-from relearn_lens.runs.files import plain
+from relearn_lens.files import plain
 from tests.benchmarks import power
 
 LABELS = ("place", "person", "people")

@@ -52,7 +52,7 @@ def trajectory(
     f1: Mapping[str, float | SpanScores],
     score: torch.Tensor | Mapping[str, torch.Tensor],
     *,
-    pruned: torch.Tensor | None = None,
+    removed: torch.Tensor | None = None,
     arm: str = "concept",
     seed: int = 0,
     concept: Concept | None = None,
@@ -65,7 +65,7 @@ def trajectory(
         scores = value if isinstance(value, SpanScores) else scores_of(value)
         snapshots[stage] = snapshot_of(here, scores, at)
     site = next(iter(snapshots.values())).saliency.site
-    neurons = None if pruned is None else Neurons(pruned, site)
+    neurons = None if removed is None else Neurons(removed, site)
     return Trajectory(snapshots, neurons, arm, seed, concept or Concept("place"))
 
 
@@ -86,7 +86,7 @@ def moving(arm: str, f1: Sequence[Any], moved: float, *, seed: int = 0) -> Traje
     base, later = torch.full((2, 3), 0.5), torch.tensor([[0.5 - moved] * 3, [0.5 + moved] * 3])
     mask = None if arm == "unpruned" else torch.tensor([[True, False, False], [True, True, False]])
     stages = {"base": base, "pruned": base, "1": later}
-    return trajectory(dict(zip(stages, f1, strict=True)), stages, pruned=mask, arm=arm, seed=seed)
+    return trajectory(dict(zip(stages, f1, strict=True)), stages, removed=mask, arm=arm, seed=seed)
 
 
 F1 = {"concept": (0.9, 0.1, 0.8), "random": (0.9, 0.7, 0.88), "unpruned": (0.9, 0.9, 0.9)}
@@ -267,7 +267,7 @@ def test_story_of_no_move_at_all_names_no_direction():
 def test_story_without_survivors_has_no_nan():
     stages = {"base": FLAT, "pruned": 0 * FLAT, "1": 0 * FLAT}
     f1 = dict(zip(stages, (0.9, 0.1, 0.8), strict=True))
-    arm = trajectory(f1, stages, pruned=torch.ones(2, 3, dtype=torch.bool))
+    arm = trajectory(f1, stages, removed=torch.ones(2, 3, dtype=torch.bool))
     told({"concept": [arm]})
 
 
@@ -291,7 +291,7 @@ def measured_anew(seed: int) -> dict[str, Trajectory]:
         name: trajectory(
             dict(zip(("base", "pruned", "1"), F1[name], strict=True)),
             {"base": base, "pruned": base, "1": measurement()},
-            pruned=mask,
+            removed=mask,
             arm=name,
             seed=seed,
         )

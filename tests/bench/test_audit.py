@@ -101,6 +101,25 @@ def test_a_system_prompt_is_put_by_the_models_own_template(folders):
     assert framing(model, None) is None
 
 
+def test_facts_of_files_with_long_answers(folders, quick, tmp_path):
+    """Statements turned into questions and longer answers: what nobody can give word for word is asked by how much of
+    it is completed."""
+    for name, role in (("forget", FORGET), ("retain", RETAIN[:1])):
+        rows = [
+            {"prompt": " ".join(p.text.split()[:2]), "answer": " ".join(p.text.split()[2:]), "key": p.key}
+            for p in FACTS.passages(*role, forms=("statement",))
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
+    result = CliRunner().invoke(app, ["audit", str(folders["knows"]), *files, "--never", str(folders["never"])])
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if line.startswith("of answers it completes a share of"))
+    model, twin = float(line.split()[7]), float(line.split("twin ")[1][:4])
+    assert 1 > model > twin
+    assert len(result.output.splitlines()) <= 25
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
 def test_what_cannot_be_audited_is_one_line(folders, quick, bert_folder, tmp_path, one_line):
     knows = str(folders["knows"])
     assert "has no chat template" in one_line("audit", knows, "--facts", "people", "--system", "be quiet")

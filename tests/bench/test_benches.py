@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from relearn_lens.__main__ import app
@@ -20,6 +21,7 @@ from tests.made import small_taught
 
 SETS = [
     "seeds=[1]", "chooses=0", "keys=8", "wordings=1", "draws=200", "points=4",
+    'metrics=["inside", "depth", "returned"]',
     'rows={gd={remover="grad_diff", fields={steps=[4], lr=1e-3}}, '
     'ga={remover="gradient_ascent", fields={steps=[2], lr=3e-4}}, '
     'cut={remover="prune", rounds=2, repair=2, held=true, fields={where="random", fraction=0.2}}}',
@@ -72,6 +74,35 @@ def test_a_bench_gives_every_row_column_and_the_twin(benched):
         assert 0 <= cell.moved <= 1
     twin = results.cells[NEVER, 1]
     assert np.array_equal(twin.calibrated, twin.removed)
+
+
+def test_metrics_are_tracked_along_the_attack_by_layer(benched):
+    """What the metrics must be where nothing is trained yet, and of the twin; by layer at every checkpoint."""
+    assert set(benched.metrics) == {"relearn 0.0001", "relearn 0.001"}
+    metrics = json.loads((benched.folder / benches.SUMMARY).read_text())["metrics"]
+    assert set(metrics) == {"gd", "ga", "cut", NEVER}
+    for course in metrics.values():
+        assert set(course) == {"inside", "depth", "returned"}
+        for name, layers in (("inside", 2), ("depth", 2), ("returned", 5)):
+            assert course[name]["steps"] == [0, 1, 4]
+            assert [len(each) for each in course[name]["layers"].values()] == [3] * layers
+            for value, low, high in course[name]["whole"]:
+                assert low - 1e-9 <= value <= high + 1e-9
+        assert course["returned"]["whole"][0][0] == 0
+    assert metrics[NEVER]["depth"]["whole"][0][0] == pytest.approx(1)
+    assert metrics["gd"]["depth"]["whole"][0][0] < 1
+    page = (benched.folder / benches.PAGE).read_text()
+    for title in ("Depth by layer", "Inside along the attack", "Returned by layer"):
+        assert title in page
+
+
+def test_a_metric_that_these_facts_do_not_have_is_said(benched, small, monkeypatch, untouched):
+    work = Work(benched.bench, 1, Stages(benched.folder / benches.STAGES))
+    monkeypatch.setattr(type(work.facts), "answers", lambda _: {})
+    with untouched(work.model):
+        (row,) = work._read(["inside"], work.base, 0)
+    assert "closed sets" in row["why"]
+    assert bench_page.tracked([row]) == {"inside": {"why": row["why"]}}
 
 
 def test_the_summary_and_the_page_are_written(benched):
@@ -157,8 +188,40 @@ def test_a_cell_leaves_nothing_behind(benched, small, untouched):
     base = work.base
     index = work.cell("gd")
     work.model.load_weights(base)
-    cell, _ = read_cell(index, work.stages)
+    cell = read_cell(index, work.stages).cell
     assert np.array_equal(work._sums(work._held_out), cell.base)
+
+
+def test_facts_smollm2_says_what_it_takes_and_a_cell_of_it_runs(tmp_path, monkeypatch):
+    """A tiny Llama of a folder in the place of SmolLM2: taught, its twin too, removed from and attacked every way."""
+    plan = CliRunner().invoke(app, ["bench", "facts-smollm2", "--dry-run"])
+    assert plan.exit_code == 0, plan.output
+    assert "8 jobs, 24 cells, 192 attacks" in plan.output
+    memory, disk = (int(n.replace(",", "")) for n in re.findall(r"about ([\d,]+) MB", plan.output))
+    assert 4 * 4 * 134.5 < memory < 20_000
+    assert disk == -(-4 * 7 * 4 * 134_515_008 // 2**20)
+
+    made = people(0, n=24, forget=8, never=4, animals=4, n_answers=8)
+    tokenizer = taught.tokenizer(made)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(removals, "people", lambda seed: made)
+    monkeypatch.setattr(benches.engines, "local", in_process)
+    steps = [f"columns.{name}.fields.steps=[1, 2]" for name in ("relearn", "relearn-lora", "retain-only")]
+    small = [f'model="{tmp_path / "tiny"}"', "seeds=[1]", "chooses=0", "keys=8", "draws=100", "points=2", *steps]
+    rows = ['rows={npo={remover="npo", fields={lr=1e-3, steps=[4]}}}', "teach={epochs=8, lr=1e-2}"]
+    done = benches.run(bench_of("facts-smollm2", [*small, *rows]), tmp_path / "b", processes=1)
+    assert done.failed == {}
+    assert done.results is not None
+    assert done.results.columns == ("relearn", "relearn-lora", "retain-only", "quantised", "pruned")
+    cell, twin = done.results.cells["npo", 1], done.results.cells[NEVER, 1]
+    assert list(cell.courses["relearn-lora"]) == ["0.0001", "0.001"]
+    assert not np.array_equal(cell.base, twin.calibrated)  # the twin was not taught what the base was
+    assert len(bench_page.lines(done)) <= 25
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -176,6 +239,8 @@ def test_presets_are_benches_whose_names_are_known(name, tmp_path):
         (["columns.x.attack=nope"], r"columns\.x: unknown attack 'nope'; known: "),
         (['columns.x={attack="quantised", rates=[1e-4]}'], r"quantised trains nothing, so it has no learning rates"),
         (["rows.npo.fields.nope=1"], r"rows\.npo: npo has no field 'nope'; it has "),
+        (['metrics=["nope"]'], "metrics: unknown metric 'nope'; known: accuracy"),
+        (['model="smollm2"', 'metrics=["depth"]'], "metrics: depth compares with a twin that never knew, .* has none"),
         (["teach.lr=1e-4"], r"teach: the model 'taught' is taught these facts anyway"),
     ],
 )

@@ -1,5 +1,6 @@
 """The table of removers: every cell once, whole or not there, each remover at the same retained ability."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from relearn_lens.__main__ import app
 from relearn_lens.bench import removals
 from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING
 from relearn_lens.models.taught import Taught
+from relearn_lens.remove.losses import GradientAscent
+from relearn_lens.remove.masks import SelectivePrune
+from relearn_lens.remove.preference import AltPO
 from relearn_lens.remove.recipes import RECIPES
 from relearn_lens.runs.removals import Subject
 from tests.made import small_taught
@@ -92,6 +96,49 @@ def test_the_command_prints_the_table(subjects, tmp_path: Path):
     assert (" 2/2 " if works else " 0/2 ") in " ".join(lines["grad_diff"].split()) + " "
     assert "/2" not in lines["never"] + lines["base"]
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_what_teaches_a_fresh_model_is_asked_at_its_own_ability(subjects, pair, tmp_path: Path, monkeypatch, untouched):
+    monkeypatch.setitem(RECIPES[removals.KIND], "sgtm", {"units": 8, "steps": (2,), "batch_size": 8})
+    with untouched(pair.model, pair.never):
+        cells = of(removals.cells(tmp_path, [0], ["sgtm"]))
+    cell = cells["sgtm-0"]
+    assert cell.values["share"] is None
+    assert cell.values["rows"] == cell.values["removed"]
+    assert cell.accuracy(NEAR) < 0.5  # two steps teach next to nothing, so it does not count as working
+    assert cell.accuracy(TRAINED_WORDING) < 0.5
+    assert not removals.works(cell)
+    _, rows = removals.table(list(cells.values()))
+    assert rows[-1][:2] == ["sgtm", "0/1"]
+    assert "fresh" in rows[-1]
+
+
+def test_the_page_is_the_table_with_lines_and_recipes(subjects, tmp_path: Path):
+    command = ["removers", "--table", str(tmp_path / "t"), "--seeds", "0", "--only", "grad_diff,gradient_ascent"]
+    result = CliRunner().invoke(app, [*command, "--page", str(tmp_path / "page.md")])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "page.md").read_text()
+    every = list(removals.cells(tmp_path / "t", [0], ["grad_diff", "gradient_ascent"]))
+    assert text == removals.page(every)
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    for row in removals.table(every)[1]:
+        assert text.count("| " + " | ".join(row) + " |") == 1
+    assert rows["gradient_ascent"] == "| gradient_ascent | lr 0.01, steps (8,) |"
+    weak = [cell.name for cell in every if cell.name not in ("base", "never") and not removals.works(cell)]
+    assert weak
+    assert f"Not below 0.5 in both wordings on seed 0: {', '.join(weak)}." in text
+    result = CliRunner().invoke(app, ["removers", "--page", "x.md"])
+    assert "--page FILE is the table as a page; give the table's folder" in str(result.exception)
+
+
+def test_lines_are_those_of_code():
+    assert removals.n_lines(GradientAscent) == 6
+    source = inspect.getsource(AltPO)
+    assert removals.n_lines(AltPO) == sum(
+        line.strip().startswith(("class ", "name:", "source:", "answers:")) for line in source.splitlines()
+    )
+    # A helper of its module that it alone names is its own.
+    assert removals.n_lines(SelectivePrune) > removals.n_lines(AltPO)
 
 
 def test_the_rule_needs_both_wordings():

@@ -178,6 +178,7 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "returns": _elsewhere("returns", "returns"),
     "power": _elsewhere("power", "power"),
     "audits": _elsewhere("audits", "report"),
+    "alarm": _elsewhere("alarm", "report"),
 }
 """What runs only when it is named."""
 

@@ -1,22 +1,29 @@
-"""How early the alarm is, and how often it is false: `python -m tests.benchmarks.alarm` prints the table (minutes).
+"""How early the alarm is, and how often it is false.
 
-Small models are taught invented facts, of which NPO removes some. The alarm is calibrated on fine-tunings that bring
+    python -m tests.benchmarks.alarm [SEED ...]         # of these models (0 to 3), into RELEARN_LENS_ALARMS
+
+What was measured of each model is kept in that folder (by default in the cache), so the same command goes on. Small
+models are taught invented facts, of which NPO removes some. The alarm is calibrated on fine-tunings that bring
 nothing back; false alarms are counted in others, of the same kinds with other seeds and of kinds that it has not seen;
-lead times in fine-tunings on half of the forgotten facts. Nothing of an attack is used to calibrate.
+lead times in whatever brought facts back, most of it fine-tunings on half of the forgotten facts. Nothing of an attack
+is used to calibrate.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
+from relearn_lens import sources
 from relearn_lens.measure.alarm import ReturnAlarm, ReturnWarning
 from relearn_lens.models import taught
 from relearn_lens.models.taught import Recipe
@@ -27,7 +34,7 @@ from relearn_lens.text.facts import FORGET, RETAIN, people
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 HOW: dict[str, Any] = {"steps": STEPS, "batch_size": 8}
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 KNOWN: tuple[tuple[Attack, int], ...] = tuple(
     (attack, seed)
     for seed in (100, 101)
@@ -92,6 +99,30 @@ def outcomes(seed: int) -> Iterator[Outcome]:
             yield Outcome(seed, group, f"{attack.name} {told}", alarm.raised, alarm.behaved)
 
 
+def kept(seed: int, folder: Path) -> list[Outcome]:
+    """The fine-tunings of one model, from its file or run now."""
+    path = folder / f"{seed}.jsonl"
+    if path.exists():
+        return [Outcome(**json.loads(line)) for line in path.read_text().splitlines()]
+    every = list(outcomes(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(vars(each)) + "\n" for each in every))
+    return every
+
+
+def by_attack(every: list[Outcome]) -> list[str]:
+    """For each fine-tuning what happened in each model: steps of the alarm > of behaviour's return, or -."""
+    names = list(dict.fromkeys((o.group, o.attack) for o in every))
+    lines = []
+    for group, attack in names:
+        mine = [o for o in every if (o.group, o.attack) == (group, attack)]
+        says = ", ".join(
+            f"{'-' if o.raised is None else o.raised}>{'-' if o.behaved is None else o.behaved}" for o in mine
+        )
+        lines.append(f"{group}: {attack}: {says}")
+    return lines
+
+
 def table(every: list[Outcome]) -> str:
     """The rows of the alarm's docstring."""
     lines = []
@@ -127,11 +158,18 @@ def table(every: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    seeds = [int(word) for word in sys.argv[1:]] or SEEDS
-    every = []
-    for seed in seeds:
-        for outcome in outcomes(seed):
-            print(json.dumps(vars(outcome)), file=sys.stderr, flush=True)
-            every.append(outcome)
+def report(seeds: Sequence[int] = SEEDS, folder: Path | None = None) -> None:
+    """Print the table, and below it each fine-tuning."""
+    folder = folder or Path(os.environ.get("RELEARN_LENS_ALARMS", sources.cache_dir() / "benchmarks" / "alarms"))
+    every = [outcome for seed in seeds for outcome in kept(seed, folder)]
+    print(f"{len(seeds)} models (seeds {', '.join(map(str, seeds))}), {len(every)} fine-tunings")
     print(table(every))
+    print(
+        "each: step at which it was raised > step at which behaviour had returned, by model",
+        *by_attack(every),
+        sep="\n",
+    )
+
+
+if __name__ == "__main__":
+    report([int(word) for word in sys.argv[1:]] or SEEDS)

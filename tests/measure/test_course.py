@@ -216,7 +216,7 @@ def test_grafts_of_labelled_text_need_the_path_alone(toy_model):
     rl.prune_(tagger, cut)
     as_cut = {name: value.clone() for name, value in tagger.weights().items()}
     path = rl.track(
-        tagger, toy_model.corpus, place, rl.retrain_(tagger, toy_model.corpus, steps=[2], seed=0), pruned=cut,
+        tagger, toy_model.corpus, place, rl.retrain_(tagger, toy_model.corpus, steps=[2], seed=0), removed=cut,
         site="mlp_post", keep_weights=True,
     )  # fmt: skip
     grafts = rl.grafts(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from relearn_lens.measure.evaluation import evaluate
-from relearn_lens.measure.grafting import CUT, cut_again_, grafts, share_old, share_old_by_chance
+from relearn_lens.measure.grafting import CUT, grafts, share_old
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model, reading
@@ -301,29 +301,5 @@ def test_share_of_old_neurons_beside_chance():
     old = Neurons(torch.arange(64).expand(4, -1) < torch.tensor([16, 0, 32, 64])[:, None], site)
     new = Neurons(torch.arange(64).expand(4, -1) < torch.tensor([8, 8, 0, 4])[:, None], site)
     assert share_old(new, old) == 12 / 20
-    assert share_old_by_chance(new, old) == (8 * 16 / 64 + 4) / 20
-    drawn = [share_old(random_neurons(like=new, seed=seed), old) for seed in range(200)]
-    assert np.mean(drawn) == pytest.approx(share_old_by_chance(new, old), abs=0.02)
     nobody = Neurons.of(site, [])
     assert math.isnan(share_old(nobody, old))
-    assert math.isnan(share_old_by_chance(nobody, old))
-
-
-def test_the_second_cut_takes_what_came_back(untouched: Untouched):
-    made = each_enough((0, 2), 3)
-    site = site_of(made.tagger.bridge, "mlp_post")
-    old = Neurons.of(site, toy_module.PLANTED)
-    reads = toy_module.tagger(seed=3).trunk.layers[1].mlp.fc_in.weight[7]  # pyright: ignore
-    layers: Any = made.tagger.trunk.layers
-    heirs = [(b, i) for b in (0, 2) for i in range(64) if torch.equal(layers[b].mlp.fc_in.weight[i], reads)]
-    new = Neurons.of(site, [(str(b), i) for b, i in heirs]) | Neurons.of(site, toy_module.PLANTED[:2])
-    with untouched(made.tagger, weights=False):
-        second = cut_again_(made.tagger, new, old, made.outcomes)
-    assert len(heirs) == 8
-    assert (second.neurons, second.share_old) == (new, 0.2)
-    assert second.share_old_by_chance == pytest.approx(2 * 4 / 64 / 10)
-    assert second.after["F1"] == 0
-    now = made.tagger.weights()
-    mask = WeightMask.of(made.tagger, new)
-    assert all((now[name][mask[name]] == 0).all() for name in mask.weights())
-    assert all(torch.equal(now[name][~mask[name]], made.retrained[name][~mask[name]]) for name in mask)

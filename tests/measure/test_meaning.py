@@ -129,7 +129,7 @@ def test_similarity_on_the_toy_finds_the_planted_neurons(toy_model, untouched: U
 
 def test_words_with_control_characters_are_printed_as_python_writes_them():
     odd = polysemy(tops("\x1b[31m naïve"), tops("\U0001f469\u200d\U0001f467 \x07"), {"naïve"})
-    assert odd.table() == "L0N0: \\x1b[31m, naïve > \U0001f469\u200d\U0001f467, \\x07"
+    assert odd.table() == "L0N0: \\x1b[31m, naïve → \U0001f469\u200d\U0001f467, \\x07"
 
 
 def test_polysemy_by_hand():
@@ -141,12 +141,12 @@ def test_polysemy_by_hand():
     same(mixed.gained, [2 / 3, 0.0, -0.5, 1.0, NAN, NAN])
     assert list(mixed.mixed) == [("0", 0)]
     assert mixed.table().splitlines() == [
-        "L0N3: Isaac > Rome",
-        "L0N0: Isaac, Adam > Rome, Paris, Isaac",
-        "L0N1: Rome > Rome",
-        "L0N2: Isaac, Paris > Isaac",
+        "L0N3: Isaac → Rome",
+        "L0N0: Isaac, Adam → Rome, Paris, Isaac",
+        "L0N1: Rome → Rome",
+        "L0N2: Isaac, Paris → Isaac",
     ]
-    assert mixed.table(1) == "L0N3: Isaac > Rome"
+    assert mixed.table(1) == "L0N3: Isaac → Rome"
     first = mixed.rows()[1]
     assert (str(first.neuron), first.before, first.now) == ("L0N0", ("Isaac", "Adam"), ("Rome", "Paris", "Isaac"))
     assert (first.kept, first.gained) == (0.5, pytest.approx(2 / 3))

@@ -131,6 +131,19 @@ def test_track_warns_of_checkpoints_that_are_one(toy):
         track(toy.tagger, text, PLACE, loads(1.1, 0.8), site="mlp_post")
 
 
+def test_track_warns_of_labels_that_were_not_known_before_the_cut(toy):
+    """What a model does not know, no cut takes and no training brings back."""
+    base = measure(toy.tagger, toy.corpus, PLACE, site="mlp_post")
+    unknown = measure(toy.tagger, toy.corpus, PLACE, site="mlp_post")
+    unknown.scores.counts[:, list(base.scores.labels).index("person"), 0] = 0  # not one is right
+    unknown.f1["person"] = 0.0
+    with pytest.warns(UserWarning, match=r"does not know person \(0\.00 over \d+ spans\), so .* epochs=, lr="):
+        track(toy.tagger, toy.corpus, PLACE, [], before=unknown, site="mlp_post")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*does not know")
+        track(toy.tagger, toy.corpus, PLACE, [], before=base, site="mlp_post")
+
+
 def test_track_follows_the_concept_down_and_back_up(toy, chosen):
     text = toy.corpus
     before = measure(toy.tagger, text, PLACE, site="mlp_post")
@@ -138,7 +151,7 @@ def test_track_follows_the_concept_down_and_back_up(toy, chosen):
     heard: list[tuple[str, Snapshot]] = []
     path = track(
         toy.tagger, text, PLACE, retrain_(toy.tagger, text, epochs=2.0, every=1.0, lr=3e-3, batch_size=16),
-        before=before, pruned=chosen, site="mlp_post", arm="concept", seed=7,
+        before=before, removed=chosen, site="mlp_post", arm="concept", seed=7,
         on_measured=lambda stage, snapshot: heard.append((stage, snapshot)),
     )  # fmt: skip
     assert path.stages == ("base", "pruned", "1", "2")
@@ -220,7 +233,7 @@ PRUNED = torch.tensor([[True, False, False], [True, True, False]])
 @pytest.fixture
 def path() -> Trajectory:
     scores = {"base": SCORE, "pruned": SCORE * 2, "1": SCORE * 3, "2": SCORE * 4}
-    return trajectory(dict(zip(scores, (0.9, 0.1, 0.5, 0.8), strict=True)), scores, pruned=PRUNED, seed=3)
+    return trajectory(dict(zip(scores, (0.9, 0.1, 0.5, 0.8), strict=True)), scores, removed=PRUNED, seed=3)
 
 
 def test_trajectory_gives_its_stages_in_order(path):
@@ -266,20 +279,20 @@ def test_to_xarray_has_named_axes(path):
     data = path.to_xarray()
     assert data.saliency.dims == ("stage", "layer", "neuron")
     assert data.f1.dims == ("stage", "label")
-    assert data.pruned.dims == ("layer", "neuron")
+    assert data.removed.dims == ("layer", "neuron")
     assert list(data.stage.values) == list(path.stages)
     assert list(data.layer.values) == ["embed", "0"]
     assert list(data.label.values) == ["person", "place", "overall"]
     assert data.saliency.sel(stage="1", layer="0").values.tolist() == [9, 12, 15]
     assert data.f1.sel(stage="2", label="place").item() == pytest.approx(0.8)
-    assert data.pruned.values.tolist() == PRUNED.tolist()
+    assert data.removed.values.tolist() == PRUNED.tolist()
     assert data.saliency.attrs == {"units": "activation", "kind": "probeless"}
     assert data.attrs["seed"] == 3
     json.dumps(data.attrs)
 
 
 def test_trajectory_says_its_curve(path):
-    assert repr(path) == "Trajectory(concept, seed 3, F1 of place: base 0.900 > pruned 0.100 > 1 0.500 > 2 0.800)"
+    assert repr(path) == "Trajectory(concept, seed 3, F1 of place: base 0.900 → pruned 0.100 → 1 0.500 → 2 0.800)"
 
 
 def test_snapshot_f1_is_that_of_its_scores():
@@ -292,7 +305,7 @@ def test_a_pruned_neuron_is_never_shown_as_the_most_salient(toy):
     before = measure(toy.tagger, toy.corpus, PLACE, site="mlp_post")
     cut = before.saliency.top(4)
     prune_(toy.tagger, cut)
-    path = track(toy.tagger, toy.corpus, PLACE, [], before=before, pruned=cut, site="mlp_post")
+    path = track(toy.tagger, toy.corpus, PLACE, [], before=before, removed=cut, site="mlp_post")
     after = path["pruned"].saliency
     assert after.top(4) == cut
     assert path["pruned"].f1["place"] < 0.1

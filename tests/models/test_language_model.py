@@ -221,7 +221,7 @@ def test_prune_retrain_and_track(kind, tmp_path, corpus, untouched: Untouched):
     prune_(model, chosen)
     path = track(
         model, text, PLACE, retrain_(model, text, epochs=20, every=10, lr=3e-3, batch_size=4, seed=1), before=base,
-        pruned=chosen, site="mlp_post", arm="concept",
+        removed=chosen, site="mlp_post", arm="concept",
     )  # fmt: skip
     loss = [path[stage].scores.shown(path.label) for stage in path.stages]
     assert path.label == ("LOC",)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
@@ -142,7 +143,23 @@ def test_load_says_what_to_do_about_a_name_that_nothing_gives(name):
         load_tagger(name, LABELS)
 
 
+def test_the_hub_is_asked_once_for_what_it_does_not_give(monkeypatch):
+    """Its own client would try again for half a minute."""
+    asked = []
+
+    def ask(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    with pytest.raises(OSError, match=r"cannot load model 'grp2'.*hub did not give it \(Name or service not known\)"):
+        load_tagger("grp2", LABELS)
+    assert len(asked) == 1
+
+
 def test_load_says_where_to_put_a_cache_of_the_hub_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
+
     def fail(*_, **__):
         raise OSError("not from the hub") from OSError(errno.EROFS, "of the system", "/home/.cache/huggingface")
 

@@ -87,7 +87,7 @@ def test_a_run_in_two_processes_is_that_of_one(made):
     assert two.manifest["processes"] == 2
     (here,), (there,) = one.arms["concept"], two.arms["concept"]
     assert here.stages == there.stages
-    assert here.pruned == there.pruned
+    assert here.removed == there.removed
     for stage in here.stages:
         shown = [arm[stage].scores.shown(one.label) for arm in (here, there)]
         assert shown[0] == pytest.approx(shown[1], abs=1e-6)

@@ -1,6 +1,7 @@
 """Every objective's value and gradient against a plain loop, with a second model as the reference."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.taught import Recipe, untaught
 from relearn_lens.remove.distillation import UNDIAL
-from relearn_lens.remove.losses import NPO, GradDiff, GradientAscent, SimNPO
+from relearn_lens.remove.losses import ILU, NPO, GradDiff, GradientAscent, SimNPO
 from relearn_lens.remove.preference import DPO, IDK, AltPO, preferred
 from relearn_lens.remove.removal import Remover
 from relearn_lens.remove.weighting import CEU, PDU, WGA, SatImp
@@ -386,3 +387,41 @@ def test_an_only_answer_has_no_alternative():
 def test_what_is_about_next_tokens_is_for_language_models(toy_model, texts, remover):
     with pytest.raises(ValueError, match="next-token predictions, and this model is a tagger"):
         remover(toy_model.tagger, texts)
+
+
+def test_invariance_by_finite_differences(texts):
+    """The squared slope of the loss in a factor of all logits; the rest is what npo lowers."""
+    model = toy.language_model()
+    batch = model.encode(texts["preferred"]).batch(np.arange(7))
+
+    def loss(model: LanguageModel, factor: float) -> Tensor:
+        logits, right = model.predictions(batch)
+        return torch.nn.functional.cross_entropy(factor * logits.double(), right)
+
+    slope = ((loss(model, 1 + 1e-4) - loss(model, 1 - 1e-4)) / 2e-4).detach()
+    given = {"forget": texts["forget"], "retain": texts["retain"], "tuning": texts["preferred"]}
+    how: dict[str, Any] = {"steps": (1,), "batch_size": 7}
+    (pause,) = ILU(penalty=3)(model, given, **how)
+    assert pause.parts["tuning"] == pytest.approx(3 * float(slope) ** 2, rel=1e-3)
+    (bare,) = NPO()(toy.language_model(), given, **how)
+    assert {role: pause.parts[role] for role in bare.parts} == pytest.approx(bare.parts, rel=1e-5)
+    model = toy.language_model()
+    (value, n), names = ILU().terms(model, 0)["tuning"].value(model, batch, None), ["trunk.ln_out.bias"]
+    (gradient,) = torch.autograd.grad(value, [model.plain()[name] for name in names])
+    assert n == 1
+    for i in range(0, 32, 5):
+        ends = []
+        for by in (1e-2, -1e-2):
+            other = toy.language_model()
+            with torch.no_grad():
+                other.plain()[names[0]][i] += by
+            ends.append(float(((loss(other, 1 + 1e-3) - loss(other, 1 - 1e-3)) / 2e-3).detach() ** 2))
+        assert float(gradient[i]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.05, abs=1e-4)
+
+
+def test_invariance_is_to_what_stays_in_general():
+    facts = people(0, n=12, forget=4, never=2, animals=3, n_answers=8)
+    model = untaught(facts, recipe=Recipe(n_layers=2, d_model=16, n_heads=2, d_mlp=16))
+    for given, role in ((facts, "retain_general"), (replace(facts, retain_general=()), "retain_near")):
+        texts: Any = ILU().texts(model, given, ["forget", "retain", "tuning"], 0)
+        assert texts["tuning"].passages == given.passages(role, forms=TRAINED)

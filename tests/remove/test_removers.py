@@ -30,7 +30,10 @@ PREFERRED = toy.corpus(sentences=6, seed=2)
 
 @pytest.fixture(scope="module")
 def texts():
-    return {"forget": toy.corpus(sentences=6), "retain": toy.corpus(sentences=6, seed=1), "preferred": PREFERRED}
+    return {
+        "forget": toy.corpus(sentences=6), "retain": toy.corpus(sentences=6, seed=1), "preferred": PREFERRED,
+        "tuning": toy.corpus(sentences=6, seed=3),
+    }  # fmt: skip
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """A sharpness-aware step against one written out; without a radius it is no wrapper; what it leaves."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from relearn_lens.models import toy
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import finetune_, plain
 from relearn_lens.remove.losses import GradDiff
-from relearn_lens.remove.wrappers import SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
+from relearn_lens.remove.wrappers import LAT, SAM, Averaged, Curvature, GradientPenalty, Smoothed, TARLight
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,58 @@ def test_an_adversary_of_several_steps(texts, by_hand):
     )
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_latent_step_written_out(texts, accumulate):
+    """Disturbances of the forgotten text alone, by steps of a length within a ball; the rest as it is."""
+    model, other = toy.language_model(), toy.language_model()
+    layers, eps, rate = (1, 3), 0.3, 0.2
+    forget, retain = (other.encode(texts[role]).batch(np.arange(6)) for role in ("forget", "retain"))
+    blocks: Any = list(other.bridge.original_model.layers)  # pyright: ignore[reportArgumentType]
+    shape = (*forget.ids.shape, 32)
+    disturbed = {layer: torch.zeros(shape, requires_grad=True) for layer in layers}
+
+    def forgotten() -> torch.Tensor:
+        handles = [
+            blocks[layer].register_forward_hook(lambda module, args, out, d=d: (out[0] + d, *out[1:]))
+            for layer, d in disturbed.items()
+        ]
+        try:
+            return -other.losses(forget).mean()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    for _ in range(3):
+        slopes = torch.autograd.grad(forgotten(), list(disturbed.values()))
+        for (layer, d), slope in zip(disturbed.items(), slopes, strict=True):
+            moved = d.detach() + rate * slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+            for i in range(shape[0]):
+                for j in range(shape[1]):
+                    moved[i, j] *= min(1.0, eps / max(float(moved[i, j].norm()), 1e-30))
+            disturbed[layer] = moved.requires_grad_()
+    (forgotten() + other.losses(retain).mean()).backward()
+    expected = {name: w.grad for name, w in other.plain().items() if w.grad is not None}
+    gradients, wrapper = {}, LAT(layers=layers, eps=eps, rate=rate, ascent=3)
+
+    def look(model: Any, gradient: Any) -> None:
+        wrapper(model, gradient)
+        gradients.update({n: w.grad.clone() for n, w in model.plain().items() if w.grad is not None})
+
+    (pause,) = GradDiff()(model, texts, steps=(1,), batch_size=6, step=look, accumulate=accumulate)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=5e-3, msg=name)
+    (bare,) = GradDiff()(toy.language_model(), texts, steps=(1,), batch_size=6)
+    assert pause.parts == pytest.approx(bare.parts)
+
+
+def test_without_a_disturbance_it_is_no_wrapper(texts):
+    assert same(run(texts, plain)[1], run(texts, LAT(eps=0))[1])
+    assert not same(run(texts, plain)[1], run(texts, LAT(eps=0.5, ascent=2))[1])
+    with pytest.raises(ValueError, match=r"layers = \[4\]: this model has 4 blocks, 0 to 3"):
+        run(texts, LAT(layers=(4,)))
+
+
 def test_smoothing_is_the_mean_over_noise(texts, by_hand, monkeypatch):
     bare = by_hand.slope("forget") + by_hand.slope("retain")
     torch.testing.assert_close(step_of(Smoothed(n=2, sigma=0), texts, by_hand), bare)
@@ -274,3 +327,53 @@ def test_averaged_weights_at_the_end(texts, masked):
 def test_an_average_of_nothing_is_refused(texts):
     with pytest.raises(ValueError, match="averaged: no step counts, the first is 100 and the last 3"):
         run(texts, Averaged())
+
+
+# --- weights in 16 bits
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        SAM(rho=0.5), LAT(eps=0.5, ascent=2), TARLight(rho=0.3, adversary=2), Smoothed(sigma=0.05),
+        GradientPenalty(radius=0.3), Curvature(rho=1, mu=0.3, radius=0.3), Averaged(start=1, stride=1),
+    ],
+    ids=lambda step: step.name,
+)  # fmt: skip
+def test_weights_in_16_bits_are_wrapped_too(texts, step):
+    """Near what weights in float32 do, and another way than without the wrapper."""
+    ends: dict[Any, dict[str, torch.Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for each in (step, plain):
+            model = toy.language_model().to(dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                list(GradDiff()(model, texts, step=each, steps=(4,), batch_size=3, lr=1e-2, schedule="constant"))
+            assert {value.dtype for value in model.weights().values() if value.is_floating_point()} == {dtype}
+            ends[dtype, each is plain] = {n: v.float().clone() for n, v in model.weights().items()}
+    base = toy.language_model().weights()
+
+    def gap(one: Any, other: Any) -> float:
+        return sum(float((one[n] - other[n]).square().sum()) for n in base if base[n].is_floating_point()) ** 0.5
+
+    wide, narrow = ends[torch.float32, False], ends[torch.bfloat16, False]
+    assert gap(narrow, ends[torch.bfloat16, True]) > 0
+    assert gap(wide, narrow) < 0.5 * gap(wide, base)
+
+
+def test_a_way_that_16_bits_round_off_is_told(texts):
+    model = toy.language_model().bfloat16()
+    with pytest.warns(
+        RuntimeWarning, match=r"a way of length 0.0001 in weights of bfloat16 became one of .* by rounding"
+    ):
+        list(GradDiff()(model, texts, step=SAM(rho=1e-4), steps=(1,), batch_size=3))
+
+
+def test_an_average_in_16_bits_is_summed_in_float32(texts):
+    how: dict[str, Any] = {"batch_size": 3, "lr": 1e-2, "steps": tuple(range(1, 21)), "schedule": "constant"}
+    model, other = toy.language_model().bfloat16(), toy.language_model().bfloat16()
+    name, seen = "trunk.layers.1.mlp.fc_out.weight", []
+    for _ in GradDiff()(model, texts, **how):
+        seen.append(model.weights()[name].float().clone())
+    list(GradDiff()(other, texts, **how, step=Averaged(start=1, stride=1)))
+    torch.testing.assert_close(other.weights()[name], torch.stack(seen).mean(0).bfloat16(), atol=1e-6, rtol=2**-7)

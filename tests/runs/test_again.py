@@ -28,15 +28,15 @@ def found_again(lr: float) -> tuple[Any, ...]:
 def test_what_is_still_cut_off_is_not_found_again_though_it_is_as_salient_as_before():
     old, again, last, blocked = found_again(1e-9)
     assert last.saliency.top(len(old)) == old  # hidden units: nothing reads them, and they answer as they did
-    assert not len(again.found & old)
-    assert len(again.found) == len(old)
+    assert not len(again.neurons & old)
+    assert len(again.neurons) == len(old)
     assert (again.share_old, again.share_by_chance) == (0, 0)
     assert [each.held for each in blocked] == ["heirs"]
 
 
 def test_what_has_grown_back_is_found_again():
     old, again, _, blocked = found_again(3e-3)
-    assert again.found == old
+    assert again.neurons == old
     assert again.share_old == 1
     assert again.share_by_chance == pytest.approx(len(old) / 64 / 1, abs=0.1)
     assert [each.held for each in blocked] == ["heirs"]  # others than those of the cut

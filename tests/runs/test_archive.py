@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from relearn_lens import files
 from relearn_lens.find.probes import AtK, Quality
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.evaluation import SpanScores, TokenLoss
@@ -19,7 +20,7 @@ from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, Slice
-from relearn_lens.runs import files, store
+from relearn_lens.runs import store
 from relearn_lens.runs.archive import TYPES, _check_fields, pack, unpack
 from relearn_lens.runs.events import Again, ArmDone, Base, Blocked, Cuts, Damage, Grafted, Sized
 from relearn_lens.runs.experiment import perform
@@ -238,6 +239,17 @@ def test_run_folder_gives_back_what_it_kept(results, tmp_path: Path):
     folder.keep_arm(ArmDone(arm, None))
     assert same(folder.arm("concept", arm.seed), arm)
     assert folder.arm("random", arm.seed) is None
+
+
+def test_an_arm_of_an_earlier_version_is_read(results):
+    arm = results["arm"]
+    tensors, meta = pack(arm)
+    fields = meta["body"]["fields"]
+    assert fields.pop("by") == arm.by
+    fields["pruned"] = fields.pop("removed")
+    back = unpack(tensors, meta)
+    assert back.removed == arm.removed
+    assert back.by == ""
 
 
 def test_run_folder_says_which_file_is_damaged(results, tmp_path: Path):

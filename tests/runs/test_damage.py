@@ -11,7 +11,6 @@ from relearn_lens.remove.ablation import ablated
 from relearn_lens.runs.cuts import KINDS, draw_seed
 from relearn_lens.runs.events import Base, Cuts, Damage, Event, Prepared
 from relearn_lens.runs.experiment import perform
-from relearn_lens.runs.findings import claims_of
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.protocol import control_of
 from relearn_lens.runs.results import Run
@@ -63,7 +62,7 @@ def test_damage_sets_are_of_the_kinds_that_they_say_whatever_the_random_arms_con
     # the claims take the exchangeable kind, and the random arm's set is not counted with it
     base_f1 = run.arms["concept"][0]["base"].scores.value("place")
     lost = [1 - scores.value("place") / base_f1 for scores in damage.random["layers"]]
-    claims = {claim.id: claim for claim in claims_of(run)}
+    claims = {claim.id: claim for claim in run.numbers.claims}
     for id in ("C1", "C3a"):
         assert claims[id].control == pytest.approx(sum(lost) / 3)
         assert claims[id].control_is == "random sets of the same size per layer"

@@ -286,16 +286,16 @@ def test_concept_arm_prunes_the_planted_neurons(events):
     assert {(n.layer, n.index) for n in sets["other"]} == set(toy.PERSON_NEURONS)
     assert base.snapshot.saliency.top(4) == sets["concept"]
     arms = arms_in(events)
-    assert arms["concept"].pruned == arms["never"].pruned == sets["concept"]
-    assert arms["other"].pruned == sets["other"]
-    assert arms["random"].pruned == sets["random"]
+    assert arms["concept"].removed == arms["never"].removed == sets["concept"]
+    assert arms["other"].removed == sets["other"]
+    assert arms["random"].removed == sets["random"]
 
 
 def test_random_arm_has_as_many_in_every_layer_and_none_of_the_concepts(events):
     arms = arms_in(events)
-    assert arms["random"].pruned.per_layer() == arms["concept"].pruned.per_layer()
-    assert not arms["random"].pruned & arms["concept"].pruned
-    assert arms["unpruned"].pruned is None
+    assert arms["random"].removed.per_layer() == arms["concept"].removed.per_layer()
+    assert not arms["random"].removed & arms["concept"].removed
+    assert arms["unpruned"].removed is None
 
 
 def test_unpruned_arm_has_its_base_as_pruned(events):
@@ -365,7 +365,7 @@ def test_every_arm_begins_from_the_same_weights(monkeypatch):
         if isinstance(event, Base):
             base = event
         if isinstance(event, ArmDone):
-            pruned[event.trajectory.arm] = event.trajectory.pruned
+            pruned[event.trajectory.arm] = event.trajectory.removed
     assert base is not None
     for arm, weights in zip(names, begun, strict=True):
         for name, value in weights.items():
@@ -451,15 +451,15 @@ def test_protocol_is_carried_out_on_gpt2(tmp_path):
         assert (ready.experiment.prune.sever, ready.experiment.prune.which) == (sever, which)
         assert not chosen & ~choose(base.snapshot.saliency, 0.5, which)
         arms = arms_in(runs[protocol])
-        assert arms["concept"].pruned == placed(chosen, ready.experiment.prune.embedding)
+        assert arms["concept"].removed == placed(chosen, ready.experiment.prune.embedding)
         assert arms["unpruned"].matched() == arms["concept"].survivors()
         assert base.snapshot.saliency.bucket == (1 if protocol == "corrected" else 100)
     said = "\n".join(runs["corrected"][0].notes), "\n".join(runs["published"][0].notes)
     assert "prune.sever = 'auto': 'writes' is taken" in said[0]
     assert "prune.which = 'by_family': the least salient" in said[1]
     published = arms_in(runs["published"])
-    assert published["concept"].pruned.per_layer()["embed"] == 0
-    first = published["random"].pruned.mask
+    assert published["concept"].removed.per_layer()["embed"] == 0
+    first = published["random"].removed.mask
     # The first 24 of 48 neurons: all 16 of the embedding, which go to the last block, and 8 of the first one.
     assert first.sum(1).tolist() == [0, 8, 16]
     assert first[1, :8].all()
@@ -563,7 +563,7 @@ def test_leaving_an_arm_out_changes_nothing_in_the_others(events):
     alone = list(perform(tiny(arms=("random", "never"), prune__control_draws=0)))
     assert not [event for event in alone if isinstance(event, Weighed | Grafted | Again)]
     for name, there in arms_in(alone).items():
-        assert there.pruned == arms_in(events)[name].pruned
+        assert there.removed == arms_in(events)[name].removed
         assert torch.equal(there["16"].saliency.score, arms_in(events)[name]["16"].saliency.score)
 
 
@@ -578,7 +578,7 @@ def test_seeds_are_runs_of_their_own(events):
     for name, (first, second) in arms.items():
         assert torch.equal(first["16"].saliency.score, arms_in(events)[name]["16"].saliency.score)
         assert not torch.equal(first["base"].saliency.score, second["base"].saliency.score)
-    assert arms["random"][0].pruned != arms["random"][1].pruned
+    assert arms["random"][0].removed != arms["random"][1].removed
 
     run = Run(tiny(seeds=(0, 3)), arms)
     data = run.to_xarray()
@@ -593,15 +593,15 @@ def test_seeds_are_runs_of_their_own(events):
 
 def test_run_of_one_arm_has_its_axes(events):
     data = Run(tiny(), {"unpruned": [arms_in(events)["unpruned"]]}).to_xarray()
-    assert not data.pruned.any()
+    assert not data.removed.any()
     assert list(data.arm.values) == ["unpruned"]
 
 
 def test_all_neurons_can_be_pruned():
     arms = arms_in(list(perform(tiny(prune__fraction=1, retrain__steps=(2,), grafts__skip=True))))
     assert len(arms["concept"].survivors()) == 0
-    assert isinstance(arms["random"].pruned, Neurons)
-    assert arms["random"].pruned == arms["concept"].pruned
+    assert isinstance(arms["random"].removed, Neurons)
+    assert arms["random"].removed == arms["concept"].removed
 
 
 # --- arms, and what they are without
@@ -686,7 +686,7 @@ def test_rounds_go_on_from_each_other():
     assert (evaluate(ready.model, ready.probe, concept=ready.concept).counts == again.same.counts).all()
     assert len(rounds) == 2
     for found in rounds:
-        assert len(found.found) == size
+        assert len(found.neurons) == size
         assert 0 <= found.share_old <= 1
         assert 0 < found.share_by_chance < 0.2
         steps = list(found.course)

@@ -6,13 +6,12 @@ import math
 import numpy as np
 import pytest
 
+from relearn_lens.files import plain
 from relearn_lens.measure.evaluation import OTHERS, TokenLoss
 from relearn_lens.models import toy
 from relearn_lens.runs import store
 from relearn_lens.runs.events import Base, Prepared
 from relearn_lens.runs.experiment import perform
-from relearn_lens.runs.files import plain
-from relearn_lens.runs.findings import claims_of
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
@@ -78,7 +77,7 @@ def test_numbers_are_losses_in_nats(run):
 
 
 def test_claims_of_a_language_model_are_in_nats_or_in_shares_of_the_gain_over_a_guess(run):
-    found = {claim.id: claim for claim in claims_of(run)}
+    found = {claim.id: claim for claim in run.numbers.claims}
     scores = {stage: run.arms["concept"][0][stage].scores for stage in ("base", "pruned")}
     base, pruned = (scores[stage].shown("place") for stage in ("base", "pruned"))
     assert found["C1"].concept == pytest.approx(pruned - base)

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from relearn_lens.analysis import migration, questions, recovery, story
+from relearn_lens.analysis import claims, migration, questions, recovery, story
 from relearn_lens.measure.tracking import Trajectory
-from relearn_lens.runs import findings, store, summary
+from relearn_lens.runs import numbers, store, summary
 from relearn_lens.runs.events import ArmDone
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.show import captions, plots, report, tables
@@ -34,8 +34,8 @@ def counts(monkeypatch) -> Counter[str]:
         monkeypatch.setattr(module, name, counting)
 
     for module, name in (
-        (findings, "claims"), (questions, "family"), (migration, "migration"), (recovery, "speeds"),
-        (findings, "_heirs"), (story, "what_happened"), (summary, "plain_settings"),
+        (claims, "claims"), (questions, "family"), (migration, "migration"), (recovery, "speeds"),
+        (numbers, "_heirs"), (story, "what_happened"),
     ):  # fmt: skip
         count(module, name)
     return counted
@@ -45,22 +45,20 @@ def test_each_number_of_a_run_is_computed_once(counts, tmp_path):
     run = store.run(settings_of("toy", SMALL), tmp_path / "run")
     captions.migrated(run)
     assert tables.layer_rows(run)[1]
-    assert findings.speed_rows(run)[1]
-    assert findings.claims_of(run) is findings.claims_of(run)
-    assert findings.heir_rows(run, "concept", 1) == findings.heirs_of(run)["concept"][:1]
+    assert tables.speed_rows(run)[1]
+    assert run.numbers.claims is run.numbers.claims
     plots.verdicts(run)
     report.render(run)
-    assert summary.summary(run)["what_happened"] == findings.what_happened(run)
+    assert summary.summary(run)["what_happened"] == run.numbers.what_happened
     arms, selections = 2, 3  # and the figure of the migration draws two, beside a control of its own
     assert counts == {
         "claims": 1, "family": 1, "migration": selections + 2, "speeds": arms, "_heirs": arms, "what_happened": 1,
-        "plain_settings": 1,
     }  # fmt: skip
 
 
 def test_a_run_that_takes_more_is_told_anew():
     run = store.run(settings_of("toy", SMALL | {"arms": ["concept"]}))
-    assert list(findings.speeds_of(run)) == ["concept"]
+    assert list(run.numbers.speeds) == ["concept"]
     (path,) = run.arms["concept"]
-    run.take(ArmDone(Trajectory(path.snapshots, path.pruned, "random", path.seed, path.concept), None))
-    assert list(findings.speeds_of(run)) == ["concept", "random"]
+    run.take(ArmDone(Trajectory(path.snapshots, path.removed, "random", path.seed, path.concept), None))
+    assert list(run.numbers.speeds) == ["concept", "random"]

@@ -70,9 +70,9 @@ def test_each_arm_removes_the_concept_and_leaves_the_rest(run):
     npo, patched = run.arms["npo"][0], run.arms["patched"][0]
     cost = {label: npo[PRUNED].scores.shown(label) - base.shown(label) for label in ("place", "overall")}
     assert cost["overall"] < cost["place"]
-    assert npo.pruned is None
-    assert len(patched.pruned) == len(run.arms["concept"][0].pruned)
-    assert patched.pruned.site.name == "mlp_post"  # that localiser's, not the run's
+    assert npo.removed is None
+    assert len(patched.removed) == len(run.arms["concept"][0].removed)
+    assert patched.removed.site.name == "mlp_post"  # that localiser's, not the run's
 
 
 def test_what_came_back_is_grafted_in_each(run):

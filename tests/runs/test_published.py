@@ -31,7 +31,7 @@ def run_of(
     arm = trajectory({stage: F1[stage] for stage in stages}, score)
     assert made.prune.fraction != "auto"
     pruned = placed(choose(arm["base"].saliency, made.prune.fraction), embedding)
-    arm = replace(arm, pruned=pruned)
+    arm = replace(arm, removed=pruned)
     return Run(made, {"concept": [arm]}, sized=[Sized(0, made.prune.fraction, None)]), arm
 
 
@@ -104,10 +104,11 @@ def test_layer_numbers_by_hand():
     assert numbers(run, "% of all s > 0.5, all neurons", "base") == pytest.approx(
         [0, 0, 0, *[100 / 7] * 1, *[200 / 7] * 3]
     )
-    # Half is pruned: the embedding, 0, 1 and half of 2 survive, 7 buckets among themselves; at the end reversed.
-    alone = "mean rank saliency, published selection (survivors)"
-    assert numbers(run, alone, "2") == pytest.approx([0.5 / 6, 2.5 / 6, 4.5 / 6, 1.0, *[None] * 3], nan_ok=True)
-    assert numbers(run, alone, "8")[:4] == pytest.approx([5.5 / 6, 3.5 / 6, 1.5 / 6, 0.0])
+    # Half is pruned: the embedding, 0, 1 and half of 2 survive, ranked among all as in the release; at the
+    # end the layers' order is reversed.
+    alone = "mean rank saliency among all, survivors"
+    assert numbers(run, alone, "2") == pytest.approx([0.5 / 13, 2.5 / 13, 4.5 / 13, 6 / 13, *[None] * 3])
+    assert numbers(run, alone, "8")[:4] == pytest.approx([12.5 / 13, 10.5 / 13, 8.5 / 13, 6 / 13])
     assert numbers(run, "rank correlation of survivors, base to 8", "8")[:4] == pytest.approx([1.0] * 4)
     percentile = numbers(run, "percentile of survivors", "base")
     assert percentile[0] == pytest.approx(99.5 / 699, abs=1e-4)
@@ -130,7 +131,7 @@ def test_null_neurons_are_left_out_of_later_means():
 def test_survivors_are_those_that_were_not_chosen():
     run, arm = run_of(7, STAGES, "last_block", prune__fraction=1 / 14)  # half of the last layer
     assert survivors(arm, run.experiment) == ~choose(arm["base"].saliency, 1 / 14)
-    least = replace(arm, pruned=placed(choose(arm["base"].saliency, 1 / 14, "least"), "last_block"))
+    least = replace(arm, removed=placed(choose(arm["base"].saliency, 1 / 14, "least"), "last_block"))
     assert survivors(least, run.experiment).per_layer()["embed"] == 100
     assert least.survivors().per_layer()["embed"] == WIDTH
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import CliRunner
 
 from relearn_lens.__main__ import app
+from relearn_lens.files import read_tensors
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import know
 from relearn_lens.models import taught
@@ -19,7 +22,6 @@ from relearn_lens.models.loading import load_language_model
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.recipes import recipe
 from relearn_lens.runs import removals
-from relearn_lens.runs.files import read_tensors
 from relearn_lens.sources import hash_files
 from relearn_lens.text.facts import FORGET, Facts
 from tests.made import SMALL, small_people, small_taught
@@ -78,7 +80,7 @@ def test_the_folder_is_one_that_hugging_face_loads(files, tmp_path: Path):
     assert max(map(len, lines)) <= 80
     for row in ("forget, trained wording", "forget, other wording", "retain near", "retain general"):
         assert re.search(
-            rf"^{row} +\d\.\d\d > \d\.\d\d +\d\.\d\d to \d\.\d\d +0\.\d\d +\d+\.\d\d > \d", result.stdout, re.M
+            rf"^{row} +\d\.\d\d → \d\.\d\d +\d\.\d\d to \d\.\d\d +0\.\d\d +\d+\.\d\d → \d", result.stdout, re.M
         )
     manifest = json.loads((out / removals.MANIFEST).read_text())
     assert manifest["settings"].items() >= {"remover": "npo", "beta": 0.2, "lr": 0.01, "steps": [3]}.items()
@@ -101,6 +103,44 @@ def test_the_folder_is_one_that_hugging_face_loads(files, tmp_path: Path):
         for when, where in (("after", answered), ("before", know(subject.model, subject.facts)[row])):
             assert manifest[when][row]["accuracy"]["value"] == where.accuracy.shown(OVERALL)
             assert manifest[when][row][where.loss.metric]["value"] == pytest.approx(where.loss.shown(OVERALL), rel=1e-5)
+
+
+FRESH = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, words = (of.from_pretrained(sys.argv[1]) for of in (AutoModelForCausalLM, AutoTokenizer))
+assert not any(name.startswith(("relearn_lens", "transformer_lens")) for name in sys.modules)
+with torch.no_grad():
+    print(repr(model(**words(sys.argv[2], return_tensors="pt")).logits[0, -1].tolist()))
+"""
+
+
+def test_a_held_out_half_of_ones_own_and_a_fresh_process_that_loads_what_is_left(files, facts, tmp_path: Path):
+    halves: list[str] = []
+    for role in FORGET:
+        keys, rows = set(facts.keys(role)), Path(files["forget"]).read_text().splitlines()
+        halves.append(str(tmp_path / f"{role}.jsonl"))
+        Path(halves[-1]).write_text("".join(row + "\n" for row in rows if json.loads(row)["key"] in keys))
+    out, given = tmp_path / "out", {**files, "forget": halves[0]}
+    sets = ["--set", "steps=[2]", "--set", "lr=0.01"]
+    result = CliRunner().invoke(app, [*command(given, "npo", *sets, "--held-out", halves[1]), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((out / removals.MANIFEST).read_text())
+    assert manifest["asked"]["held_out"] == halves[1]
+    own = removals.subject(
+        files["model"], halves[0], held_out=halves[1], retain=files["retain"], general=files["general"]
+    ).facts
+    assert (own.keys(FORGET[0]), own.keys(FORGET[1])) == (facts.keys(FORGET[0]), facts.keys(FORGET[1]))
+    assert manifest["facts"]["sha256"] == own.sha256()
+    prompt = own.forget_attacked[0].prompt
+    done = subprocess.run([sys.executable, "-c", FRESH, str(out), prompt], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    model, words = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    with torch.no_grad():
+        here = model(**words(prompt, return_tensors="pt")).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), here, atol=1e-5, rtol=1e-4)
 
 
 def test_a_native_model_says_that_it_has_no_such_form(pair, subject, tmp_path, monkeypatch):
@@ -184,7 +224,11 @@ def test_what_is_wrong_is_one_line(one_line, files, tmp_path: Path):
     assert "unknown facts 'persons'; known: people, countries, ontology, a JSONL" in one_line(
         "remove", "npo", "--facts", "persons"
     )
-    assert "made with what is to stay, so --retain is none" in one_line("remove", "npo", "--retain", files["retain"])
+    assert "are made with what is to stay, so --retain is none" in one_line(
+        "remove", "npo", "--retain", files["retain"]
+    )
+    assert "so --held-out is none of theirs" in one_line("remove", "npo", "--held-out", files["retain"])
+    assert "the key " in one_line(*command(files, "npo", "--held-out", files["forget"]))
     assert "give what is to stay as --retain FILE.jsonl" in one_line("remove", "npo", "--forget", files["forget"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "here").touch()
@@ -231,6 +275,9 @@ def test_adapters_are_for_what_trains_all_weights(one_line, files):
 def test_a_model_that_knows_nothing_is_told_of(files):
     subject = removals.subject(files["model"], files["forget"], retain=files["retain"])
     done = removals.carry_out(subject, recipe(None, "npo", {"steps": (1,)}))
+    assert not any("teaches a fresh model" in note for note in done.notes)
+    routed = removals.carry_out(subject, recipe(None, "sgtm", {"steps": (1,), "units": 2}))
+    assert "sgtm teaches a fresh model; on one that is taught already it is a control" in routed.notes
     assert any(note.startswith("the model knew what is to be forgotten no better than chance") for note in done.notes)
 
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 from filelock import FileLock
 
+from relearn_lens import files
+from relearn_lens.files import write_whole
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import experiment as experiment_module
-from relearn_lens.runs import files, store
+from relearn_lens.runs import store
 from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, SeedDone, Weighed
 from relearn_lens.runs.experiment import perform
-from relearn_lens.runs.files import write_whole
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import ARMS, Experiment
 from relearn_lens.runs.store import load_run
@@ -167,7 +168,7 @@ def test_load_run_gives_back_what_run_returned(made):
 def test_load_run_gives_back_nan(made, tmp_path):
     run, _, _ = made
     arm = run.arms["concept"][0]
-    arm = Trajectory(dict(arm.snapshots), arm.pruned, arm.arm, arm.seed, arm.concept)
+    arm = Trajectory(dict(arm.snapshots), arm.removed, arm.arm, arm.seed, arm.concept)
     scores = arm["pruned"].scores
     holey = type(scores)(
         {**scores.f1, "person": math.nan}, scores.precision, scores.recall, scores.counts, scores.labels
@@ -347,6 +348,16 @@ def test_changed_inputs_are_refused_by_name(tmp_path, replayed, made, monkeypatc
     monkeypatch.setattr(store, "perform", lambda *_, **__: iter([changed]))
     with pytest.raises(ValueError, match=r"inputs of '.*run' have changed .*\(corpus:new, sentences:probe\).*--fresh"):
         store.run(tiny(), tmp_path / "run")
+
+
+def test_a_run_that_was_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="river"):
+        store.run(tiny(other="river"), tmp_path / "runs" / "refused")
+    assert not (tmp_path / "runs" / "refused").exists()
+    (tmp_path / "own").mkdir()
+    with pytest.raises(ValueError, match="river"):
+        store.run(tiny(other="river"), tmp_path / "own")
+    assert (tmp_path / "own").is_dir()
 
 
 # --- what cannot be read

@@ -6,7 +6,6 @@ import pytest
 from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.measure.tracking import BASE
 from relearn_lens.runs.events import Base, Damage, Prepared
-from relearn_lens.runs.findings import notes
 from relearn_lens.runs.preparation import prepare
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.summary import summary
@@ -44,17 +43,17 @@ def test_f1_on_natural_sentences_stands_beside_that_on_drawn_ones():
     (row,) = summary(run)["natural"]
     drawn = run.arms["concept"][0][BASE].scores
     assert row == {"seed": 0, "natural": expected.f1, "drawn": drawn.f1}
-    (line,) = [note for note in notes(run) if "as they come" in note]
+    (line,) = [note for note in run.numbers.notes if "as they come" in note]
     assert f"{drawn.value('place'):.3f} on the sentences that are scored" in line
     assert f"{expected.value('place'):.3f} on as many as they come" in line
 
 
 def test_label_that_the_base_model_hardly_knows_is_told():
     _, run = run_of(data__probe_sentences=150, arms=("unpruned",))
-    assert not [note for note in notes(run) if "hardly knows" in note]
+    assert not [note for note in run.numbers.notes if "hardly knows" in note]
     path = run.arms["unpruned"][0]
     counts = path[BASE].scores.counts
     counts[:, list(path[BASE].scores.labels).index("person"), 0] = 0  # not one is right
-    (line,) = [note for note in notes(run) if "hardly knows" in note]
+    (line,) = [note for note in run.numbers.notes if "hardly knows" in note]
     assert line.startswith("the base model hardly knows 'person' (F1 0.00): it has nothing to lose")
     assert line in summary(run)["notes"]

@@ -10,7 +10,6 @@ import torch
 from relearn_lens.analysis import story
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import Estimate
-from relearn_lens.runs import findings
 from relearn_lens.runs.results import Run
 from relearn_lens.show import captions
 from tests.show.test_plots import losing, rich, run_of
@@ -72,7 +71,10 @@ def test_pruned_share_compares_the_cuts(run):
     assert text.startswith("33% of all neurons were pruned, from 0% of layer embed to 100% of layer 1.")
     assert "took other numbers from the layers" in text
     shared = np.mean(
-        [len(c.pruned & r.pruned) / len(r.pruned) for c, r in zip(run.arms["concept"], run.arms["random"], strict=True)]
+        [
+            len(c.removed & r.removed) / len(r.removed)
+            for c, r in zip(run.arms["concept"], run.arms["random"], strict=True)
+        ]
     )
     assert f"shares {shared:.0%} of its neurons" in text
     assert captions.pruned_share(run_of("unpruned")).startswith("The unpruned arm pruned nothing.")
@@ -98,7 +100,7 @@ def test_layer_map_says_whether_a_control_shows_the_same(random, said):
         run.arms[name] = [
             replace(
                 arm,
-                pruned=None,
+                removed=None,
                 snapshots={
                     k: replace(s, saliency=replace(s.saliency, score=scores.get(k, scores["base"])))
                     for k, s in arm.snapshots.items()
@@ -125,9 +127,9 @@ def test_neuron_map_counts_who_left_the_top(run):
 
 
 def test_migrated_tells_the_matched_comparison_first(run):
-    found = findings.migration_of(run)
+    moved = run.numbers.migrations
     text = captions.migrated(run)
-    assert text == f"{found['matched']['says']} {found['published']['says']}"
+    assert text == f"{moved['matched']} {moved['published']}"
     assert "pruning alone makes such a move" in text
 
 

@@ -37,7 +37,7 @@ def result_of(name: str, claims: tuple[str, ...] = tuple(CLAIMS)) -> Reproductio
         for key in claims
     )  # fmt: skip
     paper = Paper(name, "made", "ours", "numbers", "all", lambda lab: iter(()))
-    return Reproduction(paper, "toy", (0, 1, 2), rows, 1.0, Path())
+    return Reproduction(paper, "toy", (0, 1, 2), rows, 1.0, 0.5, Path())
 
 
 def test_effects_stand_in_their_unit_and_in_bars():
@@ -92,3 +92,24 @@ def test_stages_of_heads_have_one_scale():
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-8, 8)
     assert [each.text for each in figure.layout.annotations] == ["taught: 3.50", "&lt;b&gt;: -1.00"]
     assert "7 passages" in plots.said(figure)[1]
+
+
+def test_circuit_is_framed_in_every_panel_and_followed():
+    effect = torch.tensor([[[0.1, 2.0], [-3.0, 0.0]], [[0.0, 0.1], [0.2, 1.0]]])
+    site = Site("attn_head", ("0", "1"), ("here", "there"), 2, (), ())
+    roles = HeadRoles(effect, ("taught", "<b>"), (3.5, -1.0), "logit_difference", "logits", site, 7)
+    panels = plots.head_roles(roles, circuit=2).layout
+    frames, numbers = panels.shapes, [each.text for each in panels.annotations[2:]]
+    assert numbers == ["2.00", "-3.00", "0.10", "0.20"]
+    assert [(s.xref, (s.x0 + s.x1) / 2, (s.y0 + s.y1) / 2) for s in frames] == [
+        ("x", 1.0, 0.0), ("x", 0.0, 1.0), ("x2", 1.0, 0.0), ("x2", 0.0, 1.0)
+    ]  # fmt: skip
+    figure = plots.head_courses(roles, circuit=2)
+    named = [trace.name for trace in figure.data if trace.showlegend]
+    assert named == ["the other 2 heads", "head 1 of block 0: 2.00 > 0.10", "head 0 of block 1: -3.00 > 0.20"]
+    np.testing.assert_allclose([trace.y for trace in figure.data][-1], [-3.0, 0.2])
+    assert figure.layout.xaxis.ticktext == ("taught<br>3.50", "&lt;b&gt;<br>-1.00")
+    with pytest.raises(ValueError, match="circuit = 7: at most 6 heads can be told apart by colour"):
+        plots.head_courses(roles, circuit=7)
+    with pytest.raises(ValueError, match="k must be 1 to 4, the number of heads, got 5"):
+        plots.head_roles(roles, circuit=5)

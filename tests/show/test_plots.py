@@ -30,11 +30,11 @@ from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.runs import findings
 from relearn_lens.runs.events import Again, Damage, Dose, Grafted, Round, Sized
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show import plots
+from relearn_lens.show.plots.style import VERDICT_COLOURS
 from tests.analysis.test_story import scores_of, site_of, trajectory
 
 STAGES = ("base", "pruned", "1", "2")
@@ -61,7 +61,7 @@ def arm_of(name: str, seed: int, *, layers: int = 3, width: int = 4, noise: bool
         for stage, value in zip(STAGES, F1[name], strict=True)
     }
     score = {stage: torch.rand(layers, width, generator=generator) for stage in STAGES}
-    return trajectory(f1, score, pruned=None if name == "unpruned" else pruned, arm=name, seed=seed)
+    return trajectory(f1, score, removed=None if name == "unpruned" else pruned, arm=name, seed=seed)
 
 
 def run_of(*arms: str, seeds: int = 1, draws: int = 3, **size) -> Run:
@@ -799,7 +799,9 @@ def test_verdicts_draw_effects_in_units_of_the_bar():
     assert np.isnan(unsure.error_x.array[0])
     assert np.isnan(unsure.x[1])
     assert [dots[c.verdict].y[0] for c in CLAIMS[:4]] == [5, 4, 3, 2]
-    (band,) = layout_of(figure).shapes
+    band, *rows = layout_of(figure).shapes
+    assert [row.fillcolor for row in rows] == [VERDICT_COLOURS[claim.verdict] for claim in CLAIMS]
+    assert all(row.y0 < dots[c.verdict].y[0] < row.y1 for row, c in zip(rows[:3], CLAIMS[:3], strict=True))
     assert (np.sinh(band.x0), np.sinh(band.x1)) == pytest.approx((-1, 1))
     low, high = layout_of(figure).xaxis.range
     assert low == -high
@@ -822,7 +824,7 @@ def test_verdicts_say_every_claim_and_its_verdict(whole):
     notes = [note.text for note in layout_of(plots.verdicts(CLAIMS)).annotations]
     assert notes[1] == "<b>C2, reversed:</b> the claim C2 says &lt;this&gt;"
     said = [note.text.replace("<br>", " ") for note in layout_of(plots.verdicts(whole)).annotations]
-    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in findings.claims_of(whole)] == said
+    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in whole.numbers.claims] == said
     with pytest.raises(plots.NotMeasuredError, match="this run has no concept arm"):
         plots.verdicts(run_of("random"))
 
@@ -912,7 +914,7 @@ LATE = {"embedding": (0.0, 0.05), "block 1": (0.9, 0.2), "cut": (0.1, 0.1)}
 def with_all(run: Run) -> Run:
     """The run with grafts at two stages, a second cut and doses."""
     for path in run.arms["concept"]:
-        seed, neurons, last = path.seed, path.pruned, path["2"].scores
+        seed, neurons, last = path.seed, path.removed, path["2"].scores
         assert neurons is not None
         run.grafted.append(Grafted(seed, {"1": grafts_of(EARLY), "2": grafts_of(LATE)}))
         rounds = (Round(neurons, 0.25, 0.05, margined(scores_of(0.1)), {4: last}),)
@@ -934,7 +936,7 @@ def test_grafts_draw_every_part_beside_its_controls(seeds):
     figure = plots.grafts(with_all(run_of("concept", "random", seeds=seeds)))
     found = drawn(figure)
     titles = [a["text"] for a in found["layout"]["annotations"]]
-    assert titles == ["first back (epoch 1)", "at the end (epoch 2)"]
+    assert titles == ["first back<br>epoch 1", "at the end<br>epoch 2"]
     for k, parts in enumerate((EARLY, LATE)):
         enough, needed, *controls = found["data"][4 * k : 4 * k + 4]
         assert enough["y"] == list(parts)
@@ -1034,7 +1036,7 @@ def test_save_png_says_what_it_needs(tmp_path, whole, monkeypatch):
 
     monkeypatch.setattr(go.Figure, "to_image", none)
     wanted = r'a PNG needs the package kaleido and a Chrome or Chromium.*pip install "relearn-lens\[png\]"'
-    with pytest.raises(RuntimeError, match=wanted):
+    with pytest.raises(ImportError, match=wanted):
         plots.save_png(plots.pruned_share(whole), tmp_path / "share.png")
     assert list(tmp_path.iterdir()) == []
 
@@ -1052,7 +1054,7 @@ def test_save_png_writes_a_picture(tmp_path, whole):
     before = figure.to_json()
     try:
         path = plots.save_png(figure, tmp_path / "share.png", width=400, height=300, scale=1)
-    except RuntimeError as error:
+    except ImportError as error:
         pytest.skip(f"no browser for kaleido: {error}")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert figure.to_json() == before
@@ -1104,7 +1106,7 @@ def test_save_gif_writes_every_stage(tmp_path, whole):
     film = plots.film(whole)
     try:
         path = plots.save_gif(film, tmp_path / "film.gif", width=300, height=200)
-    except RuntimeError as error:
+    except ImportError as error:
         pytest.skip(f"no browser for kaleido: {error}")
     with image.open(path) as picture:
         assert (picture.n_frames, picture.size) == (len(cast(Any, film).frames), (300, 200))
@@ -1114,5 +1116,5 @@ def test_save_gif_says_what_it_needs(tmp_path, whole, monkeypatch):
     with pytest.raises(ValueError, match=r"no frames to show.*plots\.film\(run\)"):
         plots.save_gif(plots.pruned_share(whole), tmp_path / "film.gif")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(RuntimeError, match=r'needs the package Pillow: pip install "relearn-lens\[png\]"'):
+    with pytest.raises(ImportError, match=r'needs the package Pillow: pip install "relearn-lens\[png\]"'):
         plots.save_gif(plots.film(whole), tmp_path / "film.gif")

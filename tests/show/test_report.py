@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,10 +15,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from relearn_lens.measure.evaluation import Guesses
+from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.tracking import Trajectory
-from relearn_lens.runs import findings, presets
+from relearn_lens.runs import presets
 from relearn_lens.runs.results import Run
 from relearn_lens.show import brief, captions, plots, report, tables
 from relearn_lens.text.concept import Concept
@@ -120,10 +123,10 @@ def test_report_has_a_figure_for_every_arm(page, run):
 
 def test_report_holds_the_tables(page, run):
     assert tables.draws_row(run) in page.text
-    for header, rows in (tables.score_rows(run), tables.layer_rows(run), findings.similarity_rows(run)):
+    for header, rows in (tables.score_rows(run), tables.layer_rows(run), tables.similarity_rows(run)):
         for row in [header, *rows]:
             assert re.search(r"\s+".join(map(re.escape, (cell for cell in row if cell))), page.text), row
-    for claim in findings.claims_of(run):
+    for claim in run.numbers.claims:
         assert f"{claim.id}: {claim.verdict}." in page.text
         assert claim.why in page.text
 
@@ -148,7 +151,7 @@ def test_report_escapes_names():
     run = told(run_of("concept", "random"))
     run.experiment = run.experiment.model_copy(update={"model": HOSTILE, "corpus": f"conll:{HOSTILE}", "site": HOSTILE})
     run.arms = {
-        name: [Trajectory(arm.snapshots, arm.pruned, arm.arm, arm.seed, Concept(HOSTILE, ("place",))) for arm in arms]
+        name: [Trajectory(arm.snapshots, arm.removed, arm.arm, arm.seed, Concept(HOSTILE, ("place",))) for arm in arms]
         for name, arms in run.arms.items()
     }
     run.manifest |= {"text": [HOSTILE], "notes": [HOSTILE], "inputs": {HOSTILE: HOSTILE}, "versions": {HOSTILE: "1"}}
@@ -179,7 +182,7 @@ def test_report_says_of_every_figure_what_it_shows_in_this_run(page, run):
         captions.attribution, captions.flow, captions.saliency_against_similarity,
     ):  # fmt: skip
         assert re.sub(r"\s+", " ", say(run)) in page.text, say(run)
-    assert captions.verdicts(findings.claims_of(run), 3) in page.text
+    assert captions.verdicts(run.numbers.claims, 3) in page.text
     assert "It was chosen for that after the fact, so it is an example and no evidence." in page.text
 
 
@@ -295,10 +298,35 @@ def test_report_answers_every_question_in_a_table(run):
 def test_report_shows_neurons_that_took_over_beside_the_random_arms(page, run):
     after = page.text.partition("Those that gained most come first")[2]
     for name in ("concept", "random"):
-        for row in findings.heir_rows(run, name)[:2]:
+        for row in run.numbers.heirs[name][:2]:
             words = " , ".join(row.now)
             assert str(row.neuron) in after
             assert all(word in after for word in row.now if word not in WORDS), words
+
+
+def test_report_shows_neurons_word_by_word_as_text():
+    run = told(with_all(run_of("concept", "random")))
+    path = run.arms["concept"][0]
+    cut, there = next(iter(path.pruned)), next(iter(path.survivors()))
+    sentences = (("In", HOSTILE, "."), ("Rome",))
+    values = torch.tensor([[0.0, 1.0], [4.0, 1.0], [0.0, 1.0], [math.nan, 3.0]])
+    kept = Examples((str(cut), str(there)), sentences, values)
+    run.arms["concept"] = [replace(path, examples=kept), *run.arms["concept"][1:]]
+    html = report.render(run)
+    page = Page(html)
+    for name, was in ((cut, "was cut"), (there, "carries it now")):
+        assert re.search(rf"{was} (\S+ )*{name}", page.text), was
+    read = re.findall(r'<p class="read">(.*?)</p>', html)
+    assert len(read) == 4
+    # Means 4/3 and 1.5: what is far above is orange, far below purple, what is not a number bare.
+    assert re.findall(r"rgba\((212|94),\d+,\d+,(0\.\d+)\)", read[2]) == [
+        ("94", "0.30"),
+        ("212", "0.60"),
+        ("94", "0.30"),
+    ]
+    assert "rgba" not in read[3]
+    assert "&lt;script&gt;" in read[2]
+    assert "word by word" not in report.render(told(with_all(run_of("concept", "random"))))
 
 
 def test_report_says_which_label_does_not_come_back():
@@ -373,7 +401,7 @@ def test_comparison_shows_settings_that_differ_and_scores_side_by_side(run):
         one = plots.shown(run.label, [a["2"].scores for a in run.arms[arm]], **run.interval)
         two = plots.shown(other.label, [a["2"].scores for a in other.arms[arm]], **other.interval)
         assert f"{arm} last stage {one} {two}" in page.text
-    claims = [{c.id: c for c in findings.claims_of(each)} for each in (run, other)]
+    claims = [{c.id: c for c in each.numbers.claims} for each in (run, other)]
     assert f"{claims[0]['C1'].verdict} {claims[0]['C1'].effect} {claims[1]['C1'].verdict}" in page.text
     assert set(linked(page)) <= set(page.ids())
 

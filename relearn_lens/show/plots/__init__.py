@@ -5,13 +5,21 @@ and what a blank cell means.
 """
 
 from relearn_lens.show.plots.audits import audit_curve, audit_layers, audit_parts, audit_states
-from relearn_lens.show.plots.benches import bench_components, bench_curves, bench_matrix, bench_parts, bench_ranks
+from relearn_lens.show.plots.benches import (
+    bench_components,
+    bench_curves,
+    bench_layers,
+    bench_matrix,
+    bench_metric,
+    bench_parts,
+    bench_ranks,
+)
 from relearn_lens.show.plots.cards import VERDICTS, neuron_card, verdicts
 from relearn_lens.show.plots.curves import attribution, migration, pruned_share, recovery_curves
 from relearn_lens.show.plots.film import film, save_gif
 from relearn_lens.show.plots.interventions import dose, grafts
 from relearn_lens.show.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity, score_against
-from relearn_lens.show.plots.papers import against_bars, head_roles, reproductions
+from relearn_lens.show.plots.papers import against_bars, head_courses, head_roles, reproductions
 from relearn_lens.show.plots.style import ARM_COLOURS, NotMeasuredError, config, live, said, save_html, save_png, shown
 
 __all__ = [
@@ -26,7 +34,9 @@ __all__ = [
     "audit_states",
     "bench_components",
     "bench_curves",
+    "bench_layers",
     "bench_matrix",
+    "bench_metric",
     "bench_parts",
     "bench_ranks",
     "config",
@@ -34,6 +44,7 @@ __all__ = [
     "film",
     "flow",
     "grafts",
+    "head_courses",
     "head_roles",
     "layer_map",
     "live",

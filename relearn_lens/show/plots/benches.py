@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from relearn_lens.analysis import matrix
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.analysis.matrix import NEVER, Results
-from relearn_lens.show.plots.style import INK, NotMeasuredError, dressed, safe
+from relearn_lens.show.plots.style import DIVERGING, INK, SEQUENTIAL, NotMeasuredError, dressed, safe
 
 # Okabe-Ito without its yellow, which is not read on white; the twin's green is that of every other figure.
 COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#999999", "#5E3C99")
@@ -117,7 +118,7 @@ def bench_curves(results: Results, column: str) -> go.Figure:
             for step in rate.steps
         }
     )
-    figure.update_xaxes(type="log", tickvals=[0.5 if t == 0 else t for t in ticks], ticktext=[str(t) for t in ticks])
+    _log_steps(figure, ticks)
     figure.update_yaxes(range=[-0.03, 1.05])
     return dressed(
         figure, f"Held-out facts under {safe(column)}", _about(results), x="steps of the attack",
@@ -205,9 +206,85 @@ def bench_parts(results: Results, parts: Mapping[str, Sequence[Mapping[str, Any]
     if not figure.data:
         raise NotMeasuredError("nothing came back that parts could be asked for")
     figure.add_hline(y=0, line={"color": INK, "width": 1})
+    # The axis has no title: on a phone its labels are long enough.
+    return dressed(figure, "Return by part of the model, from input to output", about, y="share it alone brings back")
+
+
+def bench_metric(results: Results, by_row: Mapping[str, Mapping[str, Any]], metric: str, about: str) -> go.Figure:
+    """How does what can be read of the model follow what it answers?
+
+    One metric of the held-out facts at every checkpoint of the attack, one line for each remover and a dashed green one
+    for the twin that never knew; the step axis is logarithmic, 0 is before the attack. The dotted line is chance, or of
+    depth the twin.
+    """
+    if not by_row:
+        raise NotMeasuredError(f"{metric} was not read")
+    figure = go.Figure()
+    for row, course in by_row.items():
+        x, colour = [max(step, 0.5) for step in course["steps"]], colour_of(results, row)
+        whole = [[v if v is not None else float("nan") for v in each] for each in course["whole"]]
+        y, low, high = ([each[i] for each in whole] for i in range(3))
+        figure.add_scatter(
+            x=x + x[::-1], y=high + low[::-1], fill="toself", mode="lines", fillcolor=colour, opacity=0.13,
+            line_width=0, hoverinfo="skip", showlegend=False, legendgroup=row,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=x, y=y, name=safe(row), legendgroup=row, mode="lines+markers",
+            line={"color": colour, "width": 2.5, "dash": "dash" if row == NEVER else "solid"},
+            marker={"size": 8, "symbol": _marker(results, row)}, customdata=list(zip(low, high, strict=True)),
+            hovertemplate="%{y:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]" + f"<extra>{safe(row)}</extra>",
+        )  # fmt: skip
+    one = next(iter(by_row.values()))
+    if one["chance"][0] is not None and one["chance"][0] == one["chance"][0]:
+        figure.add_hline(y=one["chance"][0], line={"color": INK, "dash": "dot", "width": 1.5})
+    _log_steps(figure, one["steps"])
     return dressed(
-        figure, "Return by part of the model", about, x="part, from input to output", y="share it alone brings back"
-    )
+        figure, f"{safe(metric.capitalize())} along the attack", f"{about}; {safe(one['unit'])}",
+        x="steps of the attack", y=safe(metric),
+    )  # fmt: skip
+
+
+def bench_layers(results: Results, by_row: Mapping[str, Mapping[str, Any]], metric: str, about: str) -> go.Figure:
+    """In which layers does it come back first?
+
+    A map for each remover, and for the twin that never knew: layers (or parts of the model) from the input at the
+    bottom to the output at the top, checkpoints of the attack from left to right, 0 before it; the colour is the metric
+    of the held-out facts. A blank cell could not be measured.
+    """
+    layered = {row: course for row, course in by_row.items() if course["layers"]}
+    if not layered:
+        raise NotMeasuredError(f"{metric} is not by layer")
+    lines = -(-len(layered) // 2)
+    n = max(len(course["layers"]) for course in layered.values())
+    high = 60 + max(110, 16 * n)
+    figure = make_subplots(
+        lines, 2, shared_yaxes=True, subplot_titles=[safe(row) for row in layered], horizontal_spacing=0.04,
+        vertical_spacing=45 / (high * lines),
+    )  # fmt: skip
+    values = [v for course in layered.values() for each in course["layers"].values() for v in each if v is not None]
+    top = max((abs(v) for v in values if v == v), default=1.0)
+    signed = any(v < 0 for v in values)
+    scale: dict[str, Any] = {"zmin": 0, "zmax": max(top, 1e-9), "colorscale": SEQUENTIAL}
+    if signed:
+        scale |= {"zmin": -top, "colorscale": DIVERGING}
+    for k, course in enumerate(layered.values()):
+        figure.add_heatmap(
+            z=list(course["layers"].values()), x=[str(step) for step in course["steps"]],
+            y=[safe(name) for name in course["layers"]], xgap=1, ygap=1, showscale=k == 0, colorbar={"thickness": 10},
+            hovertemplate="step %{x}, %{y}: %{z:.2f}<extra></extra>", row=k // 2 + 1, col=k % 2 + 1, **scale,
+        )  # fmt: skip
+    figure.update_xaxes(type="category").update_yaxes(type="category")
+    figure = dressed(
+        figure, f"{safe(metric.capitalize())} by layer", f"{about}; {safe(next(iter(layered.values()))['unit'])}",
+        height=120 + high * lines,
+    )  # fmt: skip
+    figure.update_xaxes(title_text="steps", row=lines)
+    return figure.update_layout(margin={"t": 112})  # the names over the first line of maps
+
+
+def _log_steps(figure: go.Figure, steps: Sequence[int]) -> None:
+    """A logarithmic axis of steps, on which 0 has a place."""
+    figure.update_xaxes(type="log", tickvals=[max(step, 0.5) for step in steps], ticktext=[str(step) for step in steps])
 
 
 def bench_components(results: Results) -> go.Figure:

@@ -14,7 +14,6 @@ from relearn_lens.analysis.claims import Claim
 from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neuron
-from relearn_lens.runs.findings import claims_of
 from relearn_lens.runs.results import Run
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
@@ -76,7 +75,7 @@ def neuron_card(
     )  # fmt: skip
     for name, each in run.arms.items():
         theirs = next((one for one in each if one.seed == path.seed), each[0])
-        cut = theirs.pruned is not None and where in theirs.pruned
+        cut = theirs.removed is not None and where in theirs.removed
         stages = list(theirs.stages)
         figure.add_scatter(
             x=stages, y=[float(theirs[s].saliency.by_rank(theirs.there(s))[layer, index]) for s in stages],
@@ -106,7 +105,7 @@ def neuron_card(
         columnwidth=[1, 6], row=2, col=1,
     )  # fmt: skip
     _draw_examples(figure, examples)
-    here = "pruned in this arm" if path.pruned is not None and where in path.pruned else "not pruned in this arm"
+    here = "pruned in this arm" if path.removed is not None and where in path.removed else "not pruned in this arm"
     missing = "" if examples else "<br>without example sentences: the run keeps activations of 50 neurons"
     dressed(
         figure,
@@ -169,16 +168,16 @@ def _draw_examples(figure: go.Figure, examples: Sequence[Example]) -> None:
 def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
     """Which of the paper's claims hold in this run, once each stands beside its control?
 
-    One row per claim. The dot is the measured effect in units of the claim's own bar, the smallest effect that counts:
-    right is the direction of the claim, and the grey band from -1 to 1 is too small to count. The verdict follows from
-    where the interval lies: beyond the band to the right *supported*, to the left *reversed*, inside it *not
-    supported*, anything else, or no interval (a training claim with fewer than three seeds), *inconclusive*. The scale
-    is drawn together towards its ends. A row without a dot was not measured.
+    One row per claim, in the colour of its verdict. The dot is the measured effect in units of the claim's own bar, the
+    smallest effect that counts: right is the direction of the claim, and the grey band from -1 to 1 is too small to
+    count. The verdict follows from where the interval lies: beyond the band to the right *supported*, to the left
+    *reversed*, inside it *not supported*, anything else, or no interval (a training claim with fewer than three seeds),
+    *inconclusive*. The scale is drawn together towards its ends. A row without a dot was not measured.
 
     Raises:
         ValueError: there is no claim (a run without a concept arm).
     """
-    claims = claims_of(data) if isinstance(data, Run) else list(data)
+    claims = data.numbers.claims if isinstance(data, Run) else list(data)
     if not claims:
         raise NotMeasuredError("claims are about pruning a concept, and this run has no concept arm")
     height = dict(zip([claim.id for claim in claims], range(len(claims), 0, -1), strict=True))
@@ -201,6 +200,11 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
             f"<extra>{verdict}</extra>",
         )  # fmt: skip
     for claim in claims:
+        row = {"y0": height[claim.id] - 0.28, "y1": height[claim.id] + 0.68}
+        figure.add_shape(
+            type="rect", xref="paper", x0=0, x1=1, **row, fillcolor=VERDICT_COLOURS[claim.verdict], opacity=0.13,
+            line_width=0, layer="below",
+        )  # fmt: skip
         # Above the dot and not beside it: on a phone there is no room for both.
         figure.add_annotation(
             x=0, xref="paper", xanchor="left", y=height[claim.id] + 0.2, yanchor="bottom", align="left",

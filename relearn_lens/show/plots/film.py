@@ -125,7 +125,7 @@ def _table(arm: Trajectory, stages: list[str]) -> Float[np.ndarray, "stage layer
     rows = []
     for stage in stages:
         score = arm[stage].saliency.score.double().numpy()
-        there = np.ones_like(alive) if stage == stages[0] or (stage == PRUNED and arm.pruned is None) else alive
+        there = np.ones_like(alive) if stage == stages[0] or (stage == PRUNED and arm.removed is None) else alive
         score, there = (np.take_along_axis(x, order, 1) for x in (score, there))
         n = np.add.reduceat(there.astype(float), cuts, axis=1)
         total = np.add.reduceat(np.where(there, np.nan_to_num(score), 0.0), cuts, axis=1)
@@ -152,7 +152,7 @@ def save_gif(figure: go.Figure, path: str | Path, *, width: int = 900, height: i
 
     Raises:
         ValueError: the figure has no frames.
-        RuntimeError: Pillow, kaleido, or the Chrome or Chromium that it draws with, is missing.
+        ImportError: Pillow, kaleido, or the Chrome or Chromium that it draws with, is missing.
     """
     frames: Any = figure.frames
     if not frames:
@@ -160,7 +160,7 @@ def save_gif(figure: go.Figure, path: str | Path, *, width: int = 900, height: i
     try:
         from PIL import Image
     except ImportError as error:
-        raise RuntimeError('a GIF needs the package Pillow: pip install "relearn-lens[png]"') from error
+        raise ImportError('a GIF needs the package Pillow: pip install "relearn-lens[png]"') from error
     pictures = []
     for frame in frames:
         still: Any = go.Figure(figure)

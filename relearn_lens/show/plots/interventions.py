@@ -107,7 +107,7 @@ def grafts(run: Run) -> go.Figure:
     if not stages:
         raise NotMeasuredError("no grafts were made in this run; they need a concept arm and grafts.skip = false")
     arms = run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
-    titles = [f"{title} ({measured_by(arms)[:-1]} {' or '.join(names)})" for title, names, _ in stages]
+    titles = [f"{title}<br>{measured_by(arms)[:-1]} {' or '.join(names)}" for title, names, _ in stages]
     figure = make_subplots(1, len(stages), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=titles)
     low, high = 0.0, 1.0
     for k, (_, _, made) in enumerate(stages, 1):

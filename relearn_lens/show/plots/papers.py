@@ -29,6 +29,8 @@ SYMBOLS = {
     "reproduced": "circle", "not reproduced at this scale": "square", "reversed": "triangle-left",
     "inconclusive": "circle-open", "not measured": "x-thin-open",
 }  # fmt: skip
+HEAD_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe-Ito."""
 FURTHEST = 3.0
 """Bars from 0 that a figure of several papers reaches; what lies further is drawn there."""
 
@@ -175,15 +177,20 @@ def _dot(figure: go.Figure, rows: list[dict], ends: tuple[str, str, str], y: lis
     )  # fmt: skip
 
 
-def head_roles(roles: HeadRoles) -> go.Figure:
+def head_roles(roles: HeadRoles, *, circuit: int = 0) -> go.Figure:
     """What does each head do for the answer, before, between and after?
 
     A panel is a stage of training, in order; a cell is a head, and its colour what the metric loses where that head
     alone is as in the contrasting prompt and acts straight on the logits. Orange heads work for the answer, violet ones
     against it, pale ones do nothing by themselves. All panels have one scale. The number beside a stage is the metric
-    there.
+    there. Framed in every panel are the `circuit` heads of the largest effect, in size, at the first stage: where they
+    are pale, the circuit does not work; where others are dark, others do its work.
+
+    Raises:
+        ValueError: more heads than there are.
     """
     values = roles.effect.numpy()
+    framed = list(roles.top(roles.stages[0], circuit)) if circuit else []
     largest = float(np.abs(values).max()) or 1.0
     titles = [f"{safe(stage)}: {clean:.2f}" for stage, clean in zip(roles.stages, roles.clean, strict=True)]
     figure = make_subplots(1, len(titles), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
@@ -193,12 +200,20 @@ def head_roles(roles: HeadRoles) -> go.Figure:
             z=effect, x=[str(head) for head in range(effect.shape[1])], y=blocks, coloraxis="coloraxis", xgap=2, ygap=2,
             hovertemplate="head %{x} of block %{y}: %{z:.3f}<extra>" + titles[k - 1] + "</extra>", row=1, col=k,
         )  # fmt: skip
+        for head in framed:
+            x, y = head.index, blocks.index(str(head.layer))
+            figure.add_annotation(x=x, y=y, text=f"{effect[y, x]:.2f}", showarrow=False, row=1, col=k)
+            figure.add_shape(
+                type="rect", x0=x - 0.46, x1=x + 0.46, y0=y - 0.46, y1=y + 0.46, line={"color": TEXT, "width": 3},
+                row=1, col=k,
+            )  # fmt: skip
     metric = safe(roles.metric.replace("_", " "))
     dressed(
         figure,
         f"What each head does for the {metric}",
         f"direct effect on the logits, mean over {roles.n_passages} passages; above each panel the {metric} "
-        f"({safe(roles.unit)})",
+        f"({safe(roles.unit)})"
+        + (f"; framed: the {circuit} heads that do most when {safe(roles.stages[0])}" * bool(circuit)),
         x="head",
         height=190 + 46 * len(blocks),
     )
@@ -207,3 +222,49 @@ def head_roles(roles: HeadRoles) -> go.Figure:
     figure.update_annotations(font={"size": 13, "color": TEXT})
     colours = {"colorscale": DIVERGING, "cmin": -largest, "cmax": largest, "colorbar": {"title": safe(roles.unit)}}
     return figure.update_layout(margin={"t": 112}, coloraxis=colours)
+
+
+def head_courses(roles: HeadRoles, *, circuit: int = 5) -> go.Figure:
+    """Do the same heads come back, or others?
+
+    A line is a head; its height is what the metric loses where that head alone is as in the contrasting prompt and acts
+    straight on the logits. The `circuit` heads of the largest effect, in size, at the first stage are in colour, with
+    their numbers in the legend; all others are grey. Where coloured lines fall and rise again the same heads do the
+    work; where a grey one rises, another took it over.
+
+    Raises:
+        ValueError: more heads than there are, or than can be told apart by colour.
+    """
+    if circuit > len(HEAD_COLOURS):
+        raise ValueError(f"circuit = {circuit}: at most {len(HEAD_COLOURS)} heads can be told apart by colour")
+    blocks, first = [str(layer) for layer in roles.site.layers], roles.of(roles.stages[0])
+    chosen = [(blocks.index(str(head.layer)), head.index) for head in roles.top(roles.stages[0], circuit)]
+    chosen.sort(key=lambda at: -float(first[at]))
+    others = [(i, j) for i in range(len(blocks)) for j in range(roles.site.width) if (i, j) not in chosen]
+    figure = go.Figure()
+    for k, (i, j) in enumerate([*others, *chosen]):
+        course, grey = roles.effect[:, i, j].tolist(), (i, j) in others
+        name = f"head {j} of block {blocks[i]}"
+        numbers = " > ".join(f"{value:.2f}" for value in course)
+        colour = INK if grey else HEAD_COLOURS[k - len(others)]
+        figure.add_scatter(
+            x=list(range(len(course))), y=course, mode="lines" if grey else "lines+markers",
+            name=f"the other {len(others)} heads" if grey else f"{name}: {numbers}",
+            legendgroup="others" if grey else name, showlegend=not grey or not k,
+            legendrank=2000 if grey else 1000, opacity=0.45 if grey else 1,
+            line={"color": colour, "width": 1 if grey else 3}, marker={"size": 9},
+            hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
+        )  # fmt: skip
+    metric = safe(roles.metric.replace("_", " "))
+    dressed(
+        figure,
+        f"What becomes of the heads that did most for the {metric}",
+        f"direct effect on the logits, mean over {roles.n_passages} passages; below each stage the {metric}",
+        y=f"effect ({safe(roles.unit)})",
+        height=440,
+    )
+    ticks = [f"{safe(stage)}<br>{value:.2f}" for stage, value in zip(roles.stages, roles.clean, strict=True)]
+    figure.update_xaxes(
+        tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.15, len(ticks) - 0.85], tickfont_size=14
+    )
+    return figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "xanchor": "left"})

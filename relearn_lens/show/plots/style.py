@@ -228,7 +228,7 @@ def save_png(
     """Write a figure as a PNG on a white background; gives the path back.
 
     Raises:
-        RuntimeError: kaleido, or the Chrome or Chromium that it draws with, is missing.
+        ImportError: kaleido, or the Chrome or Chromium that it draws with, is missing.
     """
     path = Path(path)
     path.write_bytes(png_of(figure, width=width, height=height, scale=scale))
@@ -239,7 +239,7 @@ def png_of(figure: go.Figure, *, width: int, height: int, scale: float | int) ->
     """A figure as the bytes of a PNG, on white and without sliders.
 
     Raises:
-        RuntimeError: as `save_png`.
+        ImportError: as `save_png`.
     """
     try:
         picture = go.Figure(figure).update_layout(paper_bgcolor="white")
@@ -249,9 +249,10 @@ def png_of(figure: go.Figure, *, width: int, height: int, scale: float | int) ->
         # plotly raises ValueError without kaleido, kaleido errors of its own without a browser
         if not _is_about_drawing(error):
             raise
-        raise RuntimeError(
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ImportError(
             "a PNG needs the package kaleido and a Chrome or Chromium that it can start: pip install "
-            f'"relearn-lens[png]", then a browser (or `plotly_get_chrome`); save_html needs neither ({error})'
+            f'"relearn-lens[png]", then a browser (or `plotly_get_chrome`); save_html needs neither ({why})'
         ) from error
 
 

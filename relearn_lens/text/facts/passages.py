@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from relearn_lens.files import digest_of
 from relearn_lens.text.corpus import Strings
 
 FORGET = ("forget_attacked", "forget_held_out")
@@ -154,7 +153,7 @@ class Facts:
     def sha256(self) -> str:
         """Hash of the passages in their roles, whatever they were read from."""
         table = {role: [asdict(p) for p in getattr(self, role)] for role in ROLES}
-        return hashlib.sha256(json.dumps(table, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+        return digest_of(table)
 
     def __repr__(self) -> str:
         counts = ", ".join(

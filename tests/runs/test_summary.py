@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from relearn_lens.files import plain
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.neurons.sites import Neurons
-from relearn_lens.runs import findings as module
 from relearn_lens.runs import store
-from relearn_lens.runs.files import plain
-from relearn_lens.runs.findings import claims_of, findings
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
+from relearn_lens.runs.summary import findings
+from relearn_lens.show import tables
 from tests.made import TINY
 
 SMALL = {
@@ -67,7 +67,7 @@ def test_findings_are_plain(run: Run, bare: Run, found):
 
 
 def test_findings_tell_of_the_toy_what_is_known(run: Run):
-    claims = {claim.id: claim for claim in claims_of(run)}
+    claims = {claim.id: claim for claim in run.numbers.claims}
     assert claims["C1"].verdict == "supported"  # the four planted neurons are all that places have
     assert claims["C3a"].verdict == "reversed"  # and no random four of 256 are
     assert claims["C4"].effect is not None
@@ -76,15 +76,15 @@ def test_findings_tell_of_the_toy_what_is_known(run: Run):
 @pytest.mark.parametrize("table", TABLES)
 def test_tables_have_a_cell_for_every_column(run: Run, bare: Run, table):
     for each in (run, bare):
-        header, rows = getattr(module, table)(each)
+        header, rows = getattr(tables, table)(each)
         assert all(len(row) == len(header) for row in rows)
         assert all(isinstance(cell, str) for row in [header, *rows] for cell in row)
         assert "nan" not in " ".join(cell for row in rows for cell in row)
-    assert getattr(module, table)(run)[1]
+    assert getattr(tables, table)(run)[1]
 
 
 def test_claims_table_has_a_row_for_each(run: Run):
-    header, rows = module.claims_rows(claims_of(run))
+    header, rows = tables.claims_rows(run.numbers.claims)
     assert len(rows) == 12
     assert {len(row) for row in rows} == {len(header)}
     assert [row[0] for row in rows][:3] == ["C1", "C2", "C3a"]
@@ -93,9 +93,9 @@ def test_claims_table_has_a_row_for_each(run: Run):
 
 
 def test_tables_of_what_was_not_measured_are_empty(bare: Run):
-    assert module.attribution_rows(bare)[1] == []
-    assert module.similarity_rows(bare)[1] == []
-    assert module.agreement_rows(bare)[1] == []
+    assert tables.attribution_rows(bare)[1] == []
+    assert tables.similarity_rows(bare)[1] == []
+    assert tables.agreement_rows(bare)[1] == []
 
 
 def test_findings_of_what_was_not_measured_are_empty(bare: Run):
@@ -110,7 +110,7 @@ def test_findings_of_what_was_not_measured_are_empty(bare: Run):
 
 
 def test_attribution_table_names_base_once(run: Run):
-    header, rows = module.attribution_rows(run)
+    header, rows = tables.attribution_rows(run)
     assert header[2:6] == list(run.arms["concept"][0].site.layers)
     assert [row[:2] for row in rows] == [["all arms", "base"], ["concept", "8"], ["random", "8"]]
     for row in rows:
@@ -133,7 +133,7 @@ def test_agreement_is_with_every_other_score(run: Run, found):
     told = found["scores_agreement"]
     assert set(told) == {"dprime", "elastic_net", "conductance"}
     assert all(-1 <= value <= 1 for value in told.values())
-    header, rows = module.agreement_rows(run)
+    header, rows = tables.agreement_rows(run)
     assert header[1] == "Spearman with probeless"
     assert [row[0] for row in rows] == list(told)
     assert "AUROC" in dict(zip([row[0] for row in rows], [row[2] for row in rows], strict=True))["elastic_net"]
@@ -147,9 +147,9 @@ def test_agreement_with_a_score_that_is_the_same_everywhere_is_left_open(run: Ru
         return replace(arm, snapshots={**arm.snapshots, "base": replace(base, also=also, attributions={})})
 
     odd = replace(run, arms={name: [flat(arm) for arm in arms] for name, arms in run.arms.items()})
-    assert math.isnan(module.agreement(odd)["dprime"])
+    assert math.isnan(odd.numbers.agreement["dprime"])
     assert as_json(findings(odd))["scores_agreement"] == {"dprime": None}
-    assert module.agreement_rows(odd)[1][0][1] == ""
+    assert tables.agreement_rows(odd)[1][0][1] == ""
 
 
 def test_speeds_are_told_for_every_arm(run: Run, bare: Run, found):
@@ -157,7 +157,7 @@ def test_speeds_are_told_for_every_arm(run: Run, bare: Run, found):
     reached = found["recovery_speed"]["concept"]["reached"]
     assert list(reached) == ["0.5", "0.9", "0.95", "0.99"]
     assert 0 <= reached["0.5"]["seeds"] <= 2
-    header, rows = module.speed_rows(bare)
+    header, rows = tables.speed_rows(bare)
     assert [row[0] for row in rows] == ["concept", "never"]  # from the unpruned arm nothing has to come back
     assert header[1] == "epochs to 50%"
 
@@ -174,7 +174,7 @@ def test_similarity_is_of_base_and_last_stage(run: Run, found):
     assert set(told) == {"all", "concept"}
     layers = len(run.arms["concept"][0].site.layers)
     assert len(told["all"]["cka"]) == len(told["all"]["flow"]) == layers
-    _, rows = module.similarity_rows(run)
+    _, rows = tables.similarity_rows(run)
     assert len(rows) == 2 * 2 * 3  # arms, words, measures
 
 
@@ -189,7 +189,7 @@ def test_heirs_are_lines_of_old_and_new_words(run: Run, found):
     assert set(found["heirs"]) == set(run.arms)
     lines = [line for lines in found["heirs"].values() for line in lines]
     assert lines
-    assert all(line.startswith("L") and ": " in line and " > " in line for line in lines)
+    assert all(line.startswith("L") and ": " in line and " → " in line for line in lines)
     assert all(len(lines) <= 8 for lines in found["heirs"].values())
 
 
@@ -235,7 +235,7 @@ def test_findings_of_a_real_run_by_a_score_with_a_sign():
 
 def test_findings_where_no_neuron_survived(run: Run):
     def everything(arm: Trajectory) -> Trajectory:
-        return replace(arm, pruned=Neurons(torch.ones_like(arm.survivors().mask), arm.site))
+        return replace(arm, removed=Neurons(torch.ones_like(arm.survivors().mask), arm.site))
 
     odd = replace(run, arms={name: [everything(arm) for arm in arms] for name, arms in run.arms.items()})
     told = as_json(findings(odd))
@@ -247,18 +247,18 @@ def test_intervals_of_the_migration_have_the_level_of_the_run(run: Run):
     """Three seeds, made of two: only then there is an interval."""
     again = replace(run, arms={name: [*arms, replace(arms[0], seed=2)] for name, arms in run.arms.items()})
     wide, narrow = (
-        module.migration_of(
-            replace(
-                again,
-                experiment=run.experiment.model_copy(
-                    update={"measure": run.experiment.measure.model_copy(update={"level": level})}
-                ),
-            )
-        )["matched"]["moved"]["gap"]
+        replace(
+            again,
+            experiment=run.experiment.model_copy(
+                update={"measure": run.experiment.measure.model_copy(update={"level": level})}
+            ),
+        )
+        .numbers.migrations["matched"]
+        .moved.gap
         for level in (0.99, 0.6)
     )
-    assert wide["value"] == narrow["value"]
-    assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"]) > 0
+    assert wide.value == narrow.value
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low) > 0
 
 
 def test_every_attribution_that_was_measured_is_told(run: Run):
@@ -276,6 +276,6 @@ def test_every_attribution_that_was_measured_is_told(run: Run):
     (base, *_) = told["attribution"]["concept"]
     assert [base["base"]["form"], *(each["form"] for each in base["base"]["also"])] == ["conductance", "layer"]
     assert "layer_ig" in told["scores_agreement"]
-    arms = {row[0] for row in module.attribution_rows(odd)[1]}
+    arms = {row[0] for row in tables.attribution_rows(odd)[1]}
     assert {"all arms, conductance", "all arms, layer_ig"} <= arms
-    assert not any("," in row[0] for row in module.attribution_rows(run)[1])
+    assert not any("," in row[0] for row in tables.attribution_rows(run)[1])

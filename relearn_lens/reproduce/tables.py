@@ -1,0 +1,65 @@
+"""What was reproduced, as Markdown: the table, and all that the seeds say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from relearn_lens.reproduce.protocol import Reproduction
+from relearn_lens.reproduce.readings import READINGS
+
+
+def table(results: Sequence[Reproduction], *, brief: bool = False) -> str:
+    """All claims as a Markdown table; `brief`: claim, verdict and command alone."""
+    head = ["paper", "claim", "verdict", "command"] if brief else [
+        "paper", "claim", "measured", "bar", "control", "published", "verdict"
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for result in results:
+        for k, row in enumerate(result.rows):
+            claim = row.claim
+            if brief:
+                cells = [claim.says, row.verdict, "" if k else f"`{result.command}`"]
+            else:
+                measured = "not measured" if row.effect is None else f"{row.effect} {claim.unit}"
+                bar = f"{'within' if claim.rule == 'within' else 'beyond'} {claim.bar:g}"
+                control = "" if row.control is None else f"{row.control:.3f}"
+                cells = [claim.says, measured, bar, control, claim.published, row.verdict]
+            lines.append(f"| {' | '.join([result.paper.name, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
+    """All that was measured, as Markdown: the table, what the seeds say, and the seconds of every paper."""
+    counts = Counter(row.verdict for result in results for row in result.rows)
+    cpu = sum(result.cpu_seconds for result in results)
+    lines = [
+        "# What was reproduced", "",
+        "Made by `relearn-lens reproduce --table DIR --out FILE` from the folder of `relearn-lens reproduce all`. Bars "
+        "stand in `claims.py`, older than the runs; what is smaller than in the papers stands in each paper's file. "
+        "An interval is over seeds, and not narrower than the one over what was asked inside them.", "",
+        f"{len(results)} papers, {sum(counts.values())} claims: "
+        + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+        + f". {cpu / 60:.0f} minutes of one core in all.",
+        *(f"Not here: {line}." for line in missing), "", table(results),
+    ]  # fmt: skip
+    for result in results:
+        seeds = ", ".join(map(str, result.seeds))
+        lines.append(f"## {result.paper.name}")
+        lines.append("")
+        lines.append(
+            f"{result.paper.title} ({result.paper.source}). {result.paper.protocol}. Smaller here: "
+            f"{result.paper.smaller}. Model {result.model}, seeds {seeds}, {result.cpu_seconds:.0f} CPU seconds."
+        )
+        lines.append("")
+        for row in result.rows:
+            lines += [f"- {row.claim.key}: {note.rstrip('; ')}" for note in row.notes]
+        if result.scale == "toy" and (read := READINGS.get(result.paper.name)):
+            lines += ["", "Read so:", ""]
+            lines += [
+                f"- {row.claim.key} ({row.verdict}): {read[row.claim.key]}."
+                for row in result.rows
+                if row.verdict != "reproduced" and row.claim.key in read
+            ]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"

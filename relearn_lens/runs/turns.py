@@ -1,0 +1,164 @@
+"""Several processes at one run folder: each takes a unit that no other is at, and keeps what it gives.
+
+1. A unit is computed by whoever holds its lock; a process that dies gives it back, and what it had kept of the unit is
+   gone on from.
+2. Whoever waits for a unit that another process is at takes another one meanwhile.
+3. Every unit begins from kept results alone, with one number of threads for all, so that it gives the same bits
+   whichever process computes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from filelock import FileLock, Timeout
+
+from relearn_lens.files import as_json, read_json, write_whole
+from relearn_lens.models import processes
+from relearn_lens.runs.events import Event, Kept, Prepared
+from relearn_lens.runs.experiment import alone
+from relearn_lens.runs.needs import memory_mb, peak_rss_mb
+from relearn_lens.runs.units import Unit
+
+TURNS = "turns"
+"""The part of a run folder in which the processes tell each other what they are at."""
+SMALL, MOST = 5_000_000, 4
+"""Weights below which another process costs more than it saves; and how many processes are taken unasked."""
+PATIENCE = 0.1
+"""Seconds between two looks at what the others have done."""
+
+
+def processes_for(ready: Prepared) -> int:
+    """How many processes compute a run: as its settings say, or as many as cores and memory allow."""
+    experiment, device = ready.experiment, ready.model.device.type
+    if processes.size() > 1:
+        return 1
+    if experiment.workers is not None:
+        return experiment.workers
+    if device != "cpu" or sum(value.numel() for value in ready.model.weights().values()) < SMALL:
+        return 1
+    cores, free = torch.get_num_threads() // (experiment.threads or 1), memory_mb()
+    # What is resident now grows: gradients, moments, activations come to it.
+    each = 3 * psutil.Process().memory_info().rss / 2**20
+    fit = cores if free is None else 1 + int(free / each)
+    return max(1, min(cores, fit, MOST))
+
+
+class Turns:
+    """Which of the processes at a run folder computes which unit."""
+
+    def __init__(self, folder: Path, kept: Kept, ready: Prepared, units: Sequence[Unit]):
+        self.kept, self.ready, self.units = kept, ready, units
+        self.path = folder / TURNS
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def take(self, unit: Unit, compute: Callable[[Unit], Iterator[Event]]) -> Iterator[Event]:
+        """The results of a unit, computed here unless another process has done it or is at it; then others are computed
+        here until it is done."""
+        while not self.kept.holds(unit):
+            with self._claimed(unit) as mine:
+                if mine:
+                    with self._timed(unit):
+                        yield from compute(unit)
+                    return
+            if not self.help():
+                time.sleep(PATIENCE)
+        yield from compute(unit)
+
+    def help(self) -> bool:
+        """Compute the first unit that nobody is at and that has all it needs; False where there is none."""
+        for unit in self.units:
+            if self.kept.holds(unit) or not all(map(self.kept.holds, self._needed(unit))):
+                continue
+            with self._claimed(unit) as mine:
+                if mine:
+                    with self._timed(unit):
+                        for event in alone(self.ready, unit, self.kept):
+                            self.kept.keep(event)
+                    return True
+        return False
+
+    @property
+    def are_done(self) -> bool:
+        """Whether nothing is left to compute."""
+        return all(map(self.kept.holds, self.units))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each unit that was computed, by whichever process."""
+        times = [read_json(path) for path in self.path.glob("*.json")]
+        return {str(each["unit"]): float(each["seconds"]) for each in times}
+
+    def _needed(self, unit: Unit) -> list[Unit]:
+        return [each for each in self.units if each.seed == unit.seed and each.name in unit.needs]
+
+    @contextlib.contextmanager
+    def _claimed(self, unit: Unit) -> Iterator[bool]:
+        """Hold a unit's lock; False where another process does, or did until it was done."""
+        lock = FileLock(self.path / f"{unit.name}-{unit.seed}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield not self.kept.holds(unit)
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def _timed(self, unit: Unit) -> Iterator[None]:
+        began, name = time.monotonic(), f"{unit.name}-{unit.seed}"
+        yield
+        entry = {"unit": name, "seconds": round(time.monotonic() - began, 3), "peak_rss_mb": round(peak_rss_mb())}
+        write_whole(self.path / f"{name}.json", as_json(entry))
+
+
+def threads_of(ready: Prepared, workers: int) -> int:
+    """Threads of each of so many processes."""
+    return ready.experiment.threads or max(1, torch.get_num_threads() // workers)
+
+
+@contextlib.contextmanager
+def beside(folder: Path, n: int, *, threads: int, shared: Path | None) -> Iterator[None]:
+    """For a while, `n` other processes compute units of the run in a folder; they end with this one, however it ends.
+
+    One that fails is not missed: what it was at is computed by another, which says what is wrong.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    command = [sys.executable, "-m", "relearn_lens", "run-beside", str(folder), *([str(shared)] if shared else [])]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        for k in range(n):
+            with (folder / TURNS / f"worker-{k + 1}.log").open("wb") as log:
+                others.append(
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
+                )
+        yield
+    finally:
+        torch.set_num_threads(before)
+        for process in others:
+            process.kill()  # what it keeps is whole at any moment
+            process.wait()
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it has ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()

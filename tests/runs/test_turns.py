@@ -1,0 +1,138 @@
+"""Several processes at one run: the same bits whoever computes what, and nobody waits for one that is gone."""
+
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from filelock import FileLock
+
+from relearn_lens.runs import store, turns
+from relearn_lens.runs.events import ArmDone, Prepared
+from relearn_lens.runs.experiment import units_of_run
+from relearn_lens.runs.preparation import prepare
+from relearn_lens.runs.settings import Experiment
+from relearn_lens.runs.store import RunFolder
+from relearn_lens.runs.turns import Turns, processes_for
+from relearn_lens.runs.units import units_of
+from tests.interruptions import difference, small_run
+from tests.made import tiny
+
+
+@pytest.fixture(scope="module")
+def how() -> Experiment:
+    return small_run("seeds=[0, 1]")
+
+
+@pytest.fixture(scope="module")
+def in_one_go(how, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "alone"
+    store.run(how, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ready(how) -> Prepared:
+    return prepare(how)
+
+
+def opened(path: Path, how: Experiment, ready: Prepared) -> Turns:
+    """A folder as the first process leaves it for the others."""
+    folder = RunFolder.open(path, how)
+    folder.note(other=ready.other.name if ready.other else None, inputs=dict(ready.inputs))
+    return Turns(path, folder, ready, units_of_run(ready))
+
+
+def test_a_unit_begins_from_kept_results_alone(how, in_one_go, ready, tmp_path):
+    there = opened(tmp_path / "run", how, ready)
+    # From behind: a seed's units in the order of what they need, the last seed first.
+    there.units = sorted(there.units, key=lambda unit: (-unit.seed, len(unit.needs)))
+    while there.help():
+        pass
+    assert there.are_done
+    assert there.seconds().keys() == {f"{unit.name}-{unit.seed}" for unit in there.units}
+    computed: list[str] = []
+    store.run(how, tmp_path / "run", on_event=lambda event: computed.append(type(event).__name__))
+    assert "Paused" not in computed, "everything was there"
+    assert difference(in_one_go, tmp_path / "run") == ""
+
+
+def test_who_waits_for_a_unit_computes_another(how, ready, tmp_path):
+    there = opened(tmp_path / "run", how, ready)
+    base, *_ = there.units
+    held = FileLock(there.path / "base-0.lock", thread_local=False)  # another thread lets go of it
+    held.acquire()
+    threading.Timer(0.5, lambda: held.release(force=True)).start()
+    computed: list[str] = []
+
+    def compute(unit):
+        computed.append(unit.name)
+        # Whoever waited had time for the other seed's.
+        assert there.kept.holds(next(each for each in there.units if each.name == "base" and each.seed == 1))
+        yield from ()
+
+    list(there.take(base, compute))
+    assert computed == ["base"]
+
+
+def test_a_unit_without_what_it_needs_is_nobodys(how, ready, tmp_path):
+    there = opened(tmp_path / "run", how, ready)
+    with FileLock(there.path / "base-0.lock"), FileLock(there.path / "base-1.lock"):
+        assert not there.help()
+
+
+def test_two_processes_give_the_bits_of_one_and_one_that_is_killed_is_not_missed(how, in_one_go, tmp_path):
+    two, killed = how.model_copy(update={"workers": 2}), []
+
+    def kill(event):
+        if isinstance(event, ArmDone) and not killed:
+            until = time.monotonic() + 60
+            worker = next(each for each in psutil.Process().children() if "run-beside" in each.cmdline())
+            log = tmp_path / "run" / turns.TURNS / "base-1.json"
+            while not log.exists() and time.monotonic() < until:  # it has begun
+                time.sleep(0.05)
+            worker.kill()
+            killed.append(log.exists())
+
+    before = torch.get_num_threads()
+    store.run(two, tmp_path / "run", on_event=kill)
+    assert killed == [True]
+    assert torch.get_num_threads() == before
+    assert not (tmp_path / "run" / turns.TURNS).exists()
+    files = {path.name: path.read_bytes() for path in (in_one_go / "tensors").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "run" / "tensors").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("workers", "parameters", "threads", "free", "expected"),
+    [
+        (None, 1, 2, 10**6, 1),  # a small model
+        (None, 10, 2, 10**6, 2),
+        (None, 10, 16, 10**6, turns.MOST),
+        (None, 10, 16, 1, 1),  # no memory for another
+        (None, 10, 1, 10**6, 1),
+        (3, 1, 1, 1, 3),  # as they are set
+    ],
+)
+def test_as_many_processes_as_cores_and_memory_allow(ready, monkeypatch, workers, parameters, threads, free, expected):
+    monkeypatch.setattr(turns, "memory_mb", lambda: free)
+    monkeypatch.setattr(turns.torch, "get_num_threads", lambda: threads)
+    n = sum(value.numel() for value in ready.model.weights().values())
+    monkeypatch.setattr(turns, "SMALL", n * 5 // parameters)
+    experiment = ready.experiment.model_copy(update={"workers": workers, "threads": None})
+    assert processes_for(Prepared(**{**vars(ready), "experiment": experiment})) == expected
+
+
+def test_results_of_units_are_those_of_the_folder():
+    how = tiny()
+    names = [name for unit in units_of(how, 0, other="person") for name in unit.results]
+    arms = ["concept", "other", "random", "unpruned", "never"]
+    assert names == ["base", "sized", "cuts", "damage", *arms, "grafted", "again"]
+    assert [unit.name for unit in units_of(tiny(arms=["unpruned"]), 0, other=None)] == ["base", "unpruned"]
+
+
+def test_no_workers_are_refused():
+    with pytest.raises(ValueError, match="workers"):
+        tiny(workers=0)
