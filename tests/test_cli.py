@@ -261,10 +261,10 @@ def test_compare_puts_runs_side_by_side(folder, tmp_path):
 
 
 def test_run_says_every_note_and_phase_where_it_is_asked(called, capsys):
-    from relearn_lens.__main__ import _Following
+    from relearn_lens.cli.following import Following
 
     for verbose, phases in ((True, "fine-tuning ...\n"), (False, "")):
-        follow = _Following(None, verbose)
+        follow = Following(None, verbose)
         follow.progress("fine-tuning (1)", 0, 2)
         assert capsys.readouterr().out == phases
 
