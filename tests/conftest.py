@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-if "pytest" in sys.modules:  # and not in a process that a test starts
+if "relearn_lens" not in sys.modules:  # as pytest begins; a process that a test starts has it by now
     from tests import typed
 
     typed.install()
@@ -35,10 +35,16 @@ from relearn_lens.models.model import Model, Tagger  # noqa: E402
 from relearn_lens.text.corpus import Corpus, build_corpus  # noqa: E402
 from relearn_lens.text.encoding import Encoded, encode  # noqa: E402
 
+LONG = (
+    "test_readme.py", "test_notebooks.py", "test_experiment.py", "test_sweeps.py", "test_benches.py",
+    "test_processes.py", "test_workshop.py", "test_own_arms.py", "test_interruptions.py",
+)  # fmt: skip
+"""Files of tests that take long, the longest first."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's code takes minutes: it begins first, so that the others go by meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """What takes a minute begins first, so that the others go by meanwhile."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 torch.set_num_threads(1)

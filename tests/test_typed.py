@@ -130,5 +130,5 @@ def test_the_package_is_checked_here_and_its_own_checks_are_jaxtypings():
 
     assert unknown.__wrapped__.__globals__[typed.NAME] is typed.checked
     with pytest.raises(TypeCheckError):
-        unknown(1, 2, 3)
+        unknown(1, 2, 3)  # pyright: ignore[reportArgumentType]
     assert SpanScores.__init__.__globals__["__name__"].startswith("jaxtyping")

@@ -124,6 +124,5 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """To be called before the package is imported."""
-    assert "relearn_lens" not in sys.modules
+    """Check what is imported of the package from now on."""
     sys.meta_path.insert(0, _Finder())

@@ -23,6 +23,7 @@ from relearn_lens.__main__ import app
 from relearn_lens.bench import engines, sweep_tables, sweeps
 from relearn_lens.runs import store
 from relearn_lens.runs.presets import settings_of
+from relearn_lens.runs.settings import are_of
 from tests.forks import Forked
 from tests.interruptions import difference
 
@@ -557,11 +558,11 @@ def test_runs_with_other_settings_are_refused_and_fresh_removes_them(spread, fil
 def test_a_setting_that_a_run_did_not_have_yet_is_its_default(spread):
     settings = store.load_run(spread.folder / "seeds=0,arms=concept").manifest["settings"]
     asked = settings_of(spread.folder / "seeds=0,arms=concept" / "settings.toml")
-    assert sweeps._is_of(settings, asked)
-    assert sweeps._is_of({key: value for key, value in settings.items() if key != "keep"}, asked)
-    assert not sweeps._is_of({**settings, "score": "dprime"}, asked)
-    assert not sweeps._is_of({**settings, "gone": 1}, asked)
-    assert not sweeps._is_of(None, asked)
+    assert are_of(settings, asked)
+    assert are_of({key: value for key, value in settings.items() if key != "keep"}, asked)
+    assert not are_of({**settings, "score": "dprime"}, asked)
+    assert not are_of({**settings, "gone": 1}, asked)
+    assert not are_of(None, asked)
 
 
 def test_a_sweep_folder_goes_on_where_it_is(spread, file):

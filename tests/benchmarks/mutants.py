@@ -83,7 +83,8 @@ def _changed(node: Any) -> Any:
         case ast.Constant(value=bool()):
             other.value = not node.value
         case ast.Constant(value=int() | float()):
-            other.value = node.value + 1 if isinstance(node.value, int) else node.value * 1.5 + 0.1
+            number: Any = node.value
+            other.value = number + 1 if isinstance(number, int) else number * 1.5 + 0.1
         case _:
             return None
     return other

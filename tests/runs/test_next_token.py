@@ -31,8 +31,8 @@ def small(*sets: str) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    return store.run(small(), tmp_path_factory.mktemp("run") / "run")
+def run(tmp_path_factory, stages) -> Run:
+    return store.run(small(), tmp_path_factory.mktemp("run") / "run", shared=stages)
 
 
 def test_the_concepts_tokens_suffer_and_recover(run):
@@ -93,7 +93,10 @@ def test_the_page_speaks_of_loss(run):
 
 
 def test_words_carry_a_concept(tmp_path):
-    words = small('words=["Tarn", "velda"]', "concept=two", 'arms=["concept"]', "measure.what=[]")
+    words = small(
+        'words=["Tarn", "velda"]', "concept=two", 'arms=["concept"]', "measure.what=[]", "finetune.epochs=1",
+        "grafts.skip=true",
+    )  # fmt: skip
     run = store.run(words, tmp_path / "run")
     scores = run.arms["concept"][0]["base"].scores
     assert scores.labels == ("two", OTHERS)
@@ -112,7 +115,8 @@ def test_words_are_read_where_the_settings_say():
 
 
 def test_training_takes_none_of_it_as_it_comes():
-    ready, base = list(perform(small("finetune.epochs=0", 'arms=["unpruned"]', "measure.what=[]")))[:2]
+    events = perform(small("finetune.epochs=0", 'arms=["unpruned"]', "measure.what=[]"))
+    ready, base = next(events), next(events)
     assert isinstance(ready, Prepared)
     untrained = toy.language_model(seed=0)
     assert isinstance(base, Base)

@@ -1,5 +1,7 @@
 """Arms of one's own: pruning beside training something out, on a next-token concept, and what grafts say of each."""
 
+from pathlib import Path
+
 import pytest
 
 from relearn_lens.measure.tracking import PRUNED
@@ -52,10 +54,10 @@ draws = 100
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, stages: Path) -> Run:
     path = tmp_path_factory.mktemp("own")
     (path / "own.toml").write_text(TOML)
-    return store.run(settings_of(path / "own.toml"), path / "run")
+    return store.run(settings_of(path / "own.toml"), path / "run", shared=stages)
 
 
 def test_each_arm_removes_the_concept_and_leaves_the_rest(run):

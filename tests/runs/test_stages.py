@@ -96,7 +96,9 @@ def test_runs_of_equal_recipe_train_their_base_and_twin_once(tmp_path, monkeypat
     monkeypatch.setattr(
         module, "train_", lambda *a, what, **how: trainings.append(what) or plainly(*a, what=what, **how)
     )
-    arms = {"arms": ["concept", "random", "never"], "grafts__skip": True}
+    arms = {
+        "arms": ["concept", "random", "never"], "grafts__skip": True, "measure__what": [], "retrain__steps": [2],
+    }  # fmt: skip
     shared = tmp_path / "shared"
 
     def run(name: str, share: Path | None = shared, **changes):
@@ -112,6 +114,6 @@ def test_runs_of_equal_recipe_train_their_base_and_twin_once(tmp_path, monkeypat
         one, two, three = (each.arms[arm][0][BASE] for each in (alone, first, second))
         assert same(one.scores, two.scores)
         assert same(two.scores, three.scores)
-    assert same(alone.arms["concept"][0].snapshots["16"].scores, first.arms["concept"][0].snapshots["16"].scores)
+    assert same(alone.arms["concept"][0].snapshots["2"].scores, first.arms["concept"][0].snapshots["2"].scores)
     run("other", finetune__lr=2e-5)
     assert len(trainings) == 6
