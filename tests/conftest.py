@@ -41,6 +41,8 @@ LONG = (
 )  # fmt: skip
 """Files of tests that take long, the longest first."""
 
+os.environ.pop("COLUMNS", None)  # which xdist sets, and what is piped is as wide as it says
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes a minute begins first, so that the others go by meanwhile."""

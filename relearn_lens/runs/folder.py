@@ -144,7 +144,10 @@ class RunFolder:
     def names(self, seed: int) -> list[str]:
         """The names of all results of a seed, in their order."""
         experiment = settings.experiment(self.manifest["settings"])
-        units = units_of(experiment, seed, other=self.manifest.get("other"))
+        other = self.manifest.get("other")
+        if not isinstance(other, str | None):
+            raise ValueError(f"{str(self.path / MANIFEST)!r} is damaged (other: {other!r}); run again with --fresh")
+        units = units_of(experiment, seed, other=other)
         return [f"{name}-{seed}" for unit in units for name in unit.results if name != BASE]
 
     def note(self, **entries: Any) -> None:

@@ -513,7 +513,7 @@ def test_a_sweep_that_is_under_way_is_left_alone(file, tmp_path):
     (tmp_path / "out").mkdir()
     with (
         FileLock(tmp_path / "out" / ".lock"),
-        pytest.raises(BlockingIOError, match="another process is sweeping into"),
+        pytest.raises(BlockingIOError, match="another process is running into"),
     ):
         sweeps.run(asked, tmp_path / "out")
 
@@ -592,7 +592,7 @@ def test_the_command_prints_the_table_and_skips_what_is_complete(spread):
 def test_the_command_lists_the_cells_without_running(file, tmp_path):
     done = CliRunner().invoke(app, ["sweep", str(file("[sweep]\nseeds = [[0], [1]]")), "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert re.sub(r"\s+", " ", done.stdout).strip() == "2 cells > runs/grid seeds=0 seeds=1"
+    assert re.sub(r"\s+", " ", done.stdout).strip() == "2 cells; folder runs/grid seeds=0 seeds=1"
 
 
 def test_the_command_says_what_failed_and_exits_with_1(file, tmp_path, monkeypatch):
