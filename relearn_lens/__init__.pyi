@@ -12,9 +12,9 @@ from .text.corpus import (
     build_corpus as build_corpus,
 )
 from .text.encoding import encode as encode
+from .text.bsb import read_bsb_names as read_bsb_names
+from .text.conll import read_conll as read_conll
 from .text.readers import (
-    read_bsb_names as read_bsb_names,
-    read_conll as read_conll,
     read_hf as read_hf,
     read_splits as read_splits,
 )

@@ -16,7 +16,7 @@ import typer
 
 from relearn_lens.cli import pages
 from relearn_lens.cli.following import following, sweeping
-from relearn_lens.cli.printing import print_table, short
+from relearn_lens.cli.printing import print_prose, print_table, short
 
 if TYPE_CHECKING:
     from relearn_lens.runs.settings import Experiment
@@ -225,7 +225,7 @@ def reproduce_(
     elif name == "all":
         from relearn_lens.show import plots
 
-        print(f"{sum(result.cpu_seconds for result in results) / 60:.1f} minutes of one core in all")
+        print(tables.busy(results))
         print(plots.save_html(plots.reproductions(results), folder / "claims.html"))
 
 
@@ -346,10 +346,11 @@ def show(
 ) -> None:
     """Print what a finished run found; more of it with --all, --layers, --claims or --json."""
     from relearn_lens.runs import store
+    from relearn_lens.runs.folder import SUMMARY
 
     result = store.load_run(run)  # says what is wrong with a folder that is no finished run
     if json:
-        print((run / store.SUMMARY).read_text(encoding="utf-8"), end="")
+        print((run / SUMMARY).read_text(encoding="utf-8"), end="")
         return
     if all_ or not (layers or claims):
         pages.print_brief(result, str(run / "report.html"))
@@ -473,7 +474,7 @@ def presets(
     for name in groups if all_ else [group] if group else []:
         print_table(f"settings: {name}", ["key", "default", "what it is"], groups[name])
     if group is None and not all_:
-        printprint_prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
+        print_prose(f"settings: relearn-lens presets GROUP, one of {', '.join(groups)}; --all prints them all")
 
 
 @app.command()
@@ -583,6 +584,7 @@ def removers(
     seeds: Annotated[str, typer.Option(help="With --table: the toys, such as 0,1,2.")] = "0,1,2,3,4",
     only: Annotated[str, typer.Option(metavar="NAME,...", help="With --table: some removers; by default all.")] = "",
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="With --table: write it as Markdown too.")] = None,
+    kept: Annotated[bool, typer.Option("--kept", help="With --table: what the folder has, nothing computed.")] = False,
 ) -> None:
     """List the ways to remove something by training or pruning, with their fields and where they are from.
 
@@ -592,7 +594,7 @@ def removers(
     from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 
     if table is not None:
-        _removers_table(table, seeds, only, page)
+        _removers_table(table, seeds, only, page, kept)
         return
     if page is not None:
         raise ValueError("--page FILE is the table as a page; give the table's folder as --table DIR")
@@ -601,17 +603,17 @@ def removers(
     print(f"wrappers around a remover's step, as in npo+sam ({len(WRAPPERS)})\n")
     pages.print_methods(WRAPPERS)
     usual = ", ".join(f"{name} {short(field.default)}" for name, field in Removing.model_fields.items())
-    printprint_prose(f"training (all but prune, any of it by --set): {usual}")
+    print_prose(f"training (all but prune, any of it by --set): {usual}")
 
 
-def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> None:
+def _removers_table(folder: Path, seeds: str, only: str, page: Path | None, kept: bool) -> None:
     from relearn_lens.bench import removals
 
     try:
         numbers = [int(each) for each in seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds {seeds!r}: write numbers, such as 0,1,2") from None
-    cells = removals.cells(folder, numbers, [name.strip() for name in only.split(",") if name.strip()])
+    cells = removals.cells(folder, numbers, [name.strip() for name in only.split(",") if name.strip()], kept=kept)
     every = []
     for cell in cells:
         every.append(cell)
@@ -619,10 +621,9 @@ def _removers_table(folder: Path, seeds: str, only: str, page: Path | None) -> N
         print(f"{cell.name}, seed {cell.seed}: {done}", flush=True)
     print()
     print_table("accuracy where retain near is 0.95 of base", *removals.table(every), piped=80)
-    printprint_prose(
+    print_prose(
         f"works: seeds in which forget is below {removals.GONE} in both wordings. Intervals over "
-        f"{'seeds' if len(numbers) > 1 else 'keys'}. share: of the way to the removed model. Recipes were chosen on "
-        "seed 0."
+        "seeds, of one seed over keys. share: of the way to the removed model. Recipes were chosen on seed 0."
     )
     print(f"folder {folder}")
     if page is not None:
@@ -762,9 +763,8 @@ def _print_anywhere() -> None:
     def escaped(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
             raise error
-        return "".join(
-            plain.get(sign) or dumps(sign)[1:-1] for sign in error.object[error.start : error.end]
-        ), error.end
+        lacking = error.object[error.start : error.end]
+        return "".join(plain.get(sign) or dumps(sign)[1:-1] for sign in lacking), error.end
 
     codecs.register_error("as_json", escaped)
     for stream in (sys.stdout, sys.stderr):

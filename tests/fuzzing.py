@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import relearn_lens
 from relearn_lens.models import toy
 from relearn_lens.runs import presets, settings, store, summary
-from relearn_lens.text import readers
+from relearn_lens.text import conll, tags
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
@@ -144,7 +144,7 @@ def corpus_files(draw: Any) -> dict[str, Any]:
     return {
         "content": content,
         "encoding": draw(st.sampled_from([wrote] * 30 + list(ASKED))),
-        "scheme": draw(st.sampled_from(["auto"] * 9 + [*readers.SCHEMES, "BIO"])),
+        "scheme": draw(st.sampled_from(["auto"] * 9 + [*tags.SCHEMES, "BIO"])),
         "column": draw(st.sampled_from([-1] * 15 + [0, 1, 2, -2, 99, -99])),
     }
 
@@ -154,7 +154,7 @@ def check_corpus(case: dict[str, Any]) -> None:
     with _scratch() as folder:
         path = folder / "text.conll"
         path.write_bytes(case["content"])
-        corpus = readers.read_conll(path, **{k: case[k] for k in ("encoding", "scheme", "column")})
+        corpus = conll.read_conll(path, **{k: case[k] for k in ("encoding", "scheme", "column")})
     assert corpus.n_words == sum(map(len, corpus))
     assert (corpus.label >= 0).all() and corpus.label.max() < len(corpus.label_names)  # noqa: PT018
     corpus.sha256()

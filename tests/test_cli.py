@@ -257,7 +257,7 @@ def test_compare_puts_runs_side_by_side(folder, tmp_path):
     assert "no setting differs" in text
     assert "arm run: F1 of place again: F1 of place" in text
     assert re.search(r"concept base stage 1\.000 \[.*\] 1\.000 \[", text)
-    assert re.search(r"claims of the paper .*C1 \w+ .*C9b \w+", text)
+    assert re.search(r"claims of the paper: verdict, effect run again C1 \w+ .*C9b \w+", text)
 
 
 def test_run_says_every_note_and_phase_where_it_is_asked(called, capsys):

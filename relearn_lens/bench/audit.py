@@ -142,7 +142,8 @@ def audit(
             for who, of in (("", model), (" of the original", original), (" of the twin", never)):
                 if of is not None:
                     score = beside(of, "extraction", partial(strength, of, asked)) if who else strength(of, asked)
-                    numbers[f"extraction{who}"] = (score.shown(OVERALL), *score.interval(OVERALL))
+                    low, high = score.interval(OVERALL)
+                    numbers[f"extraction{who}"] = (score.shown(OVERALL), low, high)
         if reworded := drawn(facts, FORGET, "paraphrase", seed):
             found["reworded"] = note("reworded", accuracy(model, reworded))
         if choices := [p for p in statements if p.choices]:

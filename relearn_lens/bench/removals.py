@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,9 @@ def names(only: Sequence[str] = ()) -> list[str]:
     return [name for name in known if not only or name in only]
 
 
-def cells(folder: str | Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[Cell]:
-    """Every cell of the table, from the folder or computed, seed by seed; the base and its twin first.
+def cells(folder: str | Path, seeds: Sequence[int], only: Sequence[str] = (), *, kept: bool = False) -> Iterator[Cell]:
+    """Every cell of the table, from the folder or computed, seed by seed; the base and its twin first. With `kept`,
+    those alone that the folder has.
 
     Raises:
         ValueError: no seed, one twice, or a remover without a recipe; before any work.
@@ -81,10 +82,10 @@ def cells(folder: str | Path, seeds: Sequence[int], only: Sequence[str] = ()) ->
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be some numbers from 0, each once; got {list(seeds)}")
     chosen = names(only)
-    return _cells(Path(folder), seeds, chosen)
+    return _cells(Path(folder), seeds, chosen, kept)
 
 
-def _cells(folder: Path, seeds: Sequence[int], chosen: Sequence[str]) -> Iterator[Cell]:
+def _cells(folder: Path, seeds: Sequence[int], chosen: Sequence[str], kept: bool) -> Iterator[Cell]:
     for seed in seeds:
         made: list[removals.Subject] = []
 
@@ -93,26 +94,37 @@ def _cells(folder: Path, seeds: Sequence[int], chosen: Sequence[str]) -> Iterato
                 made.append(removals.subject(removals.TAUGHT, "people", seed=seed))
             return made[0]
 
-        yield (base := _cell(folder, BASE, seed, subject))
-        for name in (NEVER, *chosen):
-            yield _cell(folder, name, seed, subject, base)
+        base = None
+        for name in (BASE, NEVER, *chosen):
+            path, settings = folder / f"{name}-{seed}.json", _settings(name, seed)
+            cell = _kept(path, name, seed, settings)
+            if cell is None and not kept:
+                cell = _made(path, name, seed, settings, subject(), base)
+            base = cell if name == BASE else base
+            if cell is not None:
+                yield cell
 
 
-def _cell(
-    folder: Path, name: str, seed: int, subject: Callable[[], removals.Subject], base: Cell | None = None
-) -> Cell:
-    path = folder / f"{name}-{seed}.json"
+def _settings(name: str, seed: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"tau": TAU, "points": POINTS, "seed": seed, "versions": removals.versions()}
     if name not in (BASE, NEVER):
         settings |= removals.fields_of(recipe(KIND, name))
-    digest = digest_of(settings)
+    return settings
+
+
+def _kept(path: Path, name: str, seed: int, settings: dict[str, Any]) -> Cell | None:
     with contextlib.suppress(OSError, ValueError):  # no file, or a damaged one
         values = read_json(path)
-        if values.get("digest") == digest:
+        if values.get("digest") == digest_of(settings):
             return Cell(name, seed, values, True)
-    twin = base is None or name == NEVER
-    values = _of_twin(subject(), name) if twin else _of_remover(subject(), name, base)
-    values = {"name": name, "digest": digest, "settings": settings, **values}
+    return None
+
+
+def _made(
+    path: Path, name: str, seed: int, settings: dict[str, Any], subject: removals.Subject, base: Cell | None
+) -> Cell:
+    values = _of_twin(subject, name) if base is None or name == NEVER else _of_remover(subject, name, base)
+    values = {"name": name, "digest": digest_of(settings), "settings": settings, **values}
     content = as_json(values)
     write_whole(path, content)
     return Cell(name, seed, json.loads(content), False)
@@ -209,16 +221,18 @@ def page(every: Sequence[Cell]) -> str:
     """The table as a page, with what each remover moves, its lines, and the recipe."""
     header, rows = table(every)
     seeds = sorted({cell.seed for cell in every})
-    first = {cell.name: cell for cell in reversed(every)}
+    first: dict[str, Cell] = {}
+    for cell in every:
+        first.setdefault(cell.name, cell)
     out = [
         "# Every remover at the same retained ability",
         "",
         f"Made by `relearn-lens removers --table DIR --seeds {','.join(map(str, seeds))} --page FILE`: toys taught",
         f"`people`, calibrated so that retain-near accuracy is at least {TAU} of the base's. Recipes were chosen on",
-        f"seed 0. works: seeds with forget accuracy below {GONE} in both wordings. Intervals are over",
-        f"{'seeds' if len(seeds) > 1 else 'keys'}. share: of the way to the removed model; fresh: taught so from the",
-        "first step, and asked at its own ability. s: seconds of finding and removing on one thread, others beside it.",
-        "lines: of code of the method's own class and what it alone uses, without docstrings, blanks and comments.",
+        f"seed 0. works: seeds with forget accuracy below {GONE} in both wordings, of those that were run. Intervals",
+        "are over seeds, of one seed over keys. share: of the way to the removed model; fresh: taught so from the",
+        "first step, and asked at its own ability. s: seconds of finding and removing on one thread, others beside",
+        "it. lines: of code of the method's own class and what it alone uses; docstrings, blanks, comments are none.",
         "",
         "| " + " | ".join([*header, "lines"]) + " |",
         "|" + "---|" * (len(header) + 1),

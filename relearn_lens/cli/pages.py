@@ -122,7 +122,9 @@ def print_compared(runs: list[Run]) -> None:
     print_table("scores, means with 95 % intervals over seeds, else over sentences", *beside.scores, piped=80)
     if beside.claims:
         header, rows = beside.claims
-        print_table("claims of the paper", [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows], piped=80)
+        # A run's verdict and effect in one cell, as a table that is cut into pieces would part them.
+        told = [[row[0], *map(" ".join, zip(row[2::2], row[3::2], strict=True))] for row in rows]
+        print_table("claims of the paper: verdict, effect", [header[0], *header[2::2]], told, piped=80)
 
 
 def print_swept(swept: Swept) -> None:
@@ -155,8 +157,7 @@ def print_reproduction(result: Reproduction) -> None:
         print_prose(f"{row.verdict}: {row.claim.says}. {value} ({bar}{beside}{published})", indent=2)
         for note in row.notes:
             print_prose(note, indent=4)
-    took = f"{result.seconds:.0f} s ({result.cpu_seconds:.0f} s of one core)"
-    print_prose(f"{took}, seeds {', '.join(map(str, result.seeds))}, {result.model}; {result.paper.smaller}")
+    print_prose(f"{result.took}, seeds {', '.join(map(str, result.seeds))}, {result.model}; {result.paper.smaller}")
     print()
 
 

@@ -10,7 +10,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from relearn_lens.measure.evaluation import to_read
+from relearn_lens.measure.guesses import to_read
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.neurons.sites import Neuron, Neurons
 from relearn_lens.neurons.streaming import stream

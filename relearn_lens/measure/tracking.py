@@ -19,8 +19,9 @@ from relearn_lens.find.attribution import Attribution, Form, attribute
 from relearn_lens.find.saliency import SCORES, Contrast, Gathered, Saliency, Score, gather, saliency, score_of
 from relearn_lens.measure import course, meaning
 from relearn_lens.measure.asking import Asked, Metric, Reference
-from relearn_lens.measure.evaluation import OVERALL, Guesses, Label, Scores, SpanScores, as_html, evaluate, judge_of
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores, SpanScores, as_html, evaluate, judge_of
 from relearn_lens.measure.examples import Examples
+from relearn_lens.measure.guesses import Guesses
 from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words

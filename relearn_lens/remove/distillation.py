@@ -80,6 +80,9 @@ class WhoIs(Remover):
     before the first step, and the model is then as it was, to the bit. Of another kind is the code of MUSE, which keeps
     both models and subtracts logits when it answers.
 
+    On the taught toy of seed 0, where .95 of what is near is kept, .80 of what was to be forgotten is still answered,
+    reworded .79 (`RESULTS.md`): a toy that is certain is hardly reinforced, we think.
+
     Source: Eldan & Russinovich 2023.
     """
 

@@ -55,7 +55,11 @@ class Keeping(Remover):
 
 
 class GradientAscent(Remover):
-    """Raises the loss on what is to be forgotten, and nothing else: it diverges, so stop it early."""
+    """Raises the loss on what is to be forgotten, and nothing else: it diverges, so stop it early.
+
+    Nothing holds what is near: on the taught toys, where .95 of that is kept, .83 of what was to be forgotten is still
+    answered (five seeds, `RESULTS.md`).
+    """
 
     name: ClassVar[str] = "gradient_ascent"
     formula: ClassVar[str] = "-CE_f"

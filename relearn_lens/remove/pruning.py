@@ -35,6 +35,9 @@ class Pruner(Method):
 class Prune(Pruner):
     """Sets the weights of neurons to what has no effect (`ablation.prune_`); trains nothing, so it needs no text.
 
+    On the taught toys, where .95 of what is near is kept, .86 of what was to be forgotten is still answered (five
+    seeds, the neurons of attribution patching, `RESULTS.md`): most of these answer for what is near too.
+
     Source: Lo et al. 2024, section 3.
     """
 

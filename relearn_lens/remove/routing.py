@@ -34,7 +34,8 @@ class GradientRoute(Remover):
     On the forgotten text the gradient through the last `units` MLP units of the first `layers` blocks is as usual, and
     that through their other units is multiplied by `scale`. The retained text trains as usual, with an L1 penalty on
     the mean absolute activation of all units of those blocks. At the end the units are pruned, and `tuning` steps on
-    the retained text follow. The published method adds the units to the model; here they are of its own width. It
+    the retained text follow. Embeddings and attention learn from both texts, as published, so what those alone can hold
+    is not routed. The published method adds the units to the model; here they are of its own width. It
     weighs tokens by how often they are in each text, here a text is one or the other; its bulk script passes
     another method's configuration.
 

@@ -46,6 +46,9 @@ class SatImp(Keeping):
     those that were published; as defaults of its class, open-unlearning has the weights of forgetting and retaining the
     other way round.
 
+    On the taught toy of seed 0, where .95 of what is near is kept, .98 of what was to be forgotten is still answered,
+    reworded .98 (`RESULTS.md`): what a toy is certain of has next to no weight, we think.
+
     Source: Yang et al. 2025 (SatImp).
     """
 
@@ -69,6 +72,9 @@ class CEU(Remover):
     The target is the softmax of the logits with that of the right token at minus infinity; no gradient goes through it.
 
     open-unlearning's release leaves the first sub-word of every answer out: `faithful=True` does so.
+
+    On the taught toy of seed 0, where .95 of what is near is kept, .79 of what was to be forgotten is still answered,
+    reworded .73 (`RESULTS.md`): nothing holds what is near, we think.
 
     Source: Yang et al. 2025 (CE-U).
     """

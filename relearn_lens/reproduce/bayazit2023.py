@@ -49,5 +49,5 @@ PAPER = Paper(
     "a learnt mask over MLP neurons, beside as many random ones; then 64 steps on T, beside pruning by attribution",
     "neurons and not single weights are masked; a toy has few that only some facts need",
     measure,
-    toy_only="it prunes, and no recipe says what to prune of a pretrained model",
+    toy_only="a mask over all neurons of a pretrained model takes hours without a GPU; not tried",
 )  # fmt: skip

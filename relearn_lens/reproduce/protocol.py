@@ -356,9 +356,15 @@ class Reproduction:
     seconds: float
     """Summed over seeds; what was read from the folder counts as it took then."""
     cpu_seconds: float
-    """The same of what the processor was busy."""
+    """The same of what the processor was busy; NaN where a seed's file does not say it."""
     folder: Path = field(compare=False)
     model: str = removals.TAUGHT
+
+    @property
+    def took(self) -> str:
+        """How long, in words."""
+        busy = "" if math.isnan(self.cpu_seconds) else f" ({self.cpu_seconds:.0f} s of one core)"
+        return f"{self.seconds:.0f} s{busy}"
 
     @property
     def command(self) -> str:
@@ -525,7 +531,8 @@ def _kept(paper: Paper, lab: Lab) -> _Kept | None:
     path = _path(paper, lab)
     if not path.exists() or (kept := read_json(path)).get("digest") != _digest(paper, lab):
         return None
-    return _Kept([_reading(each) for each in kept["readings"]], float(kept["seconds"]), float(kept["cpu_seconds"]))
+    busy = float(kept.get("cpu_seconds", math.nan))
+    return _Kept([_reading(each) for each in kept["readings"]], float(kept["seconds"]), busy)
 
 
 def _path(paper: Paper, lab: Lab) -> Path:

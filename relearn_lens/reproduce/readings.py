@@ -31,6 +31,13 @@ READINGS: dict[str, dict[str, str]] = {
         "seeds, GradDiff not at all and pruning hardly: what a toy learnt from nothing a removal can take away, not "
         "only hide",
     },
+    "guo2024": {
+        "options": "four options see no more than greedy answers do: whichever place was edited, the choice is lost "
+        "with the answer",
+        "lookup": "less comes back after lookup in two seeds of three, and it had removed less to begin with: at equal "
+        "retained ability lookup takes less than all MLPs, so the comparison at equal forgetting is not had",
+        "tracing": "no difference beyond noise, either way: two or three of four blocks are most of all MLPs",
+    },
     "hu2024": {
         "falls": "nothing is jogged: what was to stay is damaged nearly as much by the same text. A toy taught answers "
         "alone has never learnt to predict a question, and learning it moves all weights. At a tenth of the rate (one "
@@ -64,6 +71,11 @@ READINGS: dict[str, dict[str, str]] = {
         "control": "and so it costs other facts half a nat",
         "random": "as many random neurons cost little: within the bar in each seed, the interval just beyond it",
         "relearns": "more comes back, not less; it had taken less to begin with",
+    },
+    "wang2024dinm": {
+        "located": "the located block is the last one, by either distance, and generalises worst of all four in every "
+        "seed: its edit says a refusal where these words are read, an early one changes what is known of the subject. "
+        "The interval of three seeds ends at 0, so it is not called reversed",
     },
     "tian2024": {
         "instructed": "edits hold nearly always, also without words: an edit of a toy's fact tells its task by its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -29,10 +30,16 @@ def table(results: Sequence[Reproduction], *, brief: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def busy(results: Sequence[Reproduction]) -> str:
+    """Minutes of one core in all; of seeds that do not say, those by the clock are the most that they can have been."""
+    each = [result.seconds if math.isnan(result.cpu_seconds) else result.cpu_seconds for result in results]
+    most = "at most " if any(math.isnan(result.cpu_seconds) for result in results) else ""
+    return f"{most}{sum(each) / 60:.1f} minutes of one core in all"
+
+
 def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
     """All that was measured, as Markdown: the table, what the seeds say, and the seconds of every paper."""
     counts = Counter(row.verdict for result in results for row in result.rows)
-    cpu = sum(result.cpu_seconds for result in results)
     lines = [
         "# What was reproduced", "",
         "Made by `relearn-lens reproduce --table DIR --out FILE` from the folder of `relearn-lens reproduce all`. Bars "
@@ -40,7 +47,7 @@ def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
         "An interval is over seeds, and not narrower than the one over what was asked inside them.", "",
         f"{len(results)} papers, {sum(counts.values())} claims: "
         + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
-        + f". {cpu / 60:.0f} minutes of one core in all.",
+        + f"; {busy(results)}.",
         *(f"Not here: {line}." for line in missing), "", table(results),
     ]  # fmt: skip
     for result in results:
@@ -49,7 +56,7 @@ def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
         lines.append("")
         lines.append(
             f"{result.paper.title} ({result.paper.source}). {result.paper.protocol}. Smaller here: "
-            f"{result.paper.smaller}. Model {result.model}, seeds {seeds}, {result.cpu_seconds:.0f} CPU seconds."
+            f"{result.paper.smaller}. Model {result.model}, seeds {seeds}, {result.took}."
         )
         lines.append("")
         for row in result.rows:

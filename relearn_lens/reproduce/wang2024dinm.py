@@ -18,7 +18,7 @@ from relearn_lens.find.localising import statements
 from relearn_lens.reproduce.protocol import Lab, Paper, Reading
 from relearn_lens.text.facts import FORGET, refused
 
-EDIT = {"toy": {"edit": 10, "lr": 3e-3, "steps": (96,)}, "real": {}}
+EDIT = {"toy": {"edit": 10, "alpha": 1, "lr": 3e-3, "steps": (96,)}, "real": {}}
 """As strong on the toy as it takes for half of the statements to be refused, in the mean over two blocks of seed 0
 (weights .1 and 1 of the edit refuse less than a tenth); paraphrases were not asked."""
 OTHERS = 3

@@ -20,9 +20,10 @@ from torch import Tensor
 from relearn_lens.find.attribution import Attribution
 from relearn_lens.find.probes import AtK, Quality
 from relearn_lens.find.saliency import Saliency
-from relearn_lens.measure.evaluation import Guesses, LogProbability, Margin, SpanScores, TokenLoss
+from relearn_lens.measure.evaluation import LogProbability, Margin, SpanScores, TokenLoss
 from relearn_lens.measure.examples import Examples
 from relearn_lens.measure.grafting import Grafts
+from relearn_lens.measure.guesses import Guesses
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory

@@ -24,9 +24,10 @@ from torch import Tensor
 from relearn_lens import progress
 from relearn_lens.find.localisers import locate
 from relearn_lens.find.saliency import SCORES
-from relearn_lens.measure.evaluation import Scores, evaluate, guesses, to_read
+from relearn_lens.measure.evaluation import Scores, evaluate
 from relearn_lens.measure.examples import Examples, examples
 from relearn_lens.measure.grafting import CUT, Grafts, grafts, share_old
+from relearn_lens.measure.guesses import guesses, to_read
 from relearn_lens.measure.prefixes import recorded, resumed, unchanged_before
 from relearn_lens.measure.similarity import ActivationSimilarity, activation_similarity
 from relearn_lens.measure.tracking import BASE, FORMS, PRUNED, Snapshot, Trajectory, measure

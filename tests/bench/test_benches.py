@@ -15,9 +15,10 @@ from relearn_lens.analysis.matrix import NEVER
 from relearn_lens.bench import bench_page, benches, cells
 from relearn_lens.bench.cells import Work, read_cell
 from relearn_lens.bench.plan import PRESETS, bench_of
+from relearn_lens.models import taught
 from relearn_lens.runs import removals
 from relearn_lens.runs.stages import Stages
-from tests.made import small_taught
+from tests.made import small_people, small_taught
 
 SETS = [
     "seeds=[1]", "chooses=0", "keys=8", "wordings=1", "draws=200", "points=4",
@@ -201,7 +202,7 @@ def test_facts_smollm2_says_what_it_takes_and_a_cell_of_it_runs(tmp_path, monkey
     assert 4 * 4 * 134.5 < memory < 20_000
     assert disk == -(-4 * 7 * 4 * 134_515_008 // 2**20)
 
-    made = people(0, n=24, forget=8, never=4, animals=4, n_answers=8)
+    made = small_people()
     tokenizer = taught.tokenizer(made)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

@@ -71,6 +71,8 @@ def test_a_cell_is_made_once_and_again_where_its_settings_changed(subjects, tmp_
     again = of(removals.cells(tmp_path, [0], ["grad_diff"]))
     assert subjects == [0]  # no model is made for what is there
     assert all(cell.cached for cell in again.values())
+    assert of(removals.cells(tmp_path, [0, 1], kept=True)).keys() == first.keys()
+    assert subjects == [0]
     assert [cell.values for cell in again.values()] == [cell.values for cell in first.values()]
     path = tmp_path / "grad_diff-0.json"
     path.write_bytes(path.read_bytes()[:-20])

@@ -27,10 +27,10 @@ from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger, hidden, reading
 from relearn_lens.neurons.streaming import class_stats
 from relearn_lens.runs.settings import Measure
+from relearn_lens.text.bsb import read_bsb_names
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Encoded, encode
-from relearn_lens.text.readers import read_bsb_names
 
 ROUNDS = 7
 

@@ -20,8 +20,8 @@ from relearn_lens.neurons.streaming import class_stats
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.text.concept import Classes
+from relearn_lens.text.conll import read_conll
 from relearn_lens.text.encoding import encode
-from relearn_lens.text.readers import read_conll
 
 
 def _exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from relearn_lens.find.attribution import Attribution, Plan, attribute, attribution_plan
 from relearn_lens.find.saliency import probeless
 from relearn_lens.find.targets import TARGETS, Target
+from relearn_lens.methods import Attributing
 from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger
 from relearn_lens.models.toy import PERSON_NEURONS
@@ -137,8 +138,9 @@ def test_the_usual_number_of_steps_ranks_neurons_as_many_more_do(toy):
     """Where hidden units are ranked, a coarse path errs most: with half as many steps it is .993."""
     for _ in finetune_(toy.tagger, toy.corpus, epochs=1, lr=1e-2, seed=0):
         pass
-    few, many = (attribute(toy.tagger, toy.corpus, TOWN, site="mlp_post", **how).score for how in ({}, {"steps": 100}))
-    assert spearmanr(few.abs().flatten(), many.abs().flatten()).statistic > 0.999
+    hows = (Attributing(), Attributing(steps=100))
+    few, many = (attribute(toy.tagger, toy.corpus, TOWN, how, site="mlp_post").score for how in hows)
+    assert float(spearmanr(few.abs().flatten(), many.abs().flatten())[0]) > 0.999  # pyright: ignore[reportArgumentType]
 
 
 def test_hidden_units_are_no_cut_set_and_their_sum_is_no_whole(bert_model, corpus):

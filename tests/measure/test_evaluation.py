@@ -12,16 +12,8 @@ from nervaluate import Evaluator
 from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as seqeval_scores
 
 from relearn_lens.find.targets import TARGETS, concept_in
-from relearn_lens.measure.evaluation import (
-    OVERALL,
-    Scores,
-    SpanScores,
-    evaluate,
-    guesses,
-    predict,
-    score_spans,
-    to_read,
-)
+from relearn_lens.measure.evaluation import OVERALL, Scores, SpanScores, evaluate, predict, score_spans
+from relearn_lens.measure.guesses import guesses, to_read
 from relearn_lens.models import toy
 from relearn_lens.models.model import Tagger, reading, tags_of
 from relearn_lens.text.concept import Concept

@@ -2,8 +2,8 @@
 
 import torch
 
-from relearn_lens.measure.evaluation import to_read
 from relearn_lens.measure.examples import examples
+from relearn_lens.measure.guesses import to_read
 from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.text.concept import Concept
 

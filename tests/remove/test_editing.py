@@ -42,6 +42,7 @@ def test_the_first_change_is_a_step_along_the_gradient(blocks):
     other.losses(batch_of(other)).sum().backward()
     for block, change in zip(blocks, changes, strict=True):
         gradient = other.plain()[f"trunk.layers.{block}.mlp.fc_out.weight"].grad
+        assert gradient is not None
         torch.testing.assert_close(change.T, 0.01 * gradient, atol=1e-6, rtol=1e-4)
 
 
@@ -106,14 +107,15 @@ def test_what_it_lowers_by_hand_and_its_gradient():
     values = parts()
     torch.testing.assert_close(values[FORGET].detach(), edit, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(values[RETAIN].detach(), kl, atol=1e-5, rtol=1e-3)
-    sum(values.values()).backward()
+    (values[FORGET] + values[RETAIN]).backward()
     for weight, at in ((editor.scale, 1), (editor.network.shift, (0, 1, 3))):
+        assert weight.grad is not None
         slope = float(weight.grad[at])
         ends = []
         for by in (1e-3, -2e-3):
             with torch.no_grad():
                 weight[at] += by
-            ends.append(float(sum(parts().values()).detach()))
+            ends.append(sum(float(value.detach()) for value in parts().values()))
         assert slope == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=0.05, abs=2e-4)
 
 
@@ -157,6 +159,8 @@ def test_what_cannot_be_is_said():
         Mend()(model, TEXTS, where)
     with pytest.raises(ValueError, match="there is no text for 'preferred'"):
         Mend()(model, {"retain": TEXTS["retain"]})
-    plain = [(Passage("", f"the old road to {w}", w, form="text"),) for w in ("rome", "paris", "york")]
+    one, two, three = (
+        (Passage("", f"the old road to {word}", word, form="text"),) for word in ("rome", "paris", "york")
+    )
     with pytest.raises(ValueError, match="have no prompt to edit the answer of, only text"):
-        Mend()(model, Facts("plain", *plain))
+        Mend()(model, Facts("plain", one, two, three))

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import relearn_lens
 from relearn_lens.__main__ import app
 from relearn_lens.analysis.intervals import Estimate
+from relearn_lens.files import as_json, read_json
 from relearn_lens.models import taught
 from relearn_lens.reproduce import protocol, tables
 from relearn_lens.reproduce.claims import CLAIMS, Claim, verdict_of
@@ -122,7 +123,12 @@ def test_record_is_of_the_seeds_that_the_folder_has(made, monkeypatch):
     assert results[0].seeds == (0, 2)
     assert results[0].rows[0].verdict == "inconclusive"
     text = tables.record(results, missing)
-    assert "1 papers, 2 claims: 2 inconclusive" in text
+    assert "1 papers, 2 claims: 2 inconclusive; 0.0 minutes of one core in all." in text
+    kept = read_json(path := folder / "claims" / "toy-2.json")
+    path.write_bytes(as_json({key: value for key, value in {**kept, "seconds": 90.0}.items() if key != "cpu_seconds"}))
+    unsaid = tables.record(protocol.gathered(folder)[0])
+    assert "at most 1.5 minutes of one core in all." in unsaid
+    assert "seeds 0, 2, 90 s." in unsaid
     assert "Not here: claims, seed 1: of another version of the page." in text
     assert "| claims | more | 0.500 [0.400, 0.600] share | beyond 0.1 | 0.010 |  | inconclusive |" in text
     assert "- b: no keys" in text

@@ -20,10 +20,10 @@ from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site, Slice
-from relearn_lens.runs import store
 from relearn_lens.runs.archive import TYPES, _check_fields, pack, unpack
 from relearn_lens.runs.events import Again, ArmDone, Base, Blocked, Cuts, Damage, Grafted, Sized
 from relearn_lens.runs.experiment import perform
+from relearn_lens.runs.folder import RunFolder
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.text.concept import Concept
 from tests.made import TINY, same
@@ -229,7 +229,7 @@ def test_results_come_back_from_files(results, tmp_path: Path):
 
 
 def test_run_folder_gives_back_what_it_kept(results, tmp_path: Path):
-    folder = store.RunFolder(tmp_path, {})
+    folder = RunFolder(tmp_path, {})
     arm = results["arm"]
     for name in ("sized", "cuts", "damage", "grafted", "again", "blocked"):
         folder.keep(results[name])
@@ -253,7 +253,7 @@ def test_an_arm_of_an_earlier_version_is_read(results):
 
 
 def test_run_folder_says_which_file_is_damaged(results, tmp_path: Path):
-    folder = store.RunFolder(tmp_path, {})
+    folder = RunFolder(tmp_path, {})
     folder.keep(results["damage"])
     tensors, _ = files.read_tensors(folder._tensors("damage-0"))
     files.write_tensors(folder._tensors("damage-0"), tensors, {"body": {"type": "Unknown"}, "sites": []})

@@ -21,9 +21,11 @@ from relearn_lens import files
 from relearn_lens.files import write_whole
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import experiment as experiment_module
+from relearn_lens.runs import folder as folder_module
 from relearn_lens.runs import store
 from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, SeedDone, Weighed
 from relearn_lens.runs.experiment import perform
+from relearn_lens.runs.folder import RunFolder
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import ARMS, Experiment
 from relearn_lens.runs.store import load_run
@@ -174,7 +176,7 @@ def test_load_run_gives_back_nan(made, tmp_path):
         {**scores.f1, "person": math.nan}, scores.precision, scores.recall, scores.counts, scores.labels
     )
     arm.snapshots["pruned"] = type(arm["pruned"])(arm["pruned"].saliency, holey, arm["pruned"].stats)  # pyright: ignore[reportIndexIssue]
-    there = store.RunFolder(tmp_path, {})
+    there = RunFolder(tmp_path, {})
     there.keep_arm(ArmDone(arm, None))
     found = there.arm("concept", 0)
     assert found is not None
@@ -474,7 +476,7 @@ def fails_at(monkeypatch):
 
 def test_run_goes_on_after_a_full_disk_wherever_it_was(tmp_path, replayed, fails_at, monkeypatch):
     """Every eleventh write fails once; the same command then leaves the same files."""
-    monkeypatch.setattr(store, "summary", lambda run: {"arms": list(run.arms)})
+    monkeypatch.setattr(folder_module, "summary", lambda run: {"arms": list(run.arms)})
     store.run(tiny(), tmp_path / "whole")
     writes = fails_at["now"]
     assert writes > 40

@@ -254,9 +254,11 @@ def test_intervals_of_the_migration_have_the_level_of_the_run(run: Run):
             ),
         )
         .numbers.migrations["matched"]
-        .moved.gap
+        .moved.gap  # pyright: ignore[reportAttributeAccessIssue]
         for level in (0.99, 0.6)
     )
+    assert wide is not None
+    assert narrow is not None
     assert wide.value == narrow.value
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low) > 0
 

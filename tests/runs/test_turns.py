@@ -12,9 +12,9 @@ from filelock import FileLock
 from relearn_lens.runs import store, turns
 from relearn_lens.runs.events import ArmDone, Prepared
 from relearn_lens.runs.experiment import units_of_run
+from relearn_lens.runs.folder import RunFolder
 from relearn_lens.runs.preparation import prepare
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.runs.store import RunFolder
 from relearn_lens.runs.turns import Turns, processes_for
 from relearn_lens.runs.units import units_of
 from tests.interruptions import difference, small_run

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relearn_lens.measure.evaluation import Guesses
 from relearn_lens.measure.examples import Examples
+from relearn_lens.measure.guesses import Guesses
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import presets
 from relearn_lens.runs.results import Run
@@ -307,7 +307,7 @@ def test_report_shows_neurons_that_took_over_beside_the_random_arms(page, run):
 def test_report_shows_neurons_word_by_word_as_text():
     run = told(with_all(run_of("concept", "random")))
     path = run.arms["concept"][0]
-    cut, there = next(iter(path.pruned)), next(iter(path.survivors()))
+    cut, there = next(iter(path.removed or ())), next(iter(path.survivors()))
     sentences = (("In", HOSTILE, "."), ("Rome",))
     values = torch.tensor([[0.0, 1.0], [4.0, 1.0], [0.0, 1.0], [math.nan, 3.0]])
     kept = Examples((str(cut), str(there)), sentences, values)

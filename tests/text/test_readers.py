@@ -16,8 +16,10 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from relearn_lens import sources
 from relearn_lens.text import readers
+from relearn_lens.text.bsb import read_bsb_names
+from relearn_lens.text.conll import read_conll
 from relearn_lens.text.corpus import Corpus
-from relearn_lens.text.readers import CORPORA, read_bsb_names, read_conll, read_hf, read_splits, read_splits_named
+from relearn_lens.text.readers import CORPORA, read_hf, read_splits, read_splits_named
 
 
 @pytest.fixture
@@ -650,7 +652,7 @@ def test_read_bsb_names_decides_by_form(tmp_path, monkeypatch):
         "\n".join(["id\tsource_verse\ttext\tskip_space_after", *words]), encoding="utf-8"
     )
     (tmp_path / "SBLGNT-BSB-manual.json").write_text(json.dumps({"records": records}), encoding="utf-8")
-    monkeypatch.setattr(readers.sources, "fetch", lambda name: tmp_path)
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path)
     corpus = read_bsb_names()
     assert texts(corpus) == [verse.split() for verse in VERSES]
     # of 5 "He" one is aligned, less than a third; of 3 "Paul" two are, and so all 3 are names

@@ -159,7 +159,7 @@ def grafts(run: Run) -> go.Figure:
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_yaxes(title_text="part of the model", col=1)
     return figure.update_annotations(font={"size": 13, "color": TEXT}).update_layout(
-        margin={"t": 112}, legend={"y": -0.3}
+        margin={"t": 132}, legend={"y": -0.38}
     )
 
 

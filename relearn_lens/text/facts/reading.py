@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relearn_lens.text.facts.passages import Facts, Passage, halves
-from relearn_lens.text.readers import load_hf
+from relearn_lens.text.hf import load_hf
 
 SHAPES = (("prompt", "answer"), ("question", "answer"), ("question", "choices", "answer"), ("text",))
 """The fields that a row may have; `key`, `relation` (or `subject`) and `form` may stand beside them."""
