@@ -7,6 +7,7 @@ median of several rounds and prints their ratio beside its goal.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -150,6 +151,11 @@ def _elsewhere(module: str, name: str, *args: object) -> Callable[[], None]:
     return lambda: getattr(importlib.import_module(f"tests.benchmarks.{module}"), name)(*args)
 
 
+def _begun_anew(module: str) -> None:
+    """A file here that must not have the package imported, in the place of this process, with what options follow."""
+    os.execv(sys.executable, [sys.executable, "-m", f"tests.benchmarks.{module}", *sys.argv[2:]])
+
+
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "saliency": saliency,
     "saliency-mlp": lambda: saliency("mlp_post"),
@@ -178,12 +184,14 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "returns": _elsewhere("returns", "returns"),
     "power": _elsewhere("power", "power"),
     "audits": _elsewhere("audits", "report"),
+    "mutants": lambda: _begun_anew("mutants"),
     "alarm": _elsewhere("alarm", "report"),
 }
 """What runs only when it is named."""
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or list(BENCHMARKS)
+    # What follows the first option is the benchmark's own.
+    wanted = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:])) or list(BENCHMARKS)
     known = BENCHMARKS | BY_NAME
     if unknown := sorted(set(wanted) - set(known)):
         raise SystemExit(f"unknown benchmark {unknown[0]!r}; known: {', '.join(known)}")

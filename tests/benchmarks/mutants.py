@@ -134,12 +134,14 @@ def _child(checkout: str, tests: list[str], log: str, limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     os.chdir(checkout)
     sys.path[:] = [checkout, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
-    for name in [name for name in sys.modules if name.split(".")[0] in (PACKAGE, "tests")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]
     sys.dont_write_bytecode = True  # what was compiled of one fault is not taken for the next
     import pytest
 
-    os._exit(int(pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", "--tb=line", "-o", "addopts=-q", *tests])))
+    code = pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", "--tb=line", "-o", "addopts=-q", *tests])
+    sys.stdout.flush()
+    os._exit(int(code))
 
 
 def _run(checkout: Path, tests: list[str], limit: int = 0) -> tuple[int, float, str]:
@@ -149,7 +151,8 @@ def _run(checkout: Path, tests: list[str], limit: int = 0) -> tuple[int, float, 
     process.start()
     process.join()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    failed = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:]
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return process.exitcode or 0, round(seconds, 1), failed[0].split(" - ")[0] if failed else ""
 
@@ -173,7 +176,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=100, help="how many faults")
     parser.add_argument("--only", default="", help="modules whose path below the package begins so, such as analysis/")
     parser.add_argument("--out", type=Path, help="where results are kept; by default below build/")
-    asked = parser.parse_args([word for word in sys.argv[1:] if word != "mutants"])
+    asked = parser.parse_args()
     every = mutants(asked.only)
     drawn = random.Random(asked.seed).sample(every, min(asked.n, len(every)))
     out = asked.out or ROOT / "build" / f"mutants-{asked.seed}.jsonl"

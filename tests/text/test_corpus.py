@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
+from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, Word, bio, build_corpus
 from tests.conftest import unchecked
 
@@ -123,6 +124,31 @@ def test_sample_is_deterministic_ordered_and_without_replacement():
 
 def test_sample_of_more_than_there_is_is_everything(corpus):
     assert corpus.sample(3, seed=0) is corpus
+
+
+@pytest.mark.parametrize("concept", ["LOC", Concept("place", ["LOC"])])
+@pytest.mark.parametrize(("share", "with_it"), [(None, 5), (0.3, 3), (1, 10)])
+def test_sample_of_a_concept_holds_it_in_its_share_and_fills_up_with_others(concept, share, with_it):
+    text = [[(str(i), "LOC" if i % 2 else "PER", True), ("x", "O", False)] for i in range(40)]
+    drawn = build_corpus(text, name="numbers").sample(10, seed=1, concept=concept, share=share)
+    numbers = [int(sentence[0].text) for sentence in drawn]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == 10
+    assert sum(number % 2 for number in numbers) == with_it
+
+
+def test_sample_of_a_rare_concept_is_filled_with_others_as_far_as_there_are():
+    text = [[(str(i), "LOC" if i < 3 else "O", i < 3)] for i in range(9)]
+    corpus = build_corpus(text, name="numbers")
+    assert [int(sentence[0].text) < 3 for sentence in corpus.sample(8, seed=0, concept="LOC")] == [True] * 3 + [
+        False
+    ] * 5
+    assert corpus.sample(20, seed=0, concept="LOC").n_sentences == 9
+
+
+def test_sample_of_a_label_that_there_is_not_is_refused(corpus):
+    with pytest.raises(ValueError, match="unknown label 'MISC'; known: O, "):
+        corpus.sample(2, seed=0, concept="MISC")
 
 
 def test_drawing_leaves_the_global_generator_alone(corpus):
