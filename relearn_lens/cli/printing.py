@@ -74,4 +74,5 @@ def columns(piped: int = 80) -> int:
 
 
 def short(value: Any) -> str:
+    """A setting as a table shows it."""
     return ", ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)

@@ -2,7 +2,7 @@
 
     settings.toml            the resolved settings; `relearn-lens run settings.toml` repeats the run
     manifest.json            versions, hashes of every input, notes, seconds, memory; `complete` once all is there
-    summary.json             the numbers, in the shape that the README documents
+    summary.json             the numbers, with their units (summary.py)
     metrics.parquet          F1, precision, recall per arm, seed, stage, label
     layers.parquet           saliency per arm, seed, stage, layer; all neurons and matched
     tensors/*.safetensors    per seed and arm: score of every neuron, class statistics, span counts, what was pruned
@@ -213,8 +213,11 @@ class RunFolder:
     def shared_out(self, ready: Prepared, units: Sequence[Unit]) -> Iterator[Turns | None]:
         """For a while, other processes of this machine compute units of the run too, as many as its settings say; None
         where there are no others."""
-        n = self.manifest.setdefault("workers", processes_for(ready))
-        if n == 1:
+        n = self.manifest.get("workers")  # a run that goes on keeps its number: the last bits depend on it
+        if not isinstance(n, int) or n < 1:
+            n = processes_for(ready)
+        if processes.size() > 1 or n == 1:  # those that a launcher started start no others
+            self.manifest["workers"] = 1
             yield None
             return
         self.note(workers=n)
@@ -263,7 +266,7 @@ class RunFolder:
 
     def keep_state(self, event: Paused) -> None:
         """Where a training stands: enough to go on from. One file, replaced at every pause; a large one not before
-        `STATE_SECONDS` have gone by, since what would be lost is computed in less than it takes to write it."""
+        `STATE_SECONDS` have gone by: writing it at every pause takes longer than computing again what a kill loses."""
         tensors = {f"weights/{name}": value for name, value in event.weights.items()}
         tensors |= {f"optimiser/{name}": value for name, value in event.state.items()}
         at = event.at

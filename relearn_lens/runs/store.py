@@ -100,8 +100,10 @@ def _nothing_left(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if not ((path / MANIFEST).is_file() and "inputs" in read_json(path / MANIFEST)):
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(ValueError):
+            began = (path / MANIFEST).is_file() and "inputs" in read_json(path / MANIFEST)
+            if not began:
+                shutil.rmtree(path, ignore_errors=True)
         raise
 
 

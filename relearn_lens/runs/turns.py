@@ -23,7 +23,6 @@ import torch
 from filelock import FileLock, Timeout
 
 from relearn_lens.files import as_json, read_json, write_whole
-from relearn_lens.models import processes
 from relearn_lens.runs.events import Event, Kept, Prepared
 from relearn_lens.runs.experiment import alone
 from relearn_lens.runs.needs import memory_mb, peak_rss_mb
@@ -40,8 +39,6 @@ PATIENCE = 0.1
 def processes_for(ready: Prepared) -> int:
     """How many processes compute a run: as its settings say, or as many as cores and memory allow."""
     experiment, device = ready.experiment, ready.model.device.type
-    if processes.size() > 1:
-        return 1
     if experiment.workers is not None:
         return experiment.workers
     if device != "cpu" or sum(value.numel() for value in ready.model.weights().values()) < SMALL:

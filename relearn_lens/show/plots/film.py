@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,13 @@ def film(run: Run) -> go.Figure:
     for trace, (row, column) in zip(drawn(0), places, strict=True):
         figure.add_trace(trace, row=row, col=column)
     figure.frames = [
-        go.Frame(name=stage, data=drawn(k), traces=list(range(len(places)))) for k, stage in enumerate(stages)
+        go.Frame(
+            name=stage,
+            data=drawn(k),
+            traces=list(range(len(places))),
+            layout={"title": {"text": _caption(first, stage, k, curves, scores.metric)}},
+        )
+        for k, stage in enumerate(stages)
     ]
     dressed(
         figure, f"{concept(first)}: cut out, trained on, stage by stage",
@@ -108,6 +115,15 @@ def film(run: Run) -> go.Figure:
         margin={"b": 110}, legend={"y": -0.3},
         sliders=[_slider(stages)], updatemenus=[_play()],
     )  # fmt: skip
+
+
+def _caption(arms: Sequence[Trajectory], stage: str, k: int, curves: Mapping[str, Sequence[float]], metric: str) -> str:
+    """What is to be seen at a stage, in a line."""
+    now = next(iter(curves.values()))[k]
+    at = arms[0][stage].at
+    when = "before the cut" if k == 0 else "cut out" if at is None else f"trained on, {at.by} {stage}"
+    twin = f", {curves['never'][k]:.2f} in a twin that never had it" if at is not None and "never" in curves else ""
+    return f"{concept(arms)}: {when}, {metric} {now:.2f}{twin}"
 
 
 def _size(width: int) -> int:
@@ -167,7 +183,8 @@ def save_gif(figure: go.Figure, path: str | Path, *, width: int = 900, height: i
         for trace, k in zip(frame.data, frame.traces, strict=True):
             still.data[k].update(trace)
         still.layout.updatemenus = ()
-        still.update_layout(title={"text": f"{said(figure)[0]} ({frame.name})"}, margin={"b": 70}, legend={"y": -0.2})
+        heading = frame.layout.title.text or f"{said(figure)[0]} ({frame.name})"
+        still.update_layout(title={"text": heading}, margin={"b": 70}, legend={"y": -0.2})
         pictures.append(Image.open(io.BytesIO(png_of(still, width=width, height=height, scale=1))).convert("RGB"))
     # One palette for all: each with its own would change the colour of the lines from frame to frame.
     strip = Image.new("RGB", (width, height * len(pictures)))
