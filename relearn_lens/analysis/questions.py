@@ -92,6 +92,12 @@ class Question:
     beside: Mapping[str, float | str] = field(default_factory=dict)
     """Further numbers that are shown and give no verdict."""
 
+    @property
+    def falls_to_holm(self) -> bool:
+        """Whether the verdict holds by itself, and not among the questions of its family."""
+        level = RULES["level"].value
+        return self.verdict in ("supported", "reversed") and (self.p_holm or 0.0) > 1 - level + 1e-12
+
 
 def family(questions: Sequence[Question]) -> list[Question]:
     """The questions with p-values corrected together (Holm); a verdict that does not survive that says so."""
@@ -99,7 +105,7 @@ def family(questions: Sequence[Question]) -> list[Question]:
     corrected = list(questions)
     for i, p in zip(tested, holm([questions[i].p or 0.0 for i in tested]), strict=True):
         one = replace(corrected[i], p_holm=p)
-        if one.verdict in ("supported", "reversed") and p > 1 - RULES["level"].value + 1e-12:
+        if one.falls_to_holm:
             but = f"; it does not survive Holm's correction for {len(tested)} questions (p = {p:.2g})."
             one = replace(one, says=one.says.removesuffix(".") + but, decide=_MORE_SEEDS)
         corrected[i] = one

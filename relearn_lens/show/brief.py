@@ -209,7 +209,10 @@ def answered(run: Run) -> list[Answer]:
     for question in run.numbers.questions:
         name, say = tell.get(question.key, (question.key, lambda *_: None))
         decides = _number(question)
-        says = say(run, decides) or question.says.removeprefix("Undecided: ").rstrip(".")
+        if not (says := say(run, decides)):
+            says = question.says.removeprefix("Undecided: ").rstrip(".")
+        elif question.falls_to_holm:
+            says += "; not beyond Holm"
         lines.append(Answer(name, question, says, decides))
     return lines
 

@@ -92,6 +92,17 @@ def test_answers_hold_the_numbers_of_the_questions(run):
     assert found["sooner"].says == "there is no never twin"
 
 
+@pytest.mark.parametrize(("p", "told"), [(0.2, True), (0.01, False)])
+def test_a_verdict_that_falls_to_holm_says_so_in_its_line(run, p, told):
+    there = replace(run)  # with numbers of its own
+    there.numbers.__dict__["questions"] = [
+        replace(each, verdict="supported", p_holm=p) if each.key == "returns" else each
+        for each in run.numbers.questions
+    ]
+    back = next(answer for answer in brief.answered(there) if answer.name == "back?")
+    assert back.says.endswith("; not beyond Holm") is told
+
+
 def test_nothing_is_called_enough_while_the_question_is_inconclusive(run, monkeypatch):
     known = run.numbers.questions
     open_ = [replace(each, verdict="inconclusive") if each.key.startswith("where") else each for each in known]
