@@ -374,6 +374,8 @@ class _Loop:
     memory: dict[str, Tensor] = field(default_factory=dict)
     full: dict[int, nn.Parameter] = field(default_factory=dict)
     """In float32, what moves of weights in 16 bits, by their id: small steps would be lost in those."""
+    training: list[nn.Parameter] | None = None
+    """The parameters that train, while they do: to look for them takes a tenth of a small model's step."""
 
     def checkpoints(self) -> Generator[Checkpoint, None, None]:
         """Train on to each pause in turn."""
@@ -401,9 +403,10 @@ class _Loop:
             since, horizon = (begin, end - begin) if how.restart else (0, total)
             sums: dict[str, list[Tensor]] = {}
             counts: dict[str, int] = {}
+            self.training = self.moving()
             with (
                 progress.task(self.what, total, done=step),
-                _learning(model, self.moving()),
+                _learning(model, self.training),
                 checkpointed(model) if how.checkpointing else contextlib.nullcontext(),
             ):
                 while step < end:
@@ -422,6 +425,7 @@ class _Loop:
                     step += 1
                     self._after(step, total, batch)
                     progress.advance()
+            self.training = None
             # Looked at once per stage: to look at every step would make a GPU wait for it.
             means = self._means(sums, counts, begin, end)
             by = "epoch" if how.steps is None else "step"
@@ -441,6 +445,8 @@ class _Loop:
 
     def moving(self) -> list[nn.Parameter]:
         """The parameters that train."""
+        if self.training is not None:
+            return self.training
         if self.entries is not None:
             return [weight for weight, _ in self.entries]
         return [p for p in self.model.parameters() if p.requires_grad]
