@@ -56,6 +56,7 @@ def pytest_collection_finish() -> None:
     """What is imported stays: to look through all of it again and again for what is not used takes seconds."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 def _unsynced(_: int) -> None:
