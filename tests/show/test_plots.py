@@ -953,6 +953,7 @@ def test_what_was_held_is_drawn_beside_the_free_arm():
     assert [trace["name"] for trace in figure if trace["showlegend"]] == [
         "free", "held: the part that brings most", "held: the heirs", "held: as many others",
     ]  # fmt: skip
+    assert len({trace["line"]["color"] for trace in figure}) == 4
     assert as_list(figure[1]["x"]) == [0, 8, 64]
     assert as_list(figure[1]["y"]) == pytest.approx([run.arms["concept"][0]["pruned"].scores.shown("place"), 0.2, 0.2])
 
