@@ -95,7 +95,7 @@ def blocked(run: Run) -> go.Figure:
     if not any(each.course for each in run.blocked):
         raise NotMeasuredError("nothing was held in this run; block.held = ['part', 'heirs', 'random'] does it")
     paths, label = {path.seed: path for path in run.arms["concept"]}, run.label
-    colours = dict(zip(HELD.values(), ("#0072B2", "#CC79A7", ARM_COLOURS["random"]), strict=True))
+    colours = dict(zip(HELD.values(), ("#009E73", "#CC79A7", ARM_COLOURS["random"]), strict=True))
     figure, shown = go.Figure(), set[str]()
     for seed, path in paths.items():
         free = {at.step: path[stage].scores for stage in path.stages if (at := path[stage].at) and stage != BASE}
