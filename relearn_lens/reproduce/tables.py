@@ -37,11 +37,8 @@ def busy(results: Sequence[Reproduction]) -> str:
     return f"{most}{sum(each) / 60:.1f} minutes of one core in all"
 
 
-def record(
-    results: Sequence[Reproduction], missing: Sequence[str] = (), pretrained: Sequence[Reproduction] = ()
-) -> str:
-    """All that was measured, as Markdown: the table, what the seeds say, and the seconds of every paper; `pretrained`:
-    what was measured at scale real."""
+def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
+    """All that was measured, as Markdown: the table, what the seeds say, and the seconds of every paper."""
     counts = Counter(row.verdict for result in results for row in result.rows)
     lines = [
         "# What was reproduced", "",
@@ -53,13 +50,9 @@ def record(
         + f"; {busy(results)}.",
         *(f"Not here: {line}." for line in missing), "", table(results),
     ]  # fmt: skip
-    if pretrained:
-        models = ", ".join(sorted({result.model for result in pretrained}))
-        lines += [f"With `--scale real`, on {models}:", "", table(pretrained)]
-    for result in (*results, *pretrained):
+    for result in results:
         seeds = ", ".join(map(str, result.seeds))
-        name = result.paper.name + ("" if result.scale == "toy" else f" on {result.model}")
-        lines.append(f"## {name}")
+        lines.append(f"## {result.paper.name}")
         lines.append("")
         lines.append(
             f"{result.paper.title} ({result.paper.source}). {result.paper.protocol}. Smaller here: "
@@ -68,7 +61,7 @@ def record(
         lines.append("")
         for row in result.rows:
             lines += [f"- {row.claim.key}: {note.rstrip('; ')}" for note in row.notes]
-        if read := READINGS.get(name):
+        if result.scale == "toy" and (read := READINGS.get(result.paper.name)):
             lines += ["", "Read so:", ""]
             lines += [
                 f"- {row.claim.key} ({row.verdict}): {read[row.claim.key]}."
