@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Sequence
 
@@ -30,6 +29,7 @@ from relearn_lens.show.plots.style import (
     concept,
     dressed,
     safe,
+    whole,
 )
 
 Example = tuple[Sequence[str], Sequence[float | int]]
@@ -60,7 +60,7 @@ def neuron_card(
     Raises:
         ValueError: a name that is no neuron of this run's site, an unknown arm or seed.
     """
-    arms = arm_of(run, arm)
+    arms = arm_of(whole(run), arm)
     path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
     if path is None:
         raise ValueError(f"no seed {seed} in this run; it has {', '.join(str(each.seed) for each in arms)}")
@@ -127,10 +127,7 @@ def neuron_of(path: Trajectory, neuron: str | tuple[str, int]) -> Neuron:
     """
     site = path.site
     if isinstance(neuron, str):
-        parsed = re.fullmatch(r"L(.+)N(\d+)", neuron)
-        if not parsed:
-            raise ValueError(f"{neuron!r} is no name of a neuron; write L<layer>N<index>, such as L{site.layers[-1]}N0")
-        neuron = (parsed[1], int(parsed[2]))
+        neuron = Neuron.named(neuron)
     layer, index = str(neuron[0]), int(neuron[1])
     if layer not in site.layers or not 0 <= index < site.width:
         raise ValueError(

@@ -22,6 +22,7 @@ from relearn_lens.show.plots.style import (
     measured_by,
     safe,
     seeds,
+    whole,
 )
 
 
@@ -37,7 +38,7 @@ def dose(run: Run) -> go.Figure:
     Raises:
         ValueError: the size of the cut was set, so no doses were measured.
     """
-    measured = [sized for sized in run.sized if sized.doses and sized.base is not None]
+    measured = [sized for sized in whole(run).sized if sized.doses and sized.base is not None]
     if not measured:
         raise NotMeasuredError("the size of the cut was set, not found; prune.fraction = 'auto' finds it")
     sized, base = measured[0], measured[0].base
@@ -103,7 +104,7 @@ def grafts(run: Run) -> go.Figure:
     Raises:
         ValueError: no grafts were made.
     """
-    stages = _by_stage(run)
+    stages = _by_stage(whole(run))
     if not stages:
         raise NotMeasuredError("no grafts were made in this run; they need a concept arm and grafts.skip = false")
     arms = run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
