@@ -277,6 +277,7 @@ def test_objects_print_in_a_line_with_their_units(toy_model, before):
         "Experiment(toy, toy, concept place, site mlp_post; arms concept, other, random, unpruned, never; 3 seeds; "
         "9 more changed)"
     )
+    assert repr(rl.preset("names")).endswith("never; 3 seeds)")
 
 
 def test_objects_show_the_same_in_a_notebook(toy_model, before):

@@ -21,7 +21,6 @@ from relearn_lens.show.plots.style import (
     dressed,
     measured_by,
     safe,
-    seeds,
     whole,
 )
 
@@ -152,15 +151,15 @@ def grafts(run: Run) -> go.Figure:
     dressed(
         figure,
         f"Which part brings {concept(arms)} back",
-        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back, mean over {seeds(n)}; {about(run, arms)}",
+        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back{', means' * (n > 1)}; {about(run, arms)}",
         x="share back",
-        height=150 + 34 * len(stages[0][2][0].parts),
+        height=158 + 34 * len(stages[0][2][0].parts),
     )
     figure.update_xaxes(range=[max(low, -0.6) - 0.06, min(high, 1.6) + 0.06], zeroline=False)
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_yaxes(title_text="part of the model", col=1)
     return figure.update_annotations(font={"size": 13, "color": TEXT}).update_layout(
-        margin={"t": 132}, legend={"y": -0.38}
+        margin={"t": 140}, legend={"y": -0.38}
     )
 
 

@@ -194,7 +194,11 @@ def dressed(figure: go.Figure, title: str, note: str, *, x: str = "", y: str = "
         font={"color": TEXT, "size": 13},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK, "remove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d"]},
         hoverlabel={"bgcolor": "#262626", "bordercolor": "#262626", "font": {"color": "#ffffff"}},
-        legend={"orientation": "h", "y": -0.25},  # below, so that a phone has room for the picture
+        legend={
+            "orientation": "h",
+            "y": -0.25,
+            "bgcolor": "rgba(0,0,0,0)",
+        },  # below, so that a phone has room for the picture
     )
     lines = {
         "gridcolor": GRID, "zerolinecolor": "rgba(128,128,128,0.6)", "linecolor": GRID, "automargin": True,
