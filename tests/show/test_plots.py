@@ -795,9 +795,9 @@ def test_verdicts_draw_effects_in_units_of_the_bar():
         assert at == pytest.approx(claim.effect.value / claim.bar)
         assert np.sinh(trace.x[0] + trace.error_x.array[0]) == pytest.approx(claim.effect.high / claim.bar)
         assert np.sinh(trace.x[0] - trace.error_x.arrayminus[0]) == pytest.approx(claim.effect.low / claim.bar)
-    assert dots["supported"].text == ("1.000 [0.750, 1.500]",)
+    numbers = [note.text for note in layout_of(figure).annotations[len(CLAIMS) :]]
+    assert numbers == ["1.000 [0.750, 1.500]", "-2.000 [-3.000, -1.000]", "0.100 [-0.200, 0.300]", "0.400"]
     unsure = dots["inconclusive"]
-    assert unsure.text == ("0.400", "")
     assert np.sinh(unsure.x[0]) == pytest.approx(0.8)
     assert np.isnan(unsure.error_x.array[0])
     assert np.isnan(unsure.x[1])
@@ -827,7 +827,7 @@ def test_verdicts_say_every_claim_and_its_verdict(whole):
     notes = [note.text.replace("<br>", " ") for note in layout_of(plots.verdicts(CLAIMS)).annotations]
     assert notes[1] == "<b>C2, reversed:</b> the claim C2 says &lt;this&gt;"
     said = [note.text.replace("<br>", " ") for note in layout_of(plots.verdicts(whole)).annotations]
-    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in whole.numbers.claims] == said
+    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in whole.numbers.claims] == said[: len(whole.numbers.claims)]
     with pytest.raises(plots.NotMeasuredError, match="this run has no concept arm"):
         plots.verdicts(run_of("random"))
 

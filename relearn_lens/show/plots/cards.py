@@ -189,9 +189,7 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
         at = np.array([[_drawn_at(_bars(claim, part)) for part in ("value", "low", "high")] for claim in here])
         end = max(end, 1.08 * float(np.nan_to_num(np.abs(at)).max()))
         figure.add_scatter(
-            x=at[:, 0], y=[height[claim.id] for claim in here], mode="markers+text", name=verdict,
-            text=["" if c.effect is None else safe(c.effect) for c in here], textposition="bottom center",
-            cliponaxis=False, textfont={"size": 11, "color": TEXT},
+            x=at[:, 0], y=[height[claim.id] for claim in here], mode="markers", name=verdict,
             marker={"color": colour, "symbol": symbol, "size": 12, "line": {"width": 2, "color": colour}},
             error_x={"type": "data", "array": at[:, 2] - at[:, 0], "arrayminus": at[:, 0] - at[:, 1], "color": colour,
                      "thickness": 3, "width": 0},
@@ -209,6 +207,12 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
             x=0.008, xref="paper", xanchor="left", y=height[claim.id], yanchor="middle", align="left",
             showarrow=False, text=_wrapped(claim),
         )  # fmt: skip
+    for claim in claims:
+        if claim.effect is not None:
+            figure.add_annotation(
+                x=_drawn_at(_bars(claim, "value")), y=height[claim.id] - 0.12, yanchor="top", showarrow=False,
+                text=safe(claim.effect),
+            )  # fmt: skip
     note = ""
     if isinstance(data, Run):
         first = next(iter(data.arms.values()))

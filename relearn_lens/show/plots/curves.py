@@ -40,8 +40,6 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
     interval that the settings ask for: over seeds where there are several, else bootstrap over sentences. The dotted
     bar at `pruned` spans the random sets that were ablated without retraining. A line that is missing at a stage has no
     score there. Runs that it is drawn `beside` share its axis where they have the same score.
-
-    Data is a run, a trajectory, several (those of one `arm` are its seeds), or a mapping of arms.
     """
     figure = go.Figure()
     arms_by_name, over = arms_of(data), ""
