@@ -331,12 +331,14 @@ def encoded_for(model: Model | TransformerBridge, text: Corpus | Encoded, *, con
     """A text in a model's sub-words; one that is encoded already is given back as it is.
 
     Raises:
-        ValueError: as `encoding.encode`.
+        ValueError: it is no model; or as `encoding.encode`.
     """
     if isinstance(text, Encoded):
         return text
     if isinstance(model, Model):
         return model.encode(text, context=context)
+    if not hasattr(model, "tokenizer"):
+        raise ValueError(f"the first argument is a model (load_tagger, load_bridge), got a {type(model).__name__}")
     return encode(text, model.tokenizer, context=context or int(model.cfg.n_ctx))
 
 

@@ -22,7 +22,7 @@ from relearn_lens.show.plots.style import (
     dressed,
     measured_by,
     safe,
-    seeds,
+    whole,
 )
 
 FREE = "free"
@@ -42,7 +42,7 @@ def dose(run: Run) -> go.Figure:
     Raises:
         ValueError: the size of the cut was set, so no doses were measured.
     """
-    measured = [sized for sized in run.sized if sized.doses and sized.base is not None]
+    measured = [sized for sized in whole(run).sized if sized.doses and sized.base is not None]
     if not measured:
         raise NotMeasuredError("the size of the cut was set, not found; prune.fraction = 'auto' finds it")
     sized, base = measured[0], measured[0].base
@@ -145,7 +145,7 @@ def grafts(run: Run) -> go.Figure:
     Raises:
         ValueError: no grafts were made.
     """
-    stages = _by_stage(run)
+    stages = _by_stage(whole(run))
     if not stages:
         raise NotMeasuredError("no grafts were made in this run; they need a concept arm and grafts.skip = false")
     arms = run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
@@ -193,15 +193,15 @@ def grafts(run: Run) -> go.Figure:
     dressed(
         figure,
         f"Which part brings {concept(arms)} back",
-        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back, mean over {seeds(n)}; {about(run, arms)}",
+        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back{', means' * (n > 1)}; {about(run, arms)}",
         x="share back",
-        height=150 + 34 * len(stages[0][2][0].parts),
+        height=158 + 34 * len(stages[0][2][0].parts),
     )
     figure.update_xaxes(range=[max(low, -0.6) - 0.06, min(high, 1.6) + 0.06], zeroline=False)
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_yaxes(title_text="part of the model", col=1)
     return figure.update_annotations(font={"size": 13, "color": TEXT}).update_layout(
-        margin={"t": 132}, legend={"y": -0.38}
+        margin={"t": 140}, legend={"y": -0.38}
     )
 
 
