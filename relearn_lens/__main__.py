@@ -774,13 +774,12 @@ def _print_anywhere() -> None:
 
 def _folder(settings: str, experiment: Experiment) -> Path:
     """The default run folder: the preset's or file's name, marked when settings were changed on the command line."""
-    import hashlib
-
+    from relearn_lens.files import sha256_of
     from relearn_lens.runs.presets import settings_of
 
     name = Path(settings).stem
     if settings_of(settings) != experiment:
-        name += "-" + hashlib.sha256(experiment.model_dump_json().encode()).hexdigest()[:6]
+        name += "-" + sha256_of(experiment.model_dump_json())[:6]
     return Path("runs") / name
 
 

@@ -104,9 +104,14 @@ def check_free(path: Path) -> None:
         raise FileExistsError(f"{str(path)!r} is there already; choose a folder that is empty or not there yet")
 
 
+def sha256_of(text: str) -> str:
+    """sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def digest_of(value: Any) -> str:
     """sha256 of plain values, whatever the order of their names."""
-    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(plain(value), sort_keys=True))
 
 
 def as_json(value: Any) -> bytes:

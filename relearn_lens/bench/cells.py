@@ -24,6 +24,7 @@ from torch import Tensor
 from relearn_lens import methods, progress
 from relearn_lens.analysis.matrix import NEVER, Cell, Course, share
 from relearn_lens.bench.plan import Bench, Column, Row
+from relearn_lens.files import sha256_of
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.measure.answers import AnswerAccuracy, answer
 from relearn_lens.measure.asking import Asked, Reference
@@ -535,9 +536,7 @@ def drawn(facts: Facts, roles: Sequence[str], keys: int, wordings: int, seed: in
 
 
 def _hash(passages: Sequence[Passage]) -> str:
-    import hashlib
-
-    return hashlib.sha256("\n".join(p.text for p in passages).encode()).hexdigest()
+    return sha256_of("\n".join(p.text for p in passages))
 
 
 def _copied(weights: Weights) -> dict[str, Tensor]:

@@ -30,7 +30,6 @@ The folder of a sweep:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -238,7 +237,7 @@ def _name(choices: Sequence[Choice]) -> str:
     for name, given in choices:
         parts += [name] if name else [f"{key}={_slug(value)}" for key, value in given.items()]
     whole = ",".join(parts)
-    return whole if len(whole) <= _LONGEST else f"{whole[: _LONGEST - 9]}-{_hash(whole)}"
+    return whole if len(whole) <= _LONGEST else f"{whole[: _LONGEST - 9]}-{files.sha256_of(whole)[:6]}"
 
 
 def _slug(value: Any) -> str:
@@ -247,11 +246,7 @@ def _slug(value: Any) -> str:
         return "+".join(map(_slug, value)) or "none"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     safe = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[-40:]
-    return safe if safe == text else f"{safe.strip('-.')}-{_hash(text)}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    return safe if safe == text else f"{safe.strip('-.')}-{files.sha256_of(text)[:6]}"
 
 
 def _told(problems: Mapping[str, Sequence[str]], total: int) -> str:

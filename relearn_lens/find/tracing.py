@@ -17,7 +17,7 @@ from relearn_lens import progress
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
 from relearn_lens.find.patching import Kept, Prompts, Subject, kept, refusal, replaced, shares, subjects
 from relearn_lens.models.model import LanguageModel, Model, reading
-from relearn_lens.neurons.sites import Component, component_site, token_site, token_vectors
+from relearn_lens.neurons.sites import Component, component_site, ordered, token_site, token_vectors
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Passage
@@ -65,7 +65,7 @@ class CausalTracing(Localiser):
         )  # fmt: skip
         if traces.refused:
             raise ValueError(f"causal_tracing: {traces.refused}, so nothing can be brought back; use more passages")
-        best = sorted(traces.effect[0].argsort(descending=True, stable=True)[:k].tolist())
+        best = sorted(ordered(traces.effect[0])[:k].tolist())
         return WeightMask.of_parts(model, [_PARTS[self.component].format(i) for i in best])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relearn_lens.measure.evaluation import Scores
-from relearn_lens.methods import Method
+from relearn_lens.methods import MAX_TOKENS, Method
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.neurons.streaming import stream
@@ -154,7 +154,7 @@ class Read:
 
 
 def read_answers(
-    model: LanguageModel, passages: Sequence[Passage] | EncodedPassages, *, max_tokens: int = 4096
+    model: LanguageModel, passages: Sequence[Passage] | EncodedPassages, *, max_tokens: int = MAX_TOKENS
 ) -> Read:
     """One pass over passages that reads all of their answers' tokens.
 

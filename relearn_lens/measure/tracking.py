@@ -26,7 +26,7 @@ from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
 from relearn_lens.measure.vectors import WordVectors, input_embeddings
-from relearn_lens.methods import Measuring, megabytes
+from relearn_lens.methods import Measuring
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.names import unknown
@@ -362,7 +362,7 @@ def measure_text(
         gathered = gather(
             model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
             relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
-            sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
+            sample_words=how.sample_words, max_memory=how.max_memory, seed=seed,
             readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
         )  # fmt: skip
         if not one_pass:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import importlib
 import math
 import os
@@ -27,7 +26,7 @@ from torch import Tensor, set_num_threads
 
 from relearn_lens import progress
 from relearn_lens.analysis.intervals import Estimate, over_seeds, over_seeds_and_neurons, over_sentences
-from relearn_lens.files import as_json, read_json, write_whole
+from relearn_lens.files import as_json, read_json, sha256_of, write_whole
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.find.localising import Localiser
 from relearn_lens.find.saliency import Saliency
@@ -552,7 +551,7 @@ def _digest(paper: Paper, lab: Lab) -> str:
     ]
     recipes = RECIPES.get(removals.KINDS.get(lab.name, ""), {})
     named = {name: dict(fields) for name, fields in sorted(recipes.items()) if f'"{name}"' in page}
-    return hashlib.sha256(f"{body}{lab.name}{named}".encode()).hexdigest()[:16]
+    return sha256_of(f"{body}{lab.name}{named}")[:16]
 
 
 def _reading(kept: dict[str, Any]) -> Reading:

@@ -6,7 +6,6 @@ A finished run's manifest holds the hash of every file beside it (`outputs`), of
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from relearn_lens import sources
-from relearn_lens.files import LOCK, plain
+from relearn_lens.files import LOCK, plain, sha256_of
 
 MANIFEST, SEAL = "manifest.json", "seal"
 ROLES = ("model", "corpus", "probe_corpus")
@@ -51,7 +50,7 @@ def hashes_of(folder: str | Path) -> dict[str, str]:
 def seal_of(manifest: Mapping[str, Any]) -> str:
     """sha256 of what a manifest says, its own seal left out."""
     sealed = {key: value for key, value in plain(dict(manifest)).items() if key != SEAL}
-    return hashlib.sha256(json.dumps(sealed, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return sha256_of(json.dumps(sealed, sort_keys=True, ensure_ascii=False))
 
 
 def check_same_inputs(manifests: Mapping[str, Mapping[str, Any]]) -> None:

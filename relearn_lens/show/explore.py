@@ -22,6 +22,7 @@ from torch import Tensor
 
 from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.neurons.sites import Neurons, Site, site_of
@@ -226,7 +227,7 @@ def examples(
     site: str | Site = "resid",
     k: int = 6,
     around: int = 5,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
     """The `k` sentences in which a neuron is farthest from its mean, as `plots.neuron_card(examples=...)` takes them.
 

@@ -59,9 +59,9 @@ def test_turnover_by_chance_is_what_shuffling_gives():
 
 def test_top_of_takes_the_earlier_of_a_tie_and_nobody_else():
     tied = saliency_of([[0.0, 0.0], [0.0, 0.0]])
-    assert priming.top_of(tied, 2) == neurons(("embed", 0), ("embed", 1), shape=(2, 2))
+    assert tied.top(2) == neurons(("embed", 0), ("embed", 1), shape=(2, 2))
     late = neurons(("0", 0), ("0", 1), shape=(2, 2))
-    assert priming.top_of(tied, 1, late) == neurons(("0", 0), shape=(2, 2))
+    assert tied.top(1, among=late) == neurons(("0", 0), shape=(2, 2))
 
 
 @pytest.mark.parametrize("k", [0, 5])

@@ -17,7 +17,7 @@ from relearn_lens.analysis.migration import Selection, saliency_by_layer
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Trajectory
-from relearn_lens.neurons.sites import Neuron, Neurons
+from relearn_lens.neurons.sites import Neuron, Neurons, ordered
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
     ARM_DASHES,
@@ -186,7 +186,7 @@ def neuron_map(
         raise ValueError(f"no stage {stage!r} in this arm; it has {', '.join(stages)}")
     shown = stages[0] if stage is None else stage
     base = path[stages[0]].saliency.score
-    place = base.argsort(dim=1, descending=True, stable=True)
+    place = ordered(base)
     if order == "index":
         place = torch.arange(site.width).expand_as(place)
     block, text = _blocks(path, place, len(stages))
