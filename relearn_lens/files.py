@@ -13,7 +13,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ValueError(f"{str(path)!r} is damaged (it is no table of names and values); run again with --fresh")
     return table
+
+
+def read_toml(path: Path, made: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> dict[str, Any]:
+    """What a TOML file says, or what is `made` of it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return made(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of 5,000 digits
+        raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -28,8 +28,6 @@ class Turnover(NamedTuple):
 
     left: float
     """Share of the top k that are not in it any more."""
-    jaccard: float
-    """Neurons in both tops over neurons in either; 1 where nothing changed."""
     by_chance: float
     """`left`, as expected of two rankings that have nothing to do with each other."""
 
@@ -42,7 +40,7 @@ def turnover(before: Saliency, after: Saliency, k: int, among: Neurons | None = 
     """
     old, new = before.top(k, among=among), after.top(k, among=among)
     kept = len(old & new)
-    return Turnover(1 - kept / k, kept / (2 * k - kept), 1 - k / count_of(before, among))
+    return Turnover(1 - kept / k, 1 - k / count_of(before, among))
 
 
 def heirs(before: Saliency, after: Saliency, k: int, among: Neurons | None = None) -> Neurons:

@@ -123,8 +123,8 @@ def print_compared(runs: list[Run]) -> None:
     if beside.claims:
         header, rows = beside.claims
         # A run's verdict and effect in one cell, as a table that is cut into pieces would part them.
-        told = [[row[0], *map(" ".join, zip(row[2::2], row[3::2], strict=True))] for row in rows]
-        print_table("claims of the paper: verdict, effect", [header[0], *header[2::2]], told, piped=80)
+        cells = [[row[0], *map(" ".join, zip(row[2::2], row[3::2], strict=True))] for row in rows]
+        print_table("claims of the paper: verdict, effect", [header[0], *header[2::2]], cells, piped=80)
 
 
 def print_swept(swept: Swept) -> None:

@@ -113,10 +113,8 @@ class Plan:
     """Groups of pieces, alike in length, that are finished one after the other."""
     pieces_per_chunk: int
     """Of the largest."""
-    bytes_per_row: int
-    """Measured: one step of the longest piece, forward and backward."""
     peak_bytes: int
-    """Tensors that live at the same time beside the model's weights, estimated from `bytes_per_row`."""
+    """Tensors that live at the same time beside the model's weights, estimated from one step of the longest piece."""
     max_bytes: int
     """Asked for."""
     forwards: int
@@ -315,7 +313,6 @@ class _Run:
             pieces=len(lengths),
             chunks=len(chunks),
             pieces_per_chunk=max(len(pieces) for pieces, _ in chunks),
-            bytes_per_row=row,
             peak_bytes=max(peaks),
             max_bytes=self.max_bytes,
             forwards=passes + len(chunks),

@@ -250,14 +250,14 @@ class Metric(Method):
 class OfAnswers(Metric):
     """A metric of the tokens of answers: several of them come from one reading."""
 
-    def of(self, read: Read, asked: Asked) -> Scores:
+    def of(self, read: Read, questions: Asked) -> Scores:
         """The number, of answers that were read already."""
         raise NotImplementedError
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Scores:
         """As of `Metric`."""
-        asked = asked_of(facts)
-        return self.of(read_answers(model, asked.passages), asked)
+        questions = asked_of(facts)
+        return self.of(read_answers(model, questions.passages), questions)
 
 
 def asked_of(facts: Facts | Asked) -> Asked:

@@ -236,7 +236,7 @@ def _steady(model: LanguageModel, weights: Weights) -> Weights:
 @contextlib.contextmanager
 def _lent(model: LanguageModel) -> Iterator[None]:
     """For a while, a model whose weights may be replaced; it reads."""
-    own = {name: value.clone() for name, value in model.weights().items()}
+    own = model.copied()
     try:
         with reading(model):
             yield

@@ -124,6 +124,12 @@ def _columns(labels: Strings, label: Label) -> list[int]:
     return [labels.index(name) for name in names]
 
 
+def _totals(total: np.ndarray, count: np.ndarray, labels: Strings, label: Label) -> np.ndarray:
+    """Two sums of each sentence for a label, where the columns are the labels, then overall."""
+    columns = [len(labels)] if label == OVERALL else _columns(labels, label)
+    return np.stack([total[:, columns].sum(1), count[:, columns].sum(1).astype(float)], 1)
+
+
 @jaxtyped(typechecker=typechecker)
 @dataclass(frozen=True, eq=False, repr=False)
 class Margin(Scores):
@@ -159,8 +165,7 @@ class Margin(Scores):
 
     def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
         """Summed margin and number of words of each sentence."""
-        columns = [len(self.labels)] if label == OVERALL else _columns(self.labels, label)
-        return np.stack([self.total[:, columns].sum(1), self.count[:, columns].sum(1).astype(float)], 1)
+        return _totals(self.total, self.count, self.labels, label)
 
     def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
         """Means; NaN where there are no words."""
@@ -264,8 +269,7 @@ class TokenLoss(Scores):
 
     def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
         """Nats and tokens of each sentence."""
-        columns = [len(self.labels)] if label == OVERALL else _columns(self.labels, label)
-        return np.stack([self.nats[:, columns].sum(1), self.tokens[:, columns].sum(1).astype(float)], 1)
+        return _totals(self.nats, self.tokens, self.labels, label)
 
     def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
         """Nats per token gained over a uniform guess."""
@@ -305,7 +309,7 @@ def judge_of(model: Model, encoded: Encoded, concept: Concept | None = None) -> 
     Raises:
         ValueError: as `evaluate`.
     """
-    check_labels(model, encoded.corpus)
+    _check_labels(model, encoded.corpus)
     if isinstance(model, Tagger):
         return Tags(model, encoded)
     if not isinstance(model, LanguageModel) or concept is None:
@@ -362,17 +366,12 @@ class Losses:
         return TokenLoss(by_sentence(self.nats), by_sentence(self.tokens), labels, self.model.vocabulary)
 
 
-def check_labels(model: Model, corpus: Corpus) -> None:
+def _check_labels(model: Model, corpus: Corpus) -> None:
     """Refuse a text with a label that a tagger does not know."""
-    if isinstance(model, Tagger):
-        _check_tags(model, corpus)
-
-
-def _check_tags(tagger: Tagger, corpus: Corpus) -> None:
-    if unknown := sorted(set(corpus.label_names) - set(tagger.label_names)):
+    if isinstance(model, Tagger) and (unknown := sorted(set(corpus.label_names) - set(model.label_names))):
         raise ValueError(
             f"corpus {corpus.name!r} has labels {unknown} that the tagger does not know; it was made for "
-            f"{', '.join(tagger.label_names)}"
+            f"{', '.join(model.label_names)}"
         )
 
 

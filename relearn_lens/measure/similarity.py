@@ -433,7 +433,7 @@ def _wardrobe(before: object, after: Model | TransformerBridge) -> Iterator[Call
     if not isinstance(before, Mapping) or not isinstance(after, Model):
         yield lambda side: None
         return
-    own = {name: value.clone() for name, value in after.weights().items()}
+    own = after.copied()
     after.load_weights(before)  # refuses another model's weights before anything is run
     try:
         yield lambda side: after.load_weights(before if side == "before" else own)

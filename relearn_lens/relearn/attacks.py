@@ -60,7 +60,7 @@ def points(
     Raises:
         ValueError, FloatingPointError: as the attack.
     """
-    before = {name: value.clone() for name, value in model.weights().items()}
+    before = model.copied()
     try:
         return tuple(
             Point(pause.step, float(score(model)), float(utility(model))) for pause in attack(model, facts, seed=seed)

@@ -55,10 +55,10 @@ def brief(run: Run, report: str | None = None) -> list[Text]:
     At most `MOST` lines: where it would be more, the numbers in brackets are left to the page.
     """
     table = [headline(run), header(run), *rows(run)]
-    found, rest = answered(run), _rest(run, report)
-    lines = [line for answer in found for line in _answer(answer, whole=True)]
+    answers, rest = answered(run), _rest(run, report)
+    lines = [line for answer in answers for line in _answer(answer, whole=True)]
     if len(table) + len(lines) + len(rest) > MOST:
-        lines = [line for answer in found for line in _answer(answer, whole=False)]
+        lines = [line for answer in answers for line in _answer(answer, whole=False)]
     return [*table, *lines, *rest]
 
 

@@ -176,7 +176,7 @@ class Read(NamedTuple):
 def _reading(run: Run) -> Read | None:
     """A few held-out sentences as the concept arm's first seed reads them; None where they were not kept."""
     path = brief.told_of(run)[0]
-    known = {stage: said for stage in path.stages if (said := path[stage].guesses) is not None}
+    known = {stage: guesses for stage in path.stages if (guesses := path[stage].guesses) is not None}
     if not known:
         return None
     stages, by_stage = list(known), list(known.values())
@@ -186,15 +186,15 @@ def _reading(run: Run) -> Read | None:
     for i, words in enumerate(by_stage[0].words):
         line = []
         for k, (text, true) in enumerate(zip(words, by_stage[0].true[i], strict=True)):
-            said = [each.said[i][k] for each in by_stage]
+            guesses = [each.said[i][k] for each in by_stage]
             kind = "concept" if true in names else "other" if true != OUTSIDE else ""
             if run.experiment.task == "tag":
-                labels = [each[0] if each else OUTSIDE for each in said]
+                labels = [each[0] if each else OUTSIDE for each in guesses]
                 shown = kind or any(each != OUTSIDE for each in labels)
                 right = [each == true for each in labels] if shown else []
                 line.append(Word(text, kind, right, "; ".join(f"{s}: {t}" for s, t in zip(named, labels, strict=True))))
             else:
-                line.append(Word(text, kind if any(said) else "", [], ""))
+                line.append(Word(text, kind if any(guesses) else "", [], ""))
         sentences.append(line)
         at = next((k for k, true in enumerate(by_stage[0].true[i]) if true in names and by_stage[0].said[i][k]), None)
         if run.experiment.task != "tag" and at is not None:
