@@ -147,7 +147,8 @@ def reproduce(
         results, missing = protocol.gathered(table, scale=scale)
         print(tables.table(results, brief=True), end="")
         if out is not None:
-            out.write_text(tables.record(results, missing), encoding="utf-8")
+            real = protocol.gathered(table, scale="real")[0] if scale == "toy" else []
+            out.write_text(tables.record(results, missing, real), encoding="utf-8")
         for line in missing:
             print(f"not here: {line}", file=sys.stderr)
         return

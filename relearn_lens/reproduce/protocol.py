@@ -539,12 +539,15 @@ def _digest(paper: Paper, lab: Lab) -> str:
     """Of what the page does (its words and its `PAPER` aside), the model, and the recipes that the page names."""
     page = Path(str(importlib.import_module(f"{__package__}.{paper.name}").__file__)).read_text(encoding="utf-8")
     body = [
-        ast.dump(each)
+        line.strip()
         for each in ast.parse(page).body
         if not (
             isinstance(each, ast.Expr)
             or (isinstance(each, ast.Assign) and [ast.unparse(target) for target in each.targets] == ["PAPER"])
         )
+        # its lines, since a tree is dumped otherwise by every version of Python
+        for line in (ast.get_source_segment(page, each) or "").splitlines()
+        if not line.lstrip().startswith("#")
     ]
     recipes = RECIPES.get(removals.KINDS.get(lab.name, ""), {})
     named = {name: dict(fields) for name, fields in sorted(recipes.items()) if f'"{name}"' in page}

@@ -257,7 +257,8 @@ def _gone(run: Run, decides: str) -> str | None:
         text += f", {other} {_mean(paths, BASE, run, other)} → {_mean(paths, PRUNED, run, other)}"
     draws = [scores for damage in run.damage for scores in damage.random.get("layers", ())]
     if draws:
-        text += f"; {len(draws)} random cuts leave {number(_value(draws, run.label))}"
+        cuts = "a random cut leaves" if len(draws) == 1 else f"{len(draws)} random cuts leave"
+        text += f"; {cuts} {number(_value(draws, run.label))}"
     return text + (f" (margin: {decides})" if decides else "")
 
 
@@ -273,19 +274,24 @@ def _back(run: Run, decides: str) -> str | None:
     if not np.isfinite(shares).all():
         return f"{_mean(paths, PRUNED, run)} → {_mean(paths, last, run)} at {by[:-1]} {last}; there was nothing to lose"
     share = decides or _percent(np.mean(shares))
-    half = _steps(paths, paths, run)
-    when = "it never fell to half" if half == "0" else f"half in {half} {by}"
-    return f"{share} of the margin at {by[:-1]} {last}; {when}"
+    return f"{share} of the margin at {by[:-1]} {last}; {_half(paths, run)}"
 
 
 def _sooner(run: Run, _: str) -> str | None:
     if "never" not in run.arms:
         return None
-    paths = run.arms["concept"]
-    return (
-        f"half in {_steps(paths, paths, run)} {_by(paths)}, {_steps(run.arms['never'], paths, run)} in a model that "
-        f"never had {_had(run)}"
-    )
+    paths, twins = run.arms["concept"], run.arms["never"]
+    twin = _steps(twins, paths, run)
+    ours, never = _half(paths, run), f"a model that never had {_had(run)}"
+    if twin == "0":  # the margin of both is measured against the base's
+        return f"{ours}; nor did {never}" if ours.startswith("it ") else f"{ours}; {never} is not below half"
+    return f"{ours}, {twin} in {never}"
+
+
+def _half(paths: Sequence[Trajectory], run: Run) -> str:
+    """When half of the margin was there again."""
+    half = _steps(paths, paths, run)
+    return "it never fell to half" if half == "0" else f"half in {half} {_by(paths)}"
 
 
 def _sits(run: Run, which: int, verdict: str) -> str | None:
