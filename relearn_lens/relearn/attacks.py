@@ -30,7 +30,7 @@ ATTACKS: dict[str, type[Attack]] = {
         SoftPrompt, DirectionAblated, InContext, Paraphrase, OtherForm,
     )
 }  # fmt: skip
-"""Attacks by name. Each has `name`, `does`, `source` and, with unit and origin, `model_fields`."""
+"""Attacks by name. Each has `name`, `source` and, with unit and origin, `model_fields`."""
 
 
 @dataclass(frozen=True)
