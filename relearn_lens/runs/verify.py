@@ -160,7 +160,7 @@ def _inputs(manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[
         if not isinstance(name, str) or not mine:
             continue
         say(name)
-        place = sources.place_of(name) if name in sources.SOURCES else _path(role, name)
+        place = sources.place_of(name) if name in sources.SOURCES else path_of(role, name)
         if place is None or not place.exists():
             says = f"{role} {name!r} is not on this machine, so it was not compared"
             yield Finding(f"{role}:{name}", "unknown", says)
@@ -174,7 +174,7 @@ def _inputs(manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[
                 yield Finding(key, "changed", f"input {key} in {str(place)!r} is not what the run began with")
 
 
-def _path(role: str, name: str) -> Path | None:
+def path_of(role: str, name: str) -> Path | None:
     """Where an input lies, if its name is a path."""
     text = name if role == "model" else name.partition(":")[2]
     return Path(text).expanduser() if text else None

@@ -21,7 +21,7 @@ from relearn_lens.measure.tracking import BASE, PRUNED
 from relearn_lens.runs import presets, verify
 from relearn_lens.runs.results import Run
 from relearn_lens.show import brief, captions, plots
-from relearn_lens.show.plots.style import VERDICT_COLOURS, measured_by
+from relearn_lens.show.plots.style import VERDICT_COLOURS, arm_of, measured_by
 from relearn_lens.show.tables import (
     CORRECTED,
     Table,
@@ -78,7 +78,7 @@ def render(run: Run) -> str:
     tables: dict[str, Table | None] = {
         "f1": score_rows(run),
         # Of stages that are steps, the questions say it in steps.
-        "speeds": speed_rows(run) if measured_by(brief.told_of(run)) == "epochs" else None,
+        "speeds": speed_rows(run) if measured_by(arm_of(run)) == "epochs" else None,
         "layers": layer_rows(run),
         "agreement": agreement_rows(run),
         "attribution": attribution_rows(run),
@@ -175,7 +175,7 @@ class Read(NamedTuple):
 
 def _reading(run: Run) -> Read | None:
     """A few held-out sentences as the concept arm's first seed reads them; None where they were not kept."""
-    path = brief.told_of(run)[0]
+    path = arm_of(run)[0]
     known = {stage: guesses for stage in path.stages if (guesses := path[stage].guesses) is not None}
     if not known:
         return None
@@ -243,7 +243,7 @@ CARDS = 8
 
 def _cards(run: Run) -> list[Card]:
     """The neurons that carry the concept at the end, and some that were cut, at the words of the kept sentences."""
-    path = brief.told_of(run)[0]
+    path = arm_of(run)[0]
     kept, last = path.examples, path.stages[-1]
     if kept is None:
         return []
