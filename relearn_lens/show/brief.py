@@ -21,6 +21,7 @@ from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.grafting import CUT, Grafts
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 from relearn_lens.runs.answers import curve, heirs, outcome
+from relearn_lens.runs.events import BACK
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show.plots.style import ARM_COLOURS, VERDICT_COLOURS, arm_of, clipped, measured_by, short_name
@@ -72,6 +73,8 @@ def _rest(run: Run, report: str | None) -> list[Text]:
     lines: list[Text] = []
     if lost := never_back(run):
         lines += _entry("lost", lost)
+    if run.blocked:
+        lines += _entry("held", held(run))
     if now := took_over(run):
         lines.append(now)
     if (n := len(arm_of(run))) < FEWEST_SEEDS:
@@ -244,6 +247,23 @@ def took_over(run: Run) -> Text | None:
     text.append(f"  {before} → {now}")
     text.truncate(WIDTH, overflow="ellipsis")
     return text
+
+
+def held(run: Run) -> str:
+    """At which step the concept was back while something was held where the cut had left it, beside the free arm."""
+    steps: dict[str, set[tuple[float, str]]] = {}
+    for path in run.arms["concept"]:
+        free = {at.step: path[stage].scores for stage in path.stages if stage != BASE and (at := path[stage].at)}
+        mine = {each.held: each.course for each in run.blocked if each.seed == path.seed}
+        for name, course in {"": free, **mine}.items():
+            enough = BACK * path[BASE].scores.value(run.label)
+            back = next((n for n, scores in course.items() if scores.value(run.label) >= enough), None)
+            never = f"> {max(course)}" if course else "no part is known"
+            steps.setdefault(name, set()).add((np.inf, never) if back is None else (back, str(back)))
+    when = {name: " or ".join(says for _, says in sorted(each)) for name, each in steps.items()}
+    names = {"part": "the part that brings most", "heirs": "the heirs", "random": "as many others"}
+    others = ", ".join(f"{names[name]}: {says}" for name, says in when.items() if name)
+    return f"{_percent(BACK)} is back at step {when['']}; held, {others}"
 
 
 # --- the numbers of each question, means over seeds

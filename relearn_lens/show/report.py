@@ -125,6 +125,7 @@ def _first(run: Run, draw: Drawing) -> dict[str, Picture | None]:
         "curve": draw(plots.recovery_curves, run),
         "cut": draw(plots.pruned_share, run, says=lambda: captions.pruned_share(run)),
         "grafts": draw(plots.grafts, run),
+        "blocked": draw(plots.blocked, run),
         "dose": draw(plots.dose, run),
     }
 

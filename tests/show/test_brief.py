@@ -9,7 +9,7 @@ from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show import brief
 from tests.analysis.test_story import scores_of
-from tests.show.test_plots import losing, margined, rich, run_of, with_all
+from tests.show.test_plots import holding, losing, margined, rich, run_of, with_all
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +199,17 @@ def test_many_stages_are_thinned_out_to_80_columns():
     assert shown.split()[3:6] == ["base", "cut", "1"]
     assert shown.split()[-2:] == ["39", "steps"]
     assert line.plain.count(".50") == len(shown.split()) - 4
+
+
+def test_what_was_held_is_beside_the_free_arm():
+    made = run_of("concept", "random", "unpruned", seeds=3, width=12)
+    assert not any(line.startswith("held") for line in plain(made))
+    made.blocked += holding(made)
+    says = "90 % is back at step > 30; held, the part that brings most: > 64, the heirs: 8 or 16, as many others: 4"
+    assert entry(plain(made), "held") == f"held     {says}"
+
+
+def test_a_part_that_is_not_known_holds_nothing():
+    made = run_of("concept", "random", "unpruned", seeds=3, width=12)
+    made.blocked += [replace(each, course={}) for each in holding(made)]
+    assert "the heirs: no part is known" in entry(plain(made), "held")

@@ -30,7 +30,7 @@ from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.neurons.streaming import ClassStats
-from relearn_lens.runs.events import Again, Damage, Dose, Grafted, Round, Sized
+from relearn_lens.runs.events import Again, Blocked, Damage, Dose, Grafted, Round, Sized
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show import plots
@@ -929,6 +929,32 @@ def with_all(run: Run) -> Run:
     run.manifest["other"] = "person"
     run.folder = "runs/names"
     return run
+
+
+def holding(run: Run) -> list[Blocked]:
+    """The return blocked in every seed: not back where the part is held, soon where the heirs are, or others."""
+    low, back = margined(scores_of(0.2)), margined(scores_of(0.9))
+    return [
+        Blocked(path.seed, held, course)
+        for k, path in enumerate(run.arms["concept"])
+        for held, course in (
+            ("part", {8: low, 64: low}), ("heirs", {4: low, 8 if k else 16: back}), ("random", {4: back}),
+        )
+    ]  # fmt: skip
+
+
+def test_what_was_held_is_drawn_beside_the_free_arm():
+    run = run_of("concept", "random", seeds=3)
+    with pytest.raises(plots.NotMeasuredError, match="nothing was held"):
+        plots.blocked(run)
+    run.blocked += holding(run)
+    figure = drawn(plots.blocked(run))["data"]
+    assert len(figure) == 3 * 4
+    assert [trace["name"] for trace in figure if trace["showlegend"]] == [
+        "free", "held: the part that brings most", "held: the heirs", "held: as many others",
+    ]  # fmt: skip
+    assert as_list(figure[1]["x"]) == [0, 8, 64]
+    assert as_list(figure[1]["y"]) == pytest.approx([run.arms["concept"][0]["pruned"].scores.shown("place"), 0.2, 0.2])
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

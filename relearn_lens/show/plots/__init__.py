@@ -17,7 +17,7 @@ from relearn_lens.show.plots.benches import (
 from relearn_lens.show.plots.cards import VERDICTS, neuron_card, verdicts
 from relearn_lens.show.plots.curves import attribution, migration, pruned_share, recovery_curves
 from relearn_lens.show.plots.film import film, save_gif
-from relearn_lens.show.plots.interventions import dose, grafts
+from relearn_lens.show.plots.interventions import blocked, dose, grafts
 from relearn_lens.show.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity, score_against
 from relearn_lens.show.plots.papers import against_bars, head_courses, head_roles, reproductions
 from relearn_lens.show.plots.style import ARM_COLOURS, NotMeasuredError, config, live, said, save_html, save_png, shown
@@ -39,6 +39,7 @@ __all__ = [
     "bench_metric",
     "bench_parts",
     "bench_ranks",
+    "blocked",
     "config",
     "dose",
     "film",

@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 
 from relearn_lens.analysis.intervals import FEWEST_SEEDS, over_seeds
 from relearn_lens.measure.grafting import Grafts
+from relearn_lens.measure.tracking import BASE, PRUNED
 from relearn_lens.runs.cuts import bystanders
 from relearn_lens.runs.events import Sized
 from relearn_lens.runs.results import Run
@@ -24,6 +25,10 @@ from relearn_lens.show.plots.style import (
     safe,
     seeds,
 )
+
+FREE = "free"
+HELD = {"part": "held: the part that brings most", "heirs": "held: the heirs", "random": "held: as many others"}
+"""What was held while it was retrained once more, as it is called."""
 
 
 def dose(run: Run) -> go.Figure:
@@ -75,6 +80,43 @@ def dose(run: Run) -> go.Figure:
     )
     figure.update_xaxes(type="category", categoryarray=every, categoryorder="array")
     return figure.update_yaxes(range=[-0.04, 1.04]) if base.metric == "F1" else figure
+
+
+def blocked(run: Run) -> go.Figure:
+    """Does it come back by another way where the first one is closed?
+
+    The concept's arm retrained once more, as often as something was held where the cut had left it: the part that
+    alone brings back most, the heirs, or as many other neurons, which is the control. Each stops where 90 % is back. A
+    line to the right of the free arm's is a detour; one that lies on it says that nothing depended on what was held.
+    Thin lines are seeds.
+
+    Raises:
+        NotMeasuredError: nothing was held in this run.
+    """
+    if not any(each.course for each in run.blocked):
+        raise NotMeasuredError("nothing was held in this run; block.held = ['part', 'heirs', 'random'] does it")
+    paths, label = {path.seed: path for path in run.arms["concept"]}, run.label
+    colours = dict(zip(HELD, ("#0072B2", "#CC79A7", ARM_COLOURS["random"]), strict=True))
+    figure, shown = go.Figure(), set[str]()
+    for seed, path in paths.items():
+        free = {at.step: path[stage].scores for stage in path.stages if (at := path[stage].at) and stage != BASE}
+        each = {FREE: free} | {HELD[one.held]: one.course for one in run.blocked if one.seed == seed and one.course}
+        start = path[PRUNED].scores
+        for name, course in each.items():
+            at = {0: start} | dict(course)
+            figure.add_scatter(
+                x=list(at), y=[scores.shown(label) for scores in at.values()], name=name, legendgroup=name,
+                showlegend=name not in shown, mode="lines+markers", marker={"size": 7},
+                line={"color": colours.get(name, ARM_COLOURS["concept"]), "width": 2.5 if len(paths) == 1 else 1.5},
+                hovertemplate=f"{safe(name)}, seed {seed}, step %{{x}}: %{{y:.3f}}<extra></extra>",
+            )  # fmt: skip
+            shown.add(name)
+    metric, unit = start.metric, safe(start.unit)
+    arms = list(paths.values())
+    return dressed(
+        figure, f"The return with something held: {metric} of {concept(arms)}", about(run, arms), x="steps",
+        y=f"{metric} ({unit})",
+    )  # fmt: skip
 
 
 def _percent(fraction: float) -> str:
