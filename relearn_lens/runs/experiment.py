@@ -39,7 +39,7 @@ from relearn_lens.models.training import Checkpoint, cross_entropy, train_
 from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.neurons.sites import Neurons, random_neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, apart, parts, severed
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.recipes import recipe

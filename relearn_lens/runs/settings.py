@@ -451,7 +451,7 @@ class Experiment(Method):
         """The settings as a TOML file that `relearn-lens run` takes."""
         import tomli_w
 
-        return tomli_w.dumps(_none_as_text(self.model_dump(mode="json")))
+        return tomli_w.dumps(none_as_text(self.model_dump(mode="json")))
 
 
 PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
@@ -525,9 +525,9 @@ OPTIONAL = frozenset(
 """The settings, by key, that may be none."""
 
 
-def _none_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
+def none_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
     """TOML has no null: None is written as "none", as on the command line."""
-    return {k: _none_as_text(v) if isinstance(v, Mapping) else "none" if v is None else v for k, v in values.items()}
+    return {k: none_as_text(v) if isinstance(v, Mapping) else "none" if v is None else v for k, v in values.items()}
 
 
 _RIVALS = {"epochs": ("steps",), "every": ("steps",), "steps": ("epochs", "every")}
