@@ -131,6 +131,10 @@ class Model(nn.Module):
             return adapted.merged()
         return {name: value.detach() for name, value in self.plain().items()}
 
+    def copied(self) -> dict[str, Tensor]:
+        """Copies of `weights()`."""
+        return {name: value.detach().clone() for name, value in self.weights().items()}
+
     def plain(self) -> dict[str, Tensor]:
         """`weights()` as the parameters and buffers themselves; without low-rank adapters, where there are any now."""
         if (adapted := _ADAPTED.get(self.bridge)) is not None:
@@ -181,11 +185,11 @@ class Tagger(Model):
 
     head: nn.Linear
 
-    def __init__(self, bridge: TransformerBridge, labels: Sequence[str], *, seed: int = 0, dropout: float = 0.1):
+    def __init__(self, bridge: TransformerBridge, labels: Sequence[str], *, seed: int = 0):
         if len(labels) < 2 or labels[0] != OUTSIDE or len(set(labels)) != len(labels):
             raise ValueError(f"labels must be 'O' and at least one more, each once; got {list(labels)}")
         super().__init__(bridge)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.1)
         self.label_names = tuple(labels)
         d_model = int(bridge.cfg.d_model)
         parameter = next(self.trunk.parameters())
@@ -331,12 +335,14 @@ def encoded_for(model: Model | TransformerBridge, text: Corpus | Encoded, *, con
     """A text in a model's sub-words; one that is encoded already is given back as it is.
 
     Raises:
-        ValueError: as `encoding.encode`.
+        ValueError: it is no model; or as `encoding.encode`.
     """
     if isinstance(text, Encoded):
         return text
     if isinstance(model, Model):
         return model.encode(text, context=context)
+    if not hasattr(model, "tokenizer"):
+        raise ValueError(f"the first argument is a model (load_tagger, load_bridge), got a {type(model).__name__}")
     return encode(text, model.tokenizer, context=context or int(model.cfg.n_ctx))
 
 

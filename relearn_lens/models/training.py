@@ -150,8 +150,8 @@ class Checkpoints(Iterator[Checkpoint]):
             return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, under way)"
         return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, not begun: {ITERATE})"
 
-    def __del__(self) -> None:
-        if not self._begun and self._loop.pauses and not sys.is_finalizing():
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: `sys` may be gone by then
+        if not self._begun and self._loop.pauses and not finalizing():
             warnings.warn(
                 f"this {self._loop.what} was made and never begun, so nothing was trained: {ITERATE}",
                 RuntimeWarning, source=self, stacklevel=2,
@@ -278,7 +278,6 @@ def finetune_(
     seed: int = 0,
     resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
     only: Mapping[str, Bool[Tensor, ...]] | None = None,
-    what: str = "fine-tuning",
     **fields: Any,
 ) -> Checkpoints:
     """Train a tagger on labelled text, or a language model on any: `train_` with the model's own cross-entropy.
@@ -294,7 +293,7 @@ def finetune_(
     if fields.get("prior_bias") and not isinstance(model, Tagger):
         raise ValueError("prior_bias is for the head of a tagger; a language model keeps its own head")
     how = methods.of(Finetuning, how, fields)
-    return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
+    return train_(model, text, how, seed=seed, resume=resume, only=only, what="fine-tuning")
 
 
 _MEMORY = "memory"

@@ -6,6 +6,7 @@ The only module with hook names. A family of models is a few lines of data in `F
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -72,6 +73,10 @@ class Site:
                 for writes, reads in zip(self.writes, self.reads, strict=True)
             )
         return {"out": self.writes, "gain": self.gains, "writes": self.writers}[sever] or nothing
+
+    def neuron(self, place: int) -> Neuron:
+        """The neuron at a place among those of all layers."""
+        return Neuron(self.layers[place // self.width], place % self.width)
 
     @property
     def n_neurons(self) -> int:
@@ -336,6 +341,32 @@ class Neuron(NamedTuple):
 
     __repr__ = __str__
 
+    @classmethod
+    def named(cls, name: str) -> Neuron:
+        """The neuron that is printed so.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        parsed = re.fullmatch(r"L(.+)N(\d+)", name)
+        if not parsed:
+            raise ValueError(f"{name!r} is no name of a neuron; write L<layer>N<index>, such as L1N0")
+        return cls(parsed[1], int(parsed[2]))
+
+
+Members = Iterable[tuple[str | int, int] | str] | tuple[str | int, int] | str
+"""Neurons as `(layer, index)`, layers by name or number, or as they are printed; or one alone."""
+
+
+def _each(members: Any) -> Iterator[tuple[str | int, int]]:
+    is_one = isinstance(members, str) or (isinstance(members, tuple) and [type(m) for m in members[1:]] == [int])
+    for member in [members] if is_one else members:
+        try:
+            layer, index = Neuron.named(member) if isinstance(member, str) else member
+        except TypeError:
+            raise ValueError(f"{member!r} is no neuron; give (layer, index), or its name, such as 'L1N0'") from None
+        yield layer, index
+
 
 @jaxtyped(typechecker=typechecker)
 @dataclass(frozen=True, eq=False, repr=False)
@@ -353,14 +384,14 @@ class Neurons:
             )
 
     @classmethod
-    def of(cls, site: Site, members: Iterable[tuple[str | int, int]]) -> Neurons:
-        """The set of the given `(layer, index)` neurons, layers by name.
+    def of(cls, site: Site, members: Members) -> Neurons:
+        """The set of the given neurons.
 
         Raises:
-            ValueError: a layer or an index that the site does not have.
+            ValueError: a layer or an index that the site does not have, or what names no neuron.
         """
         mask = torch.zeros(len(site.layers), site.width, dtype=torch.bool)
-        for layer, index in members:
+        for layer, index in _each(members):
             if str(layer) not in site.layers or not 0 <= index < site.width:
                 raise ValueError(
                     f"{site.name} has no neuron {index} in layer {layer!r}; layers {', '.join(site.layers)}, neurons "
@@ -368,6 +399,15 @@ class Neurons:
                 )
             mask[site.layers.index(str(layer)), index] = True
         return cls(mask, site)
+
+    @classmethod
+    def highest(
+        cls, scores: Float[Tensor, "layer neuron"], site: Site, k: int, among: Neurons | None = None
+    ) -> Neurons:
+        """The `k` neurons of the highest numbers, of all or among some; ties go to the earlier neuron."""
+        order, mask = ordered(scores.flatten()), torch.zeros(scores.numel(), dtype=torch.bool)
+        mask[(order if among is None else order[among.mask.flatten()[order]])[:k]] = True
+        return cls(mask.view(len(site.layers), site.width), site)
 
     def _other(self, other: Neurons) -> Tensor:
         if other.site != self.site:
@@ -428,6 +468,11 @@ class Neurons:
         return markup.box(repr(self), markup.bars(["layer", "neurons"], counts, most=max(*counts.values(), 1.0)))
 
 
+def ordered(numbers: Float[Tensor, "*row number"]) -> Int[Tensor, "*row number"]:
+    """Places in each row from its highest number to its lowest; ties go to the earlier place."""
+    return numbers.argsort(dim=-1, descending=True, stable=True)
+
+
 def random_neurons(
     *,
     like: Neurons,
@@ -440,7 +485,14 @@ def random_neurons(
     They are drawn from all neurons of the layer, so where `like` takes most of a layer the two sets overlap; say
     `len(like & control)` beside a result. None of them is in `apart` where the layer has room for that. With `scale`,
     a number per neuron such as its standard deviation, as many are drawn from every tenth of the layer by that number.
+
+    Raises:
+        ValueError: `like` is no set of neurons.
     """
+    if not isinstance(like, Neurons):
+        raise ValueError(
+            f"a set of neurons is wanted as like=, got a {type(like).__name__}: make it by Neurons.of(site, ...)"
+        )
     generator = torch.Generator().manual_seed(seed)
     # Drawn in the order of a random number: 1 more for what is to be avoided, so that it comes last.
     order = torch.rand(like.mask.shape, generator=generator)

@@ -2,16 +2,27 @@
 
 import lazy_loader as lazy
 
+from relearn_lens.names import suggesting
+
 # The public names, by module; heavy ones are imported when used.
-__getattr__, __dir__, __all__ = lazy.attach(
+_named, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "attack": ["Attack", "Passing"],
         "attacks": ["ATTACKS", "Point", "Search", "Strongest", "points", "strongest"],
         "compression": ["Pruned", "Quantised"],
-        "finetuning": ["PRESETS", "Benign", "FineTune", "General", "Gibberish", "RepairThenRelearn", "RetainOnly"],
+        "finetuning": [
+            "PRESETS",
+            "Benign",
+            "FineTune",
+            "General",
+            "Gibberish",
+            "RepairThenRelearn",
+            "RetainOnly",
+            "retrain_",
+        ],
         "inputs": ["DirectionAblated", "Embedding", "Latent", "SoftPrompt"],
         "prompts": ["InContext", "OtherForm", "Paraphrase"],
-        "retraining": ["retrain_"],
     },
 )
+__getattr__ = suggesting(__name__, _named, __all__)

@@ -30,7 +30,7 @@ ATTACKS: dict[str, type[Attack]] = {
         SoftPrompt, DirectionAblated, InContext, Paraphrase, OtherForm,
     )
 }  # fmt: skip
-"""Attacks by name. Each has `name`, `does`, `source` and, with unit and origin, `model_fields`."""
+"""Attacks by name. Each has `name`, `source` and, with unit and origin, `model_fields`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def points(
     Raises:
         ValueError, FloatingPointError: as the attack.
     """
-    before = {name: value.clone() for name, value in model.weights().items()}
+    before = model.copied()
     try:
         return tuple(
             Point(pause.step, float(score(model)), float(utility(model))) for pause in attack(model, facts, seed=seed)

@@ -97,17 +97,17 @@ class Recipe:
     fraction: float | None = None
     """The share of all neurons that are taken of a localiser that ranks them; None: of one that gives a mask."""
 
-    def told(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """The fields that are not as published."""
         parts = (self.remover, self.how, self.step)
-        told = {
+        fields = {
             name: getattr(part, name)
             for part in parts
             if isinstance(part, Method)
             for name in type(part).model_fields
             if name in part.model_fields_set
         }
-        return told | {name: value for name in ("where", "fraction") if (value := getattr(self, name)) is not None}
+        return fields | {name: value for name in ("where", "fraction") if (value := getattr(self, name)) is not None}
 
     def __call__(
         self,

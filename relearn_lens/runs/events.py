@@ -204,6 +204,10 @@ class Again:
     rounds: tuple[Round, ...]
 
 
+BACK = 0.9
+"""Share of what it was at which a concept counts as back: where grafts are taken first."""
+
+
 @dataclass(frozen=True)
 class Blocked:
     """The concept's arm retrained once more with some weights held where the cut left them."""

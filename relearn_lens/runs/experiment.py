@@ -39,7 +39,7 @@ from relearn_lens.models.training import Checkpoint, cross_entropy, train_
 from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.neurons.sites import Neurons, random_neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, apart, parts, severed
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.recipes import recipe
@@ -47,6 +47,7 @@ from relearn_lens.remove.removal import FORGET, RETAIN
 from relearn_lens.runs.arms import COMPARED, Arm, arms_of
 from relearn_lens.runs.cuts import cuts_of, damage, draw_seed, size
 from relearn_lens.runs.events import (
+    BACK,
     Again,
     ArmDone,
     Base,
@@ -73,8 +74,6 @@ from relearn_lens.runs.units import AGAIN, BLOCKED, CUTTING, GRAFTED, OWN, Unit,
 from relearn_lens.runs.units import BASE as BASE_UNIT
 from relearn_lens.text.facts import from_concept
 
-BACK = 0.9
-"""Share of what it was at which a concept counts as back: where grafts are taken first."""
 EXAMPLES = 50
 """Neurons whose activations at a few sentences are kept: half of them cut, half of them carriers at the end."""
 

@@ -339,8 +339,8 @@ class Experiment(Method):
     def __repr__(self) -> str:
         what = f"{self.model}, {self.corpus}, concept {'+'.join(self.labels)}, site {self.site}"
         changed = len(self.changes().keys() - {"model", "corpus", "concept", "site"})
-        n = len(self.seeds)
-        return f"Experiment({what}; arms {', '.join(self.arms)}; {n} seed{'s' * (n > 1)}; {changed} more changed)"
+        n, more = len(self.seeds), f"; {changed} more changed" if changed else ""
+        return f"Experiment({what}; arms {', '.join(self.arms)}; {n} seed{'s' * (n > 1)}{more})"
 
     __str__ = __repr__
 
@@ -348,7 +348,7 @@ class Experiment(Method):
         """The settings that are not the default ones."""
         usual = {key: default for key, default, _ in fields()}
         rows = [[key, _plainly(value), _plainly(usual[key])] for key, value in self.changes().items()]
-        return markup.box(repr(self), markup.table(["setting", "value", "default"], rows))
+        return markup.box(repr(self), markup.table(["setting", "value", "default"], rows) if rows else "")
 
     @model_validator(mode="before")
     @classmethod
@@ -451,7 +451,7 @@ class Experiment(Method):
         """The settings as a TOML file that `relearn-lens run` takes."""
         import tomli_w
 
-        return tomli_w.dumps(_none_as_text(self.model_dump(mode="json")))
+        return tomli_w.dumps(none_as_text(self.model_dump(mode="json")))
 
 
 PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
@@ -525,9 +525,9 @@ OPTIONAL = frozenset(
 """The settings, by key, that may be none."""
 
 
-def _none_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
+def none_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
     """TOML has no null: None is written as "none", as on the command line."""
-    return {k: _none_as_text(v) if isinstance(v, Mapping) else "none" if v is None else v for k, v in values.items()}
+    return {k: none_as_text(v) if isinstance(v, Mapping) else "none" if v is None else v for k, v in values.items()}
 
 
 _RIVALS = {"epochs": ("steps",), "every": ("steps",), "steps": ("epochs", "every")}

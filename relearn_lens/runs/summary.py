@@ -90,6 +90,10 @@ def summary(result: Run) -> dict[str, Any]:
         "questions": [asdict(question) for question in numbers.questions],
         "grafts": [_grafts(grafted) for grafted in result.grafted],
         "again": [_again(again, label) for again in result.again],
+        "blocked": [
+            {"seed": each.seed, "held": each.held, "course": {n: _each(scores) for n, scores in each.course.items()}}
+            for each in result.blocked
+        ],
         "doses": [_doses(sized) for sized in result.sized],
         **findings(result),
         "seconds": result.manifest.get("seconds"),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.neurons.sites import Neurons, Site, site_of
@@ -29,7 +30,7 @@ from relearn_lens.neurons.streaming import stream
 from relearn_lens.runs.results import Run
 from relearn_lens.show import captions
 from relearn_lens.show.plots.cards import neuron_of
-from relearn_lens.show.plots.style import ARM_COLOURS, INK, arm_of, shown
+from relearn_lens.show.plots.style import ARM_COLOURS, INK, arm_of, shown, whole
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -76,7 +77,7 @@ def explore(
     Raises:
         ValueError: the run has no such arm, stage, seed or neuron.
     """
-    first = arm or captions.told(run)
+    first = arm or captions.told(whole(run))
     arms = {name: _of_seed(arm_of(run, name), seed) for name in run.arms}
     for name in (first, *([beside] if beside else [])):
         arm_of(run, name)  # says what is wrong
@@ -135,7 +136,7 @@ def _number(value: float) -> float | None:
 
 def _graft_values(run: Run, layers: Sequence[str]) -> dict[str, str]:
     """By layer, what the grafts of its part gave at the last stage, in words."""
-    told: dict[str, str] = {}
+    by_layer: dict[str, str] = {}
     for grafted in run.grafted[:1]:
         for stage, made in list(grafted.stages.items())[-1:]:
             for part in made.parts:
@@ -148,8 +149,8 @@ def _graft_values(run: Run, layers: Sequence[str]) -> dict[str, str]:
                 if enough.refused:
                     text = f"{part}: {enough.refused}"
                 for layer in _layers_of(part, layers):
-                    told[layer] = f"{told[layer]}; {text}" if layer in told else text
-    return told
+                    by_layer[layer] = f"{by_layer[layer]}; {text}" if layer in by_layer else text
+    return by_layer
 
 
 def _layers_of(part: str, layers: Sequence[str]) -> list[str]:
@@ -181,10 +182,10 @@ def _arm_values(path: Trajectory) -> dict[str, Any]:
             entry["classes"] = list(snapshot.stats.class_names)
             entry["tells"] = _bytes((100 * tells).round().numpy().astype(np.int16))
         if snapshot.guesses is not None:
-            said = snapshot.guesses
+            guesses = snapshot.guesses
             entry["said"] = [
                 [[word, true, list(says)] for word, true, says in zip(*each, strict=True)]
-                for each in zip(said.words, said.true, said.said, strict=True)
+                for each in zip(guesses.words, guesses.true, guesses.said, strict=True)
             ]
         stages[stage] = entry
     return {"stages": stages, "vocab": list(vocab)}
@@ -226,7 +227,7 @@ def examples(
     site: str | Site = "resid",
     k: int = 6,
     around: int = 5,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
     """The `k` sentences in which a neuron is farthest from its mean, as `plots.neuron_card(examples=...)` takes them.
 

@@ -180,6 +180,7 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "ray-nodes": _elsewhere("ray_nodes", "ray_nodes"),
     "fuzz": _elsewhere("fuzz", "fuzz"),
     "leaks": _elsewhere("leaks", "leaks"),
+    "defaults": _elsewhere("training", "defaults"),
     "false-alarms": _elsewhere("false_alarms", "false_alarms"),
     "returns": _elsewhere("returns", "returns"),
     "power": _elsewhere("power", "power"),

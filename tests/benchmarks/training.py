@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from relearn_lens import sources
+from relearn_lens import evaluate, sources
 from relearn_lens.models import toy
+from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger
 from relearn_lens.models.training import finetune_
+from relearn_lens.text.bsb import read_bsb_names
 from relearn_lens.text.encoding import Encoded
 from tests.benchmarks.__main__ import _interleaved, _model_and_text
 
@@ -104,3 +106,18 @@ def training() -> None:
 
 if __name__ == "__main__":
     training()
+
+
+def defaults() -> None:
+    """Does `finetune_` without a field learn the names of 900 verses? F1 on 150 others, and by 2e-5 in batches of 8."""
+    names = read_bsb_names().labelled().split(seed=0)
+    train, probe = names.train.sample(900, seed=0), names.probe.sample(150, seed=0)
+    sides: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("as it comes", {}),
+        ("lr 2e-5, batches of 8", {"lr": 2e-5, "batch_size": 8}),
+    )
+    for says, fields in sides:
+        tagger = load_tagger("minilm", labels=train.label_names)
+        for _ in finetune_(tagger, train, seed=0, **fields):
+            pass
+        print(f"{says}: {evaluate(tagger, probe)}", flush=True)

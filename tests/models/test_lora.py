@@ -18,7 +18,7 @@ from relearn_lens.models.model import LanguageModel, Model, Tagger, computing
 from relearn_lens.models.toy import language_model
 from relearn_lens.models.toy import load as load_toy
 from relearn_lens.neurons.sites import Neurons, site_of
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import held, prune_
 from relearn_lens.runs.events import ArmDone, Base, Measured, Paused
 from relearn_lens.runs.experiment import perform

@@ -15,7 +15,7 @@ from relearn_lens.methods import Retraining
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.model import Tagger
 from relearn_lens.models.training import Checkpoint, finetune_, train_
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
 from tests.made import Pool

@@ -19,7 +19,6 @@ def test_attacks_describe_themselves():
     ]  # fmt: skip
     for name, kind in ATTACKS.items():
         assert kind.name == name
-        assert kind.does
         assert kind.source
         assert (kind.__doc__ or "").rstrip().endswith(".")
         assert all(field.description for field in kind.model_fields.values())

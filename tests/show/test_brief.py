@@ -9,7 +9,7 @@ from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.show import brief
 from tests.analysis.test_story import scores_of
-from tests.show.test_plots import losing, margined, rich, run_of, with_all
+from tests.show.test_plots import holding, losing, margined, rich, run_of, with_all
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,8 @@ def test_brief_leaves_brackets_out_before_it_is_too_long(run, monkeypatch):
     assert any(line.endswith("in words (30 % [25, 34])") for line in whole)
     monkeypatch.setattr(brief, "MOST", len(whole) - 1)
     assert any(line.endswith("in words") for line in plain(run))
+    monkeypatch.setattr(brief, "MOST", 1)
+    assert not any(line.startswith("now") for line in plain(run))
 
 
 def test_headline_says_what_was_cut(run):
@@ -90,6 +92,18 @@ def test_answers_hold_the_numbers_of_the_questions(run):
     assert "25 % of those found now are old, 5 % by chance" in found["same"].says
     assert "9 random cuts leave .60" in entry(lines, "gone?")
     assert found["sooner"].says == "there is no never twin"
+
+
+def test_steps_are_not_counted_to_where_a_margin_never_left():
+    run = run_of("concept", "unpruned", seeds=3)
+    run.arms["never"] = list(run.arms["unpruned"])
+    for name in ("concept", "never"):
+        for k, path in enumerate(run.arms[name]):
+            cut = replace(path["pruned"], scores=margined(scores_of(0.8)))
+            run.arms[name][k] = replace(path, snapshots={**path.snapshots, "pruned": cut})
+    says = {each.name: each.says for each in brief.answered(run)}
+    assert says["back?"].endswith("it never fell to half")
+    assert says["sooner?"] == "it never fell to half; nor did a model that never had the label"
 
 
 @pytest.mark.parametrize(("p", "told"), [(0.2, True), (0.01, False)])
@@ -187,3 +201,17 @@ def test_many_stages_are_thinned_out_to_80_columns():
     assert shown.split()[3:6] == ["base", "cut", "1"]
     assert shown.split()[-2:] == ["39", "steps"]
     assert line.plain.count(".50") == len(shown.split()) - 4
+
+
+def test_what_was_held_is_beside_the_free_arm():
+    made = run_of("concept", "random", "unpruned", seeds=3, width=12)
+    assert not any(line.startswith("held") for line in plain(made))
+    made.blocked += holding(made)
+    says = "90 % is back at step > 30; with the part held > 64, the heirs 8 or 16, others 4"
+    assert entry(plain(made), "held") == f"held     {says}"
+
+
+def test_a_part_that_is_not_known_holds_nothing():
+    made = run_of("concept", "random", "unpruned", seeds=3, width=12)
+    made.blocked += [replace(each, course={}) for each in holding(made)]
+    assert "the part held (none known), the heirs" in entry(plain(made), "held")

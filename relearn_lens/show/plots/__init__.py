@@ -4,6 +4,9 @@ Where a figure is of a run it draws the controls beside the concept arm; every d
 and what a blank cell means.
 """
 
+from typing import TYPE_CHECKING
+
+from relearn_lens.names import suggesting
 from relearn_lens.show.plots.audits import audit_curve, audit_layers, audit_parts, audit_states
 from relearn_lens.show.plots.benches import (
     bench_components,
@@ -17,7 +20,7 @@ from relearn_lens.show.plots.benches import (
 from relearn_lens.show.plots.cards import VERDICTS, neuron_card, verdicts
 from relearn_lens.show.plots.curves import attribution, migration, pruned_share, recovery_curves
 from relearn_lens.show.plots.film import film, save_gif
-from relearn_lens.show.plots.interventions import dose, grafts
+from relearn_lens.show.plots.interventions import blocked, dose, grafts
 from relearn_lens.show.plots.maps import flow, layer_map, neuron_map, saliency_against_similarity, score_against
 from relearn_lens.show.plots.papers import against_bars, head_courses, head_roles, reproductions
 from relearn_lens.show.plots.style import ARM_COLOURS, NotMeasuredError, config, live, said, save_html, save_png, shown
@@ -39,6 +42,7 @@ __all__ = [
     "bench_metric",
     "bench_parts",
     "bench_ranks",
+    "blocked",
     "config",
     "dose",
     "film",
@@ -63,3 +67,6 @@ __all__ = [
     "shown",
     "verdicts",
 ]
+
+if not TYPE_CHECKING:  # which tells a wrong name itself
+    __getattr__ = suggesting(__name__, globals().__getitem__, __all__)

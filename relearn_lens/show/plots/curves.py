@@ -28,6 +28,7 @@ from relearn_lens.show.plots.style import (
     safe,
     shown,
     stage_title,
+    whole,
 )
 
 
@@ -39,8 +40,6 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
     interval that the settings ask for: over seeds where there are several, else bootstrap over sentences. The dotted
     bar at `pruned` spans the random sets that were ablated without retraining. A line that is missing at a stage has no
     score there. Runs that it is drawn `beside` share its axis where they have the same score.
-
-    Data is a run, a trajectory, or several: those of one `arm` are its seeds.
     """
     figure = go.Figure()
     arms_by_name, over = arms_of(data), ""
@@ -75,20 +74,8 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
             name=f"{len(draws)} random sets, ablated", marker={"symbol": "line-ew-open", "size": 12},
             line={"color": ARM_COLOURS["random"], "width": 4, "dash": "dot"},
         )  # fmt: skip
+    _name_ends(figure, arms_by_name, label, scores.metric)
     level = round(100 * interval["level"])
-    ends = {
-        name: shown(label, [arm[arm.stages[-1]].scores for arm in arms]).value for name, arms in arms_by_name.items()
-    }
-    drawn: Any = figure.data
-    tops = [y for trace in drawn for y in trace.y if y is not None and np.isfinite(y)]
-    reach = 1.04 if scores.metric == "F1" else (max(tops) - min(tops) if tops else 1.0)
-    highest = 1.0 if scores.metric == "F1" else np.inf
-    for name, y in _apart(ends, 0.06 * reach, highest).items():
-        figure.add_scatter(
-            x=[arms_by_name[name][0].stages[-1]], y=[y], text=[f"  <b>{safe(name)}</b>"], mode="text",
-            textposition="middle right", textfont={"color": colour_of(name, arms_by_name), "size": 13},
-            cliponaxis=False, hoverinfo="skip", showlegend=False, legendgroup=name,
-        )  # fmt: skip
     dressed(
         figure,
         f"{scores.metric} of {concept(first)} by stage",
@@ -108,6 +95,22 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
         low, high = float(np.nanmin(known)), float(np.nanmax(known))
         figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
     return figure
+
+
+def _name_ends(figure: go.Figure, arms_by_name: Mapping[str, Sequence[Trajectory]], label: Any, metric: str) -> None:
+    """Write each arm's name at the end of its line."""
+    ends = {
+        name: shown(label, [arm[arm.stages[-1]].scores for arm in arms]).value for name, arms in arms_by_name.items()
+    }
+    drawn: Any = figure.data
+    tops = [y for trace in drawn for y in trace.y if y is not None and np.isfinite(y)]
+    reach = 1.04 if metric == "F1" else (max(tops) - min(tops) if tops else 1.0)
+    for name, y in _apart(ends, 0.06 * reach, 1.0 if metric == "F1" else np.inf).items():
+        figure.add_scatter(
+            x=[arms_by_name[name][0].stages[-1]], y=[y], text=[f"  <b>{safe(name)}</b>"], mode="text",
+            textposition="middle right", textfont={"color": colour_of(name, arms_by_name), "size": 13},
+            cliponaxis=False, hoverinfo="skip", showlegend=False, legendgroup=name,
+        )  # fmt: skip
 
 
 def _apart(ends: Mapping[str, float], least: float, highest: float) -> dict[str, float]:
@@ -170,7 +173,7 @@ def migration(
     Raises:
         ValueError: no concept arm, no neuron that survived in both arms, or a score below 0.
     """
-    compared = [arm for name in ("concept", control) for arm in run.arms.get(name, ())]
+    compared = [arm for name in ("concept", control) for arm in whole(run).arms.get(name, ())]
     if score == "attribution" and any(arm[s].attribution is None for arm in compared for s in (BASE, arm.stages[-1])):
         raise NotMeasuredError("attribution was not measured at both ends; add 'conductance' to measure.what")
     how: dict[str, Any] = {} if score == "saliency" else {"score": lambda snapshot: snapshot.by("attribution")}
@@ -234,7 +237,7 @@ def attribution(run: Run) -> go.Figure:
     )  # fmt: skip
     errors: list[float] = []
     known: Any = None
-    for label, name, arms, stage in _attributed(run):
+    for label, name, arms, stage in _attributed(whole(run)):
         attributions: list[Any] = [arm[stage].attribution for arm in arms]
         known = attributions[0]
         share = np.mean([moves.layer_share(each.saliency()) for each in attributions], axis=0)

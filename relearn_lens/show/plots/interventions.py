@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 
 from relearn_lens.analysis.intervals import FEWEST_SEEDS, over_seeds
 from relearn_lens.measure.grafting import Grafts
+from relearn_lens.measure.tracking import BASE, PRUNED
 from relearn_lens.runs.cuts import bystanders
 from relearn_lens.runs.events import Sized
 from relearn_lens.runs.results import Run
@@ -17,12 +18,17 @@ from relearn_lens.show.plots.style import (
     TEXT,
     NotMeasuredError,
     about,
+    arm_of,
     concept,
     dressed,
     measured_by,
     safe,
-    seeds,
+    whole,
 )
+
+FREE = "free"
+HELD = {"part": "held: the part that brings most", "heirs": "held: the heirs", "random": "held: as many others"}
+"""What was held while it was retrained once more, as it is called."""
 
 
 def dose(run: Run) -> go.Figure:
@@ -37,11 +43,11 @@ def dose(run: Run) -> go.Figure:
     Raises:
         ValueError: the size of the cut was set, so no doses were measured.
     """
-    measured = [sized for sized in run.sized if sized.doses and sized.base is not None]
+    measured = [sized for sized in whole(run).sized if sized.doses and sized.base is not None]
     if not measured:
         raise NotMeasuredError("the size of the cut was set, not found; prune.fraction = 'auto' finds it")
     sized, base = measured[0], measured[0].base
-    arms = run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
+    arms = arm_of(run)
     name, others = concept(arms), bystanders(base, run.experiment.labels)
     lines = [(f"{name}: its own neurons cut", "concept", run.label, ARM_COLOURS["concept"], "solid")]
     if others:
@@ -76,6 +82,43 @@ def dose(run: Run) -> go.Figure:
     return figure.update_yaxes(range=[-0.04, 1.04]) if base.metric == "F1" else figure
 
 
+def blocked(run: Run) -> go.Figure:
+    """Does it come back by another way where the first one is closed?
+
+    The concept's arm retrained once more, as often as something was held where the cut had left it: the part that
+    alone brings back most, the heirs, or as many other neurons, which is the control. Each stops where 90 % is back. A
+    line to the right of the free arm's is a detour; one that lies on it says that nothing depended on what was held.
+    Thin lines are seeds.
+
+    Raises:
+        NotMeasuredError: nothing was held in this run.
+    """
+    if not any(each.course for each in run.blocked):
+        raise NotMeasuredError("nothing was held in this run; block.held = ['part', 'heirs', 'random'] does it")
+    paths, label = {path.seed: path for path in run.arms["concept"]}, run.label
+    colours = dict(zip(HELD.values(), ("#009E73", "#CC79A7", ARM_COLOURS["random"]), strict=True))
+    figure, shown = go.Figure(), set[str]()
+    for seed, path in paths.items():
+        free = {at.step: path[stage].scores for stage in path.stages if (at := path[stage].at) and stage != BASE}
+        each = {FREE: free} | {HELD[one.held]: one.course for one in run.blocked if one.seed == seed and one.course}
+        start = path[PRUNED].scores
+        for name, course in each.items():
+            at = {0: start} | dict(course)
+            figure.add_scatter(
+                x=list(at), y=[scores.shown(label) for scores in at.values()], name=name, legendgroup=name,
+                showlegend=name not in shown, mode="lines+markers", marker={"size": 7},
+                line={"color": colours.get(name, ARM_COLOURS["concept"]), "width": 2.5 if len(paths) == 1 else 1.5},
+                hovertemplate=f"{safe(name)}, seed {seed}, step %{{x}}: %{{y:.3f}}<extra></extra>",
+            )  # fmt: skip
+            shown.add(name)
+    metric, unit = start.metric, safe(start.unit)
+    arms = list(paths.values())
+    return dressed(
+        figure, f"The return with something held: {metric} of {concept(arms)}", about(run, arms), x="steps",
+        y=f"{metric} ({unit})",
+    )  # fmt: skip
+
+
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.3g}"
 
@@ -103,10 +146,10 @@ def grafts(run: Run) -> go.Figure:
     Raises:
         ValueError: no grafts were made.
     """
-    stages = _by_stage(run)
+    stages = _by_stage(whole(run))
     if not stages:
         raise NotMeasuredError("no grafts were made in this run; they need a concept arm and grafts.skip = false")
-    arms = run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
+    arms = arm_of(run)
     titles = [f"{title}<br>{measured_by(arms)[:-1]} {' or '.join(names)}" for title, names, _ in stages]
     figure = make_subplots(1, len(stages), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=titles)
     low, high = 0.0, 1.0
@@ -151,15 +194,15 @@ def grafts(run: Run) -> go.Figure:
     dressed(
         figure,
         f"Which part brings {concept(arms)} back",
-        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back, mean over {seeds(n)}; {about(run, arms)}",
+        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back{', means' * (n > 1)}; {about(run, arms)}",
         x="share back",
-        height=150 + 34 * len(stages[0][2][0].parts),
+        height=158 + 34 * len(stages[0][2][0].parts),
     )
     figure.update_xaxes(range=[max(low, -0.6) - 0.06, min(high, 1.6) + 0.06], zeroline=False)
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_yaxes(title_text="part of the model", col=1)
     return figure.update_annotations(font={"size": 13, "color": TEXT}).update_layout(
-        margin={"t": 132}, legend={"y": -0.38}
+        margin={"t": 140}, legend={"y": -0.38}
     )
 
 
