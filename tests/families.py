@@ -23,7 +23,7 @@ from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger
 from relearn_lens.neurons.sites import SITES, Neurons, Sever, parameter, site_of
 from relearn_lens.remove.ablation import ablated, held, prune_
-from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
+from tests.fixtures import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
 from tests.made import Pool
 from tests.neurons.test_sites import DECODERS, IDS, MASK, decoder
 

@@ -15,8 +15,8 @@ from relearn_lens.models.model import Model, reading
 from relearn_lens.neurons.sites import Neurons, random_neurons, site_of
 from relearn_lens.neurons.weights import WeightMask, parts
 from relearn_lens.remove.ablation import prune_
-from tests.conftest import Untouched
 from tests.families import IDS, MASK, lent_tagger
+from tests.fixtures import Untouched
 from tests.returns import (
     Return,
     blocks_that,

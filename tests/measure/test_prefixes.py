@@ -10,8 +10,8 @@ from relearn_lens.models.model import reading
 from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.ablation import ablated
-from tests.conftest import Untouched
 from tests.families import IDS, KINDS, MASK, lent_tagger
+from tests.fixtures import Untouched
 
 PLENTY = 2**30
 

@@ -8,7 +8,7 @@ from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger, hidden, reading
 from relearn_lens.neurons.sites import SITES, Neurons, site_of, streaming
 from relearn_lens.remove.ablation import ablated, prune_
-from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB
+from tests.fixtures import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB
 from tests.made import Pool
 
 IDS = torch.tensor([[5, 9, 7, 20, 22, 6], [8, 11, 30, 5, 0, 0]])

@@ -24,8 +24,8 @@ from relearn_lens.runs.events import ArmDone, Base, Measured, Paused
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.text.concept import Concept
-from tests.conftest import unchecked
 from tests.families import KINDS, lent_tagger
+from tests.fixtures import unchecked
 from tests.neurons.test_sites import IDS, MASK
 
 RANK = 3
