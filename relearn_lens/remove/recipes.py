@@ -97,7 +97,7 @@ class Recipe:
     fraction: float | None = None
     """The share of all neurons that are taken of a localiser that ranks them; None: of one that gives a mask."""
 
-    def fields(self) -> dict[str, Any]:
+    def departures(self) -> dict[str, Any]:
         """The fields that are not as published."""
         parts = (self.remover, self.how, self.step)
         fields = {
