@@ -14,13 +14,8 @@ rl.plots.layer_map(path)
 
 import lazy_loader as lazy
 
+from relearn_lens.names import suggesting
+
 # The names stand in __init__.pyi, once, for this and for type checkers; nothing heavy is imported before it is used.
 _named, __dir__, __all__ = lazy.attach_stub(__name__, __file__)
-
-
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        return _named(name)
-    from relearn_lens.names import meant
-
-    raise AttributeError(f"No {__name__} attribute {name}{meant(name, __all__)}")
+__getattr__ = suggesting(__name__, _named, __all__)

@@ -38,6 +38,8 @@ def of(kind: type[M], how: M | None, fields: Mapping[str, Any]) -> M:
     Raises:
         ValueError: a field that the method does not have, or a value out of range; one line for each.
     """
+    if how is not None and not isinstance(how, Method):
+        raise ValueError(f"how is a {kind.__name__}(...), or left out, got {how!r}"[:200])
     given = {} if how is None else {name: getattr(how, name) for name in how.model_fields_set}
     # A length of training takes the place of another.
     for one, other in (({"steps"}, {"epochs", "every"}), ({"epochs", "every"}, {"steps"})):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 
@@ -16,7 +16,8 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
     for each in known:
         for form in (each.lower(), each.lower().rpartition(".")[2]):
             by_form.setdefault(form, each)
-    close = get_close_matches(wanted, by_form, n=1, cutoff=0.7)
+    # One letter weighs more in a short name.
+    close = get_close_matches(wanted, by_form, n=1, cutoff=0.6 if len(wanted) < 5 else 0.7)
     return by_form[close[0]] if close else None
 
 
@@ -31,3 +32,14 @@ def unknown(what: str, name: object, known: Iterable[str], near: str = "") -> st
     known = list(known)
     near = near or meant(name, known)
     return f"unknown {what} {name!r}{near}{' Known' if near else '; known'}: {', '.join(known)}"
+
+
+def suggesting(module: str, named: Callable[[str], object], known: Iterable[str]) -> Callable[[str], object]:
+    """The `__getattr__` of a package whose names are made when they are used: what it lacks is told the nearest."""
+
+    def attribute(name: str) -> object:
+        if name in known:
+            return named(name)
+        raise AttributeError(f"No {module} attribute {name}{meant(name, known)}")
+
+    return attribute

@@ -1,5 +1,6 @@
 """Small models, a small text, and a guard that a call left everything as it was."""
 
+import gc
 import importlib
 import inspect
 import os
@@ -7,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from relearn_lens.models.loading import load_tagger  # noqa: E402
 from relearn_lens.models.model import Model, Tagger  # noqa: E402
 from relearn_lens.text.corpus import Corpus, build_corpus  # noqa: E402
 from relearn_lens.text.encoding import Encoded, encode  # noqa: E402
+from tests.made import Pool  # noqa: E402
 
 LONG = (
     "test_readme.py", "test_notebooks.py", "test_experiment.py", "test_sweeps.py", "test_benches.py",
@@ -49,6 +52,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays: to look through all of it again and again for what is not used takes seconds."""
+    gc.collect()
+    gc.freeze()
+
+
+def _unsynced(_: int) -> None:
+    """In the place of `os.fsync`: tests kill processes, not machines. Processes that they start wait for the disk."""
+
+
+os.fsync = _unsynced
 torch.set_num_threads(1)
 
 LABELS = ("O", "LOC", "PER")
@@ -139,12 +153,15 @@ def toy_model() -> toy_module.Toy:
     return made
 
 
+@pytest.fixture(scope="session")
+def toys() -> Pool[Tagger]:
+    return Pool(toy_module.tagger)
+
+
 @pytest.fixture
-def toy() -> toy_module.Toy:
+def toy(toys: Pool[Tagger], toy_model: toy_module.Toy) -> toy_module.Toy:
     """The planted model, a test's own."""
-    made = toy_module.load(sentences=120)
-    warmed(made.tagger)
-    return made
+    return replace(toy_model, tagger=toys.lend()())
 
 
 @pytest.fixture(scope="session")
@@ -184,12 +201,15 @@ def bert_model(bert_folder: Path) -> Tagger:
     return warmed(tagger)
 
 
+@pytest.fixture(scope="session")
+def berts(bert_folder: Path) -> Pool[Tagger]:
+    return Pool(lambda: load_tagger(bert_folder, LABELS, device="cpu"))
+
+
 @pytest.fixture
-def bert(bert_folder: Path) -> Tagger:
+def bert(berts: Pool[Tagger]) -> Tagger:
     """The small BERT as a tagger in eval mode, a test's own."""
-    tagger = load_tagger(bert_folder, LABELS, device="cpu")
-    tagger.eval()
-    return warmed(tagger)
+    return berts.lend()()
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from relearn_lens import progress
 from relearn_lens.models import taught
-from relearn_lens.models.model import LanguageModel
+from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.runs.events import ArmDone, Event
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import Experiment
@@ -48,6 +49,75 @@ def small_taught(cache: Path, seed: int = 0) -> taught.Taught:
     """A small model that was taught them and its twin, the caller's own; trained where the cache has none yet."""
     with patch.dict(os.environ, {"RELEARN_LENS_CACHE": str(cache)}):
         return taught.load(small_people(seed), recipe=SMALL)
+
+
+T = TypeVar("T", bound=Model)
+
+
+class Pool(Generic[T]):
+    """Models that are made once and lent again as they were made: to make one takes longer than most tests of it.
+
+    What is lent goes back at the end of a test: to be asked for in tests and fixtures of one test, no wider ones.
+    """
+
+    most = 8
+
+    def __init__(self, new: Callable[[], T]) -> None:
+        self.new = new
+        self.made: list[_Made[T]] = []
+
+    def lend(self) -> Callable[[], T]:
+        """What makes models for one test, each another one."""
+        numbers = itertools.count()
+
+        def lent() -> T:
+            if (i := next(numbers)) >= self.most:
+                return self.new()
+            if i == len(self.made):
+                self.made.append(_Made(self.new()))
+            elif not self.made[i].is_as_new():
+                self.made[i] = _Made(self.new())
+            return self.made[i].model
+
+        return lent
+
+
+class _Made(Generic[T]):
+    """A model in eval mode, and what it was when it was made."""
+
+    def __init__(self, model: T) -> None:
+        self.model = model.eval()
+        with torch.no_grad():  # a bridge installs some hooks of its own at its first forward pass
+            model(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
+        model.plain()  # is kept
+        self.parts, tensors = self._now()
+        self.tensors = [(tensor, tensor.requires_grad, tensor.detach().clone()) for tensor in tensors]
+
+    def is_as_new(self) -> bool:
+        """Whether it is, with its weights, what it was; they are put back."""
+        parts, tensors = self._now()
+        if parts != self.parts:
+            return False
+        with torch.no_grad():
+            for tensor, (_, flag, value) in zip(tensors, self.tensors, strict=True):
+                tensor.requires_grad_(flag)
+                tensor.grad = None
+                tensor.copy_(value)
+        self.model.eval()
+        return True
+
+    def _now(self) -> tuple[list[Any], list[torch.Tensor]]:
+        """What the model is beside its weights; and these."""
+        roots: list[Any] = [self.model, self.model.bridge, self.model.bridge.original_model]
+        modules = dict.fromkeys(module for root in roots for module in root.modules())
+        hooks = [
+            (id(module), *(len(v) for k, v in vars(module).items() if k.endswith(("hooks", "with_kwargs")) and v))
+            for module in modules
+        ]
+        every = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+        tensors = list({id(t): t for t in every}.values())
+        kinds = [(id(t), t.dtype, t.shape, t.device) for t in tensors]
+        return [sorted(vars(self.model)), dict(vars(self.model.bridge.cfg)), hooks, kinds], tensors
 
 
 def arms_in(events: Sequence[Event]) -> dict[str, Any]:

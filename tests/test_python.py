@@ -2,14 +2,19 @@
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import relearn_lens as rl
+from relearn_lens import methods
+from relearn_lens.measure.tracking import track_text
+from relearn_lens.models.model import encoded_for
 from relearn_lens.names import nearest
 from relearn_lens.neurons.weights import set_of
+from relearn_lens.text.concept import concept_of
 from relearn_lens.text.corpus import Splits
 from tests.conftest import unchecked
 
@@ -33,6 +38,25 @@ def test_nearest_name_in_any_case_and_by_its_last_part():
 def test_a_name_that_the_package_lacks_suggests_one():
     with pytest.raises(AttributeError, match="No relearn_lens attribute prune; did you mean 'prune_'"):
         _ = rl.prune  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong", "near"),
+    [
+        (rl.remove, "NOP", "NPO"),
+        (rl.relearn, "Finetune", "FineTune"),
+        (rl.find, "lookup", "Lookup"),
+        (rl.plots, "recovry_curves", "recovery_curves"),
+    ],
+)
+def test_a_name_that_a_part_of_the_package_lacks_suggests_one(names, wrong, near):
+    with pytest.raises(AttributeError, match=f"attribute {wrong}; did you mean '{near}'"):
+        getattr(names, wrong)
+
+
+def test_a_preset_of_nearly_its_name_is_suggested():
+    with pytest.raises(ValueError, match="unknown preset 'toi'; did you mean 'toy'"):
+        rl.run("toi")
 
 
 def test_a_concept_is_said_by_its_name(toy_model, before):
@@ -75,6 +99,42 @@ def test_prune_takes_pairs_of_layer_and_index(toy, untouched):
     assert all(bool((weights[name][mask[name]] == 0).all()) for name in mask.weights())
     assert rl.evaluate(toy.tagger, toy.corpus).f1 == pytest.approx(ablated)
     assert ablated["place"] < 0.1
+
+
+def test_neurons_are_told_by_name_or_pair_alone_or_together(toy_model):
+    site = rl.site_of(toy_model.tagger.bridge, "mlp_post")
+    one = rl.Neurons.of(site, [("1", 7)])
+    for same in ("L1N7", (1, 7), ["L1N7"], [(1, 7)], next(iter(one))):
+        assert rl.Neurons.of(site, same) == one
+    assert rl.Neurons.of(site, ("L1N7", "L2N3")) == rl.Neurons.of(site, [(1, 7), (2, 3)])
+    assert set_of(toy_model.tagger, "L1N7", "mlp_post") == one
+    with pytest.raises(ValueError, match=r"7 is no neuron; give \(layer, index\), or its name, such as 'L1N0'"):
+        unchecked(rl.Neurons.of.__func__)(rl.Neurons, site, [7])
+    with pytest.raises(ValueError, match="'1:7' is no name of a neuron; write L<layer>N<index>"):
+        rl.Neurons.of(site, "1:7")
+
+
+def test_what_stands_in_the_wrong_place_is_named(toy_model, before):
+    tagger, text = toy_model.tagger, toy_model.corpus
+    path = rl.Trajectory({"base": before, "pruned": before, "8": before}, arm="mine")
+    for function, arguments, says in (
+        (encoded_for, (text, text), r"the first argument is a model \(load_tagger, .* got a Corpus"),
+        (concept_of, (["place"],), "a concept is wanted, by name or as a Concept, got a list"),
+        (
+            rl.Concept.__post_init__,
+            (SimpleNamespace(name=["place", "person"]),),
+            r"a concept has one name, got \['place', 'person'\]",
+        ),
+        (track_text, (tagger, text, "place", rl.Training()), "track goes through a training .* got a Training"),
+        (methods.of, (rl.Training, "place", {}), r"how is a Training\(\.\.\.\), or left out, got 'place'"),
+        (rl.encode, ("a.conll", tagger.tokenizer), r"a labelled text is wanted, got a str: .*read_conll"),
+        (rl.explore, ("runs/toy",), r"a run is wanted, got a name: load_run\('runs/toy'\)"),
+        (rl.plots.grafts, (path,), r"a run is wanted \(rl\.run, rl\.load_run\), got a Trajectory; .* recovery_curves"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            unchecked(function)(*arguments)
+    with pytest.raises(ValueError, match="a set of neurons is wanted as like=, got a list"):
+        unchecked(rl.random_neurons)(like=[(1, 7)], seed=0)
 
 
 def test_prune_refuses_what_is_no_set(toy_model, before, untouched):
@@ -156,6 +216,10 @@ def test_recovery_curves_take_a_trajectory_or_several(before):
     lines = {trace.name: trace for trace in both.data if trace.name}
     assert list(lines) == ["mine", "theirs"]
     assert lines["mine"].line.color != lines["theirs"].line.color
+    named: Any = rl.plots.recovery_curves({"first": path("mine", 0), "second": [path("mine", 0), path("mine", 1)]})
+    assert [trace.name for trace in named.data if trace.name] == ["first", "second"]
+    with pytest.raises(ValueError, match="no arm 'third' in this run; it has first, second"):
+        rl.plots.pruned_share({"first": path("mine", 0), "second": path("mine", 1)}, arm="third")
     assert "over 2 seeds" in str(both.layout.title.subtitle.text) or "sentences" in str(both.layout.title.subtitle.text)
 
 
@@ -213,6 +277,7 @@ def test_objects_print_in_a_line_with_their_units(toy_model, before):
         "Experiment(toy, toy, concept place, site mlp_post; arms concept, other, random, unpruned, never; 3 seeds; "
         "9 more changed)"
     )
+    assert repr(rl.preset("names")).endswith("never; 3 seeds)")
 
 
 def test_objects_show_the_same_in_a_notebook(toy_model, before):

@@ -24,7 +24,7 @@ from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for
 from relearn_lens.neurons.streaming import stream
 from relearn_lens.text import markup
-from relearn_lens.text.concept import Concept
+from relearn_lens.text.concept import Concept, concept_of
 from relearn_lens.text.corpus import OUTSIDE, Corpus, Strings, bio
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -284,7 +284,7 @@ def evaluate(
     model: Model,
     text: Corpus | Encoded,
     *,
-    concept: Concept | None = None,
+    concept: Concept | str | None = None,
     max_tokens: int = MAX_TOKENS,
 ) -> Any:
     """Strict span F1 of a tagger on labelled text, by nervaluate; of a language model, its loss per class of tokens.
@@ -303,7 +303,7 @@ def evaluate(
     return judge.scores()
 
 
-def judge_of(model: Model, encoded: Encoded, concept: Concept | None = None) -> Tags | Losses:
+def judge_of(model: Model, encoded: Encoded, concept: Concept | str | None = None) -> Tags | Losses:
     """What `evaluate` reads a text with: a `Reader` for `stream`, so that scores come from a pass that is made anyway.
 
     Raises:
@@ -316,7 +316,7 @@ def judge_of(model: Model, encoded: Encoded, concept: Concept | None = None) -> 
         raise ValueError(
             "a language model is judged on the tokens of a concept: give evaluate(..., concept=Concept(...))"
         )
-    return Losses(model, encoded, concept)
+    return Losses(model, encoded, concept_of(concept))
 
 
 class Losses:

@@ -470,9 +470,14 @@ def track_text(
     under two names, draw a flat line that means nothing.
 
     Raises:
-        ValueError: as `measure`; or two checkpoints of one epoch.
+        ValueError: as `measure`; no training to go through; or two checkpoints of one epoch.
     """
     probe, concept = encoded_for(model, probe), concept_of(concept)
+    if isinstance(checkpoints, methods.Method) or not isinstance(checkpoints, Iterable):
+        raise ValueError(
+            "track goes through a training of this model, such as retrain_(model, text, lr=..., seed=...), or your own "
+            f"loop that yields Checkpoint; got a {type(checkpoints).__name__}"
+        )
     validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
 

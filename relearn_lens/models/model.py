@@ -119,8 +119,9 @@ class Model(nn.Module):
 
     def train(self, mode: bool = True) -> Model:
         """Set training mode, in the bridge's own components too."""
-        super().train(mode)
-        self.bridge.train(mode)
+        for module in _modules(self):  # nn.Module.train would go through shared parts many times over
+            if module.training != mode:
+                module.training = mode
         return self
 
     def weights(self) -> dict[str, Tensor]:
@@ -138,6 +139,15 @@ class Model(nn.Module):
         """`weights()` as the parameters and buffers themselves; without low-rank adapters, where there are any now."""
         if (adapted := _ADAPTED.get(self.bridge)) is not None:
             return dict(adapted.plain)
+        modules = [part for part in _modules(self) if part is not self]
+        now = [*modules, *(t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))]
+        before, named = self.__dict__.get("_named", ([], {}))
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+            named = self._by_plain_name()
+            self.__dict__["_named"] = now, named  # to look for them anew takes as long as a small forward pass
+        return dict(named)
+
+    def _by_plain_name(self) -> dict[str, Tensor]:
         names: dict[int, str] = {}
         state = self.state_dict(keep_vars=True)
         for name, value in state.items():
@@ -325,12 +335,14 @@ def encoded_for(model: Model | TransformerBridge, text: Corpus | Encoded, *, con
     """A text in a model's sub-words; one that is encoded already is given back as it is.
 
     Raises:
-        ValueError: as `encoding.encode`.
+        ValueError: it is no model; or as `encoding.encode`.
     """
     if isinstance(text, Encoded):
         return text
     if isinstance(model, Model):
         return model.encode(text, context=context)
+    if not hasattr(model, "tokenizer"):
+        raise ValueError(f"the first argument is a model (load_tagger, load_bridge), got a {type(model).__name__}")
     return encode(text, model.tokenizer, context=context or int(model.cfg.n_ctx))
 
 
@@ -488,11 +500,9 @@ def reading(model: nn.Module) -> Iterator[None]:
     kin) and nobody hooks the patterns, which that kernel never makes.
     """
     bridge = model.bridge if isinstance(model, Model) else model
-    # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
-    parts = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
-    modes = {module: module.training for part in parts for module in part.modules()}
+    modes = {module: module.training for module in _modules(model)}
     try:
-        for module, mode in modes.items():  # eval() would go through shared parts many times over
+        for module, mode in modes.items():
             if mode:
                 module.training = False
         with torch.no_grad(), _fused_attention(bridge):
@@ -501,6 +511,14 @@ def reading(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             if module.training != mode:  # to set it is slow, and most are as they were
                 module.training = mode
+
+
+def _modules(model: nn.Module) -> dict[nn.Module, None]:
+    """All parts of a model, each once."""
+    bridge = model.bridge if isinstance(model, Model) else model
+    # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
+    parts = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
+    return dict.fromkeys(module for part in parts for module in part.modules())
 
 
 @contextlib.contextmanager

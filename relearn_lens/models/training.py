@@ -150,8 +150,8 @@ class Checkpoints(Iterator[Checkpoint]):
             return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, under way)"
         return f"Checkpoints({self._loop.what}, {self.last_step:,} steps, not begun: {ITERATE})"
 
-    def __del__(self) -> None:
-        if not self._begun and self._loop.pauses and not sys.is_finalizing():
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: `sys` may be gone by then
+        if not self._begun and self._loop.pauses and not finalizing():
             warnings.warn(
                 f"this {self._loop.what} was made and never begun, so nothing was trained: {ITERATE}",
                 RuntimeWarning, source=self, stacklevel=2,

@@ -6,6 +6,7 @@ The only module with hook names. A family of models is a few lines of data in `F
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -340,6 +341,32 @@ class Neuron(NamedTuple):
 
     __repr__ = __str__
 
+    @classmethod
+    def named(cls, name: str) -> Neuron:
+        """The neuron that is printed so.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        parsed = re.fullmatch(r"L(.+)N(\d+)", name)
+        if not parsed:
+            raise ValueError(f"{name!r} is no name of a neuron; write L<layer>N<index>, such as L1N0")
+        return cls(parsed[1], int(parsed[2]))
+
+
+Members = Iterable[tuple[str | int, int] | str] | tuple[str | int, int] | str
+"""Neurons as `(layer, index)`, layers by name or number, or as they are printed; or one alone."""
+
+
+def _each(members: Any) -> Iterator[tuple[str | int, int]]:
+    is_one = isinstance(members, str) or (isinstance(members, tuple) and [type(m) for m in members[1:]] == [int])
+    for member in [members] if is_one else members:
+        try:
+            layer, index = Neuron.named(member) if isinstance(member, str) else member
+        except TypeError:
+            raise ValueError(f"{member!r} is no neuron; give (layer, index), or its name, such as 'L1N0'") from None
+        yield layer, index
+
 
 @jaxtyped(typechecker=typechecker)
 @dataclass(frozen=True, eq=False, repr=False)
@@ -357,14 +384,14 @@ class Neurons:
             )
 
     @classmethod
-    def of(cls, site: Site, members: Iterable[tuple[str | int, int]]) -> Neurons:
-        """The set of the given `(layer, index)` neurons, layers by name.
+    def of(cls, site: Site, members: Members) -> Neurons:
+        """The set of the given neurons.
 
         Raises:
-            ValueError: a layer or an index that the site does not have.
+            ValueError: a layer or an index that the site does not have, or what names no neuron.
         """
         mask = torch.zeros(len(site.layers), site.width, dtype=torch.bool)
-        for layer, index in members:
+        for layer, index in _each(members):
             if str(layer) not in site.layers or not 0 <= index < site.width:
                 raise ValueError(
                     f"{site.name} has no neuron {index} in layer {layer!r}; layers {', '.join(site.layers)}, neurons "
@@ -458,7 +485,14 @@ def random_neurons(
     They are drawn from all neurons of the layer, so where `like` takes most of a layer the two sets overlap; say
     `len(like & control)` beside a result. None of them is in `apart` where the layer has room for that. With `scale`,
     a number per neuron such as its standard deviation, as many are drawn from every tenth of the layer by that number.
+
+    Raises:
+        ValueError: `like` is no set of neurons.
     """
+    if not isinstance(like, Neurons):
+        raise ValueError(
+            f"a set of neurons is wanted as like=, got a {type(like).__name__}: make it by Neurons.of(site, ...)"
+        )
     generator = torch.Generator().manual_seed(seed)
     # Drawn in the order of a random number: 1 more for what is to be avoided, so that it comes last.
     order = torch.rand(like.mask.shape, generator=generator)

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model, wearing
 from relearn_lens.names import unknown
-from relearn_lens.neurons.sites import Neurons, Sever, Site, parameter, site_of
+from relearn_lens.neurons.sites import Members, Neurons, Sever, Site, parameter, site_of
 from relearn_lens.neurons.streaming import ROUNDING
 
 Parts = Mapping[str, tuple[str, ...]]
@@ -167,12 +167,12 @@ class WeightMask(Mapping[str, Tensor]):
         )
 
 
-Where = Neurons | WeightMask | Iterable[tuple[str | int, int]]
-"""A set of neurons or of weights, or the neurons' `(layer, index)` pairs."""
+Where = Neurons | WeightMask | Members
+"""A set of neurons or of weights, or neurons by `(layer, index)` or by name."""
 
 
 def set_of(model: Model | TransformerBridge, where: Where, site: str | Site = "resid") -> Neurons | WeightMask:
-    """A set as it is; of `(layer, index)` pairs, the set of those neurons of a site.
+    """A set as it is; of neurons by `(layer, index)` or by name, the set of those of a site.
 
     Raises:
         ValueError: an unknown site, a neuron that it does not have, or something that is no set.

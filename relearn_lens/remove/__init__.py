@@ -3,8 +3,10 @@ says of a text."""
 
 import lazy_loader as lazy
 
+from relearn_lens.names import suggesting
+
 # The public names, by module; heavy ones are imported when used.
-__getattr__, __dir__, __all__ = lazy.attach(
+_named, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "arithmetic": ["TaskVector"],
@@ -26,3 +28,4 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "wrappers": ["LAT", "SAM", "Averaged", "Curvature", "GradientPenalty", "Smoothed", "TARLight"],
     },
 )
+__getattr__ = suggesting(__name__, _named, __all__)

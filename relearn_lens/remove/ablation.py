@@ -7,7 +7,7 @@ concept return? `held` at their value through training: can it return *elsewhere
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model
-from relearn_lens.neurons.sites import Neurons, Sever, Site, streaming
+from relearn_lens.neurons.sites import Members, Neurons, Sever, Site, streaming
 from relearn_lens.neurons.weights import Where, bridge_of, entries, same_site, set_of
 
 
 @contextlib.contextmanager
 def ablated(
     model: Model | TransformerBridge,
-    neurons: Neurons | Iterable[tuple[str | int, int]],
+    neurons: Neurons | Members,
     *,
     value: float | Float[Tensor, "layer neuron"] = 0.0,
     site: str | Site = "resid",
@@ -33,7 +33,7 @@ def ablated(
 
     `value` is in activation units: 0, or one value for each neuron (its mean over a corpus, say). A head is a vector,
     and each of its units is held at the value. The weights are not touched, and the hooks are gone when the block ends.
-    Neurons are a set, or `(layer, index)` pairs of a `site`.
+    Neurons are a set, or `(layer, index)` or names (`L1N7`) of a `site`.
 
     Raises:
         ValueError: a tensor of values of another shape; weights in the place of neurons.
@@ -62,8 +62,8 @@ def prune_(
 ) -> None:
     """Set the weights of the neurons to what has no effect, once. Training is free to grow them back.
 
-    A `WeightMask` says itself which weights; `sever` says it for neurons: a set, or `(layer, index)` pairs of a
-    `site`.
+    A `WeightMask` says itself which weights; `sever` says it for neurons: a set, or `(layer, index)` or names (`L1N7`)
+    of a `site`.
 
     `sever="out"`: the weights that carry a neuron on. The model then computes what it computes with the neurons ablated
     to 0. `mlp_post`: the neuron's row of the MLP's output matrix; `attn_head`: the head's rows of the attention's

@@ -339,8 +339,8 @@ class Experiment(Method):
     def __repr__(self) -> str:
         what = f"{self.model}, {self.corpus}, concept {'+'.join(self.labels)}, site {self.site}"
         changed = len(self.changes().keys() - {"model", "corpus", "concept", "site"})
-        n = len(self.seeds)
-        return f"Experiment({what}; arms {', '.join(self.arms)}; {n} seed{'s' * (n > 1)}; {changed} more changed)"
+        n, more = len(self.seeds), f"; {changed} more changed" if changed else ""
+        return f"Experiment({what}; arms {', '.join(self.arms)}; {n} seed{'s' * (n > 1)}{more})"
 
     __str__ = __repr__
 
@@ -348,7 +348,7 @@ class Experiment(Method):
         """The settings that are not the default ones."""
         usual = {key: default for key, default, _ in fields()}
         rows = [[key, _plainly(value), _plainly(usual[key])] for key, value in self.changes().items()]
-        return markup.box(repr(self), markup.table(["setting", "value", "default"], rows))
+        return markup.box(repr(self), markup.table(["setting", "value", "default"], rows) if rows else "")
 
     @model_validator(mode="before")
     @classmethod

@@ -53,13 +53,15 @@ class Answer:
 def brief(run: Run, report: str | None = None) -> list[Text]:
     """All of it: headline, scores by steps, answers, a neuron that took over, and where to read on.
 
-    At most `MOST` lines: where it would be more, the numbers in brackets are left to the page.
+    At most `MOST` lines: where it would be more, the numbers in brackets are left to the page, then the neuron.
     """
     table = [headline(run), header(run), *rows(run)]
     answers, rest = answered(run), _rest(run, report)
     lines = [line for answer in answers for line in _answer(answer, whole=True)]
     if len(table) + len(lines) + len(rest) > MOST:
         lines = [line for answer in answers for line in _answer(answer, whole=False)]
+    if len(table) + len(lines) + len(rest) > MOST:
+        rest = [line for line in rest if not line.plain.startswith("now")]
     return [*table, *lines, *rest]
 
 
@@ -258,12 +260,12 @@ def held(run: Run) -> str:
         for name, course in {"": free, **mine}.items():
             enough = BACK * path[BASE].scores.value(run.label)
             back = next((n for n, scores in course.items() if scores.value(run.label) >= enough), None)
-            never = f"> {max(course)}" if course else "no part is known"
+            never = f"> {max(course)}" if course else "(none known)"
             steps.setdefault(name, set()).add((np.inf, never) if back is None else (back, str(back)))
     when = {name: " or ".join(says for _, says in sorted(each)) for name, each in steps.items()}
-    names = {"part": "the part that brings most", "heirs": "the heirs", "random": "as many others"}
-    others = ", ".join(f"{names[name]}: {says}" for name, says in when.items() if name)
-    return f"{_percent(BACK)} is back at step {when['']}; held, {others}"
+    names = {"part": "the part held", "heirs": "the heirs", "random": "others"}
+    others = ", ".join(f"{name} {when[held]}" for held, name in names.items() if held in when)
+    return f"{_percent(BACK)} is back at step {when['']}; with {others}"
 
 
 # --- the numbers of each question, means over seeds

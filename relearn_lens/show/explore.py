@@ -30,7 +30,7 @@ from relearn_lens.neurons.streaming import stream
 from relearn_lens.runs.results import Run
 from relearn_lens.show import captions
 from relearn_lens.show.plots.cards import neuron_of
-from relearn_lens.show.plots.style import ARM_COLOURS, INK, arm_of, shown
+from relearn_lens.show.plots.style import ARM_COLOURS, INK, arm_of, shown, whole
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -77,7 +77,7 @@ def explore(
     Raises:
         ValueError: the run has no such arm, stage, seed or neuron.
     """
-    first = arm or captions.told(run)
+    first = arm or captions.told(whole(run))
     arms = {name: _of_seed(arm_of(run, name), seed) for name in run.arms}
     for name in (first, *([beside] if beside else [])):
         arm_of(run, name)  # says what is wrong

@@ -36,6 +36,10 @@ class Concept:
     words: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(
+                f"a concept has one name, got {self.name!r}; several labels are Concept('both', labels=...)"
+            )
         if self.labels and self.words:
             raise ValueError(f"concept {self.name!r} has labels and words; give one of them")
         labels, words = ((v,) if isinstance(v, str) else tuple(v) for v in (self.labels, self.words))
@@ -83,7 +87,13 @@ class Concept:
 
 
 def concept_of(concept: Concept | str) -> Concept:
-    """A concept by its name, which is then the label that carries it; a `Concept` is given back as it is."""
+    """A concept by its name, which is then the label that carries it; a `Concept` is given back as it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(concept, str | Concept):
+        raise ValueError(f"a concept is wanted, by name or as a Concept, got a {type(concept).__name__}")
     return Concept(concept) if isinstance(concept, str) else concept
 
 

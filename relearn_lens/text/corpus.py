@@ -249,15 +249,20 @@ class Corpus:
 
 
 def one_of(text: Any) -> Any:
-    """A text as it is, unless it is all three parts of a split.
+    """A text as it is, unless it is all three parts of a split, or no text.
 
     Raises:
-        ValueError: it is a `Splits`.
+        ValueError: it is no `Corpus`.
     """
     if isinstance(text, Splits):
         raise ValueError(
             f"one text is wanted, got the three parts of {text.train.title!r}: give .train (to train on), .validation "
             "or .probe (to measure on)"
+        )
+    if not isinstance(text, Corpus):
+        raise ValueError(
+            f"a labelled text is wanted, got a {type(text).__name__}: read one (read_conll, read_bsb_names, read_hf), "
+            "or make one (build_corpus)"
         )
     return text
 

@@ -31,7 +31,8 @@ def bars(header: Sequence[object], values: Mapping[str, float], *, most: float =
         known = value == value
         width = 10 * min(max(value / most, 0), 1) if known and most > 0 else 0
         bar = f'<td style="padding:.1em .7em"><span style="{_BAR.format(width=width)}"></span></td>'
-        rows.append(f"<tr>{_cell('td', name, 0)}{_cell('td', f'{value:.3g}' if known else '', 1)}{bar}</tr>")
+        number = f"{value:.3f}".removesuffix(".000") if known else ""
+        rows.append(f"<tr>{_cell('td', name, 0)}{_cell('td', number, 1)}{bar}</tr>")
     return (
         f'<table style="border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )

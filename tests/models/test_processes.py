@@ -1,11 +1,6 @@
 """Several processes at one run: what two find is what one finds, and only one of them writes."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,27 +10,11 @@ from torch import Tensor
 from relearn_lens.models import processes
 from relearn_lens.runs.store import load_run
 from tests.interruptions import difference
-from tests.processes import KINDS, study_and_run
+from tests.processes import KINDS, in_two, study_and_run
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CLOSE = 1e-4
 """Of the largest number in a tensor. Sums of float32 in another order, through the steps of AdamW, which divides by the
 size of the gradient."""
-ROOT = Path(__file__).parents[2]
-
-
-def ran(command: list[str]) -> str:
-    """What a command printed; it must have ended well."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes) as started:
-        try:
-            out, err = started.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)  # what a launcher started would wait for each other for ever
-            raise
-    assert started.returncode == 0, err[-3000:]
-    return out
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -46,10 +25,10 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Folders `one`, of this process (in two parts a step), and `two`, of two; what the latter printed."""
+    """Folders `one`, of this process (in two parts a step), and `two`, of two."""
     folder = tmp_path_factory.mktemp("processes")
     study_and_run(folder / "one", 2)
-    (folder / "two.txt").write_text(ran([*TORCHRUN, "-m", "tests.processes", str(folder / "two")]))
+    in_two(folder / "two")
     return folder
 
 
@@ -96,7 +75,7 @@ def test_a_run_in_two_processes_is_that_of_one(made):
 
 def test_a_run_in_two_processes_goes_on_wherever_it_stopped_to_the_bit(made):
     assert difference(made / "two" / "run", made / "two" / "stopped") == ""
-    assert "stopped 4 times" in (made / "two.txt").read_text()
+    assert (made / "two" / "stops").read_text() == "4"
 
 
 def test_alone_there_is_nothing_to_share():

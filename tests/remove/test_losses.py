@@ -23,6 +23,7 @@ from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import FORGET, REFUSALS, TRAINED, Facts, Passage, people
 from relearn_lens.text.facts.encoded import encode_facts, encode_passages
 from tests.families import small_tagger
+from tests.made import Pool
 
 BETTER = toy.corpus(sentences=7, seed=2)
 
@@ -35,13 +36,17 @@ def texts() -> dict[str, Corpus]:
 Make = Callable[[], LanguageModel]
 
 
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory) -> Pool:
+    folder = tmp_path_factory.mktemp("llama")
+    small_tagger("llama", folder)
+    return Pool(lambda: load_language_model(folder, device="cpu"))
+
+
 @pytest.fixture(params=["native", "llama"])
-def make(request, tmp_path) -> Make:
-    """A causal model with random weights, anew at every call."""
-    if request.param == "native":
-        return toy.language_model
-    small_tagger("llama", tmp_path)
-    return lambda: load_language_model(tmp_path, device="cpu").eval()  # type: ignore[return-value]
+def make(request) -> Make:
+    """A causal model with random weights, another at every call."""
+    return toy.language_model if request.param == "native" else request.getfixturevalue("llamas").lend()
 
 
 def moved(make: Make) -> LanguageModel:

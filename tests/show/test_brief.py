@@ -47,6 +47,8 @@ def test_brief_leaves_brackets_out_before_it_is_too_long(run, monkeypatch):
     assert any(line.endswith("in words (30 % [25, 34])") for line in whole)
     monkeypatch.setattr(brief, "MOST", len(whole) - 1)
     assert any(line.endswith("in words") for line in plain(run))
+    monkeypatch.setattr(brief, "MOST", 1)
+    assert not any(line.startswith("now") for line in plain(run))
 
 
 def test_headline_says_what_was_cut(run):
@@ -205,11 +207,11 @@ def test_what_was_held_is_beside_the_free_arm():
     made = run_of("concept", "random", "unpruned", seeds=3, width=12)
     assert not any(line.startswith("held") for line in plain(made))
     made.blocked += holding(made)
-    says = "90 % is back at step > 30; held, the part that brings most: > 64, the heirs: 8 or 16, as many others: 4"
+    says = "90 % is back at step > 30; with the part held > 64, the heirs 8 or 16, others 4"
     assert entry(plain(made), "held") == f"held     {says}"
 
 
 def test_a_part_that_is_not_known_holds_nothing():
     made = run_of("concept", "random", "unpruned", seeds=3, width=12)
     made.blocked += [replace(each, course={}) for each in holding(made)]
-    assert "the heirs: no part is known" in entry(plain(made), "held")
+    assert "the part held (none known), the heirs" in entry(plain(made), "held")

@@ -136,11 +136,35 @@ def shown_by(browser: str, page: Path, width: int = 1100) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
+USING = """<script>
+const at = name => document.querySelector(".rl-explore ." + name), seen = [];
+const put = (name, value) => { at(name).value = value; at(name).dispatchEvent(new Event("input")); };
+at("gained").click(); seen.push(at("chips").textContent);
+put("word", WORD.toUpperCase()); seen.push(at("chips").textContent);
+put("stage input", 0); seen.push(at("chips").textContent);
+seen.push([...document.querySelectorAll(".rl-explore .map h4")].map(h => h.textContent).join("; "));
+put("stage input", at("stage input").max);
+document.body.append(Object.assign(document.createElement("pre"), {id: "seen", textContent: seen.join("|")}));
+</script>"""
+"""What a person does: asks who gained most, searches a word, goes back to base, and on to the end."""
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_a_browser_shows_curve_maps_and_card(run, tmp_path):
     assert BROWSER is not None
     path = run.arms["concept"][0]
-    dom = shown_by(BROWSER, explore.explore(run, neuron="L0N4", stage="2").save(tmp_path / "view.html"))
+    page = explore.explore(run, neuron="L0N4", stage="2").save(tmp_path / "view.html")
+    assert path["2"].words is not None
+    word = path["2"].words.of(("0", 4))[0]
+    page.write_text(page.read_text(encoding="utf-8") + USING.replace("WORD", json.dumps(word)), encoding="utf-8")
+    dom = shown_by(BROWSER, page)
+    seen = re.search('<pre id="seen">(.*?)</pre>', dom, re.S)
+    assert seen
+    gained, searched, earlier, heads = unescape(seen[1]).split("|")
+    assert gained.startswith("Rose most from base to 2, in rank: L")
+    assert f"neurons have “{word}” among their top words at stage 2: L" in searched
+    assert "among their top words at stage base" in earlier  # what is listed follows the slider
+    assert heads == "concept arm, stage base; random arm, stage base"
     assert dom.count('<polyline fill="none" stroke="#') == 3
     assert dom.count("<canvas") == 2 * len(path.site.layers)
     card = dom[dom.index('class="card"') : dom.index('class="data"')]

@@ -433,6 +433,7 @@ def contrast(colour: str, page: str) -> float:
 def test_colours_are_seen_on_light_and_dark_pages(page, whole):
     layout = layout_of(plots.recovery_curves(whole))
     assert contrast(layout.font.color, layout.paper_bgcolor) >= 7
+    assert layout.legend.bgcolor == "rgba(0,0,0,0)"  # on a page its text has the page's ink
     for colour in plots.ARM_COLOURS.values():
         assert contrast(colour, page) >= 2.8
     for colour, _ in plots.VERDICTS.values():
@@ -794,6 +795,8 @@ def test_verdicts_draw_effects_in_units_of_the_bar():
         assert at == pytest.approx(claim.effect.value / claim.bar)
         assert np.sinh(trace.x[0] + trace.error_x.array[0]) == pytest.approx(claim.effect.high / claim.bar)
         assert np.sinh(trace.x[0] - trace.error_x.arrayminus[0]) == pytest.approx(claim.effect.low / claim.bar)
+    numbers = [note.text for note in layout_of(figure).annotations[len(CLAIMS) :]]
+    assert numbers == ["1.000 [0.750, 1.500]", "-2.000 [-3.000, -1.000]", "0.100 [-0.200, 0.300]", "0.400"]
     unsure = dots["inconclusive"]
     assert np.sinh(unsure.x[0]) == pytest.approx(0.8)
     assert np.isnan(unsure.error_x.array[0])
@@ -821,10 +824,10 @@ def test_verdicts_lie_where_the_rule_puts_them(whole):
 
 
 def test_verdicts_say_every_claim_and_its_verdict(whole):
-    notes = [note.text for note in layout_of(plots.verdicts(CLAIMS)).annotations]
+    notes = [note.text.replace("<br>", " ") for note in layout_of(plots.verdicts(CLAIMS)).annotations]
     assert notes[1] == "<b>C2, reversed:</b> the claim C2 says &lt;this&gt;"
     said = [note.text.replace("<br>", " ") for note in layout_of(plots.verdicts(whole)).annotations]
-    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in whole.numbers.claims] == said
+    assert [f"<b>{c.id}, {c.verdict}:</b> {c.says}" for c in whole.numbers.claims] == said[: len(whole.numbers.claims)]
     with pytest.raises(plots.NotMeasuredError, match="this run has no concept arm"):
         plots.verdicts(run_of("random"))
 
@@ -953,6 +956,7 @@ def test_what_was_held_is_drawn_beside_the_free_arm():
     assert [trace["name"] for trace in figure if trace["showlegend"]] == [
         "free", "held: the part that brings most", "held: the heirs", "held: as many others",
     ]  # fmt: skip
+    assert len({trace["line"]["color"] for trace in figure}) == 4
     assert as_list(figure[1]["x"]) == [0, 8, 64]
     assert as_list(figure[1]["y"]) == pytest.approx([run.arms["concept"][0]["pruned"].scores.shown("place"), 0.2, 0.2])
 

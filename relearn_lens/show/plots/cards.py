@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Sequence
 
@@ -30,6 +29,7 @@ from relearn_lens.show.plots.style import (
     concept,
     dressed,
     safe,
+    whole,
 )
 
 Example = tuple[Sequence[str], Sequence[float | int]]
@@ -60,7 +60,7 @@ def neuron_card(
     Raises:
         ValueError: a name that is no neuron of this run's site, an unknown arm or seed.
     """
-    arms = arm_of(run, arm)
+    arms = arm_of(whole(run), arm)
     path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
     if path is None:
         raise ValueError(f"no seed {seed} in this run; it has {', '.join(str(each.seed) for each in arms)}")
@@ -127,10 +127,7 @@ def neuron_of(path: Trajectory, neuron: str | tuple[str, int]) -> Neuron:
     """
     site = path.site
     if isinstance(neuron, str):
-        parsed = re.fullmatch(r"L(.+)N(\d+)", neuron)
-        if not parsed:
-            raise ValueError(f"{neuron!r} is no name of a neuron; write L<layer>N<index>, such as L{site.layers[-1]}N0")
-        neuron = (parsed[1], int(parsed[2]))
+        neuron = Neuron.named(neuron)
     layer, index = str(neuron[0]), int(neuron[1])
     if layer not in site.layers or not 0 <= index < site.width:
         raise ValueError(
@@ -168,7 +165,8 @@ def _draw_examples(figure: go.Figure, examples: Sequence[Example]) -> None:
 def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
     """Which of the paper's claims hold in this run, once each stands beside its control?
 
-    One row per claim, in the colour of its verdict. The dot is the measured effect in units of the claim's own bar, the
+    A table with a row per claim in the colour of its verdict: what is claimed, and a small interval. The dot is the
+    measured effect in units of the claim's own bar, the
     smallest effect that counts: right is the direction of the claim, and the grey band from -1 to 1 is too small to
     count. The verdict follows from where the interval lies: beyond the band to the right *supported*, to the left
     *reversed*, inside it *not supported*, anything else, or no interval (a training claim with fewer than three seeds),
@@ -194,36 +192,41 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
             x=at[:, 0], y=[height[claim.id] for claim in here], mode="markers", name=verdict,
             marker={"color": colour, "symbol": symbol, "size": 12, "line": {"width": 2, "color": colour}},
             error_x={"type": "data", "array": at[:, 2] - at[:, 0], "arrayminus": at[:, 0] - at[:, 1], "color": colour,
-                     "thickness": 2, "width": 5},
+                     "thickness": 3, "width": 0},
             customdata=[[safe(c.effect), f"{c.bar:g}", safe(c.measures), _p(c)] for c in here],
             hovertemplate="effect %{customdata[0]}, bar %{customdata[1]}<br>%{customdata[2]}%{customdata[3]}"
             f"<extra>{verdict}</extra>",
         )  # fmt: skip
     for claim in claims:
-        row = {"y0": height[claim.id] - 0.28, "y1": height[claim.id] + 0.68}
+        row = {"y0": height[claim.id] - 0.46, "y1": height[claim.id] + 0.46}
         figure.add_shape(
-            type="rect", xref="paper", x0=0, x1=1, **row, fillcolor=VERDICT_COLOURS[claim.verdict], opacity=0.13,
+            type="rect", xref="paper", x0=0, x1=1, **row, fillcolor=VERDICT_COLOURS[claim.verdict], opacity=0.16,
             line_width=0, layer="below",
         )  # fmt: skip
-        # Above the dot and not beside it: on a phone there is no room for both.
         figure.add_annotation(
-            x=0, xref="paper", xanchor="left", y=height[claim.id] + 0.2, yanchor="bottom", align="left",
+            x=0.008, xref="paper", xanchor="left", y=height[claim.id], yanchor="middle", align="left",
             showarrow=False, text=_wrapped(claim),
         )  # fmt: skip
+    for claim in claims:
+        if claim.effect is not None:
+            figure.add_annotation(
+                x=_drawn_at(_bars(claim, "value")), y=height[claim.id] - 0.12, yanchor="top", showarrow=False,
+                text=safe(claim.effect),
+            )  # fmt: skip
     note = ""
     if isinstance(data, Run):
         first = next(iter(data.arms.values()))
         note = f"{concept(first)}; {about(data, first)}; {100 * data.interval['level']:g} % intervals"
     dressed(
         figure, "The paper's claims, each beside its control", note,
-        x="effect / smallest effect that counts; right: as claimed", height=170 + 58 * len(claims),
+        x="effect / smallest that counts; right: as claimed", height=170 + 66 * len(claims),
     )  # fmt: skip
-    ticks = (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100)
-    figure.update_xaxes(tickvals=[_drawn_at(t) for t in ticks], ticktext=[str(t) for t in ticks], range=[-end, end])
-    figure.update_yaxes(
-        showticklabels=False, zeroline=False, range=[0.6, len(claims) + 0.95],
-        tickvals=[k + 0.75 for k in range(len(claims))],
+    ticks = (-100, -10, -3, -1, 0, 1, 3, 10, 100)
+    figure.update_xaxes(
+        tickvals=[_drawn_at(t) for t in ticks], ticktext=[str(t) for t in ticks], range=[-end, end], domain=[0.5, 1],
+        showgrid=False,
     )  # fmt: skip
+    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, range=[0.45, len(claims) + 0.55])
     figure.update_annotations(font={"size": 12, "color": TEXT})
     return figure.update_layout(legend_y=-0.09, margin={"b": 90, "l": 20})
 
@@ -243,7 +246,7 @@ def _p(claim: Claim) -> str:
     return "" if claim.p_holm is None else f"<br>p (Holm) {claim.p_holm:.3g}"
 
 
-def _wrapped(claim: Claim, width: int = 56) -> str:
+def _wrapped(claim: Claim, width: int = 32) -> str:
     """A claim and its verdict on short lines, safe to draw."""
     head = f"{claim.id}, {claim.verdict}:"
     lines = "<br>".join(safe(line) for line in textwrap.wrap(f"{head} {claim.says}", width))

@@ -28,6 +28,7 @@ from relearn_lens.show.plots.style import (
     safe,
     shown,
     stage_title,
+    whole,
 )
 
 
@@ -39,8 +40,6 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
     interval that the settings ask for: over seeds where there are several, else bootstrap over sentences. The dotted
     bar at `pruned` spans the random sets that were ablated without retraining. A line that is missing at a stage has no
     score there. Runs that it is drawn `beside` share its axis where they have the same score.
-
-    Data is a run, a trajectory, or several: those of one `arm` are its seeds.
     """
     figure = go.Figure()
     arms_by_name, over = arms_of(data), ""
@@ -174,7 +173,7 @@ def migration(
     Raises:
         ValueError: no concept arm, no neuron that survived in both arms, or a score below 0.
     """
-    compared = [arm for name in ("concept", control) for arm in run.arms.get(name, ())]
+    compared = [arm for name in ("concept", control) for arm in whole(run).arms.get(name, ())]
     if score == "attribution" and any(arm[s].attribution is None for arm in compared for s in (BASE, arm.stages[-1])):
         raise NotMeasuredError("attribution was not measured at both ends; add 'conductance' to measure.what")
     how: dict[str, Any] = {} if score == "saliency" else {"score": lambda snapshot: snapshot.by("attribution")}
@@ -238,7 +237,7 @@ def attribution(run: Run) -> go.Figure:
     )  # fmt: skip
     errors: list[float] = []
     known: Any = None
-    for label, name, arms, stage in _attributed(run):
+    for label, name, arms, stage in _attributed(whole(run)):
         attributions: list[Any] = [arm[stage].attribution for arm in arms]
         known = attributions[0]
         share = np.mean([moves.layer_share(each.saliency()) for each in attributions], axis=0)

@@ -23,7 +23,7 @@ from relearn_lens.show.plots.style import (
     dressed,
     measured_by,
     safe,
-    seeds,
+    whole,
 )
 
 FREE = "free"
@@ -43,7 +43,7 @@ def dose(run: Run) -> go.Figure:
     Raises:
         ValueError: the size of the cut was set, so no doses were measured.
     """
-    measured = [sized for sized in run.sized if sized.doses and sized.base is not None]
+    measured = [sized for sized in whole(run).sized if sized.doses and sized.base is not None]
     if not measured:
         raise NotMeasuredError("the size of the cut was set, not found; prune.fraction = 'auto' finds it")
     sized, base = measured[0], measured[0].base
@@ -96,7 +96,7 @@ def blocked(run: Run) -> go.Figure:
     if not any(each.course for each in run.blocked):
         raise NotMeasuredError("nothing was held in this run; block.held = ['part', 'heirs', 'random'] does it")
     paths, label = {path.seed: path for path in run.arms["concept"]}, run.label
-    colours = dict(zip(HELD, ("#0072B2", "#CC79A7", ARM_COLOURS["random"]), strict=True))
+    colours = dict(zip(HELD.values(), ("#009E73", "#CC79A7", ARM_COLOURS["random"]), strict=True))
     figure, shown = go.Figure(), set[str]()
     for seed, path in paths.items():
         free = {at.step: path[stage].scores for stage in path.stages if (at := path[stage].at) and stage != BASE}
@@ -146,7 +146,7 @@ def grafts(run: Run) -> go.Figure:
     Raises:
         ValueError: no grafts were made.
     """
-    stages = _by_stage(run)
+    stages = _by_stage(whole(run))
     if not stages:
         raise NotMeasuredError("no grafts were made in this run; they need a concept arm and grafts.skip = false")
     arms = arm_of(run)
@@ -194,15 +194,15 @@ def grafts(run: Run) -> go.Figure:
     dressed(
         figure,
         f"Which part brings {concept(arms)} back",
-        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back, mean over {seeds(n)}; {about(run, arms)}",
+        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back{', means' * (n > 1)}; {about(run, arms)}",
         x="share back",
-        height=150 + 34 * len(stages[0][2][0].parts),
+        height=158 + 34 * len(stages[0][2][0].parts),
     )
     figure.update_xaxes(range=[max(low, -0.6) - 0.06, min(high, 1.6) + 0.06], zeroline=False)
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_yaxes(title_text="part of the model", col=1)
     return figure.update_annotations(font={"size": 13, "color": TEXT}).update_layout(
-        margin={"t": 132}, legend={"y": -0.38}
+        margin={"t": 140}, legend={"y": -0.38}
     )
 
 

@@ -386,7 +386,7 @@ def score_against(
         height=480,
     )
     figure.update_xaxes(type="log" if is_log else "linear").update_yaxes(type="log" if up_log else "linear")
-    return figure
+    return figure.update_xaxes(exponentformat="power").update_yaxes(exponentformat="power")
 
 
 def _positions(score: Tensor) -> tuple[Tensor, bool]:

@@ -70,12 +70,28 @@ def stage_title(arms: Sequence[Trajectory]) -> str:
     return f"stage ({measured_by(arms)} of retraining)"
 
 
-Paths = Run | Trajectory | Sequence[Trajectory]
-"""A run, one arm's seeds, or one trajectory."""
+Paths = Run | Trajectory | Sequence[Trajectory] | Mapping[str, Trajectory | Sequence[Trajectory]]
+"""A run, one trajectory, several (those of one arm are its seeds), or arms by name."""
 
 
 class NotMeasuredError(ValueError):
     """What a figure shows was not measured in this run."""
+
+
+def whole(run: Any) -> Run:
+    """A run as it is.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(run, Run):
+        return run
+    if isinstance(run, str | Path):
+        raise ValueError(f"a run is wanted, got a name: load_run({str(run)!r}) gives the run of a folder")
+    raise ValueError(
+        f"a run is wanted (rl.run, rl.load_run), got a {type(run).__name__}; of a trajectory there are "
+        "recovery_curves, pruned_share, layer_map and neuron_map"
+    )
 
 
 def arm_of(data: Paths, arm: str | None = None) -> list[Trajectory]:
@@ -86,11 +102,12 @@ def arm_of(data: Paths, arm: str | None = None) -> list[Trajectory]:
     """
     if isinstance(data, Trajectory):
         return [data]
-    if isinstance(data, Run):
-        name = arm or ("concept" if "concept" in data.arms else next(iter(data.arms), ""))
-        if name not in data.arms:
-            raise ValueError(f"no arm {name!r} in this run; it has {', '.join(data.arms) or 'none'}")
-        return list(data.arms[name])
+    if isinstance(data, Run | Mapping):
+        arms = _by_name(data)
+        name = arm or ("concept" if "concept" in arms else next(iter(arms), ""))
+        if name not in arms:
+            raise ValueError(f"no arm {name!r} in this run; it has {', '.join(arms) or 'none'}")
+        return arms[name]
     if not data:
         raise ValueError("there is no trajectory to draw")
     return list(data)
@@ -98,12 +115,17 @@ def arm_of(data: Paths, arm: str | None = None) -> list[Trajectory]:
 
 def arms_of(data: Paths, arm: str | None = None) -> dict[str, list[Trajectory]]:
     """Arm name to trajectories: every arm of a run or of several trajectories, or the one that is asked for."""
-    if isinstance(data, Run) and arm is None:
-        return {name: list(arms) for name, arms in data.arms.items()}
+    if isinstance(data, Run | Mapping) and arm is None:
+        return _by_name(data)
     by_name: dict[str, list[Trajectory]] = {}
     for path in arm_of(data, arm):
         by_name.setdefault(path.arm or arm or "arm", []).append(path)
     return by_name
+
+
+def _by_name(data: Run | Mapping[str, Trajectory | Sequence[Trajectory]]) -> dict[str, list[Trajectory]]:
+    arms = data.arms if isinstance(data, Run) else data
+    return {name: [each] if isinstance(each, Trajectory) else list(each) for name, each in arms.items()}
 
 
 def colour_of(arm: str, among: Iterable[str]) -> str:
@@ -172,7 +194,11 @@ def dressed(figure: go.Figure, title: str, note: str, *, x: str = "", y: str = "
         font={"color": TEXT, "size": 13},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK, "remove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d"]},
         hoverlabel={"bgcolor": "#262626", "bordercolor": "#262626", "font": {"color": "#ffffff"}},
-        legend={"orientation": "h", "y": -0.25},  # below, so that a phone has room for the picture
+        legend={
+            "orientation": "h",
+            "y": -0.25,
+            "bgcolor": "rgba(0,0,0,0)",
+        },  # below, so that a phone has room for the picture
     )
     lines = {
         "gridcolor": GRID, "zerolinecolor": "rgba(128,128,128,0.6)", "linecolor": GRID, "automargin": True,
