@@ -108,7 +108,7 @@ class Recipe:
     where_fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the localiser."""
 
-    def fields(self) -> dict[str, Any]:
+    def departures(self) -> dict[str, Any]:
         """The fields that are not as published."""
         parts = (self.remover, self.how, self.step)
         fields = {
