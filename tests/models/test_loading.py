@@ -115,7 +115,7 @@ def test_norms_give_the_same_to_the_bit_where_they_are_looked_at(bert_folder, ba
         assert torch.equal(tagger(batch.ids, batch.mask), want)
         assert len(seen) == 1
         point.add_hook(lambda value, hook: value * 2)  # what a hook changes goes on
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="hook"):
             assert not torch.equal(tagger(batch.ids, batch.mask), want)
         point.remove_hooks()
         assert torch.equal(tagger(batch.ids, batch.mask), want)
