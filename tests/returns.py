@@ -18,7 +18,7 @@ from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import held, prune_
 from relearn_lens.text.encoding import Encoded, encode
-from tests.conftest import warmed
+from tests.fixtures import warmed
 
 BLOCKS = range(toy.N_LAYERS)
 

@@ -517,8 +517,13 @@ def _modules(model: nn.Module) -> dict[nn.Module, None]:
     """All parts of a model, each once."""
     bridge = model.bridge if isinstance(model, Model) else model
     # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
-    parts = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
-    return dict.fromkeys(module for part in parts for module in part.modules())
+    todo = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
+    parts: dict[nn.Module, None] = {}
+    while todo:
+        if (part := todo.pop()) not in parts:
+            parts[part] = None
+            todo += [inner for inner in part._modules.values() if inner is not None]
+    return parts
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from relearn_lens.remove.ablation import ablated, held, prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded, encode
 from tests.benchmarks.false_alarms import LEVEL, rates
-from tests.conftest import Untouched
+from tests.fixtures import Untouched
 
 PLACE = Concept("place", ("place",))
 SITE = "mlp_post"

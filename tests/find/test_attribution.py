@@ -25,7 +25,7 @@ from relearn_lens.neurons.streaming import class_stats
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
-from tests.conftest import LABELS, Untouched, ticks, unchecked
+from tests.fixtures import LABELS, Untouched, ticks, unchecked
 from tests.neurons.test_sites import decoder
 
 PLACE = Concept("place", labels=("LOC",))

@@ -37,7 +37,7 @@ from relearn_lens.neurons.streaming import BinCounts, ClassStats, ClassSums, Wor
 from relearn_lens.text.concept import Classes, Concept
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Batch, encode
-from tests.conftest import LABELS, Untouched, sentences_of, ticks, unchecked
+from tests.fixtures import LABELS, Untouched, sentences_of, ticks, unchecked
 
 PLACE = Concept("place", labels=("LOC",))
 

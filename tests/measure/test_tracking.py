@@ -19,7 +19,7 @@ from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from tests.analysis.test_story import scores_of, snapshot_of, trajectory
-from tests.conftest import unchecked
+from tests.fixtures import unchecked
 
 PLACE = Concept("place")
 

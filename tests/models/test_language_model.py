@@ -29,7 +29,7 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
-from tests.conftest import LABELS, TEXT, Untouched, sentences_of, unchecked
+from tests.fixtures import LABELS, TEXT, Untouched, sentences_of, unchecked
 from tests.neurons.test_sites import decoder
 
 PLACE = Concept("place", labels=["LOC"])

@@ -26,7 +26,7 @@ from transformers import (
 from relearn_lens.models.loading import load_bridge, load_language_model, load_tagger
 from relearn_lens.models.model import trunk
 from relearn_lens.text.encoding import Encoded
-from tests.conftest import LABELS, Untouched
+from tests.fixtures import LABELS, Untouched
 
 
 @pytest.fixture

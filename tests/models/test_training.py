@@ -19,11 +19,14 @@ from relearn_lens.models.training import Checkpoint, finetune_, train_
 from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
+from tests.made import Pool
+
+TAGGERS = Pool(toy_module.tagger)
 
 
 @pytest.fixture
 def tagger() -> Tagger:
-    return toy_module.tagger()
+    return TAGGERS.lend()()
 
 
 @pytest.fixture(scope="module")
