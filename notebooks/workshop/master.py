@@ -27,6 +27,9 @@ A cell begins with a line `# %% [kind] id=... key=value`. The kinds:
 # **How it works.** Under each exercise there is a cell with a function to fill in, and a cell that checks it and says
 # what is wrong. Hints and the solution are folded below it: look at a hint after five minutes without progress. Fold
 # out the answers to *What do you notice?* only once you have one of your own.
+#
+# Annotations say axes: `Float[Tensor, "layer neuron"]` is a tensor of floats with an axis of layers and one of neurons,
+# `" class"` has one axis, `""` is a single number.
 
 # %% [code] id=setup
 from collections.abc import Callable, Iterable, Iterator

@@ -86,9 +86,10 @@ def check(bench: Bench) -> None:
 
 def _recipe(bench: Bench, row: Row) -> Recipe:
     kind = None if row.recipe == "auto" else row.recipe
-    removal = removals.recipe_for(bench.model, row.remover, row.fields, kind=kind)
+    fields = {**row.fields, **{f"where.{name}": value for name, value in row.where.items()}}
+    removal = removals.recipe_for(bench.model, row.remover, fields, kind=kind)
     if removal.where is not None:
-        localiser_of(removal.where, **row.where)
+        localiser_of(removal.where, **removal.where_fields)
     return removal
 
 
@@ -265,7 +266,7 @@ class Work:
             for k in range(row.rounds):
                 if k:
                     self._repaired(row)
-                where = removals.located(self.model, self.facts, removal, row.where, seed=self.seed + k)
+                where = removals.located(self.model, self.facts, removal, seed=self.seed + k)
                 if isinstance(where, Neurons):
                     cut.append(where)
                 for pause in removal(self.model, self.facts, where, seed=self.seed + k):

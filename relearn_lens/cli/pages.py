@@ -177,7 +177,7 @@ def print_removed(method: str, subject: Subject, removal: Recipe, done: Removed)
     """What was known before and after, in a few lines."""
     from relearn_lens.show import tables
 
-    chosen = ", ".join(f"{name} {short(value)}" for name, value in removal.fields().items())
+    chosen = ", ".join(f"{name} {short(value)}" for name, value in removal.departures().items())
     print_prose(f"{method} on {subject.name}, {subject.facts.name}: {chosen or 'no fields'}")
     steps = f"{done.pause.step} steps, " if done.pause.step else ""
     print_prose(f"moved: {done.where}; {steps}{done.seconds:.0f} s")

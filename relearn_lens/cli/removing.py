@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -68,7 +68,7 @@ def remove(
     from relearn_lens.progress import reported
     from relearn_lens.runs import removals
 
-    removal, of_where = _removal(model, method, set_ or [], recipe, where)
+    removal = _removal(model, method, set_ or [], recipe, where)
     if out is not None:
         check_free(out)
     says = {
@@ -82,34 +82,28 @@ def remove(
         memory = removals.memory_of(subject, removal, lora=lora)
         follow.say(f"memory: about {sum(memory.values()):,} MB ({', '.join(f'{k} {v:,}' for k, v in memory.items())})")
         done = removals.carry_out(
-            subject, removal, out=out, where_fields=of_where, lora=lora, seed=seed,
-            says={"asked": says, "where_fields": of_where},
+            subject, removal, out=out, lora=lora, seed=seed, says={"asked": says},
         )  # fmt: skip
     pages.print_removed(method, subject, removal, done)
 
 
-def _removal(
-    model: str, method: str, sets: list[str], recipe: str | None, where: str | None
-) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with what was set, and the fields of its localiser."""
-    from dataclasses import replace
-
+def _removal(model: str, method: str, sets: list[str], recipe: str | None, where: str | None) -> Recipe:
+    """The recipe with what was set."""
     from relearn_lens.find.localisers import localiser_of
     from relearn_lens.runs import removals
 
-    fields, of_where = removals.fields_from(sets)
+    fields = removals.fields_from(sets) | ({"where": where} if where else {})
     removal = removals.recipe_for(model, method, fields, kind=recipe)
-    removal = replace(removal, where=where or removal.where)
     if removal.where is None and removal.fraction is not None:
         raise ValueError(
             f"fraction = {removal.fraction} says how many neurons a localiser gives, and {method} is given none; add "
             "--where attribution_patching, or leave fraction out"
         )
     if removal.where is not None:
-        localiser_of(removal.where, **of_where)
-    elif of_where:
-        raise ValueError(f"--set where.{next(iter(of_where))}: there is no localiser; name one as --where")
-    return removal, of_where
+        localiser_of(removal.where, **removal.where_fields)
+    elif removal.where_fields:
+        raise ValueError(f"--set where.{next(iter(removal.where_fields))}: there is no localiser; name one as --where")
+    return removal
 
 
 def removers(

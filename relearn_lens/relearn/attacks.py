@@ -160,13 +160,3 @@ class Search(Method):
         if "lr" not in type(attack).model_fields:
             return {attack.name: attack}
         return {f"{attack.name} at lr {lr:g}": methods.of(type(attack), attack, {"lr": lr}) for lr in self.rates}
-
-    def strongest(
-        self,
-        curves: Mapping[str, Mapping[int, Sequence[Point]]],
-        removed: Mapping[int, Point],
-        *,
-        chosen_on: int | None = None,
-    ) -> Strongest:
-        """`strongest` within this budget."""
-        return strongest(curves, removed, budget=self.budget, chosen_on=chosen_on)

@@ -267,8 +267,9 @@ class Experiment(Method):
     )
     arms: tuple[ArmName, ...] = Field(
         default=ARMS, min_length=1,
-        description="concept: its neurons are pruned; other: those of another label, as many; random: drawn, as many; "
-        "unpruned: none; never: pruned as the concept arm, but fine-tuned without the concept's label",
+        description="concept: its neurons are pruned; other: those of another label, as many, and nothing is trained; "
+        "random: drawn, as many; unpruned: none; never: pruned as the concept arm, but fine-tuned without the "
+        "concept's label",
     )  # fmt: skip
     never: Literal["absent", "outside"] = Field(
         default="absent",

@@ -16,7 +16,7 @@ from rich.text import Text
 from relearn_lens.analysis import questions
 from relearn_lens.analysis.intervals import FEWEST_SEEDS
 from relearn_lens.analysis.questions import Question
-from relearn_lens.analysis.recovery import name_of
+from relearn_lens.analysis.recovery import name_of, retraining_stages
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.grafting import CUT, Grafts
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
@@ -226,7 +226,7 @@ def never_back(run: Run) -> str:
     """The labels that a cut took and that training did not bring back; empty where there are none."""
     labels = []
     for name, paths in run.arms.items():
-        if name == "never" or _unit(paths) != "F1":
+        if name == "never" or _unit(paths) != "F1" or not retraining_stages(paths[0]):
             continue
         last = paths[0].stages[-1]
         for label in paths[0][BASE].scores.labels:

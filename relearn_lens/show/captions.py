@@ -35,8 +35,14 @@ def recovery(run: Run) -> str:
     others = [other for other in run.arms if other != name]
     if not others:
         return f"{text} There is no control arm in this run, so this is not evidence about the concept's neurons."
+    still = [other for other in others if last not in run.arms[other][0].stages]
+    if still:
+        beside = ", ".join(f"{_shown(run, other, PRUNED)} in the {other} arm" for other in still)
+        text += f" After pruning it was {beside}, which is not trained on."
+    if not (trained := [other for other in others if other not in still]):
+        return text
     beside = "; ".join(
-        f"in the {other} arm {_shown(run, other, PRUNED)} and {_shown(run, other, last)}" for other in others
+        f"in the {other} arm {_shown(run, other, PRUNED)} and {_shown(run, other, last)}" for other in trained
     )
     text += f" At the same two later stages it was, {beside}"
     if "random" not in others:
@@ -79,7 +85,7 @@ def layer_map(run: Run, against: str | None = None) -> str:
         return _difference(run, name, against)
     last = run.arms[name][0].stages[-1]
     layers = run.arms[name][0].site.layers
-    change = {each: _change(arms, arms[0].stages[-1]) for each, arms in run.arms.items()}
+    change = {each: _change(arms, last) for each, arms in run.arms.items() if last in arms[0].stages}
     mine = change[name]
     if not np.isfinite(mine).any():
         return f"In the {name} arm no layer has survivors on both sides. There is nothing to compare."
@@ -92,16 +98,16 @@ def layer_map(run: Run, against: str | None = None) -> str:
 
 
 def _difference(run: Run, name: str, against: str) -> str:
-    by_arm = {}
+    by_arm, last = {}, run.arms[name][0].stages[-1]
     for each, arms in run.arms.items():
-        if each == against:
+        if each == against or last not in arms[0].stages:
             continue
         gaps = []
         for arm, twin in zip(arms, run.arms[against], strict=True):
-            here, there = (side[arm.stages[-1]].saliency.by_rank(arm.matched()).nanmean(1) for side in (arm, twin))
+            here, there = (side[last].saliency.by_rank(arm.matched()).nanmean(1) for side in (arm, twin))
             gaps.append((here - there).numpy())
         by_arm[each] = np.mean(gaps, axis=0)
-    last, layers = run.arms[name][0].stages[-1], run.arms[name][0].site.layers
+    layers = run.arms[name][0].site.layers
     if not np.isfinite(by_arm[name]).any():
         return f"In the {name} arm no layer has survivors. There is nothing to compare."
     most = int(np.nanargmax(np.abs(by_arm[name])))

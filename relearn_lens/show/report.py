@@ -502,7 +502,7 @@ def _scores_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
             for run in runs:
                 arms = run.arms.get(arm, [])
                 stage = arms[0].stages[-1] if arms and what == "last" else what
-                there = arms and all(stage in each.stages for each in arms)
+                there = arms and all(stage in each.stages for each in arms) and (what, stage) != ("last", PRUNED)
                 cells.append(_told([each[stage].scores for each in arms], run) if there else "")
             rows.append([arm, f"{what} stage", *cells])
     over = [f"{name}: {_scores_of(run).metric} of {name_of(next(iter(run.arms.values()))[0])}"

@@ -127,6 +127,11 @@ class Encoded:
         return there if self.reading == "word" else np.setdiff1d(there, self.word_of[self.piece_start[:-1]])
 
     @property
+    def vocabulary(self) -> Int[np.ndarray, " id"]:
+        """Every id that a batch can hold, once, in order."""
+        return np.unique(np.append(self.ids, [*self.prefix, *self.suffix, self.pad])).astype(np.int64)
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of all pieces, special tokens included."""
         return int(self.lengths.sum())

@@ -49,7 +49,10 @@ def film(run: Run) -> go.Figure:
     stages = list(first[0].stages)
     tables = {name: _table(arms[name][0], stages) for name in maps}
     curves = {
-        name: [shown(run.label, [arm[s].scores for arm in paths], **run.interval).value for s in stages]
+        name: [
+            shown(run.label, [arm[s].scores for arm in paths], **run.interval).value if s in paths[0].stages else None
+            for s in stages
+        ]
         for name, paths in arms.items()
     }
     scores = first[0][stages[0]].scores
