@@ -25,7 +25,7 @@ from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Model, Tagger
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import Encoded, encode
-from tests.made import Pool
+from tests.made import HOOKS, Pool
 
 
 def pytest_collection_finish() -> None:
@@ -286,7 +286,7 @@ def _state(model: nn.Module, weights: bool) -> tuple[dict[str, Any], dict[str, A
     for prefix, part in parts.items():
         for name, module in part.named_modules():
             # A bridge has hooks of its own on some hook points, so they are counted.
-            hooks = {k: len(v) for k, v in vars(module).items() if k.endswith(("hooks", "with_kwargs")) and v}
+            hooks = {k: len(v) for k, v in vars(module).items() if k.endswith(HOOKS) and isinstance(v, dict) and v}
             modules[f"{prefix}:{name}"] = (module.training, hooks)
         for name, weight in part.named_parameters():
             tensors[f"{prefix}:{name}"] = (

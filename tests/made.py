@@ -82,6 +82,10 @@ class Pool(Generic[T]):
         return lent
 
 
+HOOKS = ("hooks", "with_kwargs")
+"""How the attributes of a module end that hold what is hooked to it, where they are dictionaries."""
+
+
 class _Made(Generic[T]):
     """A model in eval mode, and what it was when it was made."""
 
@@ -112,7 +116,7 @@ class _Made(Generic[T]):
         modules = dict.fromkeys(module for root in roots for module in root.modules())
         inner = [[(name, id(child)) for name, child in module._modules.items()] for module in modules]
         hooks = [
-            (id(module), *(len(v) for k, v in vars(module).items() if k.endswith(("hooks", "with_kwargs")) and v))
+            (id(module), *(len(v) for k, v in vars(module).items() if k.endswith(HOOKS) and isinstance(v, dict)))
             for module in modules
         ]
         every = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)

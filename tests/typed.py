@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, get_args, get_type_hints
 
 from beartype import BeartypeConf, beartype
@@ -80,9 +80,9 @@ def _check(function: FunctionType) -> Callable[..., Any]:
 
 
 def _made(function: FunctionType) -> tuple[FunctionType, bool]:
-    alike = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
+    # Without what it closes over, which is not to be kept.
+    cells = tuple(CellType() for _ in function.__closure__ or ()) or None
+    alike = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     for name in ("__kwdefaults__", "__module__", "__qualname__"):
         setattr(alike, name, getattr(function, name))
     hints = {name: _hint(hint, function.__globals__) for name, hint in function.__annotations__.items()}
