@@ -145,7 +145,8 @@ class Measure(Measuring):
     )
     everywhere: bool = Field(
         default=False,
-        description="attribution and top words at every stage; else at base and at the last stage, which is cheaper",
+        description="attribution, top words and the scores beside the main one at every stage; else at base and at the "
+        "last stage, which is cheaper",
     )
     reading: Literal["auto", "word", "before"] = Field(
         default="auto",
