@@ -54,17 +54,22 @@ def _checked(function: FunctionType) -> Callable[..., Any]:
     return first
 
 
+_checks: dict[int, tuple[CodeType, FunctionType, bool]] = {}
+"""By its code, the check of every function that was called, and whether it has axes: a function within a function is
+made again and again, and its check is the same."""
+
+
 def _check(function: FunctionType) -> Callable[..., Any]:
     """The function behind beartype and, where an annotation has axes, in a scope of its own for their names."""
-    alike = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    for name in ("__kwdefaults__", "__module__", "__qualname__"):
-        setattr(alike, name, getattr(function, name))
-    hints = {name: _hint(hint, function.__globals__) for name, hint in function.__annotations__.items()}
-    alike.__annotations__ = hints
-    call = _typed(alike)
-    if not any(map(_has_axes, hints.values())):
+    code = function.__code__
+    if id(code) not in _checks:
+        _checks[id(code)] = code, *_made(function)
+    _, made, has_axes = _checks[id(code)]
+    if made.__code__ is code:  # nothing is to be checked
+        return function
+    call = FunctionType(made.__code__, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
+    call.__kwdefaults__ = {**(made.__kwdefaults__ or {}), "__beartype_func": function}
+    if not has_axes:
         return call
 
     def scoped(*args: Any, **keywords: Any) -> Any:
@@ -72,6 +77,17 @@ def _check(function: FunctionType) -> Callable[..., Any]:
             return call(*args, **keywords)
 
     return scoped
+
+
+def _made(function: FunctionType) -> tuple[FunctionType, bool]:
+    alike = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    for name in ("__kwdefaults__", "__module__", "__qualname__"):
+        setattr(alike, name, getattr(function, name))
+    hints = {name: _hint(hint, function.__globals__) for name, hint in function.__annotations__.items()}
+    alike.__annotations__ = hints
+    return _typed(alike), any(map(_has_axes, hints.values()))
 
 
 def _hint(hint: Any, names: dict[str, Any]) -> Any:
