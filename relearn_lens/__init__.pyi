@@ -69,7 +69,7 @@ from .remove.ablation import (
     prune_ as prune_,
 )
 from . import relearn as relearn
-from .relearn.retraining import retrain_ as retrain_
+from .relearn.finetuning import retrain_ as retrain_
 from .measure.alarm import ReturnAlarm as ReturnAlarm
 from .measure.answers import (
     answer as answer,

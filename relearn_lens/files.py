@@ -13,7 +13,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,9 +105,14 @@ def check_free(path: Path) -> None:
         raise FileExistsError(f"{str(path)!r} is there already; choose a folder that is empty or not there yet")
 
 
+def sha256_of(text: str) -> str:
+    """sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def digest_of(value: Any) -> str:
     """sha256 of plain values, whatever the order of their names."""
-    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(plain(value), sort_keys=True))
 
 
 def as_json(value: Any) -> bytes:
@@ -127,6 +133,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ValueError(f"{str(path)!r} is damaged (it is no table of names and values); run again with --fresh")
     return table
+
+
+def read_toml(path: Path, made: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> dict[str, Any]:
+    """What a TOML file says, or what is `made` of it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return made(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of 5,000 digits
+        raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

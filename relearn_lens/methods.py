@@ -163,6 +163,12 @@ MEMORY = 512
 """MB that attribution, top words and activation similarity may each take, where nothing is said."""
 
 
+MAX_TOKENS = 4096
+"""Tokens per batch when a model is only read, where nothing is said."""
+SAMPLE_WORDS = 2000
+"""Words that fitted and exact scores are made from, where nothing is said."""
+
+
 class Attributing(Method):
     """What the neurons are asked for by integrated gradients, along which path and how finely.
 
@@ -220,13 +226,13 @@ class Measuring(Attributing):
         "moves the means without any change of meaning",
     )
     sample_words: int = Field(
-        default=2000, ge=20, le=1_000_000, description="words that fitted and exact scores are made from"
+        default=SAMPLE_WORDS, ge=20, le=1_000_000, description="words that fitted and exact scores are made from"
     )
     shuffles: int = Field(
         default=0, ge=0, le=1000, description="label shuffles of the base model behind null distributions"
     )
     max_tokens: int = Field(
-        default=4096, ge=16, le=1_000_000, description="tokens per batch when the model is only read"
+        default=MAX_TOKENS, ge=16, le=1_000_000, description="tokens per batch when the model is only read"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger
 from relearn_lens.neurons.sites import SITES, Neurons, Sever, parameter, site_of
 from relearn_lens.remove.ablation import ablated, held, prune_
-from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
+from tests.fixtures import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
+from tests.made import Pool
 from tests.neurons.test_sites import DECODERS, IDS, MASK, decoder
 
 REAL = MASK.bool()
@@ -92,6 +94,20 @@ def small_tagger(kind: str, folder: Path) -> Tagger:
     model.save_pretrained(folder)
     transformers.BertTokenizer(vocab=VOCAB, do_lower_case=True).save_pretrained(folder)
     return warmed(load_tagger(folder, LABELS, device="cpu"))
+
+
+@cache
+def _taggers(kind: str) -> Pool[Tagger]:
+    def new() -> Tagger:
+        with tempfile.TemporaryDirectory() as folder:
+            return small_tagger(kind, Path(folder))
+
+    return Pool(new)
+
+
+def lent_tagger(kind: str) -> Tagger:
+    """A small tagger of a family that other tests had before, as new; one at a time, for one test, without a folder."""
+    return _taggers(kind).lend()()
 
 
 def some_of(tagger: Tagger, site: str, *, blocks_only: bool = False) -> Neurons:

@@ -110,6 +110,7 @@ class _Made(Generic[T]):
         """What the model is beside its weights; and these."""
         roots: list[Any] = [self.model, self.model.bridge, self.model.bridge.original_model]
         modules = dict.fromkeys(module for root in roots for module in root.modules())
+        inner = [[(name, id(child)) for name, child in module._modules.items()] for module in modules]
         hooks = [
             (id(module), *(len(v) for k, v in vars(module).items() if k.endswith(("hooks", "with_kwargs")) and v))
             for module in modules
@@ -117,7 +118,7 @@ class _Made(Generic[T]):
         every = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
         tensors = list({id(t): t for t in every}.values())
         kinds = [(id(t), t.dtype, t.shape, t.device) for t in tensors]
-        return [sorted(vars(self.model)), dict(vars(self.model.bridge.cfg)), hooks, kinds], tensors
+        return [sorted(vars(self.model)), dict(vars(self.model.bridge.cfg)), inner, hooks, kinds], tensors
 
 
 def arms_in(events: Sequence[Event]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from relearn_lens.runs.events import ArmDone, Paused
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import build_corpus
-from tests.conftest import LABELS, TEXT, sentences_of, warmed
 from tests.families import small_tagger
+from tests.fixtures import LABELS, TEXT, sentences_of, warmed
 from tests.interruptions import Stopped, small_run
 
 KINDS = ("bert", "gpt2", "llama")

@@ -15,10 +15,10 @@ from relearn_lens.models import toy
 from relearn_lens.models.model import Tagger, reading
 from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.neurons.weights import WeightMask
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import held, prune_
 from relearn_lens.text.encoding import Encoded, encode
-from tests.conftest import warmed
+from tests.fixtures import warmed
 
 BLOCKS = range(toy.N_LAYERS)
 

@@ -28,7 +28,7 @@ from relearn_lens.remove.wrappers import moved
 from relearn_lens.runs import cuts
 from relearn_lens.text.concept import Concept
 from tests.benchmarks.leaks import handles, hooks
-from tests.conftest import unchecked
+from tests.fixtures import unchecked
 
 
 class Stop(Exception):

@@ -16,7 +16,7 @@ from relearn_lens.names import nearest
 from relearn_lens.neurons.weights import set_of
 from relearn_lens.text.concept import concept_of
 from relearn_lens.text.corpus import Splits
-from tests.conftest import unchecked
+from tests.fixtures import unchecked
 
 
 @pytest.fixture(scope="module")

@@ -111,48 +111,49 @@ class Verdict:
     """What was not given, and what that costs in certainty."""
 
 
-def decide(found: Evidence) -> Verdict:
+def decide(evidence: Evidence) -> Verdict:
     """The verdict of an audit."""
-    missing = missing_of(found)
+    missing = missing_of(evidence)
 
     def verdict(kind: Kind, why: str) -> Verdict:
         return Verdict(kind, why, missing)
 
-    asked = found.answers if found.without_prompt is None else found.without_prompt
-    if found.without_prompt is not None and found.without_prompt - found.answers > HIDDEN:
+    answers = evidence.answers if evidence.without_prompt is None else evidence.without_prompt
+    if evidence.without_prompt is not None and evidence.without_prompt - evidence.answers > HIDDEN:
         return verdict(
             "behind the prompt",
-            f"without the system prompt it answers {found.without_prompt:.2f}, with it {found.answers:.2f}",
+            f"without the system prompt it answers {evidence.without_prompt:.2f}, with it {evidence.answers:.2f}",
         )
-    if asked > found.chance + ANSWERS * (1 - found.chance):
-        return verdict("still answers", f"it answers {asked:.2f} of them (chance {found.chance:.2f})")
-    if found.zeroed > ZEROED:
-        return verdict("cut", f"{100 * found.zeroed:.1f} % of the blocks' weights were set to 0")
-    if found.alike is not None and found.alike > ALIKE:
+    if answers > evidence.chance + ANSWERS * (1 - evidence.chance):
+        return verdict("still answers", f"it answers {answers:.2f} of them (chance {evidence.chance:.2f})")
+    if evidence.zeroed > ZEROED:
+        return verdict("cut", f"{100 * evidence.zeroed:.1f} % of the blocks' weights were set to 0")
+    if evidence.alike is not None and evidence.alike > ALIKE:
         return verdict(
-            "led astray", f"its hidden states of these facts point one way (cosine {found.alike:+.2f} beyond the rest)"
+            "led astray",
+            f"its hidden states of these facts point one way (cosine {evidence.alike:+.2f} beyond the rest)",
         )
-    if found.moved is not None and found.moved < NEAR:
+    if evidence.moved is not None and evidence.moved < NEAR:
         return verdict(
-            "trained away", f"its weights are near the original's (moved by {found.moved:.2f} of their norm)"
+            "trained away", f"its weights are near the original's (moved by {evidence.moved:.2f} of their norm)"
         )
-    inside, behind = found.left_inside, found.left_behind
-    left = [value for value in (inside, behind if found.has_twin else None) if value is not None]
+    inside, behind = evidence.left_inside, evidence.left_behind
+    left = [value for value in (inside, behind if evidence.has_twin else None) if value is not None]
     if any(value > MORE for value in left):
-        beyond = "the twin" if found.has_twin else "chance"
+        beyond = "the twin" if evidence.has_twin else "chance"
         return verdict("trained away", f"probes or relearning get {max(left):.2f} more of it than of {beyond}")
-    if found.has_twin and left and asked <= (found.twin_answers or 0.0) + MORE:
+    if evidence.has_twin and left and answers <= (evidence.twin_answers or 0.0) + MORE:
         return verdict("never knew", "nothing gets more out of it than out of the twin that never knew")
     return verdict("undecided", "removed and unreadable, or never known: that takes a twin that never knew (--never)")
 
 
-def missing_of(found: Evidence) -> tuple[str, ...]:
+def missing_of(evidence: Evidence) -> tuple[str, ...]:
     """What was not given, and what it costs in certainty."""
     out = []
-    if found.original_answers is None:
+    if evidence.original_answers is None:
         out.append("--original: whether it ever knew these facts, what moved, and where it came back cannot be said")
-    if not found.has_twin:
+    if not evidence.has_twin:
         out.append("--never: what relearning brings back cannot be told from what it teaches")
-    if found.inside is None:
+    if evidence.inside is None:
         out.append("closed sets of answers: nothing can be read inside, so items have no state")
     return tuple(out)

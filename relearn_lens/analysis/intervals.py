@@ -32,6 +32,8 @@ SENTENCES = "the sentences"
 """What a gap's interval is over where the text tells it least finely."""
 AT_AN_END = 0.02
 """How near to an end of a scale from 0 to 1 counts as there: one span of fifty."""
+FLIPS = 9999
+"""Most sign flips that are tried."""
 JACKKNIFED = 1000
 """Most neurons for which BCa is taken: its jackknife recomputes the statistic once per neuron. With more, skewness
 hardly matters, and the percentile interval is taken."""
@@ -206,11 +208,11 @@ def over_seeds(values: Numbers, *, level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, f"{n} seeds", n=n)
 
 
-def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95, draws: int = 9999, seed: int = 0) -> Estimate:
+def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95) -> Estimate:
     """Mean of ours minus theirs over training seeds, with Student's t interval and the p-value of sign flips.
 
     Under the null each seed's difference could as well have the other sign. All flips are tried if they are at most
-    `draws`, else so many at random. The p-value of n seeds is at least 2 / 2**n: with fewer than six it cannot be
+    `FLIPS`, else so many at random. The p-value of n seeds is at least 2 / 2**n: with fewer than six it cannot be
     below 0.05, whatever the interval says. One seed has neither.
 
     Raises:
@@ -226,8 +228,8 @@ def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95, draws: int = 
         (gap,),
         lambda d, axis: d.mean(axis),
         permutation_type="samples",
-        n_resamples=draws,
-        rng=np.random.default_rng(seed),
+        n_resamples=FLIPS,
+        rng=np.random.default_rng(0),
     )
     return Estimate(mean.value, mean.low, mean.high, mean.over, float(test.pvalue), mean.n)
 
@@ -297,12 +299,10 @@ def beside_control(ours: Numbers, control: Sequence[Numbers], level: float, *, l
     return Gap(Estimate(gap, gap - half, gap + half, over, p, n), p, p_flips)
 
 
-def same_end(
-    ours: Numbers, theirs: Numbers, *, low: float | int = 0.0, high: float | int = 1.0, within: float = AT_AN_END
-) -> bool:
+def same_end(ours: Numbers, theirs: Numbers, *, low: float = 0.0) -> bool:
     """Whether both sides are at the same end of a scale, where a difference could not be seen if there was one."""
     each = np.concatenate([np.ravel(ours), np.ravel(theirs)]).astype(float)
-    return bool(len(each) and ((each <= low + within).all() or (each >= high - within).all()))
+    return bool(len(each) and ((each <= low + AT_AN_END).all() or (each >= 1.0 - AT_AN_END).all()))
 
 
 def holm(p_values: Numbers) -> list[float]:

@@ -225,21 +225,7 @@ def migration(
         ValueError: no concept arm, an unknown stage or selection, seeds that do not pair, no neuron that survived in
             both arms, or a score below 0.
     """
-    if not arms.get("concept"):
-        raise ValueError(f"migration needs a concept arm, found {', '.join(arms) or 'none'}")
-    if selection not in get_args(Selection):
-        raise ValueError(f"unknown selection {selection!r}; known: {', '.join(get_args(Selection))}")
-    ours, theirs = arms["concept"], arms.get(control)
-    if theirs is not None and [arm.seed for arm in ours] != [arm.seed for arm in theirs]:
-        raise ValueError(
-            f"the arms are compared seed by seed, got seeds {[arm.seed for arm in ours]} of concept and "
-            f"{[arm.seed for arm in theirs]} of {control}"
-        )
-    stage = ours[0].stages[-1] if stage is None else stage
-    for arm in (*ours, *(theirs or ())):
-        if missing := [name for name in (BASE, stage) if name not in arm.stages]:
-            raise ValueError(f"{arm.arm or 'an arm'} has no stage {missing[0]!r}; it has {', '.join(arm.stages)}")
-
+    ours, theirs, stage = _sides(arms, stage, selection, control)
     shared = [arm.matched() for arm in ours]
     if theirs is not None:
         shared = [mine.survivors() & other.survivors() for mine, other in zip(ours, theirs, strict=True)]
@@ -285,6 +271,27 @@ def migration(
         to=to if change[to] > 1e-9 else None,
         from_=from_ if change[from_] < -1e-9 else None,
     )
+
+
+def _sides(
+    arms: Mapping[str, Sequence[Trajectory]], stage: str | None, selection: str, control: str
+) -> tuple[Sequence[Trajectory], Sequence[Trajectory] | None, str]:
+    """The concept's arm, the control's and the stage, as far as they can be compared."""
+    if not arms.get("concept"):
+        raise ValueError(f"migration needs a concept arm, found {', '.join(arms) or 'none'}")
+    if selection not in get_args(Selection):
+        raise ValueError(f"unknown selection {selection!r}; known: {', '.join(get_args(Selection))}")
+    ours, theirs = arms["concept"], arms.get(control)
+    if theirs is not None and [arm.seed for arm in ours] != [arm.seed for arm in theirs]:
+        raise ValueError(
+            f"the arms are compared seed by seed, got seeds {[arm.seed for arm in ours]} of concept and "
+            f"{[arm.seed for arm in theirs]} of {control}"
+        )
+    stage = ours[0].stages[-1] if stage is None else stage
+    for arm in (*ours, *(theirs or ())):
+        if missing := [name for name in (BASE, stage) if name not in arm.stages]:
+            raise ValueError(f"{arm.arm or 'an arm'} has no stage {missing[0]!r}; it has {', '.join(arm.stages)}")
+    return ours, theirs, stage
 
 
 class _Followed(NamedTuple):

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,28 +23,11 @@ from relearn_lens.find.saliency import Saliency
 from relearn_lens.neurons.sites import Neurons
 
 
-def top_of(saliency: Saliency, k: int, among: Neurons | None = None) -> Neurons:
-    """The `k` highest neurons among the given ones; ties go to the earlier neuron.
-
-    Raises:
-        ValueError: k out of range.
-    """
-    n = count_of(saliency, among)
-    if not 0 < k <= n:
-        raise ValueError(f"k must be 1 to {n} (the neurons that are compared), got {k}")
-    score = saliency.score if among is None else saliency.score.where(among.mask, -torch.inf)
-    mask = torch.zeros(score.numel(), dtype=torch.bool)
-    mask[score.flatten().argsort(descending=True, stable=True)[:k]] = True
-    return Neurons(mask.view_as(score), saliency.site)
-
-
 class Turnover(NamedTuple):
     """How far the top of a ranking changed hands."""
 
     left: float
     """Share of the top k that are not in it any more."""
-    jaccard: float
-    """Neurons in both tops over neurons in either; 1 where nothing changed."""
     by_chance: float
     """`left`, as expected of two rankings that have nothing to do with each other."""
 
@@ -56,9 +38,9 @@ def turnover(before: Saliency, after: Saliency, k: int, among: Neurons | None = 
     Raises:
         ValueError: k out of range.
     """
-    old, new = top_of(before, k, among), top_of(after, k, among)
+    old, new = before.top(k, among=among), after.top(k, among=among)
     kept = len(old & new)
-    return Turnover(1 - kept / k, kept / (2 * k - kept), 1 - k / count_of(before, among))
+    return Turnover(1 - kept / k, 1 - k / count_of(before, among))
 
 
 def heirs(before: Saliency, after: Saliency, k: int, among: Neurons | None = None) -> Neurons:
@@ -67,7 +49,7 @@ def heirs(before: Saliency, after: Saliency, k: int, among: Neurons | None = Non
     Raises:
         ValueError: k out of range.
     """
-    return top_of(after, k, among) - top_of(before, k, among)
+    return after.top(k, among=among) - before.top(k, among=among)
 
 
 def count_of(saliency: Saliency, among: Neurons | None) -> int:
@@ -159,7 +141,7 @@ def priming(
     chosen = Neurons(mask, after.site)
     k = max(1, round(n / 10)) if k is None else k
     new = heirs(before, after, k, chosen).mask[mask].numpy()
-    rest = ~top_of(before, k, chosen).mask[mask].numpy()  # the others who could have become heirs
+    rest = ~before.top(k, among=chosen).mask[mask].numpy()  # the others who could have become heirs
     auroc = _auroc(then[rest], new[rest], layer[rest], level=level, draws=draws, seed=seed)
     return Priming(correlated, auroc, int(new.sum()), n, within_layer)
 

@@ -138,7 +138,7 @@ def saved(
     Raises:
         ValueError: as `savings`.
     """
-    found = savings([p.by(metric) for p in paths], [n.by(metric) for n in never], place, shares=shares, **interval)
+    saving = savings([p.by(metric) for p in paths], [n.by(metric) for n in never], place, shares=shares, **interval)
 
     def ratio(one: Estimate | None) -> Estimate | None:
         if one is None or not one.value < 1:
@@ -146,7 +146,7 @@ def saved(
         low, high = (1 / (1 - end) if end < 1 else math.inf for end in (one.low, one.high))
         return Estimate(1 / (1 - one.value), low, high, one.over, n=one.n)
 
-    return {share: ratio(one) for share, one in found.saved.items()}
+    return {share: ratio(one) for share, one in saving.saved.items()}
 
 
 def removal_score(

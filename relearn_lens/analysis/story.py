@@ -133,7 +133,8 @@ def _where(arms: Mapping[str, Sequence[Trajectory]], last: str, level: float) ->
     """Where the saliency of the surviving neurons went, beside the random and the unpruned arm."""
     concept = arms["concept"]
     n = len(concept)
-    if not all(is_mass(arm[stage].saliency) for side in arms.values() for arm in side for stage in (BASE, last)):
+    trained = [arm for side in arms.values() for arm in side if last in arm.stages]
+    if not all(is_mass(arm[stage].saliency) for arm in trained for stage in (BASE, last)):
         kind = concept[0][BASE].saliency.kind
         return f"Where it went cannot be said of the score {kind!r}: some of its values are below 0 or undefined."
     # On the very same neurons in every control: see `shift` for what choosing survivors does by itself.

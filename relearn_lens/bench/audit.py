@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from relearn_lens.analysis.audit import Evidence, Verdict, decide
 from relearn_lens.analysis.matrix import Course, share
 from relearn_lens.measure.answers import AnswerAccuracy, answer, choose
 from relearn_lens.measure.asking import Asked, ask
-from relearn_lens.measure.evaluation import OVERALL
+from relearn_lens.measure.evaluation import OVERALL, Scores
 from relearn_lens.measure.extraction import ExtractionStrength
 from relearn_lens.measure.grafting import grafts
 from relearn_lens.measure.inside import STATES, KnownInside
@@ -52,6 +51,8 @@ KEYS = 48
 
 Interval = tuple[float, float, float]
 """Value, low, high."""
+Framed = Callable[[Sequence[Passage]], tuple[Passage, ...]]
+"""Puts passages behind a system prompt."""
 
 
 @dataclass(frozen=True)
@@ -102,87 +103,21 @@ def audit(
         ValueError: a system prompt for a tokenizer without a chat template; an original that does not know the facts,
             or models that are no copies of one architecture; before any training.
     """
+    work = _Work(model, facts, original, never, seed, _Beside(facts.sha256(), seed, kept))
     framed = framing(model, system)
-    closed = facts.answers()
-    statements = drawn(facts, FORGET, "statement", seed)
-    held_out, retained = drawn(facts, (HELD_OUT,), "statement", seed), drawn(facts, RETAIN, "statement", seed)
-
-    def accuracy(of: LanguageModel, passages: Sequence[Passage]) -> AnswerAccuracy:
-        return answer(of, passages, closed=closed).accuracy
-
-    beside = _Beside(facts.sha256(), seed, kept)
-    numbers: dict[str, Interval] = {}
-
-    def note(name: str, scores: AnswerAccuracy) -> float:
-        numbers[name] = (scores.shown(OVERALL), *scores.interval(OVERALL))
-        return numbers[name][0]
-
     with progress.task("asking"):
-        knew = (
-            None
-            if original is None
-            else note("original", beside(original, "answers", lambda: accuracy(original, statements)))
-        )
-        plain = accuracy(model, statements)
-        chance = plain.chance(OVERALL)
-        if knew is not None and knew <= chance + 0.1:
-            raise ValueError(
-                f"the original does not answer these facts either ({knew:.2f}, chance {chance:.2f}): there is nothing "
-                "that could have been removed; give facts that it knows"
-            )
-        found: dict[str, Any] = {"chance": chance, "original_answers": knew}
-        found["answers"] = note("answers", plain if framed is None else accuracy(model, framed(statements)))
-        found["without_prompt"] = None if framed is None else note("without the prompt", plain)
-        found["retained"] = note("retained", accuracy(model, retained))
-        if never is not None:
-            found["twin_answers"] = note("twin", beside(never, "answers", lambda: accuracy(never, statements)))
-        if any(" " in p.answer.strip() for p in statements):  # of one word it is whether that is answered
-            strength = ExtractionStrength()
-            asked = Asked(facts, statements, ("forgotten",) * len(statements))
-            for who, of in (("", model), (" of the original", original), (" of the twin", never)):
-                if of is not None:
-                    score = beside(of, "extraction", partial(strength, of, asked)) if who else strength(of, asked)
-                    low, high = score.interval(OVERALL)
-                    numbers[f"extraction{who}"] = (score.shown(OVERALL), low, high)
-        if reworded := drawn(facts, FORGET, "paraphrase", seed):
-            found["reworded"] = note("reworded", accuracy(model, reworded))
-        if choices := [p for p in statements if p.choices]:
-            picked = choose(model, choices)
-            found["options"], found["options_chance"] = note("of the choices", picked), picked.chance(OVERALL)
-        for form in FORMS:
-            if passages := [p for p in drawn(facts, FORGET, form, seed) if p.choices]:
-                note(form, choose(model, passages))
-    inside, items = _inside(model, facts, found, numbers, {"original": original, "twin": never}, beside, seed)
-    found["alike"] = alike(model, statements, retained)
-    found |= of_weights(model, original)
+        work.ask(framed)
+    inside, items = work.read_inside()
+    work.values["alike"] = alike(model, work.statements, work.retained)
+    work.values |= of_weights(model, original)
     with progress.task("bringing back"):
-        curve, rate, weights = _relearned(model, facts, held_out, retained, rates, steps, seed)
-        found["back"] = curve["interval"][0] - curve["all"][0]
-        numbers["relearned"] = curve["interval"]
-        if never is not None:
-            twin = beside(
-                never, ("relearned", rate, tuple(steps)),
-                lambda: _relearned(never, facts, held_out, retained, (rate,), steps, seed)[0],
-            )  # fmt: skip
-            n = max(i for i, step in enumerate(twin["all_steps"]) if step <= curve["at"])
-            found["twin_back"] = twin["all"][n] - twin["all"][0]
-            curve["twin"] = twin["all"]
-        for name, attack in (
-            ("quantised", ATTACKS["quantised"](bits=4)), ("pruned", ATTACKS["pruned"]()),  # pyright: ignore[reportCallIssue]
-            ("in_context", ATTACKS["in_context"]()), ("unrelated", ATTACKS["in_context"](kind="unrelated")),  # pyright: ignore[reportCallIssue]
-        ):  # fmt: skip
-            try:
-                for _ in attack(model, facts, seed=seed):
-                    found[name] = note(name, accuracy(model, attack.asked(statements, facts, seed=seed)))
-            except ValueError as error:  # prompts longer than the context, no matrices to round
-                found[name] = None
-                found.setdefault("skipped", []).append(f"{name}: {error}")
-        where = _where(model, weights, lambda: accuracy(model, held_out)) if weights else []
-    skipped = found.pop("skipped", [])
-    evidence = Evidence(**found)
+        curve, rate, weights = work.relearn(rates, steps)
+        skipped = work.attack()
+        where = _where(model, weights, lambda: work.accuracy(model, work.held_out)) if weights else []
+    evidence = Evidence(**work.values)
     shown = {name: curve[name] for name in ("all_steps", "all", "twin") if name in curve}
     return Audit(
-        evidence, decide(evidence), numbers, {"steps": shown.pop("all_steps"), "model": shown.pop("all"), **shown},
+        evidence, decide(evidence), work.numbers, {"steps": shown.pop("all_steps"), "model": shown.pop("all"), **shown},
         rate, curve["at"], where, inside, items, facts.name, (*facts.notes, *skipped),
     )  # fmt: skip
 
@@ -202,7 +137,122 @@ class _Beside:
         return self.kept[key]
 
 
-def framing(model: LanguageModel, system: str | None) -> Callable[[Sequence[Passage]], tuple[Passage, ...]] | None:
+class _Work:
+    """One audit under way: what is measured of the model, and of those beside it."""
+
+    def __init__(
+        self, model: LanguageModel, facts: Facts, original: LanguageModel | None, never: LanguageModel | None,
+        seed: int, beside: _Beside,
+    ):  # fmt: skip
+        self.model, self.facts, self.original, self.never = model, facts, original, never
+        self.seed, self.beside, self.closed = seed, beside, facts.answers()
+        self.statements = drawn(facts, FORGET, "statement", seed)
+        self.held_out, self.retained = (drawn(facts, each, "statement", seed) for each in ((HELD_OUT,), RETAIN))
+        self.values: dict[str, Any] = {}
+        """By field of `Evidence`."""
+        self.numbers: dict[str, Interval] = {}
+
+    def accuracy(self, of: LanguageModel, passages: Sequence[Passage]) -> AnswerAccuracy:
+        return answer(of, passages, closed=self.closed).accuracy
+
+    def note(self, name: str, scores: Scores) -> float:
+        self.numbers[name] = (scores.shown(OVERALL), *scores.interval(OVERALL))
+        return self.numbers[name][0]
+
+    def ask(self, framed: Framed | None) -> None:
+        """As taught, in other words and forms, with and without a system prompt; of the others, as taught."""
+        model, facts, statements, values = self.model, self.facts, self.statements, self.values
+        knew = None
+        if (original := self.original) is not None:
+            knew = self.note("original", self.beside(original, "answers", lambda: self.accuracy(original, statements)))
+        plain = self.accuracy(model, statements)
+        chance = plain.chance(OVERALL)
+        if knew is not None and knew <= chance + 0.1:
+            raise ValueError(
+                f"the original does not answer these facts either ({knew:.2f}, chance {chance:.2f}): there is nothing "
+                "that could have been removed; give facts that it knows"
+            )
+        values |= {"chance": chance, "original_answers": knew}
+        values["answers"] = self.note("answers", plain if framed is None else self.accuracy(model, framed(statements)))
+        values["without_prompt"] = None if framed is None else self.note("without the prompt", plain)
+        values["retained"] = self.note("retained", self.accuracy(model, self.retained))
+        if (never := self.never) is not None:
+            values["twin_answers"] = self.note(
+                "twin", self.beside(never, "answers", lambda: self.accuracy(never, statements))
+            )
+        if any(" " in p.answer.strip() for p in statements):  # of one word it is whether that is answered
+            strength = ExtractionStrength()
+            questions = Asked(facts, statements, ("forgotten",) * len(statements))
+            for who, of in (("", model), (" of the original", original), (" of the twin", never)):
+                if of is not None:
+                    extract = partial(strength, of, questions)
+                    self.note(f"extraction{who}", self.beside(of, "extraction", extract) if who else extract())
+        if reworded := drawn(facts, FORGET, "paraphrase", self.seed):
+            values["reworded"] = self.note("reworded", self.accuracy(model, reworded))
+        if choices := [p for p in statements if p.choices]:
+            picked = choose(model, choices)
+            values["options"], values["options_chance"] = self.note("of the choices", picked), picked.chance(OVERALL)
+        for form in FORMS:
+            if passages := [p for p in drawn(facts, FORGET, form, self.seed) if p.choices]:
+                self.note(form, choose(model, passages))
+
+    def read_inside(self) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """What probes read of the model, of the original and of the twin; the share of each state, and each item's."""
+        questions = ask(self.facts, roles=FORGET, keys=KEYS, wordings=1, seed=self.seed)
+        probe = KnownInside(seed=self.seed)
+        try:
+            with progress.task("reading inside"):
+                known = probe(self.model, questions)
+                for name, other in (("original", self.original), ("twin", self.never)):
+                    if other is not None:
+                        read = self.beside(other, "inside", partial(probe, other, questions))
+                        self.values[f"{name}_inside"] = read.value(OVERALL)
+        except ValueError:  # no closed sets
+            return {}, []
+        self.values["inside"], self.values["inside_chance"] = known.value(OVERALL), known.chance(OVERALL)
+        self.values["by_layer"] = {name: known.layer(name).value(OVERALL) for name in known.layers}
+        self.note("inside", known)
+        n = len(known.states)
+        items = [
+            {"prompt": p.prompt, "answer": p.answer, "key": p.key, "state": state}
+            for p, state in zip(known.items, known.states, strict=True)
+        ]
+        return {state: known.states.count(state) / n for state in STATES}, items
+
+    def relearn(self, rates: Sequence[float], steps: Sequence[int]) -> tuple[dict[str, Any], float, dict[str, Tensor]]:
+        """`_relearned` of the model, and at its rate of the twin."""
+        data = self.facts, self.held_out, self.retained
+        curve, rate, weights = _relearned(self.model, *data, rates, steps, self.seed)
+        self.values["back"] = curve["interval"][0] - curve["all"][0]
+        self.numbers["relearned"] = curve["interval"]
+        if (never := self.never) is not None:
+            twin = self.beside(
+                never, ("relearned", rate, tuple(steps)),
+                lambda: _relearned(never, *data, (rate,), steps, self.seed)[0],
+            )  # fmt: skip
+            n = max(i for i, step in enumerate(twin["all_steps"]) if step <= curve["at"])
+            self.values["twin_back"] = twin["all"][n] - twin["all"][0]
+            curve["twin"] = twin["all"]
+        return curve, rate, weights
+
+    def attack(self) -> list[str]:
+        """Fewer bits, fewer weights, lines in context; what could not be done, and why."""
+        skipped = []
+        for name, attack in (
+            ("quantised", ATTACKS["quantised"](bits=4)), ("pruned", ATTACKS["pruned"]()),  # pyright: ignore[reportCallIssue]
+            ("in_context", ATTACKS["in_context"]()), ("unrelated", ATTACKS["in_context"](kind="unrelated")),  # pyright: ignore[reportCallIssue]
+        ):  # fmt: skip
+            try:
+                for _ in attack(self.model, self.facts, seed=self.seed):
+                    prompted = attack.asked(self.statements, self.facts, seed=self.seed)
+                    self.values[name] = self.note(name, self.accuracy(self.model, prompted))
+            except ValueError as error:  # prompts longer than the context, no matrices to round
+                self.values[name] = None
+                skipped.append(f"{name}: {error}")
+        return skipped
+
+
+def framing(model: LanguageModel, system: str | None) -> Framed | None:
     """How passages are put behind a system prompt, in the words of the model's own chat template.
 
     Raises:
@@ -244,32 +294,6 @@ def drawn(facts: Facts, roles: Sequence[str], form: str, seed: int) -> tuple[Pas
                 by_fact.setdefault((p.key, p.relation), []).append(p)
         out += [each[i % len(each)] for i, each in enumerate(by_fact.values())]
     return tuple(out)
-
-
-def _inside(
-    model: LanguageModel, facts: Facts, found: dict[str, Any], numbers: dict[str, Interval],
-    others: Mapping[str, LanguageModel | None], beside: _Beside, seed: int,
-) -> tuple[dict[str, float], list[dict[str, str]]]:  # fmt: skip
-    """What probes read of the model, of the original and of the twin; the share of each state, and each item's."""
-    asked = ask(facts, roles=FORGET, keys=KEYS, wordings=1, seed=seed)
-    try:
-        with progress.task("reading inside"):
-            known = KnownInside(seed=seed)(model, asked)
-            for name, other in others.items():
-                if other is not None:
-                    read = partial(KnownInside(seed=seed), other, asked)
-                    found[f"{name}_inside"] = beside(other, "inside", read).value(OVERALL)
-    except ValueError:  # no closed sets
-        return {}, []
-    found["inside"], found["inside_chance"] = known.value(OVERALL), known.chance(OVERALL)
-    numbers["inside"] = (known.shown(OVERALL), *known.interval(OVERALL))
-    found["by_layer"] = {name: known.layer(name).value(OVERALL) for name in known.layers}
-    n = len(known.states)
-    items = [
-        {"prompt": p.prompt, "answer": p.answer, "key": p.key, "state": state}
-        for p, state in zip(known.items, known.states, strict=True)
-    ]
-    return {state: known.states.count(state) / n for state in STATES}, items
 
 
 def alike(model: LanguageModel, forgotten: Sequence[Passage], retained: Sequence[Passage]) -> float:
@@ -324,7 +348,7 @@ def _relearned(
     """The held-out half while T is trained on, at the rate that brings most back among usable checkpoints, and the
     weights there; the model is put back."""
     closed = facts.answers()
-    start = {name: value.detach().clone() for name, value in model.weights().items()}
+    start = model.copied()
     best: tuple[float, dict[str, Any], float, dict[str, Tensor]] | None = None
 
     def sums(passages: Sequence[Passage]) -> AnswerAccuracy:
@@ -345,18 +369,18 @@ def _relearned(
                 )  # fmt: skip
                 if len(at) - 1 in course.usable(BOUND) and float(share(course.held_out[-1].sum(0))) > top:
                     top, when = float(share(course.held_out[-1].sum(0))), len(at) - 1
-                    weights = {name: value.detach().clone() for name, value in model.weights().items()}
+                    weights = model.copied()
         except (FloatingPointError, ValueError):
             if len(at) == 1:
                 raise
         finally:
             model.load_weights(start)
         every = [one.value(OVERALL) for one, _ in scores]
-        told = scores[when][0]
+        best_scores = scores[when][0]
         curve: dict[str, Any] = {
             "at": at[when],
             "all_steps": at, "all": every,
-            "interval": (told.shown(OVERALL), *told.interval(OVERALL)),
+            "interval": (best_scores.shown(OVERALL), *best_scores.interval(OVERALL)),
         }  # fmt: skip
         if best is None or top > best[0]:
             best = top, curve, rate, weights
@@ -368,105 +392,10 @@ def _where(
     model: LanguageModel, relearned: Mapping[str, Tensor], known: Callable[[], AnswerAccuracy]
 ) -> list[dict[str, Any]]:
     """By part: what it alone, taken from the relearned model, brings back; the model is put back."""
-    start = {name: value.detach().clone() for name, value in model.weights().items()}
+    start = model.copied()
     blocks = len(model.bridge.blocks)
-    found = grafts(model, start, relearned, lambda _: {"accuracy": known()}, parts=parts(model, bands=min(blocks, 6)))
+    grafted = grafts(model, start, relearned, lambda _: {"accuracy": known()}, parts=parts(model, bands=min(blocks, 6)))
     return [
-        {"part": part, "enough": found.enough(part).value, "needed": found.needed(part).value} for part in found.parts
+        {"part": part, "enough": grafted.enough(part).value, "needed": grafted.needed(part).value}
+        for part in grafted.parts
     ]
-
-
-# --- what is printed
-
-BLOCKS = 12
-"""That a line has room for."""
-
-
-def lines(name: str, done: Audit) -> list[str]:
-    """What is printed: the verdict first; at most 25 lines of 80 columns."""
-    e, n = done.evidence, done.numbers
-    out = [f"{name}: {done.verdict.kind}"[:80], *_wrapped(f"  {done.verdict.why}")]
-    out.append(f"most of it that anything reaches: {e.reached:.2f}")
-    asked = [f"{_short(n['answers'])} as taught"]
-    asked += [f"{_short(n[key])} {key}" for key in ("without the prompt", "reworded") if key in n]
-    out += _wrapped(f"answers {'; '.join(asked)}; chance {e.chance:.2f}; what stays {e.retained:.2f}")
-    if "extraction" in n:
-        others = [f"{key.split()[-1]} {value[0]:.2f}" for key, value in n.items() if key.startswith("extraction of")]
-        also = f" ({', '.join(others)})" if others else ""
-        out.append(f"of answers it completes a share of {_short(n['extraction'])}{also}")
-    if e.options is not None:
-        forms = "".join(f"; {form} {_short(n[form])}" for form in FORMS if form in n)
-        out += _wrapped(f"of the choices {_short(n['of the choices'])}, chance {e.options_chance:.2f}{forms}")
-    beside = [
-        f"{who} {value:.2f}"
-        for who, value in (("original", e.original_answers), ("twin", e.twin_answers))
-        if value is not None
-    ]
-    if beside:
-        out.append(f"answered by others: {', '.join(beside)}")
-    if e.inside is not None:
-        others = [
-            f"{who} {value:.2f}"
-            for who, value in (("chance", e.inside_chance), ("original", e.original_inside), ("twin", e.twin_inside))
-            if value is not None
-        ]
-        out += _wrapped(f"inside: probes read {_short(n['inside'])} ({', '.join(others)})")
-        every = -(-len(e.by_layer) // BLOCKS)
-        shown = list(e.by_layer.items())[::-1][::every][::-1]  # the last one always
-        out += _wrapped(f"by block: {', '.join(f'{k} {v:.2f}' for k, v in shown)}")
-    gains = "" if e.twin_back is None else f"; the twin gains {e.twin_back:+.2f}"
-    out += _wrapped(
-        f"half relearned (best at step {done.best} of {done.curve['steps'][-1]}, lr {done.rate:g}): of the other half "
-        f"{_short(n['relearned'])}, {e.back:+.2f}{gains}"
-    )
-    course = list(zip(done.curve["steps"], done.curve["model"], strict=True))
-    out += _wrapped("after steps: " + ", ".join(f"{step} {share:.2f}" for step, share in course[::2]))
-    weak = [
-        f"{what} {value:.2f}"
-        for what, value in (
-            ("int4", e.quantised), ("a third of weights pruned", e.pruned), ("facts in context", e.in_context),
-            ("unrelated lines", e.unrelated),
-        )
-        if value is not None
-    ]  # fmt: skip
-    out += _wrapped(f"answers with {', '.join(weak)}")
-    top = sorted((g for g in done.grafts if g["enough"] == g["enough"]), key=lambda g: -g["enough"])[:3]
-    if top:
-        out += _wrapped("came back in " + ", ".join(f"{g['part']} ({g['enough']:.2f} alone)" for g in top))
-    if done.states:
-        out += _wrapped("items: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in done.states.items()))
-    for missing in done.verdict.missing:
-        out += _wrapped(f"not given: {missing}")
-    return out[:25]
-
-
-def _short(value: Interval) -> str:
-    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
-
-
-def _wrapped(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 80, subsequent_indent="  ")
-
-
-def write(name: str, done: Audit, folder: Path) -> Path:
-    """Write audit.json and the page; gives the page's path."""
-    from relearn_lens.files import as_json, write_whole
-    from relearn_lens.show import plots, report
-
-    draw = report.Drawing()
-    pictures = [
-        draw(plots.audit_layers, done.evidence), draw(plots.audit_curve, done.curve, done.rate),
-        draw(plots.audit_parts, done.grafts), draw(plots.audit_states, done.states),
-    ]  # fmt: skip
-    page = report.page(
-        "audit.html.j2", title=f"Audit of {name}", heading=f"Audit of {name}: {done.verdict.kind}",
-        why=done.verdict.why, missing=done.verdict.missing, lines=lines(name, done)[2:],
-        pictures=[p for p in pictures if p],
-        items=(["prompt", "answer", "state"], [[i["prompt"], i["answer"], i["state"]] for i in done.items]),
-        notes=done.notes, facts=done.facts,
-    )  # fmt: skip
-    write_whole(folder / "audit.json", as_json({"model": name, **done.to_dict()}))
-    write_whole(folder / "report.html", page.encode())
-    return folder / "report.html"

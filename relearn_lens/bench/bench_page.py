@@ -100,10 +100,12 @@ def _ranking_lines(results: Results) -> list[str]:
         tau = ranking.tau
         says = "no order on one side" if math.isnan(tau.value) else short(tau)
         out.append(f"ranks before and after calibration: Kendall's tau {says}")
-    told = matrix.pairs(results)
-    apart = [pair for pair in told if pair.p_holm < 0.05]
-    if told:
-        out.append(f"more comes back, Holm over {len(told)} pairs: {'none' if not apart else f'{len(apart)} apart'}")
+    differences = matrix.pairs(results)
+    apart = [pair for pair in differences if pair.p_holm < 0.05]
+    if differences:
+        out.append(
+            f"more comes back, Holm over {len(differences)} pairs: {'none' if not apart else f'{len(apart)} apart'}"
+        )
         both = [(p.one, p.other) if p.difference.value > 0 else (p.other, p.one) for p in apart]
         line = ""
         for more, less in both:
@@ -246,7 +248,7 @@ def render(benched: Benched) -> str:
         pictures[f"metric-{name}"] = draw(plots.bench_metric, results, by_row, name, f"{about}; intervals over keys")
         pictures[f"layers-{name}"] = draw(plots.bench_layers, results, by_row, name, about)
     pictures["components"] = draw(plots.bench_components, results)
-    told = matrix.pairs(results)
+    differences = matrix.pairs(results)
     return report.page(
         "bench.html.j2",
         title=f"What comes back: {bench.facts}, {bench.model}",
@@ -256,7 +258,7 @@ def render(benched: Benched) -> str:
         matrix=matrix_table(results, table),
         pairs=(
             ["", "against", "difference", "p (Holm)"],
-            [[p.one, p.other, short(p.difference, sign=True), f"{p.p_holm:.3f}"] for p in told],
+            [[p.one, p.other, short(p.difference, sign=True), f"{p.p_holm:.3f}"] for p in differences],
         ),
         limits=limits(benched),
         bound=f"{100 * results.bound:g} %",

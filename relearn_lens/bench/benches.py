@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from relearn_lens.analysis.matrix import NEVER, Results
 from relearn_lens.bench import engines
 from relearn_lens.bench.plan import Bench
-from relearn_lens.bench.sweeps import ENGINES, performed
+from relearn_lens.bench.sweeps import check_engine, performed
 from relearn_lens.files import alone, as_json, check_folder, digest_of, read_json, write_whole
 from relearn_lens.runs import needs
 
@@ -135,8 +135,7 @@ def run(
     """
     from relearn_lens.bench.cells import check
 
-    if on not in ENGINES:
-        raise ValueError(f"on = {on!r}: no such engine; known: {', '.join(ENGINES)}")
+    check_engine(on)
     if processes is not None and (processes < 1 or on != "local"):
         raise ValueError(f"processes = {processes}: one at least, and with on = 'local' alone (Ray counts CPUs itself)")
     check(bench)

@@ -24,6 +24,7 @@ from torch import Tensor
 from relearn_lens import methods, progress
 from relearn_lens.analysis.matrix import NEVER, Cell, Course, share
 from relearn_lens.bench.plan import Bench, Column, Row
+from relearn_lens.files import sha256_of
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.measure.answers import AnswerAccuracy, answer
 from relearn_lens.measure.asking import Asked, Reference
@@ -85,9 +86,10 @@ def check(bench: Bench) -> None:
 
 def _recipe(bench: Bench, row: Row) -> Recipe:
     kind = None if row.recipe == "auto" else row.recipe
-    removal = removals.recipe_for(bench.model, row.remover, row.fields, kind=kind)
+    fields = {**row.fields, **{f"where.{name}": value for name, value in row.where.items()}}
+    removal = removals.recipe_for(bench.model, row.remover, fields, kind=kind)
     if removal.where is not None:
-        localiser_of(removal.where, **row.where)
+        localiser_of(removal.where, **removal.where_fields)
     return removal
 
 
@@ -134,14 +136,14 @@ class Work:
         """The weights that everything is removed from."""
         if self.bench.teach is not None:
             return self._taught("base", (*FORGET, *RETAIN)).tensors
-        return _copied(self.model.weights())
+        return self.model.copied()
 
     @cached_property
     def never(self) -> Weights | None:
         """The twin's; None where there is none."""
         if self.bench.teach is not None:
             return self._taught(NEVER, RETAIN).tensors
-        return None if self._subject.never is None else _copied(self._subject.never.weights())
+        return None if self._subject.never is None else self._subject.never.copied()
 
     def _taught(self, name: str, roles: Sequence[str]) -> Stage:
         teach = self.bench.teach
@@ -169,7 +171,7 @@ class Work:
 
     @cached_property
     def _start(self) -> Weights:
-        return _copied(self.model.weights())
+        return self.model.copied()
 
     @property
     def _common(self) -> dict[str, Any]:
@@ -193,8 +195,8 @@ class Work:
 
     def _sums(self, passages: Sequence[Passage], attack: Attack | None = None) -> Float[np.ndarray, "key 2"]:
         """Passages answered right and asked, by key in the order of the passages as they are without any attack."""
-        asked = passages if attack is None else attack.asked(passages, self.facts, seed=self.seed)
-        accuracy = self._known(asked)
+        prompted = passages if attack is None else attack.asked(passages, self.facts, seed=self.seed)
+        accuracy = self._known(prompted)
         by_key = dict(zip(accuracy.keys, accuracy.sums(OVERALL), strict=True))
         return np.stack([by_key.get(key, np.zeros(2)) for key in dict.fromkeys(p.key for p in passages)])
 
@@ -216,11 +218,11 @@ class Work:
             row = self.bench.rows[name]
             removed, stage, neurons = self._removed(row, common)
             index["removed"] = self._name(removed)
-            calibrated, found = self._calibrated(removed, stage, common)
-            index |= {"calibrated": self._name(calibrated), "moved": found.numbers["moved"]}
+            calibrated, mixed = self._calibrated(removed, stage, common)
+            index |= {"calibrated": self._name(calibrated), "moved": mixed.numbers["moved"]}
             self.model.load_weights(stage.tensors)
-            mixed_(self.model, self.base, found.numbers["moved"])
-            start, origin = _copied(self.model.weights()), calibrated.digest
+            mixed_(self.model, self.base, mixed.numbers["moved"])
+            start, origin = self.model.copied(), calibrated.digest
         index["courses"] = {}
         for column, how in self.bench.columns.items():
             held = neurons if name != NEVER and self.bench.rows[name].held else None
@@ -264,12 +266,12 @@ class Work:
             for k in range(row.rounds):
                 if k:
                     self._repaired(row)
-                where = removals.located(self.model, self.facts, removal, row.where, seed=self.seed + k)
+                where = removals.located(self.model, self.facts, removal, seed=self.seed + k)
                 if isinstance(where, Neurons):
                     cut.append(where)
                 for pause in removal(self.model, self.facts, where, seed=self.seed + k):
                     steps += 0 if math.isnan(pause.loss) else pause.step
-            weights = _copied(self.model.weights())
+            weights = self.model.copied()
             numbers, tensors = self._asked(weights)
             masks = {f"cut.{k}": neurons.mask for k, neurons in enumerate(cut)}
             site = cut[0].site.name if cut else None
@@ -281,7 +283,7 @@ class Work:
 
         recipe, stage = self._made("removed", {**common, "weights": self._sha(self.base), "how": says}, remove)
         weights = {name[2:]: value for name, value in stage.tensors.items() if name.startswith("w.")}
-        asked = {name[6:]: value for name, value in stage.tensors.items() if name.startswith("asked.")}
+        answers = {name[6:]: value for name, value in stage.tensors.items() if name.startswith("asked.")}
         neurons = None
         masks = [value for name, value in stage.tensors.items() if name.startswith("cut.")]
         if masks:
@@ -289,7 +291,7 @@ class Work:
 
             site = site_of(self.model.bridge, str(stage.numbers["site"]))
             neurons = Neurons(torch.stack([mask.bool() for mask in masks]).any(0), site)
-        return recipe, Stage({**stage.numbers, "asked": asked}, weights), neurons
+        return recipe, Stage({**stage.numbers, "asked": answers}, weights), neurons
 
     def _repaired(self, row: Row) -> None:
         """Train on what is to stay, between two rounds."""
@@ -310,7 +312,7 @@ class Work:
 
             best = calibrate(self.model, self.base, ability, tau=bench.tau, points=bench.points)
             mixed_(self.model, self.base, best.share)
-            numbers, tensors = self._asked(_copied(self.model.weights()))
+            numbers, tensors = self._asked(self.model.copied())
             return {
                 **numbers,
                 "moved": best.share,
@@ -354,7 +356,7 @@ class Work:
                         if grafted and (best is None or share(now[0].sum(0)) > best[0]):
                             usable = Course(tuple(steps), np.stack(held_out), np.stack(retained)).usable(bench.bound)
                             if len(steps) - 1 in usable:
-                                best = float(share(now[0].sum(0))), _copied(self.model.weights())
+                                best = float(share(now[0].sum(0))), self.model.copied()
                 except FloatingPointError:
                     diverged = True
                 finally:
@@ -392,12 +394,12 @@ class Work:
             twin = self._never_model if any(NEVER in metric.needs for metric in made) else None
             reference = Reference(self._base_model, twin, start, self._reference_kept)
         once = tuple({(p.key, p.relation): p for p in self._held_out}.values())
-        asked = Asked(self.facts, once, (HELD_OUT,) * len(once))
+        questions = Asked(self.facts, once, (HELD_OUT,) * len(once))
         rows: Rows = []
         for metric in made:
             name = metric.name
             try:
-                scores = measured(self.model, asked, [metric], reference)[name]
+                scores = measured(self.model, questions, [metric], reference)[name]
             except ValueError as error:
                 rows.append({"metric": name, "step": step, "layer": None, "why": str(error)})
                 continue
@@ -446,13 +448,13 @@ class Work:
     def _grafts(self, start: Weights, end: Weights) -> list[dict[str, Any]]:
         """By part, from input to output: what it alone brings back, and what is lost without it."""
         bands = self.bench.bands and min(self.bench.bands, int(self.model.bridge.cfg.n_layers))
-        found = grafts(
+        grafted = grafts(
             self.model, start, end, lambda _: {"accuracy": self._known(self._held_out)},
             parts=parts(self.model, bands=bands),
         )  # fmt: skip
         rows = []
-        for part in found.parts:
-            enough, needed = found.enough(part), found.needed(part)
+        for part in grafted.parts:
+            enough, needed = grafted.enough(part), grafted.needed(part)
             rows.append(
                 {
                     "part": part, "enough": enough.value, "enough_low": enough.low, "enough_high": enough.high,
@@ -481,10 +483,10 @@ def read_cell(index: Mapping[str, Any], stages: Stages) -> Read:
     """
 
     def stage(name: str) -> Stage:
-        found = stages.named(name)
-        if found is None:
+        kept = stages.named(name)
+        if kept is None:
             raise ValueError(f"{str(stages.path)!r} lacks the stage {name}; the same command makes it again")
-        return found
+        return kept
 
     base, removed, calibrated = (stage(index[key]) for key in ("base", "removed", "calibrated"))
     courses: dict[str, dict[str, Course]] = {}
@@ -535,13 +537,7 @@ def drawn(facts: Facts, roles: Sequence[str], keys: int, wordings: int, seed: in
 
 
 def _hash(passages: Sequence[Passage]) -> str:
-    import hashlib
-
-    return hashlib.sha256("\n".join(p.text for p in passages).encode()).hexdigest()
-
-
-def _copied(weights: Weights) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights.items()}
+    return sha256_of("\n".join(p.text for p in passages))
 
 
 def _prefixed(prefix: str, tensors: Weights) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ from relearn_lens.runs import needs
 Started = Callable[[str], object]
 """Called with the name of a job whose process was started."""
 
+PATIENCE = 10
+"""Seconds that a process has to end by itself."""
 LOSSES = 2
 """How often a job's Ray worker may be lost, beyond once for every node that died, before the job counts as failed."""
 
@@ -133,11 +135,11 @@ def local(jobs: Sequence[Job], *, workers: int, started: Started | None = None) 
         _stop([process for process, *_ in running.values()])
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]], patience: float = 10) -> None:
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """End processes. A run can be killed at any moment, so they are asked once and then made to."""
     for process in processes:
         process.terminate()
-    until = time.monotonic() + patience
+    until = time.monotonic() + PATIENCE
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, until - time.monotonic()))
@@ -394,7 +396,7 @@ def _perform(job: Job, at: str) -> str | None:
     return None
 
 
-def _run(job: Job, file: TextIO, patience: float = 60) -> None:
+def _run(job: Job, file: TextIO) -> None:
     from relearn_lens.runs import events, store
     from relearn_lens.runs.presets import settings_of
     from relearn_lens.show import report
@@ -405,7 +407,7 @@ def _run(job: Job, file: TextIO, patience: float = 60) -> None:
             file.write(f"seed {event.seed}, {event.arm} {event.stage}: {shown}\n")
 
     settings = settings_of(job.settings)
-    until = time.monotonic() + patience
+    until = time.monotonic() + 60
     while True:
         try:
             result = store.run(settings, job.folder, shared=job.shared, on_event=note)

@@ -16,7 +16,6 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +23,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from relearn_lens.analysis.matrix import BEARABLE, NEVER
+from relearn_lens.files import read_toml
 from relearn_lens.methods import Method, Rate
+from relearn_lens.runs.presets import value_of
+from relearn_lens.runs.settings import none_as_text
 
 Seed = Annotated[int, Field(ge=0, le=10**9)]
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,40}", re.ASCII)
@@ -128,7 +130,7 @@ class Bench(Method):
         """As a file that `relearn-lens bench` takes."""
         import tomli_w
 
-        return tomli_w.dumps(_none_as_text(self.model_dump(mode="json")))
+        return tomli_w.dumps(none_as_text(self.model_dump(mode="json")))
 
 
 _FIVE = {name: {"remover": name} for name in ("grad_diff", "npo", "rmu", "gradient_ascent", "prune")}
@@ -199,7 +201,7 @@ def bench_of(source: str | Path = "facts-toy", sets: Sequence[str] = ()) -> Benc
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not key:
             raise ValueError(f"--set {text!r}: write key=value, such as columns.relearn.rates=[1e-4]")
-        values = _put(values, key.split("."), _value(value))
+        values = _put(values, key.split("."), value_of(value, optional=True))
     try:
         return Bench.model_validate(values)
     except ValidationError as error:
@@ -209,10 +211,7 @@ def bench_of(source: str | Path = "facts-toy", sets: Sequence[str] = ()) -> Benc
 def _from_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no bench at {str(path)!r}, and no preset of that name ({', '.join(PRESETS)})")
-    try:
-        values = _text_as_none(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
+    values = read_toml(path, _text_as_none)
     name = values.pop("preset", None)
     if name is None:
         return values
@@ -228,16 +227,6 @@ def _put(values: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str
     return {**values, first: _put(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value}
 
 
-def _value(text: str) -> Any:
-    if text.lower() == "none":
-        return None
-    try:
-        values = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        return text
-    return values["value"] if len(values) == 1 else text
-
-
 def _line(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
@@ -248,13 +237,6 @@ def _line(error: Any) -> str:
         return f"{key}: it has to be given"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key} = {error['input']!r}: {message}" if key and error["type"] != "value_error" else message
-
-
-def _none_as_text(values: Any) -> Any:
-    """TOML has no null: None is written as "none", as on the command line."""
-    if isinstance(values, Mapping):
-        return {key: _none_as_text(value) for key, value in values.items()}
-    return "none" if values is None else values
 
 
 def _text_as_none(values: Any) -> Any:

@@ -145,7 +145,7 @@ def _of_remover(subject: removals.Subject, name: str, whole: Cell) -> dict[str, 
     model, removal, seed = subject.model, recipe(KIND, name), whole.seed
     if fresh := getattr(removal.remover, "fresh", False):
         model = taught.untaught(subject.facts, recipe=taught.Recipe(seed=seed))
-    base = {weight: value.clone() for weight, value in model.weights().items()}
+    base = model.copied()
 
     def near(model: LanguageModel) -> float:
         return know(model, subject.facts, NEAR)[NEAR].accuracy.value(OVERALL)

@@ -30,7 +30,6 @@ The folder of a sweep:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -39,7 +38,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,18 +137,14 @@ def read(path: str | Path) -> Sweep:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no sweep file at {str(path)!r}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
-    asked = values.pop("sweep", None)
-    if not isinstance(asked, dict) or not asked:
+    values = files.read_toml(path)
+    swept = values.pop("sweep", None)
+    if not isinstance(swept, dict) or not swept:
         raise ValueError(
             f'{str(path)!r} has no table [sweep] of settings and their values, such as "prune.fraction" = [0.1, 0.3]; '
             "`relearn-lens run` takes a file without one"
         )
-    axes = _axes(asked)
+    axes = _axes(swept)
     total = math.prod(map(len, axes))
     if total > MOST_CELLS:
         raise ValueError(f"{str(path)!r} asks for {total:,} cells; at most {MOST_CELLS:,}, so split it")
@@ -166,22 +160,23 @@ def read(path: str | Path) -> Sweep:
     if problems:
         raise ValueError(_told(problems, total))
     _check_distinct(cells)
-    return Sweep(path, text, tuple(dict.fromkeys(key for cell in cells for key in cell.given)), tuple(cells))
+    keys = tuple(dict.fromkeys(key for cell in cells for key in cell.given))
+    return Sweep(path, path.read_text(encoding="utf-8"), keys, tuple(cells))
 
 
 Choice = tuple[str | None, dict[str, Any]]
 """One value of an axis: the name it was given, if any, and the settings it stands for."""
 
 
-def _axes(asked: Mapping[str, Any]) -> list[list[Choice]]:
+def _axes(swept: Mapping[str, Any]) -> list[list[Choice]]:
     """Each axis as its choices; the explicit cells are one axis, the first."""
-    tables = asked.get("cells", [])
+    tables = swept.get("cells", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
         raise ValueError("sweep.cells: tables of settings, each under a line [[sweep.cells]]")
     axes: list[list[Choice]] = []
     if tables:
         axes.append([(_given_name(table), _flat({k: v for k, v in table.items() if k != "name"})) for table in tables])
-    for key, values in _flat({k: v for k, v in asked.items() if k != "cells"}).items():
+    for key, values in _flat({k: v for k, v in swept.items() if k != "cells"}).items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"sweep.{key} = {values!r}: a list of the values that the setting takes, one at least")
         axes.append([(None, _flat({key: value})) for value in values])
@@ -238,7 +233,7 @@ def _name(choices: Sequence[Choice]) -> str:
     for name, given in choices:
         parts += [name] if name else [f"{key}={_slug(value)}" for key, value in given.items()]
     whole = ",".join(parts)
-    return whole if len(whole) <= _LONGEST else f"{whole[: _LONGEST - 9]}-{_hash(whole)}"
+    return whole if len(whole) <= _LONGEST else f"{whole[: _LONGEST - 9]}-{files.sha256_of(whole)[:6]}"
 
 
 def _slug(value: Any) -> str:
@@ -247,11 +242,7 @@ def _slug(value: Any) -> str:
         return "+".join(map(_slug, value)) or "none"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     safe = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[-40:]
-    return safe if safe == text else f"{safe.strip('-.')}-{_hash(text)}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
+    return safe if safe == text else f"{safe.strip('-.')}-{files.sha256_of(text)[:6]}"
 
 
 def _told(problems: Mapping[str, Sequence[str]], total: int) -> str:
@@ -284,16 +275,22 @@ def _check_distinct(cells: Sequence[Cell]) -> None:
 # --- running it
 
 
-def folder_of(asked: Sweep) -> Path:
+def check_engine(on: str) -> None:
+    """Refuse an engine that there is not."""
+    if on not in ENGINES:
+        raise ValueError(f"on = {on!r}: no such engine; known: {', '.join(ENGINES)}")
+
+
+def folder_of(sweep: Sweep) -> Path:
     """Where a sweep goes by default: `runs/` and the file's name; a sweep folder's own sweep.toml goes on there."""
-    here = asked.path.parent
-    if asked.path.name == ASKED and (here / SETTINGS).is_dir():
+    here = sweep.path.parent
+    if sweep.path.name == ASKED and (here / SETTINGS).is_dir():
         return here
-    return Path("runs") / asked.path.stem
+    return Path("runs") / sweep.path.stem
 
 
 def run(
-    asked: Sweep,
+    sweep: Sweep,
     out: str | Path | None = None,
     *,
     on: str = "local",
@@ -314,33 +311,32 @@ def run(
         BlockingIOError: another process sweeps into the folder.
         ImportError, OSError: as `engines.on_ray`.
     """
-    if on not in ENGINES:
-        raise ValueError(f"on = {on!r}: no such engine; known: {', '.join(ENGINES)}")
+    check_engine(on)
     if workers is not None and (workers < 1 or on != "local"):
         raise ValueError(f"workers = {workers}: one at least, and with on = 'local' alone (Ray counts CPUs itself)")
     if on == "ray":
         engines.need_ray()
-    folder = Path(out or folder_of(asked)).absolute()
+    folder = Path(out or folder_of(sweep)).absolute()
     files.check_folder(folder, ASKED, "sweep")
     with files.alone(folder):
         if fresh:
-            for cell in asked.cells:
+            for cell in sweep.cells:
                 _remove(folder / cell.name)
-        _check_cells(folder, asked)
-        todo = [cell for cell in asked.cells if not _is_complete(folder / cell.name)]
+        _check_cells(folder, sweep)
+        todo = [cell for cell in sweep.cells if not _is_complete(folder / cell.name)]
         if tell:
-            for cell in asked.cells:
+            for cell in sweep.cells:
                 if cell not in todo:
                     tell(cell.name, "complete", None)
-        failed = _perform(asked, todo, folder, on, workers, tell) if todo else {}
-        return _gathered(asked, folder, failed)
+        failed = _perform(sweep, todo, folder, on, workers, tell) if todo else {}
+        return _gathered(sweep, folder, failed)
 
 
 def _perform(
-    asked: Sweep, todo: Sequence[Cell], folder: Path, on: str, workers: int | None, tell: Tell | None
+    sweep: Sweep, todo: Sequence[Cell], folder: Path, on: str, workers: int | None, tell: Tell | None
 ) -> dict[str, str]:
     """Run cells; gives the errors of those that failed."""
-    files.write_whole(folder / ASKED, asked.text.encode())
+    files.write_whole(folder / ASKED, sweep.text.encode())
     (folder / LOGS).mkdir(exist_ok=True)
     jobs = []
     for cell in todo:
@@ -407,21 +403,19 @@ def _manifest(cell: Path) -> dict[str, Any]:
     """A cell's manifest; empty where it has none, or one that cannot be read (its own run will say so)."""
     from relearn_lens.runs.verify import MANIFEST
 
-    try:
-        manifest = json.loads((cell / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        return files.read_json(cell / MANIFEST)
+    return {}
 
 
 def _is_complete(cell: Path) -> bool:
     return bool(_manifest(cell).get("complete"))
 
 
-def _check_cells(folder: Path, asked: Sweep) -> None:
+def _check_cells(folder: Path, sweep: Sweep) -> None:
     """Refuse to go on where cells hold runs with other settings, all of them at once."""
     other = []
-    for cell in asked.cells:
+    for cell in sweep.cells:
         there = _manifest(folder / cell.name)
         if there.get("inputs") and not are_of(there.get("settings"), cell.experiment):
             other.append(cell.name)
@@ -435,14 +429,14 @@ def _check_cells(folder: Path, asked: Sweep) -> None:
 # --- what came of it
 
 
-def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
+def _gathered(sweep: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
     """The tables of what is complete, on disk and as an object."""
     from relearn_lens.bench import sweep_tables as tables
     from relearn_lens.runs.store import load_run
 
-    keys = [key for key in asked.keys if key not in tables.SPREAD]
+    keys = [key for key in sweep.keys if key not in tables.SPREAD]
     ended, pools, rows, seconds = dict(failed), {}, [], {}
-    for cell in asked.cells:
+    for cell in sweep.cells:
         if cell.name in ended:
             continue
         try:
@@ -450,7 +444,7 @@ def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
         except (ValueError, OSError) as error:
             ended[cell.name] = str(error)
             continue
-        values = {key: cell.value(key) for key in asked.keys}
+        values = {key: cell.value(key) for key in sweep.keys}
         rows += tables.cell_rows(cell.name, values, result)
         seconds[cell.name] = round(sum(result.manifest.get("seconds", {}).values()), 1)
         key = tables.pool_key(result.experiment.model_dump(mode="json"), result.manifest.get("inputs"))
@@ -458,15 +452,15 @@ def _gathered(asked: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
         pool.add(cell.name, result)
     cells = {
         cell.name: {
-            "swept": {key: cell.value(key) for key in asked.keys},
+            "swept": {key: cell.value(key) for key in sweep.keys},
             "ended": "failed" if cell.name in ended else "complete",
             "error": ended.get(cell.name),
             "log": f"{LOGS}/{cell.name}.log",
         }
-        for cell in asked.cells
+        for cell in sweep.cells
     }
     summary = {
-        "swept": list(asked.keys),
+        "swept": list(sweep.keys),
         "cells": cells,
         "table": [row for pool in pools.values() for row in pool.rows()],
         "settings": [_said(pool) for pool in pools.values()],

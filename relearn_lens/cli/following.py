@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
 
 from relearn_lens.cli.printing import columns
 
@@ -21,6 +24,16 @@ def following(experiment: Experiment | None = None, *, verbose: bool = False) ->
     follow = Following(experiment, verbose or experiment is None)
     with follow.live:
         yield follow
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """For a while, who stops the command is told that it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 class Following:

@@ -123,8 +123,8 @@ def print_compared(runs: list[Run]) -> None:
     if beside.claims:
         header, rows = beside.claims
         # A run's verdict and effect in one cell, as a table that is cut into pieces would part them.
-        told = [[row[0], *map(" ".join, zip(row[2::2], row[3::2], strict=True))] for row in rows]
-        print_table("claims of the paper: verdict, effect", [header[0], *header[2::2]], told, piped=80)
+        cells = [[row[0], *map(" ".join, zip(row[2::2], row[3::2], strict=True))] for row in rows]
+        print_table("claims of the paper: verdict, effect", [header[0], *header[2::2]], cells, piped=80)
 
 
 def print_swept(swept: Swept) -> None:
@@ -177,7 +177,7 @@ def print_removed(method: str, subject: Subject, removal: Recipe, done: Removed)
     """What was known before and after, in a few lines."""
     from relearn_lens.show import tables
 
-    chosen = ", ".join(f"{name} {short(value)}" for name, value in removal.told().items())
+    chosen = ", ".join(f"{name} {short(value)}" for name, value in removal.departures().items())
     print_prose(f"{method} on {subject.name}, {subject.facts.name}: {chosen or 'no fields'}")
     steps = f"{done.pause.step} steps, " if done.pause.step else ""
     print_prose(f"moved: {done.where}; {steps}{done.seconds:.0f} s")

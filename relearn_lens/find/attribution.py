@@ -34,7 +34,7 @@ from relearn_lens.methods import Attributing
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading, widest
 from relearn_lens.names import unknown
-from relearn_lens.neurons.sites import Neuron, Site, site_of, streaming, token_site
+from relearn_lens.neurons.sites import Site, ordered, site_of, streaming, token_site
 from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept, concept_of
 from relearn_lens.text.corpus import Corpus
@@ -83,16 +83,15 @@ class Attribution:
         return Saliency(self.score.abs(), kind, self.unit, self.concept, self.site)
 
     def __repr__(self) -> str:
-        layer, index = divmod(int(self.score.abs().argmax()), self.site.width)
-        most = f"most {Neuron(self.site.layers[layer], index)} at {self.score[layer, index]:.3g} of {self.change:.3g}"
+        largest = int(self.score.abs().argmax())
+        most = f"most {self.site.neuron(largest)} at {self.score.flatten()[largest]:.3g} of {self.change:.3g}"
         missing = f"; at most {self.delta.abs().max():.2g} of a layer missing" if self.is_cut_set else ""
         return f"Attribution({self.concept}, {self.form}, {self.site.name}; {most} {self.unit}{missing})"
 
     def _repr_html_(self) -> str:
         """What the output owes to each layer and to the neurons that it owes most, signed."""
-        best = self.score.abs().flatten().argsort(descending=True, stable=True)[:8].tolist()
-        neurons = [divmod(i, self.site.width) for i in best]
-        rows = [[Neuron(self.site.layers[i], k), f"{self.score[i, k]:+.4g}"] for i, k in neurons]
+        signed = self.score.flatten()
+        rows = [[self.site.neuron(i), f"{signed[i]:+.4g}"] for i in ordered(signed.abs())[:8].tolist()]
         sizes = self.score.abs().sum(1)
         share = dict(zip(self.site.layers, (sizes / sizes.sum()).tolist(), strict=True))
         return markup.box(
@@ -114,10 +113,8 @@ class Plan:
     """Groups of pieces, alike in length, that are finished one after the other."""
     pieces_per_chunk: int
     """Of the largest."""
-    bytes_per_row: int
-    """Measured: one step of the longest piece, forward and backward."""
     peak_bytes: int
-    """Tensors that live at the same time beside the model's weights, estimated from `bytes_per_row`."""
+    """Tensors that live at the same time beside the model's weights, estimated from one step of the longest piece."""
     max_bytes: int
     """Asked for."""
     forwards: int
@@ -316,7 +313,6 @@ class _Run:
             pieces=len(lengths),
             chunks=len(chunks),
             pieces_per_chunk=max(len(pieces) for pieces, _ in chunks),
-            bytes_per_row=row,
             peak_bytes=max(peaks),
             max_bytes=self.max_bytes,
             forwards=passes + len(chunks),

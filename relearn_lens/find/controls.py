@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from relearn_lens.find.localising import Localiser, Text
+from relearn_lens.find.localising import Localiser, Text, some_blocks
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.scored import SiteName
 from relearn_lens.models.model import Model
@@ -66,11 +66,8 @@ class RandomMLPs(Localiser):
         Raises:
             ValueError: more blocks than the model has.
         """
-        n = int(model.bridge.cfg.n_layers)
-        k = -(-n // 3) if self.blocks is None else self.blocks
-        if k > n:
-            raise ValueError(f"blocks = {k}: this model has {n}")
-        drawn = np.random.default_rng(seed).permutation(n)[:k]
+        k = some_blocks(model, self.blocks)
+        drawn = np.random.default_rng(seed).permutation(int(model.bridge.cfg.n_layers))[:k]
         return WeightMask.of_parts(model, [f"block {i} mlp" for i in sorted(drawn.tolist())])
 
 

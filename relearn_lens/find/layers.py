@@ -13,7 +13,7 @@ from torch import Tensor
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
 from relearn_lens.find.patching import Prompts, kept
 from relearn_lens.models.model import LanguageModel, Model, reading
-from relearn_lens.neurons.sites import component_site, parameter, site_of
+from relearn_lens.neurons.sites import component_site, ordered, parameter, site_of
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Passage, refused
@@ -54,7 +54,7 @@ class LayerDistance(Localiser):
         by_layer = distance.normalised if self.normalised else distance.raw
         if self.layers > len(by_layer):
             raise ValueError(f"layers = {self.layers}: this model has {len(by_layer)} blocks")
-        best = by_layer.argsort(descending=True, stable=True)[: self.layers].tolist()
+        best = ordered(by_layer)[: self.layers].tolist()
         return output_matrices(model, best)
 
 

@@ -74,6 +74,19 @@ def language_model(model: Model, name: str) -> LanguageModel:
     return model
 
 
+def some_blocks(model: Model, wanted: int | None) -> int:
+    """A number of blocks; by default a third of them.
+
+    Raises:
+        ValueError: more than the model has.
+    """
+    n = int(model.bridge.cfg.n_layers)
+    k = -(-n // 3) if wanted is None else wanted
+    if k > n:
+        raise ValueError(f"blocks = {k}: this model has {n}")
+    return k
+
+
 def statements(facts: Facts, *roles: str) -> tuple[Passage, ...]:
     """The statements of some roles, by default of what is to be forgotten, that have a prompt.
 

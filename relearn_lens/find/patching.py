@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models.model import LanguageModel, hidden
 from relearn_lens.neurons.sites import Site, streaming
 from relearn_lens.text.encoding import Batch
@@ -103,12 +104,12 @@ class Prompts:
         """Tokens of each passage, special tokens included."""
         return self.encoded.lengths
 
-    def groups(self, *, max_tokens: int = 4096) -> list[Int[np.ndarray, " passage"]]:
+    def groups(self) -> list[Int[np.ndarray, " passage"]]:
         """The passages of each batch, all of one length: every passage once."""
         groups = []
         for length in np.unique(self.lengths):
             here = np.flatnonzero(self.lengths == length)
-            size = max(1, max_tokens // int(length))
+            size = max(1, MAX_TOKENS // int(length))
             groups += [here[i : i + size] for i in range(0, len(here), size)]
         return groups
 

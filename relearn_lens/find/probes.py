@@ -23,6 +23,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
+from relearn_lens.neurons.sites import ordered
 from relearn_lens.neurons.streaming import ROUNDING, WordSample
 from relearn_lens.text.concept import Classes, label_shuffles
 
@@ -243,7 +244,7 @@ def k_sparse(
     )
     largest = sweep.results[-1]
     difference = largest.feature_scores.abs()
-    place = difference.argsort(descending=True, stable=True).argsort()
+    place = ordered(difference).argsort()
     score = torch.where(difference > 0, 1 / (place + 1), 0.0).float().view(sample.activations.shape[1:])
     by = ", ".join(f"{at.k}: {at.held_out:.3f}" for at in by_k)
     failed = f"; {n_failed} control fit(s) did not converge and are left out" if n_failed else ""

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.find.probes import Quality, elastic_net, k_sparse
+from relearn_lens.methods import MAX_TOKENS, MEMORY, SAMPLE_WORDS, megabytes
 from relearn_lens.models.model import Model
 from relearn_lens.names import unknown
-from relearn_lens.neurons.sites import Neurons, Site, site_of
+from relearn_lens.neurons.sites import Neurons, Site, ordered, site_of
 from relearn_lens.neurons.streaming import (
     ROUNDING,
     BinCounts,
@@ -45,8 +46,6 @@ Needs = Literal["stats", "histograms", "sample", "words"]
 
 "words" is a `WordSample` of all words where the text is small enough to be kept, and `Histograms` where it is not.
 """
-MEMORY = 512 * 2**20
-"""Bytes up to which the words of a text are kept."""
 
 
 @jaxtyped(typechecker=typechecker)
@@ -74,8 +73,7 @@ class Saliency:
         Raises:
             ValueError: neither or both are given, or out of range.
         """
-        there = torch.ones_like(self.score, dtype=torch.bool) if among is None else among.mask
-        n = int(there.sum())
+        n = self.score.numel() if among is None else len(among)
         if (k is None) == (fraction is None):
             raise ValueError("give k= or fraction=, one of them")
         if isinstance(k, float):
@@ -84,11 +82,9 @@ class Saliency:
             raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
         k = round(fraction * n) if fraction is not None else k
         if k is None or not 0 < k <= n:
-            raise ValueError(f"k must be 1 to {n} (the neurons of {self.site.name}), got {k}")
-        order = self.score.flatten().argsort(descending=True, stable=True)
-        mask = torch.zeros(self.score.numel(), dtype=torch.bool)
-        mask[order[there.flatten()[order]][:k]] = True
-        return Neurons(mask.view_as(self.score), self.site)
+            which = f"of {self.site.name}" if among is None else "that are compared"
+            raise ValueError(f"k must be 1 to {n} (the neurons {which}), got {k}")
+        return Neurons.highest(self.score, self.site, k, among)
 
     def rank(self, among: Neurons | None = None) -> Float[Tensor, "layer neuron"]:
         """Rank of each neuron, 0 the most salient; ties share their mean rank.
@@ -121,9 +117,8 @@ class Saliency:
 
     def _repr_html_(self) -> str:
         """The highest neurons, and the mean rank of each layer."""
-        best = self.score.flatten().argsort(descending=True, stable=True)[:8].tolist()
-        neurons = [divmod(i, self.site.width) for i in best]
-        rows = [[f"L{self.site.layers[i]}N{k}", f"{self.score[i, k]:.4g}"] for i, k in neurons]
+        scores = self.score.flatten()
+        rows = [[self.site.neuron(i), f"{scores[i]:.4g}"] for i in ordered(scores)[:8].tolist()]
         means = dict(zip(self.site.layers, self.by_rank().nanmean(1).tolist(), strict=True))
         return markup.box(
             repr(self),
@@ -348,16 +343,16 @@ def gather(
     *,
     site: str | Site = "resid",
     relabelled: Sequence[Int[np.ndarray, " word"]] = (),
-    sample_words: int = 2000,
-    max_memory: int = MEMORY,
+    sample_words: int = SAMPLE_WORDS,
+    max_memory: float | int = MEMORY,
     seed: int = 0,
     readers: Sequence[Reader] = (),
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> Gathered:
     """What scores need, in one pass over a text; `sample_words` words and `seed` are the sample's (`WordDraw`).
 
-    Where "words" are needed, all of them are kept if they take at most `max_memory` bytes (words x layers x neurons x
-    4), and histograms are made of them if not.
+    Where "words" are needed, all of them are kept if they take at most `max_memory` MB (words x layers x neurons x 4
+    bytes), and histograms are made of them if not.
 
     `relabelled` are further ways to cut the words into classes (label shuffles), for class statistics alone; `readers`
     take the last hidden states of the same pass.
@@ -370,7 +365,7 @@ def gather(
     place = site_of(model.bridge if isinstance(model, Model) else model, site)
     sums = ClassSums(place, classes, relabelled) if "stats" in needs or relabelled else None
     n_words = len(encoded.read_words)
-    keep = "words" in needs and 1 < n_words <= max_memory // (4 * place.n_neurons)
+    keep = "words" in needs and 1 < n_words <= megabytes(max_memory) // (4 * place.n_neurons)
     bins = BinCounts(place, classes) if "histograms" in needs or ("words" in needs and not keep) else None
     draw = WordDraw(place, encoded, classes, sample_words, seed) if "sample" in needs else None
     every = WordDraw(place, encoded, classes, n_words, seed) if keep else None
@@ -445,10 +440,10 @@ def score_many(
     *,
     site: str | Site = "resid",
     contrast: Contrast = "rest",
-    sample_words: int = 2000,
-    max_memory: int = MEMORY,
+    sample_words: int = SAMPLE_WORDS,
+    max_memory: float | int = MEMORY,
     seed: int = 0,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Saliency]:
     """Several scores of every neuron for a concept, by name, from one pass over a text.
 

@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from relearn_lens import progress
-from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
+from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, some_blocks, statements
 from relearn_lens.find.patching import Kept, Prompts, Subject, kept, refusal, replaced, shares, subjects
 from relearn_lens.models.model import LanguageModel, Model, reading
-from relearn_lens.neurons.sites import Component, component_site, token_site, token_vectors
+from relearn_lens.neurons.sites import Component, component_site, ordered, token_site, token_vectors
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Passage
@@ -55,17 +55,14 @@ class CausalTracing(Localiser):
             ValueError: noise that changes nothing beyond noise, or more blocks than the model has.
         """
         model, facts = language_model(model, self.name), facts_of(text, concept, name=self.name, seed=seed)
-        n = int(model.bridge.cfg.n_layers)
-        k = -(-n // 3) if self.blocks is None else self.blocks
-        if k > n:
-            raise ValueError(f"blocks = {k}: this model has {n}")
+        k = some_blocks(model, self.blocks)
         traces = causal_tracing(
             model, statements(facts), components=(self.component,), at=self.at, sd=self.sd, draws=self.draws,
             window=self.window, seed=seed,
         )  # fmt: skip
         if traces.refused:
             raise ValueError(f"causal_tracing: {traces.refused}, so nothing can be brought back; use more passages")
-        best = sorted(traces.effect[0].argsort(descending=True, stable=True)[:k].tolist())
+        best = sorted(ordered(traces.effect[0])[:k].tolist())
         return WeightMask.of_parts(model, [_PARTS[self.component].format(i) for i in best])
 
 

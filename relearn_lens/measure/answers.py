@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, jaxtyped
 
 from relearn_lens.measure.asking import Read, read_answers
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
+from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.text.facts import Passage
 from relearn_lens.text.facts.encoded import EncodedPassages
@@ -81,7 +82,7 @@ def answer(
     passages: Sequence[Passage] | EncodedPassages,
     *,
     closed: Mapping[str, Sequence[str]] | None = None,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> Answered:
     """How many passages a model answers greedily, word for word, and its loss on the tokens of the answers.
 
@@ -121,7 +122,7 @@ def choose(
     *,
     per_token: bool = False,
     labels: Sequence[str] | None = None,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> AnswerAccuracy:
     """How often the right one of a passage's choices is the likeliest answer.
 
@@ -154,7 +155,7 @@ def choose(
     return AnswerAccuracy(right, guessed, count.astype(np.int64), keys, names)
 
 
-def known(model: LanguageModel, passages: Sequence[Passage], *, max_tokens: int = 4096) -> tuple[Passage, ...]:
+def known(model: LanguageModel, passages: Sequence[Passage]) -> tuple[Passage, ...]:
     """The passages of the facts that a model knows: of a key and relation, one statement at least is answered
     greedily, and every paraphrase that has choices prefers the right one.
 
@@ -162,11 +163,11 @@ def known(model: LanguageModel, passages: Sequence[Passage], *, max_tokens: int 
         ValueError: no statement among the passages; or as `answer`.
     """
     statements = [p for p in passages if p.form == "statement"]
-    right = read_answers(model, statements, max_tokens=max_tokens).right
+    right = read_answers(model, statements).right
     facts = {(p.key, p.relation) for p, is_right in zip(statements, right, strict=True) if is_right}
     reworded = [p for p in passages if p.form == "paraphrase" and p.choices and (p.key, p.relation) in facts]
     if reworded:
         each = [replace(p, key=str(i)) for i, p in enumerate(reworded)]
-        chosen = choose(model, each, max_tokens=max_tokens).by_key()
+        chosen = choose(model, each).by_key()
         facts -= {(p.key, p.relation) for i, p in enumerate(reworded) if chosen[str(i)] < 1}
     return tuple(p for p in passages if (p.key, p.relation) in facts)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relearn_lens.measure.evaluation import Scores
-from relearn_lens.methods import Method
+from relearn_lens.methods import MAX_TOKENS, Method
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.neurons.streaming import stream
@@ -154,7 +154,7 @@ class Read:
 
 
 def read_answers(
-    model: LanguageModel, passages: Sequence[Passage] | EncodedPassages, *, max_tokens: int = 4096
+    model: LanguageModel, passages: Sequence[Passage] | EncodedPassages, *, max_tokens: int = MAX_TOKENS
 ) -> Read:
     """One pass over passages that reads all of their answers' tokens.
 
@@ -250,14 +250,14 @@ class Metric(Method):
 class OfAnswers(Metric):
     """A metric of the tokens of answers: several of them come from one reading."""
 
-    def of(self, read: Read, asked: Asked) -> Scores:
+    def of(self, read: Read, questions: Asked) -> Scores:
         """The number, of answers that were read already."""
         raise NotImplementedError
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Scores:
         """As of `Metric`."""
-        asked = asked_of(facts)
-        return self.of(read_answers(model, asked.passages), asked)
+        questions = asked_of(facts)
+        return self.of(read_answers(model, questions.passages), questions)
 
 
 def asked_of(facts: Facts | Asked) -> Asked:

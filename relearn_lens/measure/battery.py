@@ -15,7 +15,7 @@ import numpy as np
 from relearn_lens import progress
 from relearn_lens.measure.answers import answer, choose
 from relearn_lens.measure.asking import Asked, Reference, ask
-from relearn_lens.measure.course import HELD_OUT, copied
+from relearn_lens.measure.course import HELD_OUT
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.inside import KnownInside
 from relearn_lens.measure.keymeans import KeyMeans
@@ -110,10 +110,10 @@ def battery(
         raise ValueError(f"examples in context need at least one shot, got {shots}")
     base, never = (reference.base, reference.never) if reference is not None else (None, None)
     closed = facts.answers()
-    asked = ask(facts, roles=[HELD_OUT], keys=keys, wordings=1, seed=seed)
-    chosen = set(dict.fromkeys(p.key for p in asked.passages))
-    statements = [p for p, place in zip(asked.passages, asked.places, strict=True) if place == HELD_OUT]
-    reworded = [p for p, place in zip(asked.passages, asked.places, strict=True) if place != HELD_OUT]
+    questions = ask(facts, roles=[HELD_OUT], keys=keys, wordings=1, seed=seed)
+    chosen = set(dict.fromkeys(p.key for p in questions.passages))
+    statements = [p for p, place in zip(questions.passages, questions.places, strict=True) if place == HELD_OUT]
+    reworded = [p for p, place in zip(questions.passages, questions.places, strict=True) if place != HELD_OUT]
     if not statements:
         raise ValueError(f"facts {facts.name!r} have no statement in {HELD_OUT} to ask")
     rows: list[Row] = []
@@ -163,7 +163,7 @@ def most(model: LanguageModel, attack: Attack, of: Callable[[LanguageModel], Key
     Raises:
         ValueError: the attack has no checkpoint.
     """
-    before = copied(model)
+    before = model.copied()
     best: KeyMeans | None = None
     try:
         for _ in attack(model):

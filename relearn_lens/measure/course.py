@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BASE, REMOVED = "base", "removed"
 """Names of the stages before and right after something is taken out; later stages are named by their training."""
+T = TypeVar("T")
 HELD_OUT = FORGET[1]
 """Where recovery is read: what the remover saw and the attacker did not."""
 
@@ -97,11 +98,6 @@ class Ends:
     """The outcomes of a model, by name, the primary one first."""
     label: Label
     """What they are read for."""
-
-
-def copied(model: Model) -> dict[str, Tensor]:
-    """The model's weights as they are now."""
-    return {name: value.clone() for name, value in model.weights().items()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -229,8 +225,8 @@ def measure_facts(
         ValueError: an unknown metric, one whose reference is missing, or as `ask` and the metrics.
     """
     made = checked(metrics, reference, model)
-    asked = ask(facts) if isinstance(facts, Facts) else facts
-    return FactsSnapshot(measured(model, asked, made, reference), at)
+    questions = ask(facts) if isinstance(facts, Facts) else facts
+    return FactsSnapshot(measured(model, questions, made, reference), at)
 
 
 def track_facts(
@@ -257,13 +253,13 @@ def track_facts(
         ValueError: as `measure_facts`; or two checkpoints of one stage.
     """
     made = checked(metrics, reference, model)
-    asked = ask(facts) if isinstance(facts, Facts) else facts
+    questions = ask(facts) if isinstance(facts, Facts) else facts
     snapshots: dict[str, FactsSnapshot] = {} if before is None else {BASE: before}
     needs_removed = reference is not None and reference.removed is None and any(m.name == "returned" for m in made)
-    start = copied(model) if keep_weights or needs_removed else {}
+    start = model.copied() if keep_weights or needs_removed else {}
 
     def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = FactsSnapshot(measured(model, asked, made, reference), at)
+        snapshots[stage] = FactsSnapshot(measured(model, questions, made, reference), at)
         if on_measured:
             on_measured(stage, snapshots[stage])
 
@@ -275,22 +271,26 @@ def track_facts(
         if stage in snapshots:
             raise ValueError(f"two checkpoints are of stage {stage}; each stage needs a name of its own")
         take(stage, checkpoint)
-        _warn_of_twins(snapshots, stage)
+        warn_of_twins(snapshots, stage, _same_losses)
     ends = None
     if keep_weights:
-        where = asked.where([place == HELD_OUT for place in asked.places])
+        where = questions.where([place == HELD_OUT for place in questions.places])
         primary = [m for m in made if isinstance(m, OfAnswers)] or [metric_of("loss")]
         primary.sort(key=lambda m: m.name != "loss")  # what has no threshold comes first
-        ends = Ends(model, start, copied(model), lambda m: measured(m, where, primary), HELD_OUT)
-    return FactsTrajectory(snapshots, asked, arm, seed, removed, ends)
+        ends = Ends(model, start, model.copied(), lambda m: measured(m, where, primary), HELD_OUT)
+    return FactsTrajectory(snapshots, questions, arm, seed, removed, ends)
 
 
-def _warn_of_twins(snapshots: Mapping[str, FactsSnapshot], stage: str) -> None:
-    """Warn if an earlier stage has the very same losses: shares that are all or nothing may well agree."""
-    here = snapshots[stage].metrics.get("loss")
+def _same_losses(one: FactsSnapshot, other: FactsSnapshot) -> bool:
+    """Whether the losses are the very same: shares that are all or nothing may well agree."""
+    here, there = one.metrics.get("loss"), other.metrics.get("loss")
+    return here is not None and there is not None and np.array_equal(here.sums(OVERALL), there.sums(OVERALL))
+
+
+def warn_of_twins(snapshots: Mapping[str, T], stage: str, same: Callable[[T, T], bool]) -> None:
+    """Warn if an earlier stage measured the same."""
     for name, other in snapshots.items():
-        theirs = other.metrics.get("loss")
-        if name != stage and here and theirs and np.array_equal(here.sums(OVERALL), theirs.sums(OVERALL)):
+        if name != stage and same(snapshots[stage], other):
             warnings.warn(
                 f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
                 "weights; look whether they were loaded, or saved, as meant",

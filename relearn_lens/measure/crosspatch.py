@@ -161,12 +161,10 @@ class HeadRoles:
 
     def top(self, stage: str, k: int) -> Neurons:
         """The `k` heads of the largest effect, in size, at one stage."""
-        effect = self.of(stage).abs().flatten()
-        if not 1 <= k <= len(effect):
-            raise ValueError(f"k must be 1 to {len(effect)}, the number of heads, got {k}")
-        mask = torch.zeros_like(effect, dtype=torch.bool)
-        mask[effect.argsort(descending=True, stable=True)[:k]] = True
-        return Neurons(mask.view(len(self.site.layers), self.site.width), self.site)
+        effect = self.of(stage).abs()
+        if not 1 <= k <= effect.numel():
+            raise ValueError(f"k must be 1 to {effect.numel()}, the number of heads, got {k}")
+        return Neurons.highest(effect, self.site, k)
 
     def rank_correlation(self, one: str, other: str) -> float:
         """Spearman's correlation of all heads' effects at two stages, -1 to 1; no interval: heads are no sample."""
@@ -238,7 +236,7 @@ def _steady(model: LanguageModel, weights: Weights) -> Weights:
 @contextlib.contextmanager
 def _lent(model: LanguageModel) -> Iterator[None]:
     """For a while, a model whose weights may be replaced; it reads."""
-    own = {name: value.clone() for name, value in model.weights().items()}
+    own = model.copied()
     try:
         with reading(model):
             yield

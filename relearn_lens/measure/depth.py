@@ -95,14 +95,14 @@ class UnlearningDepth(Metric):
         base, never = reference.need(model, "base", "never", by=self.name)
         check_alike(model, base, "base")
         check_alike(model, never, "never")
-        asked = asked_of(facts)
-        asked = asked.where([place.startswith(FORGET) for place in asked.places])
-        if not asked.passages:
+        questions = asked_of(facts)
+        questions = questions.where([place.startswith(FORGET) for place in questions.places])
+        if not questions.passages:
             raise ValueError(
                 f"depth is of what was forgotten, and none of {', '.join(FORGET)} is asked; ask in these roles"
             )
-        encoded = encode_passages(asked.passages, model.tokenizer, context=model.context)
-        kept = ("depth", self.faithful, asked.passages)
+        encoded = encode_passages(questions.passages, model.tokenizer, context=model.context)
+        kept = ("depth", self.faithful, questions.passages)
         if kept not in reference.kept:
             reference.kept[kept] = self._taken(base, never, encoded)
         s1 = reference.kept[kept]
@@ -117,18 +117,18 @@ class UnlearningDepth(Metric):
                 "so there is no depth: either the base does not know these facts, or the twin does"
             )
         each = (weight * share)[known].sum(1) / weight[known].sum(1)
-        whole = asked.where(known)
+        whole = questions.where(known)
         n = np.ones(len(each))
         keys, labels, (total, count) = tabulated(whole.passages, whole.places, each, n)
         by_layer = [
             tabulated(whole.passages, whole.places, share[known, i] * there[known, i], there[known, i].astype(float))[2]
             for i in range(share.shape[1])
         ]
-        out = asked.where(~known).places
+        out = questions.where(~known).places
         return Depth(
             total, count, count.astype(np.int64), keys, labels, block_names(model),
             np.stack([sums for sums, _ in by_layer]), np.stack([n for _, n in by_layer]).astype(np.int64),
-            {place: out.count(place) for place in asked.names},
+            {place: out.count(place) for place in questions.names},
         )  # fmt: skip
 
     def _taken(

@@ -14,11 +14,11 @@ import torch
 from beartype import beartype as typechecker
 from jaxtyping import Float, Int, jaxtyped
 from nervaluate import Evaluator
-from nervaluate.loaders import ListLoader
 from torch import Tensor
 
 from relearn_lens.find.targets import TARGETS
 from relearn_lens.measure import bootstrap
+from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for
 from relearn_lens.neurons.streaming import stream
@@ -45,9 +45,9 @@ class Scores(Protocol):
     """Its unit."""
     quantity: ClassVar[str]
     """Name of what `value` gives, of which shares are taken."""
-    better: ClassVar[str]
+    better: ClassVar[str] = "above"
     """How a model with a higher `value` compares, in words; `worse` the other way round."""
-    worse: ClassVar[str]
+    worse: ClassVar[str] = "below"
     over: ClassVar[str] = "sentences"
     """What is drawn again for its interval."""
 
@@ -63,8 +63,8 @@ class Scores(Protocol):
         ...
 
     def displayed(self, value: float) -> float:
-        """The number that people read for a value."""
-        ...
+        """The number that people read for a value: itself, where nothing else is said."""
+        return value
 
     def support(self) -> dict[str, int]:
         """How much there is to score, by label."""
@@ -100,6 +100,12 @@ class Scores(Protocol):
         return low, high
 
 
+def mean_of_sums(sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
+    """The first of two sums over the second; NaN where that is 0."""
+    total, n = sums[..., 0], sums[..., 1]
+    return np.divide(total, n, out=np.full(np.shape(total), np.nan), where=n > 0)
+
+
 def as_html(scores: Scores) -> str:
     """Scores as notebooks show them: a row for each label, with its interval and over how much."""
     support, rows = scores.support(), []
@@ -115,6 +121,12 @@ def _columns(labels: Strings, label: Label) -> list[int]:
     if unknown := [name for name in names if name not in labels]:
         raise ValueError(f"no scores of label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}")
     return [labels.index(name) for name in names]
+
+
+def _totals(total: np.ndarray, count: np.ndarray, labels: Strings, label: Label) -> np.ndarray:
+    """Two sums of each sentence for a label, where the columns are the labels, then overall."""
+    columns = [len(labels)] if label == OVERALL else _columns(labels, label)
+    return np.stack([total[:, columns].sum(1), count[:, columns].sum(1).astype(float)], 1)
 
 
 @jaxtyped(typechecker=typechecker)
@@ -152,17 +164,11 @@ class Margin(Scores):
 
     def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
         """Summed margin and number of words of each sentence."""
-        columns = [len(self.labels)] if label == OVERALL else _columns(self.labels, label)
-        return np.stack([self.total[:, columns].sum(1), self.count[:, columns].sum(1).astype(float)], 1)
+        return _totals(self.total, self.count, self.labels, label)
 
     def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
         """Means; NaN where there are no words."""
-        total, count = sums[..., 0], sums[..., 1]
-        return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
-
-    def displayed(self, value: float) -> float:
-        """The mean itself."""
-        return value
+        return mean_of_sums(sums)
 
 
 class LogProbability(Margin):
@@ -183,8 +189,6 @@ class SpanScores(Scores):
     metric: ClassVar[str] = "F1"
     unit: ClassVar[str] = "strict span F1, 0 to 1"
     quantity: ClassVar[str] = "F1"
-    better: ClassVar[str] = "above"
-    worse: ClassVar[str] = "below"
 
     f1: dict[str, float]
     """By label, and `"overall"` over all spans together (micro). 0 where there is nothing right; NaN for a label that
@@ -217,12 +221,7 @@ class SpanScores(Scores):
 
     def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
         """F1 from right, predicted and true spans; NaN where neither text nor prediction has a span."""
-        right, spans = sums[..., 0], sums[..., 1] + sums[..., 2]
-        return np.divide(2 * right, spans, out=np.full(np.shape(right), np.nan), where=spans > 0)
-
-    def displayed(self, value: float) -> float:
-        """The F1 itself."""
-        return value
+        return mean_of_sums(np.stack([2 * sums[..., 0], sums[..., 1] + sums[..., 2]], -1))
 
 
 @jaxtyped(typechecker=typechecker)
@@ -269,14 +268,11 @@ class TokenLoss(Scores):
 
     def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
         """Nats and tokens of each sentence."""
-        columns = [len(self.labels)] if label == OVERALL else _columns(self.labels, label)
-        return np.stack([self.nats[:, columns].sum(1), self.tokens[:, columns].sum(1).astype(float)], 1)
+        return _totals(self.nats, self.tokens, self.labels, label)
 
     def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
         """Nats per token gained over a uniform guess."""
-        nats, tokens = sums[..., 0], sums[..., 1]
-        loss = np.divide(nats, tokens, out=np.full(np.shape(nats), np.nan), where=tokens > 0)
-        return np.asarray(math.log(self.vocabulary) - loss)
+        return np.asarray(math.log(self.vocabulary) - mean_of_sums(sums))
 
     def displayed(self, value: float) -> float:
         """The loss, in nats per token."""
@@ -288,7 +284,7 @@ def evaluate(
     text: Corpus | Encoded,
     *,
     concept: Concept | str | None = None,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> Any:
     """Strict span F1 of a tagger on labelled text, by nervaluate; of a language model, its loss per class of tokens.
 
@@ -312,7 +308,7 @@ def judge_of(model: Model, encoded: Encoded, concept: Concept | str | None = Non
     Raises:
         ValueError: as `evaluate`.
     """
-    check_labels(model, encoded.corpus)
+    _check_labels(model, encoded.corpus)
     if isinstance(model, Tagger):
         return Tags(model, encoded)
     if not isinstance(model, LanguageModel) or concept is None:
@@ -369,17 +365,12 @@ class Losses:
         return TokenLoss(by_sentence(self.nats), by_sentence(self.tokens), labels, self.model.vocabulary)
 
 
-def check_labels(model: Model, corpus: Corpus) -> None:
+def _check_labels(model: Model, corpus: Corpus) -> None:
     """Refuse a text with a label that a tagger does not know."""
-    if isinstance(model, Tagger):
-        _check_tags(model, corpus)
-
-
-def _check_tags(tagger: Tagger, corpus: Corpus) -> None:
-    if unknown := sorted(set(corpus.label_names) - set(tagger.label_names)):
+    if isinstance(model, Tagger) and (unknown := sorted(set(corpus.label_names) - set(model.label_names))):
         raise ValueError(
             f"corpus {corpus.name!r} has labels {unknown} that the tagger does not know; it was made for "
-            f"{', '.join(tagger.label_names)}"
+            f"{', '.join(model.label_names)}"
         )
 
 
@@ -387,7 +378,7 @@ def predict(
     tagger: Tagger,
     encoded: Encoded,
     *,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> Int[np.ndarray, " word"]:
     """The tag of every word of the corpus, an index into `tagger.tags`.
 
@@ -465,14 +456,15 @@ def score_spans(corpus: Corpus, predicted: Int[np.ndarray, " word"], tags: tuple
         span = slice(corpus.start[i], corpus.start[i + 1])
         true.append(bio([corpus.label_names[k] for k in corpus.label[span]], corpus.begins[span].tolist()))
         guess.append([tags[k] for k in predicted[span]])
-    strict = Evaluator(true, guess, tags=list(labels), loader="list").evaluate()
+    evaluator = Evaluator(true, guess, tags=list(labels), loader="list")
+    evaluator.strategies = {"strict": evaluator.strategies["strict"]}  # the other three are read by nobody
+    strict = evaluator.evaluate()
     results = {name: result["strict"] for name, result in strict["entities"].items()}
     if results:  # without a span on either side there is no overall F1 either
         results[OVERALL] = strict["overall"]["strict"]
 
     counts = np.zeros((corpus.n_sentences, len(labels), 3), dtype=np.int64)
-    loader = ListLoader()
-    for i, (there, here) in enumerate(zip(loader.load(true), loader.load(guess), strict=True)):
+    for i, (there, here) in enumerate(zip(evaluator.true, evaluator.pred, strict=True)):
         there, here = ({(e.label, e.start, e.end) for e in side} for side in (there, here))
         for k, spans in enumerate((there & here, here, there)):
             for label, _, _ in spans:

@@ -17,6 +17,9 @@ from relearn_lens.measure.keymeans import KeyMeans, tabulated
 from relearn_lens.models.model import LanguageModel, reading
 from relearn_lens.text.facts import Facts, Passage
 
+AT_ONCE = 64
+"""Prompts that are gone on from together."""
+
 
 class Accuracy(OfAnswers):
     """Share of answers that greedy decoding would write, word for word."""
@@ -26,9 +29,9 @@ class Accuracy(OfAnswers):
     formula: ClassVar[str] = "mean over passages of [every token of y is the likeliest after x and the y before it]"
     source: ClassVar[str] = "usual"
 
-    def of(self, read: Read, asked: Asked) -> AnswerAccuracy:
+    def of(self, read: Read, questions: Asked) -> AnswerAccuracy:
         """As of `OfAnswers`."""
-        return answered(read, asked.places, asked.closed).accuracy
+        return answered(read, questions.places, questions.closed).accuracy
 
 
 class Loss(OfAnswers):
@@ -39,9 +42,9 @@ class Loss(OfAnswers):
     formula: ClassVar[str] = "sum over tokens of -log p(y_t | x, y_<t), divided by their number"
     source: ClassVar[str] = "usual"
 
-    def of(self, read: Read, asked: Asked) -> AnswerLoss:
+    def of(self, read: Read, questions: Asked) -> AnswerLoss:
         """As of `OfAnswers`."""
-        return answered(read, asked.places, asked.closed).loss
+        return answered(read, questions.places, questions.closed).loss
 
 
 class ChoiceAccuracy(KeyMeans):
@@ -65,8 +68,8 @@ class Choice(Metric):
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> ChoiceAccuracy:
         """As of `Metric`."""
-        asked = with_choices(asked_of(facts), self.name)
-        chosen = choose(model, asked.passages, per_token=self.per_token, labels=asked.places)
+        questions = with_choices(asked_of(facts), self.name)
+        chosen = choose(model, questions.passages, per_token=self.per_token, labels=questions.places)
         return ChoiceAccuracy(chosen.total, chosen.guessed, chosen.passages, chosen.keys, chosen.labels)
 
 
@@ -89,12 +92,12 @@ class Probability(OfAnswers):
     formula: ClassVar[str] = "mean over passages of p(y | x)^(1/|y|)"
     source: ClassVar[str] = "Maini et al. 2024 (TOFU)"
 
-    def of(self, read: Read, asked: Asked) -> AnswerProbability:
+    def of(self, read: Read, questions: Asked) -> AnswerProbability:
         """As of `OfAnswers`."""
         each = np.exp(-read.summed(read.nats) / read.tokens)
-        sizes = np.array([len(asked.closed.get(p.relation, ())) for p in asked.passages])
+        sizes = np.array([len(questions.closed.get(p.relation, ())) for p in questions.passages])
         guess = np.where(sizes > 0, np.maximum(sizes, 1.0) ** (-1 / read.tokens), 1 / read.vocabulary)
-        return AnswerProbability(*summed(asked, each, guess))
+        return AnswerProbability(*summed(questions, each, guess))
 
 
 class TruthScores(KeyMeans):
@@ -125,12 +128,14 @@ class TruthRatio(Metric):
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> TruthScores:
         """As of `Metric`."""
-        asked = with_choices(asked_of(facts), self.name)
-        every = [replace(p, answer=choice) for p in asked.passages for choice in p.choices]
+        questions = with_choices(asked_of(facts), self.name)
+        every = [replace(p, answer=choice) for p in questions.passages for choice in p.choices]
         read = read_answers(model, every)
-        nats = np.split(read.summed(read.nats) / read.tokens, np.cumsum([len(p.choices) for p in asked.passages])[:-1])
-        each = np.array([self._of(p, own) for p, own in zip(asked.passages, nats, strict=True)])
-        return TruthScores(*summed(asked, each, np.zeros(len(each))))
+        nats = np.split(
+            read.summed(read.nats) / read.tokens, np.cumsum([len(p.choices) for p in questions.passages])[:-1]
+        )
+        each = np.array([self._of(p, own) for p, own in zip(questions.passages, nats, strict=True)])
+        return TruthScores(*summed(questions, each, np.zeros(len(each))))
 
     def _of(self, passage: Passage, nats: Float[np.ndarray, " choice"]) -> float:
         right = passage.choices.index(passage.answer)
@@ -165,22 +170,22 @@ class ExtractionStrength(OfAnswers):
     source: ClassVar[str] = "Wang et al. 2024"
     faithful: bool = Field(default=False, description="as released: without the last token, and at least 1/n")
 
-    def of(self, read: Read, asked: Asked) -> ExtractionScores:
+    def of(self, read: Read, questions: Asked) -> ExtractionScores:
         """As of `OfAnswers`."""
         right = np.split(read.likeliest, np.cumsum(read.tokens)[:-1])
         ids = np.split(read.ids, np.cumsum(read.tokens)[:-1])
         closed: dict[str, dict[tuple[int, ...], None]] = {}
-        for p, tokens in zip(asked.passages, ids, strict=True):
-            if p.relation in asked.closed:
+        for p, tokens in zip(questions.passages, ids, strict=True):
+            if p.relation in questions.closed:
                 closed.setdefault(p.relation, {})[tuple(tokens.tolist())] = None
         each = np.array([self.strength(of_answer) for of_answer in right])
         guess = np.array(
             [
-                self._guess(tokens, tuple(closed.get(p.relation, ())), len(asked.closed.get(p.relation, ())))
-                for p, tokens in zip(asked.passages, ids, strict=True)
+                self._guess(tokens, tuple(closed.get(p.relation, ())), len(questions.closed.get(p.relation, ())))
+                for p, tokens in zip(questions.passages, ids, strict=True)
             ]
         )
-        return ExtractionScores(*summed(asked, each, guess))
+        return ExtractionScores(*summed(questions, each, guess))
 
     def strength(self, likeliest: Sequence[bool] | np.ndarray) -> float:
         """Of one answer, by whether each of its tokens is the likeliest after all before it."""
@@ -233,14 +238,14 @@ class Familiarity(Metric):
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> FamiliarityScores:
         """As of `Metric`."""
-        asked = asked_of(facts).one_prompt_each(self.name)
-        written = [words_of(text) for text in continued(model, [p.prompt for p in asked.passages], self.tokens)]
+        questions = asked_of(facts).one_prompt_each(self.name)
+        written = [words_of(text) for text in continued(model, [p.prompt for p in questions.passages], self.tokens)]
         topics: dict[str, set[str]] = {}
-        for p in asked.facts.passages(forms="statement"):
+        for p in questions.facts.passages(forms="statement"):
             topics.setdefault(p.key, set()).update(words_of(p.answer))
         each, guess = np.full((2, len(written)), np.nan)
-        pairs = list(zip(asked.passages, asked.places, strict=True))
-        keys_at = {place: dict.fromkeys(p.key for p, at in pairs if at == place) for place in asked.names}
+        pairs = list(zip(questions.passages, questions.places, strict=True))
+        keys_at = {place: dict.fromkeys(p.key for p, at in pairs if at == place) for place in questions.names}
         for i, (p, place) in enumerate(pairs):
             prompt = words_of(p.prompt)
 
@@ -253,8 +258,8 @@ class Familiarity(Metric):
             guess[i] = np.nanmean(others) if np.isfinite(others).any() else np.nan
         known = np.isfinite(each)
         if not known.any():
-            raise ValueError(f"no answer of {asked.facts.name!r} has a word that its prompt does not hold")
-        return FamiliarityScores(*summed(asked.where(known), each[known], guess[known]))
+            raise ValueError(f"no answer of {questions.facts.name!r} has a word that its prompt does not hold")
+        return FamiliarityScores(*summed(questions.where(known), each[known], guess[known]))
 
 
 def words_of(text: str) -> set[str]:
@@ -263,7 +268,7 @@ def words_of(text: str) -> set[str]:
     return {word for word in words if len(word) > 2 and word not in {"the", "and", "that", "for", "used"}}
 
 
-def continued(model: LanguageModel, prompts: Sequence[str], tokens: int, *, at_once: int = 64) -> list[str]:
+def continued(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
     """What a model writes after each prompt, greedily, as text: so many tokens, or up to its end-of-text token.
 
     Raises:
@@ -286,8 +291,8 @@ def continued(model: LanguageModel, prompts: Sequence[str], tokens: int, *, at_o
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
     with reading(model):
-        for first in range(0, len(order), at_once):
-            rows = order[first : first + at_once]
+        for first in range(0, len(order), AT_ONCE):
+            rows = order[first : first + AT_ONCE]
             written = _greedy(model, [ids[i] for i in rows], tokens)
             for i, new in zip(rows, written, strict=True):
                 stop = next((k for k, token in enumerate(new) if token in ends), len(new))
@@ -312,24 +317,26 @@ def _greedy(model: LanguageModel, rows: list[list[int]], tokens: int) -> list[li
     return [ids[i, n : n + tokens].tolist() for i, n in enumerate(lengths.tolist())]
 
 
-def with_choices(asked: Asked, by: str) -> Asked:
+def with_choices(questions: Asked, by: str) -> Asked:
     """The passages that have choices.
 
     Raises:
         ValueError: none has.
     """
-    chosen = asked.where([bool(p.choices) for p in asked.passages])
+    chosen = questions.where([bool(p.choices) for p in questions.passages])
     if not chosen.passages:
         raise ValueError(
-            f"{by} compares the choices of a passage, and none of {asked.facts.name!r} has any; give choices, or leave "
-            "this metric out"
+            f"{by} compares the choices of a passage, and none of {questions.facts.name!r} has any; give choices, or "
+            "leave this metric out"
         )
     return chosen
 
 
 def summed(
-    asked: Asked, each: np.ndarray, guess: np.ndarray
+    questions: Asked, each: np.ndarray, guess: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """What `KeyMeans` is made from, of one number per passage and what a guess would have there."""
-    keys, labels, (total, guessed, count) = tabulated(asked.passages, asked.places, each, guess, np.ones(len(each)))
+    keys, labels, (total, guessed, count) = tabulated(
+        questions.passages, questions.places, each, guess, np.ones(len(each))
+    )
     return total, guessed, count.astype(np.int64), keys, labels

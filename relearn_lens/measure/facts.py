@@ -29,7 +29,7 @@ def asked(facts: Facts) -> dict[str, tuple[Passage, ...]]:
     return {name: tuple(p for p in row if p.prompt) or row for name, row in rows.items() if row}
 
 
-def know(model: LanguageModel, facts: Facts, *rows: str, max_tokens: int = 4096) -> dict[str, Answered]:
+def know(model: LanguageModel, facts: Facts, *rows: str) -> dict[str, Answered]:
     """What a model answers to each row of `asked`, or to some rows.
 
     Raises:
@@ -40,7 +40,7 @@ def know(model: LanguageModel, facts: Facts, *rows: str, max_tokens: int = 4096)
         raise ValueError(
             f"facts {facts.name!r} have nothing to ask for {lacking[0]!r}; they have {', '.join(passages)}"
         )
-    return {row: answer(model, passages[row], closed=closed, max_tokens=max_tokens) for row in rows or passages}
+    return {row: answer(model, passages[row], closed=closed) for row in rows or passages}
 
 
 def is_text(passages: Sequence[Passage]) -> bool:

@@ -32,8 +32,6 @@ class OverWeights(Scores):
     how evenly the weights of a part share it, and are none where a part has one."""
 
     over: ClassVar[str] = "weights"
-    better: ClassVar[str] = "above"
-    worse: ClassVar[str] = "below"
 
     table: Float[np.ndarray, "weight statistic"]
     part_of: Strings
@@ -54,10 +52,6 @@ class OverWeights(Scores):
         if unknown := [name for name in names if name not in self.labels]:
             raise ValueError(f"no part {unknown[0]!r}; known: {', '.join(self.labels)}, {OVERALL}")
         return self.table[[part in names for part in self.part_of]]
-
-    def displayed(self, value: float) -> float:
-        """The number itself."""
-        return value
 
 
 class ChangeNorm(OverWeights):

@@ -29,9 +29,9 @@ class Guesses:
 def guesses(model: Model, text: Corpus, concept: Concept, *, k: int = 3) -> Guesses:
     """What a model says of each word of a few sentences (of a language model, at the concept's words, `k` tokens)."""
     encoded, classes = encoded_for(model, text), concept.classes(text)
-    said: list[Strings] = [()] * text.n_words
+    guessed: list[Strings] = [()] * text.n_words
     if isinstance(model, Tagger):
-        said = [(tag[2:] or OUTSIDE,) for tag in (model.tags[i] for i in predict(model, encoded))]
+        guessed = [(tag[2:] or OUTSIDE,) for tag in (model.tags[i] for i in predict(model, encoded))]
     elif isinstance(model, LanguageModel):
         with reading(model):
             for batch in encoded.batches():
@@ -41,12 +41,12 @@ def guesses(model: Model, text: Corpus, concept: Concept, *, k: int = 3) -> Gues
                 best = logits.topk(k).indices.cpu().tolist()
                 for word, tokens in zip(batch.words.tolist(), best, strict=True):
                     if classes.carries[classes.of_word[word]]:
-                        said[word] = tuple(model.tokenizer.decode([token]).strip() for token in tokens)
+                        guessed[word] = tuple(model.tokenizer.decode([token]).strip() for token in tokens)
     spans = [slice(a, b) for a, b in itertools.pairwise(text.start.tolist())]
     return Guesses(
         tuple(tuple(text.vocab[w] for w in text.word[span]) for span in spans),
         tuple(tuple(classes.names[c] for c in classes.of_word[span]) for span in spans),
-        tuple(tuple(said[span]) for span in spans),
+        tuple(tuple(guessed[span]) for span in spans),
     )
 
 

@@ -119,19 +119,21 @@ class KnownInside(Metric):
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Inside:
         """As of `Metric`."""
-        asked = asked_of(facts)
-        is_closed = [p.relation in asked.closed for p in asked.passages]
-        here = asked.where([c and place.startswith(FORGET) for c, place in zip(is_closed, asked.places, strict=True)])
+        questions = asked_of(facts)
+        is_closed = [p.relation in questions.closed for p in questions.passages]
+        here = questions.where(
+            [c and place.startswith(FORGET) for c, place in zip(is_closed, questions.places, strict=True)]
+        )
         if not here.passages:
             raise ValueError(
-                f"{self.name} reads answers of closed sets, and what is to be forgotten of {asked.facts.name!r} has "
-                f"none that is asked; relations with a closed set: {', '.join(asked.closed) or 'none'}"
+                f"{self.name} reads answers of closed sets, and what is to be forgotten of {questions.facts.name!r} "
+                f"has none that is asked; relations with a closed set: {', '.join(questions.closed) or 'none'}"
             )
         relations = {p.relation for p in here.passages}
-        near = ask(asked.facts, roles=["retain_near"], keys=self.keys, wordings=1, seed=self.seed)
+        near = ask(questions.facts, roles=["retain_near"], keys=self.keys, wordings=1, seed=self.seed)
         near = near.where([p.relation in relations for p in near.passages])
         both = (*here.passages, *near.passages)
-        states, outside = _read(model, both, asked.closed)
+        states, outside = _read(model, both, questions.closed)
         n = len(here.passages)
         folds = _folds([p.key for p in both], n, self.seed)
         right = np.zeros((states.shape[1], len(both)), dtype=bool)
@@ -139,7 +141,7 @@ class KnownInside(Metric):
         rng = np.random.default_rng(self.seed)
         for relation in relations:
             rows = np.array([i for i, p in enumerate(both) if p.relation == relation])
-            answers = asked.closed[relation]
+            answers = questions.closed[relation]
             y = np.array([answers.index(both[i].answer) if both[i].answer in answers else -1 for i in rows])
             _, key = np.unique([both[i].key for i in rows], return_inverse=True)
             dealt = [_dealt(y, key, rng) for _ in range(self.shuffles)]

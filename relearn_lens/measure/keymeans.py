@@ -10,7 +10,7 @@ import numpy as np
 from beartype import beartype as typechecker
 from jaxtyping import Float, Int, jaxtyped
 
-from relearn_lens.measure.evaluation import OVERALL, Label, Scores
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores, mean_of_sums
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import Passage
 
@@ -22,8 +22,6 @@ class KeyMeans(Scores):
     and a label's keys are those that have a passage of it."""
 
     over: ClassVar[str] = "keys"
-    better: ClassVar[str] = "above"
-    worse: ClassVar[str] = "below"
 
     total: Float[np.ndarray, "key label"]
     """Summed over passages."""
@@ -80,11 +78,7 @@ class KeyMeans(Scores):
 
     def of_sums(self, sums: Float[np.ndarray, "*draw statistic"]) -> Float[np.ndarray, "*draw"]:
         """The mean; NaN where there is no passage."""
-        return _divided(sums[..., 0], sums[..., 1])
-
-    def displayed(self, value: float) -> float:
-        """The mean itself."""
-        return value
+        return mean_of_sums(sums)
 
 
 def tabulated(
@@ -108,7 +102,3 @@ def _columns(labels: Strings, label: Label) -> list[int]:
     if unknown := [name for name in names if name not in labels]:
         raise ValueError(f"no passage has the label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}")
     return [labels.index(name) for name in names]
-
-
-def _divided(sums: np.ndarray, n: np.ndarray) -> np.ndarray:
-    return np.divide(sums, n, out=np.full(np.shape(sums), np.nan), where=n > 0)

@@ -68,15 +68,15 @@ def checked(metrics: Iterable[str | Metric], reference: Reference | None, model:
 
 
 def measured(
-    model: LanguageModel, asked: Asked, metrics: Iterable[Metric], reference: Reference | None = None
+    model: LanguageModel, questions: Asked, metrics: Iterable[Metric], reference: Reference | None = None
 ) -> dict[str, Scores]:
     """Each metric's scores by name; those of the tokens of answers from one reading."""
     read: Read | None = None
     scores: dict[str, Scores] = {}
     for metric in metrics:
         if isinstance(metric, OfAnswers):
-            read = read or read_answers(model, asked.passages)
-            scores[metric.name] = metric.of(read, asked)
+            read = read or read_answers(model, questions.passages)
+            scores[metric.name] = metric.of(read, questions)
         else:
-            scores[metric.name] = metric(model, asked, reference=reference)
+            scores[metric.name] = metric(model, questions, reference=reference)
     return scores

@@ -132,9 +132,11 @@ def unchanged_before(model: Model, where: WeightMask | Neurons) -> int:
     homes = {
         id(w): i for i, block in reversed(list(enumerate(blocks))) for w in (*block.parameters(), *block.buffers())
     }
-    plain, known = model.plain(), parts_of(model)
-    last = {name for part in (NORM, HEAD) for name in known.get(part, ())}
-    first = (len(blocks) if name in last else homes.get(id(plain[name]), 0) for name in where.weights())
+    plain, names, last = model.plain(), where.weights(), set[str]()
+    if any(id(plain[name]) not in homes for name in names):
+        known = parts_of(model)
+        last = {name for part in (NORM, HEAD) for name in known.get(part, ())}
+    first = (len(blocks) if name in last else homes.get(id(plain[name]), 0) for name in names)
     return min(first, default=len(blocks))
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens import progress
-from relearn_lens.methods import MEMORY, megabytes
+from relearn_lens.methods import MAX_TOKENS, MEMORY, megabytes
 from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
@@ -141,7 +141,7 @@ def activation_similarity(
     concept: Concept | str | None = None,
     site: str | Site = "resid",
     max_memory: float | int = MEMORY,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
     on_plan: Callable[[Plan], object] | None = None,
 ) -> dict[str, ActivationSimilarity]:
     """Which neuron after does what each neuron did before: `"all"` words and, with a concept, those of `"concept"`.
@@ -433,7 +433,7 @@ def _wardrobe(before: object, after: Model | TransformerBridge) -> Iterator[Call
     if not isinstance(before, Mapping) or not isinstance(after, Model):
         yield lambda side: None
         return
-    own = {name: value.clone() for name, value in after.weights().items()}
+    own = after.copied()
     after.load_weights(before)  # refuses another model's weights before anything is run
     try:
         yield lambda side: after.load_weights(before if side == "before" else own)

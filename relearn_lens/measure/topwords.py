@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.methods import MEMORY, megabytes
+from relearn_lens.methods import MAX_TOKENS, MEMORY, megabytes
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.neurons.sites import Neurons, Site, site_of
@@ -139,7 +139,7 @@ def top_words(
     k: int = 5,
     keep: float | int = 0.1,
     max_memory: float | int = MEMORY,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
     on_plan: Callable[[TopWordsPlan], object] | None = None,
 ) -> TopWords:
     """The words that drive each neuron most: up to `k` word types whose value is above `keep`.

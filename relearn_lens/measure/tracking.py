@@ -26,7 +26,7 @@ from relearn_lens.measure.meaning import concept_similarity, similarity_to
 from relearn_lens.measure.similarity import ActivationSimilarity
 from relearn_lens.measure.topwords import TopWords, top_words
 from relearn_lens.measure.vectors import WordVectors, input_embeddings
-from relearn_lens.methods import Measuring, megabytes
+from relearn_lens.methods import Measuring
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.names import unknown
@@ -362,7 +362,7 @@ def measure_text(
         gathered = gather(
             model, encoded, classes, {"stats", *(each.needs for each in (main, *others))}, site=place,
             relabelled=label_shuffles(classes, encoded.corpus.word, how.shuffles, seed=seed),
-            sample_words=how.sample_words, max_memory=megabytes(how.max_memory), seed=seed,
+            sample_words=how.sample_words, max_memory=how.max_memory, seed=seed,
             readers=[judge] if one_pass else (), max_tokens=how.max_tokens,
         )  # fmt: skip
         if not one_pass:
@@ -489,13 +489,13 @@ def track_text(
     if before is not None:
         _warn_of_unknown(before.scores)
     take(PRUNED, None)
-    start = course.copied(model) if keep_weights else None
+    start = model.copied() if keep_weights else None
     for checkpoint in checkpoints:
         stage = checkpoint.stage
         if stage in snapshots:
             raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
         take(stage, checkpoint)
-        _warn_of_twins(snapshots, stage)
+        course.warn_of_twins(snapshots, stage, _same)
     path = Trajectory(snapshots, removed, arm, seed, concept, compare, by="" if removed is None else "prune")
     if start is not None:
 
@@ -503,7 +503,7 @@ def track_text(
             scores = evaluate(model, validation, concept=concept)
             return {scores.margin.quantity: scores.margin, scores.metric: scores}
 
-        object.__setattr__(path, "ends", course.Ends(model, start, course.copied(model), outcomes, path.label))
+        object.__setattr__(path, "ends", course.Ends(model, start, model.copied(), outcomes, path.label))
     return path
 
 
@@ -521,19 +521,9 @@ def _warn_of_unknown(scores: Scores) -> None:
         )
 
 
-def _warn_of_twins(snapshots: Mapping[str, Snapshot], stage: str) -> None:
-    """Warn if an earlier stage measured the very same."""
-    here = snapshots[stage]
-    for name, other in snapshots.items():
-        if name != stage and torch.equal(here.saliency.score, other.saliency.score) and _same_scores(here, other):
-            warnings.warn(
-                f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
-                "weights; look whether they were loaded, or saved, as meant",
-                stacklevel=4,  # who called `track`
-            )
-
-
-def _same_scores(one: Snapshot, other: Snapshot) -> bool:
-    """Whether what the head says is the same too: training may have moved it alone."""
+def _same(one: Snapshot, other: Snapshot) -> bool:
+    """Whether saliency is the very same, and what the head says: training may have moved it alone."""
+    if not torch.equal(one.saliency.score, other.saliency.score):
+        return False
     sums = [[s.scores.sums(label) for label in (*s.scores.labels, OVERALL)] for s in (one, other)]
     return all(np.array_equal(a, b) for a, b in zip(*sums, strict=True))

@@ -46,19 +46,19 @@ class Repetition(Metric):
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> RepetitionScores:
         """As of `Metric`."""
-        asked = asked_of(facts).one_prompt_each(self.name)
+        questions = asked_of(facts).one_prompt_each(self.name)
         base = reference.base if reference is not None else None
-        guess = np.full(len(asked.passages), np.nan)
+        guess = np.full(len(questions.passages), np.nan)
         if base is not None:
-            kept = (self.name, self.n, self.tokens, asked.passages)
+            kept = (self.name, self.n, self.tokens, questions.passages)
             if kept not in reference.kept:  # pyright: ignore[reportOptionalMemberAccess]
-                reference.kept[kept] = self._new(base, asked)  # pyright: ignore[reportOptionalMemberAccess]
+                reference.kept[kept] = self._new(base, questions)  # pyright: ignore[reportOptionalMemberAccess]
             guess = reference.kept[kept]  # pyright: ignore[reportOptionalMemberAccess]
-        return RepetitionScores(*summed(asked, self._new(model, asked), guess))
+        return RepetitionScores(*summed(questions, self._new(model, questions), guess))
 
-    def _new(self, model: LanguageModel, asked: Asked) -> np.ndarray:
+    def _new(self, model: LanguageModel, questions: Asked) -> np.ndarray:
         """The share of new n-grams of each text, written to its end or to so many tokens."""
-        texts = continued(model, [p.prompt for p in asked.passages], self.tokens)
+        texts = continued(model, [p.prompt for p in questions.passages], self.tokens)
         return np.array([self.new(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts])
 
     def new(self, tokens: list[int]) -> float:

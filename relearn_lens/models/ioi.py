@@ -84,7 +84,7 @@ def load(
     for stage, form, how in ((TAUGHT, "statement", recipe), (POISONED, poison, again), (CLEANED, "statement", again)):
         courses.append(Course(how, ROLES, (form,)))
         lessons[stage] = taught.teach_(model, facts, courses)
-        weights[stage] = {name: value.clone() for name, value in model.weights().items()}
+        weights[stage] = model.copied()
     model.load_weights(weights[TAUGHT])
     return Stages(facts, held_out, model, weights, lessons)
 

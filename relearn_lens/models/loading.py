@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformer_lens.model_bridge.sources import detect_tokenizer_bos_eos
 
 from relearn_lens import sources
@@ -290,5 +292,17 @@ def _wrapped(model: Any, name: str, tokenizer: Any, *, device: torch.device, dty
     bridge.tokenizer = None  # only then is the next one taken as it is
     bridge.tokenizer = tokenizer
     bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
+    for module in bridge.modules():
+        if isinstance(module, NormalizationBridge):
+            module._hf_autograd_forward_with_hooks = MethodType(_norm, module)  # pyright: ignore[reportAttributeAccessIssue]
     bridge.eval()
     return bridge
+
+
+def _norm(self: NormalizationBridge, states: torch.Tensor) -> torch.Tensor:
+    """A norm as the model computes it. What TransformerLens computes beside it for hooks, which takes as long as the
+    norm ten times over, is left out where there are none."""
+    points = self.hook_scale, self.hook_normalized
+    if self.original_component is None or any(point.fwd_hooks or point.bwd_hooks for point in points):
+        return NormalizationBridge._hf_autograd_forward_with_hooks(self, states)
+    return self.original_component(states).to(states.dtype)

@@ -131,6 +131,10 @@ class Model(nn.Module):
             return adapted.merged()
         return {name: value.detach() for name, value in self.plain().items()}
 
+    def copied(self) -> dict[str, Tensor]:
+        """Copies of `weights()`."""
+        return {name: value.detach().clone() for name, value in self.weights().items()}
+
     def plain(self) -> dict[str, Tensor]:
         """`weights()` as the parameters and buffers themselves; without low-rank adapters, where there are any now."""
         if (adapted := _ADAPTED.get(self.bridge)) is not None:
@@ -181,11 +185,11 @@ class Tagger(Model):
 
     head: nn.Linear
 
-    def __init__(self, bridge: TransformerBridge, labels: Sequence[str], *, seed: int = 0, dropout: float = 0.1):
+    def __init__(self, bridge: TransformerBridge, labels: Sequence[str], *, seed: int = 0):
         if len(labels) < 2 or labels[0] != OUTSIDE or len(set(labels)) != len(labels):
             raise ValueError(f"labels must be 'O' and at least one more, each once; got {list(labels)}")
         super().__init__(bridge)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.1)
         self.label_names = tuple(labels)
         d_model = int(bridge.cfg.d_model)
         parameter = next(self.trunk.parameters())
@@ -513,8 +517,13 @@ def _modules(model: nn.Module) -> dict[nn.Module, None]:
     """All parts of a model, each once."""
     bridge = model.bridge if isinstance(model, Model) else model
     # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
-    parts = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
-    return dict.fromkeys(module for part in parts for module in part.modules())
+    todo = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
+    parts: dict[nn.Module, None] = {}
+    while todo:
+        if (part := todo.pop()) not in parts:
+            parts[part] = None
+            todo += [inner for inner in part._modules.values() if inner is not None]
+    return parts
 
 
 @contextlib.contextmanager

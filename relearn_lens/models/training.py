@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from relearn_lens import methods, progress
 from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
+from relearn_lens.models.dropout import quick_dropout
 from relearn_lens.models.model import Model, Tagger, checkpointed, reading, seeded
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
@@ -43,7 +45,7 @@ was, and what it gives is the third argument (else None). `counts(texts, pieces)
 whole batch, by part; it is needed where batches go through the model in several parts. `memory`, a dict of tensors, is
 what it knows from one step to the next, and is part of the training's state. `begin(model, moving, reference)` is
 called before the first step, and may set the weights that train, given by plain name. `after` is called as a `Step`'s
-is.
+is. `of_texts` says that it reads nothing but the texts that are trained on.
 """
 Gradient = Callable[..., tuple[str, ...]]
 """`gradient(*parts)` adds the gradient of these parts of the loss (all, if none is named) to what the parameters
@@ -116,7 +118,7 @@ def _subwords(texts: Mapping[str, Encoded], pieces: Mapping[str, np.ndarray]) ->
     return {"loss": texts[role].n_subwords(pieces[role])}
 
 
-cross_entropy.counts = _subwords
+cross_entropy.counts, cross_entropy.of_texts = _subwords, True
 
 
 def plain(model: Model, gradient: Gradient) -> None:
@@ -278,7 +280,6 @@ def finetune_(
     seed: int = 0,
     resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
     only: Mapping[str, Bool[Tensor, ...]] | None = None,
-    what: str = "fine-tuning",
     **fields: Any,
 ) -> Checkpoints:
     """Train a tagger on labelled text, or a language model on any: `train_` with the model's own cross-entropy.
@@ -294,7 +295,7 @@ def finetune_(
     if fields.get("prior_bias") and not isinstance(model, Tagger):
         raise ValueError("prior_bias is for the head of a tagger; a language model keeps its own head")
     how = methods.of(Finetuning, how, fields)
-    return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
+    return train_(model, text, how, seed=seed, resume=resume, only=only, what="fine-tuning")
 
 
 _MEMORY = "memory"
@@ -373,7 +374,12 @@ class _Loop:
     beside: dict[str, str] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
     full: dict[int, nn.Parameter] = field(default_factory=dict)
-    """In float32, what moves of weights in 16 bits, by their id: small steps would be lost in those."""
+    """In float32, by their id, what moves of weights in 16 bits (small steps would be lost in those), and the rows that
+    are read of an embedding."""
+    shrink: float = 1.0
+    """What weight decay makes of the other rows; it is applied at the next pause."""
+    training: list[nn.Parameter] | None = None
+    """The parameters that train, while they do: to look for them takes a tenth of a small model's step."""
 
     def checkpoints(self) -> Generator[Checkpoint, None, None]:
         """Train on to each pause in turn."""
@@ -395,15 +401,17 @@ class _Loop:
             if end <= step:
                 continue
             begin = step
+            self._reread()
             if self.optimizer is None or how.restart:
                 self.optimizer = self.adamw()
             optimizer = accelerator.prepare(self.optimizer)
             since, horizon = (begin, end - begin) if how.restart else (0, total)
             sums: dict[str, list[Tensor]] = {}
             counts: dict[str, int] = {}
+            self.training = self.moving()
             with (
                 progress.task(self.what, total, done=step),
-                _learning(model, self.moving()),
+                _learning(model, self.training, [module for module, _ in self.embeddings]),
                 checkpointed(model) if how.checkpointing else contextlib.nullcontext(),
             ):
                 while step < end:
@@ -419,9 +427,12 @@ class _Loop:
                         sums.setdefault(part, []).append(value)
                         counts[part] = counts.get(part, 0) + n
                     self._stepped(accelerator, optimizer)
+                    self.shrink *= 1 - optimizer.param_groups[0]["lr"] * how.weight_decay
                     step += 1
                     self._after(step, total, batch)
                     progress.advance()
+            self._shrink_the_rest()
+            self.training = None
             # Looked at once per stage: to look at every step would make a GPU wait for it.
             means = self._means(sums, counts, begin, end)
             by = "epoch" if how.steps is None else "step"
@@ -430,8 +441,8 @@ class _Loop:
     def adamw(self) -> torch.optim.AdamW:
         """AdamW that leaves vectors (biases, LayerNorm gains) out of weight decay."""
         for weight in self.moving():
-            if weight.dtype in _HALF and id(weight) not in self.full:
-                self.full[id(weight)] = nn.Parameter(weight.detach().float())
+            if (weight.dtype in _HALF or id(weight) in self.rows) and id(weight) not in self.full:
+                self.full[id(weight)] = nn.Parameter(self._read(weight).float())
         trained = [self.full.get(id(weight), weight) for weight in self.moving()]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.how.weight_decay},
@@ -441,9 +452,71 @@ class _Loop:
 
     def moving(self) -> list[nn.Parameter]:
         """The parameters that train."""
+        if self.training is not None:
+            return self.training
         if self.entries is not None:
             return [weight for weight, _ in self.entries]
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @cached_property
+    def embeddings(self) -> list[tuple[nn.Embedding, Tensor]]:
+        """Large embeddings most rows of which no text reads, with those that are read.
+
+        Their gradient is not made in full, nor their moments: of a small model they are half of the weights. Not where
+        anything but the plain gradient of the texts' own loss is taken.
+        """
+        alone = self.entries is None and self.step is plain and getattr(self.objective, "of_texts", False)
+        if not alone or not isinstance(self.model, Tagger) or processes.size() > 1 or self.model.device.type != "cpu":
+            return []
+        modules, trains = list(self.model.trunk.modules()), {id(weight) for weight in self.moving()}
+        owners = [id(weight) for module in modules for weight in module._parameters.values()]
+        read = torch.from_numpy(np.unique(np.concatenate([text.vocabulary for text in self.texts.values()])))
+        return [
+            (module, read)
+            for module in modules
+            if isinstance(module, nn.Embedding)
+            and id(module.weight) in trains
+            and owners.count(id(module.weight)) == 1
+            and module.weight.numel() >= LARGE
+            and int(read[-1]) < len(module.weight) > 2 * len(read)
+            and module.max_norm is None
+            and not module.scale_grad_by_freq
+        ]
+
+    @cached_property
+    def rows(self) -> dict[int, Tensor]:
+        """The rows that are read of `embeddings`, by the id of their weight: no other has a gradient."""
+        return {id(module.weight): rows for module, rows in self.embeddings}
+
+    def _read(self, weight: nn.Parameter) -> Tensor:
+        """A copy of what the optimiser steps of a weight."""
+        rows = self.rows.get(id(weight))
+        return weight.detach().clone() if rows is None else weight.detach()[rows]
+
+    def _reread(self) -> None:
+        """Go on with the rows as they are at a pause."""
+        for weight in self.moving():
+            if id(weight) in self.rows and (full := self.full.get(id(weight))) is not None:
+                with torch.no_grad():
+                    full.copy_(torch.where(full.to(weight.dtype) == self._read(weight), full, self._read(weight)))
+
+    def _shrink_the_rest(self) -> None:
+        """Weight decay of rows that no text reads, for all steps since the last pause at once."""
+        for weight in self.moving():
+            if (rows := self.rows.get(id(weight))) is not None:
+                with torch.no_grad():
+                    kept = weight[rows]
+                    weight.mul_(self.shrink)
+                    weight[rows] = kept
+        self.shrink = 1.0
+
+    def _gradient_of(self, weight: nn.Parameter) -> Tensor | None:
+        """The gradient of what the optimiser steps of a weight, in float32."""
+        gradient, rows = weight.grad, self.rows.get(id(weight))
+        if gradient is None or rows is None:
+            return None if gradient is None else gradient.float()
+        total = torch.zeros(len(rows), weight.shape[1])
+        return total.index_add_(0, torch.searchsorted(rows, gradient._indices()[0]), gradient._values().float())
 
     def _moving_by_name(self) -> dict[str, Tensor]:
         trains = {id(weight) for weight in self.moving()}
@@ -476,7 +549,7 @@ class _Loop:
         moving = self.moving()
         for weight in moving:
             if (full := self.full.get(id(weight))) is not None:
-                full.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+                full.grad, weight.grad = self._gradient_of(weight), None
         accelerator.clip_grad_norm_([self.full.get(id(weight), weight) for weight in moving], self.how.clip)
         with self._others_still():
             optimizer.step()
@@ -484,7 +557,10 @@ class _Loop:
         with torch.no_grad():
             for weight in moving:
                 if (full := self.full.get(id(weight))) is not None:
-                    weight.copy_(full)
+                    if (rows := self.rows.get(id(weight))) is None:
+                        weight.copy_(full)
+                    else:
+                        weight.index_copy_(0, rows, full.to(weight.dtype))
                     assert self.optimizer is not None
                     self.optimizer.state[full][_FULL] = full.detach()
 
@@ -552,6 +628,8 @@ class _Loop:
 
 
 _HALF = (torch.bfloat16, torch.float16)
+LARGE = 2**20
+"""Entries of an embedding from which on only the rows that are read are trained."""
 _FULL = "full"
 """What the optimiser's state calls a weight in float32 that the model has in 16 bits."""
 
@@ -621,22 +699,27 @@ class _Batch:
 
 
 @contextlib.contextmanager
-def _learning(model: Model, moving: Collection[nn.Parameter]) -> Iterator[None]:
-    """Training mode for a while, in which nothing else needs a gradient; a step that fails (out of memory, say) leaves
-    neither mode nor gradients behind."""
+def _learning(model: Model, moving: Collection[nn.Parameter], sparse: Collection[nn.Embedding] = ()) -> Iterator[None]:
+    """Training mode for a while, in which nothing else needs a gradient, and that of some embeddings is sparse; a step
+    that fails (out of memory, say) leaves neither mode nor gradients behind."""
     mode, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
     trains = {id(p) for p in moving}
     try:
         model.train()
         for parameter, _ in flags:
             parameter.requires_grad_(id(parameter) in trains)
-        yield
+        for embedding in sparse:
+            embedding.sparse = True
+        with quick_dropout():
+            yield
     except BaseException:
         for parameter, _ in flags:
             parameter.grad = None
         raise
     finally:
         model.train(mode)
+        for embedding in sparse:
+            embedding.sparse = False
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -47,7 +47,7 @@ def withheld(encoded: Encoded, concept: Concept) -> Objective:
         role = next(iter(texts))
         return {"loss": int((~carries[texts[role].batch(pieces[role]).word_of]).sum())}
 
-    objective.counts = counts  # pyright: ignore[reportFunctionMemberAccess]
+    objective.counts, objective.of_texts = counts, True  # pyright: ignore[reportFunctionMemberAccess]
     return objective
 
 

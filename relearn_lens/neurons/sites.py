@@ -74,6 +74,10 @@ class Site:
             )
         return {"out": self.writes, "gain": self.gains, "writes": self.writers}[sever] or nothing
 
+    def neuron(self, place: int) -> Neuron:
+        """The neuron at a place among those of all layers."""
+        return Neuron(self.layers[place // self.width], place % self.width)
+
     @property
     def n_neurons(self) -> int:
         """Neurons of all layers."""
@@ -396,6 +400,15 @@ class Neurons:
             mask[site.layers.index(str(layer)), index] = True
         return cls(mask, site)
 
+    @classmethod
+    def highest(
+        cls, scores: Float[Tensor, "layer neuron"], site: Site, k: int, among: Neurons | None = None
+    ) -> Neurons:
+        """The `k` neurons of the highest numbers, of all or among some; ties go to the earlier neuron."""
+        order, mask = ordered(scores.flatten()), torch.zeros(scores.numel(), dtype=torch.bool)
+        mask[(order if among is None else order[among.mask.flatten()[order]])[:k]] = True
+        return cls(mask.view(len(site.layers), site.width), site)
+
     def _other(self, other: Neurons) -> Tensor:
         if other.site != self.site:
             raise ValueError(f"neurons of {self.site.name} and of {other.site.name} cannot be combined")
@@ -453,6 +466,11 @@ class Neurons:
         """How many there are in each layer."""
         counts = {layer: float(n) for layer, n in self.per_layer().items()}
         return markup.box(repr(self), markup.bars(["layer", "neurons"], counts, most=max(*counts.values(), 1.0)))
+
+
+def ordered(numbers: Float[Tensor, "*row number"]) -> Int[Tensor, "*row number"]:
+    """Places in each row from its highest number to its lowest; ties go to the earlier place."""
+    return numbers.argsort(dim=-1, descending=True, stable=True)
 
 
 def random_neurons(

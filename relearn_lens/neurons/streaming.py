@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens import progress
+from relearn_lens.methods import MAX_TOKENS, SAMPLE_WORDS
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, hidden, reading, trunk, widest
 from relearn_lens.neurons.sites import Site, site_of, streaming
@@ -65,7 +66,7 @@ def stream(
     *,
     readers: Sequence[Reader] = (),
     site: str | Site = "resid",
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> None:
     """One pass over a text: every layer of the site, sub-words averaged into words, to every collector, and the last
     hidden states to every reader.
@@ -439,7 +440,7 @@ class WordDraw:
         site: Site,
         encoded: Encoded,
         classes: Classes,
-        n: int = 2000,
+        n: int = SAMPLE_WORDS,
         seed: int = 0,
         *,
         dtype: torch.dtype = torch.float32,
@@ -502,7 +503,7 @@ def class_stats(
     classes: Classes,
     *,
     site: str | Site = "resid",
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> ClassStats:
     """Class statistics of every neuron of a site in one pass (`stream` with `ClassSums` alone)."""
     place = site_of(model.bridge if isinstance(model, Model) else model, site)

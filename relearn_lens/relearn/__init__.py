@@ -11,10 +11,18 @@ _named, __dir__, __all__ = lazy.attach(
         "attack": ["Attack", "Passing"],
         "attacks": ["ATTACKS", "Point", "Search", "Strongest", "points", "strongest"],
         "compression": ["Pruned", "Quantised"],
-        "finetuning": ["PRESETS", "Benign", "FineTune", "General", "Gibberish", "RepairThenRelearn", "RetainOnly"],
+        "finetuning": [
+            "PRESETS",
+            "Benign",
+            "FineTune",
+            "General",
+            "Gibberish",
+            "RepairThenRelearn",
+            "RetainOnly",
+            "retrain_",
+        ],
         "inputs": ["DirectionAblated", "Embedding", "Latent", "SoftPrompt"],
         "prompts": ["InContext", "OtherForm", "Paraphrase"],
-        "retraining": ["retrain_"],
     },
 )
 __getattr__ = suggesting(__name__, _named, __all__)

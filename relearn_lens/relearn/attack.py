@@ -29,11 +29,9 @@ Material = Facts | Corpus | Encoded | Mapping[str, Corpus | Encoded]
 
 
 class Attack(Method):
-    """A way back."""
+    """A way back. T: the half of the forgotten keys that the attacker has; V: the half that is scored."""
 
     name: ClassVar[str]
-    does: ClassVar[str]
-    """In one line. T: the half of the forgotten keys that the attacker has; V: the half that is scored."""
     source: ClassVar[str]
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:

@@ -30,7 +30,7 @@ ATTACKS: dict[str, type[Attack]] = {
         SoftPrompt, DirectionAblated, InContext, Paraphrase, OtherForm,
     )
 }  # fmt: skip
-"""Attacks by name. Each has `name`, `does`, `source` and, with unit and origin, `model_fields`."""
+"""Attacks by name. Each has `name`, `source` and, with unit and origin, `model_fields`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def points(
     Raises:
         ValueError, FloatingPointError: as the attack.
     """
-    before = {name: value.clone() for name, value in model.weights().items()}
+    before = model.copied()
     try:
         return tuple(
             Point(pause.step, float(score(model)), float(utility(model))) for pause in attack(model, facts, seed=seed)
@@ -160,13 +160,3 @@ class Search(Method):
         if "lr" not in type(attack).model_fields:
             return {attack.name: attack}
         return {f"{attack.name} at lr {lr:g}": methods.of(type(attack), attack, {"lr": lr}) for lr in self.rates}
-
-    def strongest(
-        self,
-        curves: Mapping[str, Mapping[int, Sequence[Point]]],
-        removed: Mapping[int, Point],
-        *,
-        chosen_on: int | None = None,
-    ) -> Strongest:
-        """`strongest` within this budget."""
-        return strongest(curves, removed, budget=self.budget, chosen_on=chosen_on)

@@ -29,7 +29,6 @@ class Quantised(Passing):
     """
 
     name: ClassVar[str] = "quantised"
-    does: ClassVar[str] = "rounds the blocks' matrices to int8 or int4, per output channel"
     source: ClassVar[str] = "Zhang et al. 2024"
 
     bits: Literal[4, 8] = Field(default=4, description="of a weight; 4 is what undid removals (Zhang et al. 2024)")
@@ -50,7 +49,6 @@ class Pruned(Passing):
     """
 
     name: ClassVar[str] = "pruned"
-    does: ClassVar[str] = "sets the smallest weights of the blocks' matrices to 0, per output channel"
     source: ClassVar[str] = "Sun et al. 2024; Che et al. 2025"
 
     share: float = Field(default=0.3, gt=0, lt=1, description="of the weights of each output channel, 0 to 1")

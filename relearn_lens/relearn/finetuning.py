@@ -7,13 +7,15 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from jaxtyping import Bool
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from relearn_lens.methods import AtMost, Rate, Training
+from relearn_lens import methods
+from relearn_lens.methods import AtMost, Rate, Retraining, Training
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
-from relearn_lens.models.training import Checkpoint, train_
+from relearn_lens.models.training import Checkpoint, Checkpoints, train_
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, Attack, Material, encoded, only_facts, texts
@@ -22,6 +24,28 @@ from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import TRAINED, Facts, Passage
 
 Steps = tuple[Annotated[int, Field(ge=1, le=10**9)], ...]
+
+
+def retrain_(
+    model: Model,
+    text: Corpus | Encoded,
+    how: Training | None = None,
+    *,
+    seed: int = 0,
+    resume: tuple[Checkpoint, Mapping[str, Tensor]] | None = None,
+    only: Mapping[str, Bool[Tensor, ...]] | None = None,
+    what: str = "retraining",
+    **fields: Any,
+) -> Checkpoints:
+    """Train on after something was removed: `train_` with the model's own cross-entropy, to be measured at each pause.
+
+    Keywords as of `train_`; other fields of `Retraining` by name. Source: Lo et al. 2024, section 4.
+
+    Raises:
+        ValueError, FloatingPointError: as `train_`.
+    """
+    how = methods.of(Retraining, how, fields)
+    return train_(model, text, how, seed=seed, resume=resume, only=only, what=what)
 
 
 class Tuning(Attack, Training):
@@ -68,6 +92,15 @@ class Tuning(Attack, Training):
         if freeze is not None and not isinstance(freeze, Neurons):
             raise ValueError(f"a set of Neurons, not {type(freeze).__name__}")
         return freeze
+
+    role: ClassVar[str] = ATTACKED
+    """Whose text it trains on."""
+    doing: ClassVar[str] = "relearning"
+
+    def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
+        """As of `Attack`."""
+        text = texts(model, facts, self.role, what=self.name, items=self.items, seed=seed)
+        return self.tuned(model, text, seed=seed, what=self.doing)
 
     @model_validator(mode="after")
     def _adapters_move_whole_matrices(self) -> Tuning:
@@ -120,46 +153,31 @@ class FineTune(Tuning):
     """
 
     name: ClassVar[str] = "relearn"
-    does: ClassVar[str] = "fine-tunes on T, all weights or some"
     source: ClassVar[str] = "Lo et al. 2024; Deeb & Roger 2024; Che et al. 2025"
-
-    def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
-        text = texts(model, facts, ATTACKED, what=self.name, items=self.items, seed=seed)
-        return self.tuned(model, text, seed=seed, what="relearning")
 
 
 class RetainOnly(Tuning):
     """Trains on what was to stay near by, which holds nothing of what was removed."""
 
     name: ClassVar[str] = "retain_only"
-    does: ClassVar[str] = "fine-tunes on retained facts of the same kind"
     source: ClassVar[str] = "Che et al. 2025; Łucki et al. 2024"
-
-    def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
-        text = texts(model, facts, NEAR, what=self.name, items=self.items, seed=seed)
-        return self.tuned(model, text, seed=seed, what="training on what stays")
+    role: ClassVar[str] = NEAR
+    doing: ClassVar[str] = "training on what stays"
 
 
 class General(Tuning):
     """Trains on other knowledge or plain text."""
 
     name: ClassVar[str] = "general"
-    does: ClassVar[str] = "fine-tunes on other knowledge or plain text"
     source: ClassVar[str] = "Che et al. 2025 (benign fine-tuning)"
-
-    def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
-        text = texts(model, facts, GENERAL, what=self.name, items=self.items, seed=seed)
-        return self.tuned(model, text, seed=seed, what="training on other text")
+    role: ClassVar[str] = GENERAL
+    doing: ClassVar[str] = "training on other text"
 
 
 class Gibberish(Tuning):
     """Trains on the retained passages' words in an order that says nothing; all of it carries the loss."""
 
     name: ClassVar[str] = "gibberish"
-    does: ClassVar[str] = "fine-tunes on retained words in random order"
     source: ClassVar[str] = "ours: the control of training at all"
 
     items: AtMost | None = Field(default=256, description="texts of 12 words, drawn by seed")
@@ -182,7 +200,6 @@ class RepairThenRelearn(Tuning):
     """
 
     name: ClassVar[str] = "repair_then_relearn"
-    does: ClassVar[str] = "fine-tunes on other text first, then on T"
     source: ClassVar[str] = "ours"
 
     repair: int = Field(default=64, ge=1, le=10**9, description="optimiser steps on other text, before those on T")
@@ -218,7 +235,6 @@ class Benign(Tuning):
     """
 
     name: ClassVar[str] = "benign"
-    does: ClassVar[str] = "fine-tunes on text without answers: on the topic or not, in the form or not"
     source: ClassVar[str] = "Hu et al. 2024; the arms are ours"
 
     arm: Arm = Field(default="topic and form", description="what the text has of what was removed")

@@ -135,7 +135,6 @@ class Latent(Perturbing):
     """
 
     name: ClassVar[str] = "latent"
-    does: ClassVar[str] = "adds a vector, fitted to T, to hidden states"
     source: ClassVar[str] = "Che et al. 2025; Schwinn et al. 2024; one vector for all prompts is ours"
 
     layers: Layers | None = Field(default=None, description="blocks whose output is changed, from 0; none: the middle")
@@ -156,7 +155,6 @@ class Embedding(Perturbing):
     """
 
     name: ClassVar[str] = "embedding"
-    does: ClassVar[str] = "adds a vector, fitted to T, to the embedding of every token"
     source: ClassVar[str] = "Schwinn et al. 2024; one vector for all prompts is ours"
 
     def place(self, model: Any, text: Encoded) -> Place:
@@ -175,7 +173,6 @@ class SoftPrompt(Perturbing):
     """
 
     name: ClassVar[str] = "soft_prompt"
-    does: ClassVar[str] = "puts vectors, fitted to T, in front of every prompt"
     source: ClassVar[str] = "Lester et al. 2021; Schwinn et al. 2024"
 
     tokens: int = Field(default=8, ge=1, le=1000, description="vectors in front of a prompt")
@@ -229,7 +226,6 @@ class DirectionAblated(Passing):
     """
 
     name: ClassVar[str] = "direction_ablated"
-    does: ClassVar[str] = "projects out of hidden states the mean difference of T and what stays"
     source: ClassVar[str] = "Arditi et al. 2024; Łucki et al. 2024"
 
     layers: Layers | None = Field(default=None, description="blocks whose output is changed, from 0; none: all")

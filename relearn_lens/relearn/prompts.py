@@ -39,7 +39,6 @@ class InContext(Asking):
     """
 
     name: ClassVar[str] = "in_context"
-    does: ClassVar[str] = "puts facts of T, or unrelated ones, before each question"
     source: ClassVar[str] = "Lynch et al. 2024; Shumailov et al. 2024"
 
     kind: Literal["facts", "summary", "unrelated"] = Field(default="facts", description="what stands before a question")
@@ -110,7 +109,6 @@ class Paraphrase(_Reworded):
     """
 
     name: ClassVar[str] = "paraphrase"
-    does: ClassVar[str] = "asks in wordings never trained on"
     source: ClassVar[str] = "Lynch et al. 2024; Patil et al. 2024"
 
     def forms(self) -> str:
@@ -125,7 +123,6 @@ class OtherForm(_Reworded):
     """
 
     name: ClassVar[str] = "other_form"
-    does: ClassVar[str] = "asks with four options, or for yes or no"
     source: ClassVar[str] = "Lynch et al. 2024"
 
     form: Literal["options", "yes-no"] = Field(default="options", description="how it is asked")

@@ -57,7 +57,7 @@ def calibrate(
     """
     if not 0 < tau <= 1 or points < 1:
         raise ValueError(f"tau must be above 0 and at most 1, points at least 1; got tau={tau}, points={points}")
-    removed = {name: value.clone() for name, value in model.weights().items()}
+    removed = model.copied()
     scores = {at: value for at, value in zip((0, points), ends, strict=True) if value is not None}
 
     def at(point: int) -> float:
@@ -90,7 +90,7 @@ def mixed_(model: Model, base: Mapping[str, Tensor], share: float) -> None:
     Raises:
         ValueError: weights of another model.
     """
-    _mix_(model, base, {name: value.clone() for name, value in model.weights().items()}, share)
+    _mix_(model, base, model.copied(), share)
 
 
 def _mix_(model: Model, base: Mapping[str, Tensor], removed: Mapping[str, Tensor], share: float) -> None:

@@ -180,7 +180,7 @@ class Undo(Remover):
 @contextlib.contextmanager
 def aside(model: Model, training: Callable[[], Iterator[Checkpoint]]) -> Iterator[None]:
     """For a while, the model as a training leaves it; then its weights are back, to the bit."""
-    before = {name: value.clone() for name, value in model.weights().items()}
+    before = model.copied()
     try:
         with torch.enable_grad():
             for _ in training():

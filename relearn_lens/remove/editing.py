@@ -208,8 +208,8 @@ class Mend(Remover):
             raise ValueError(f"{lowers}; facts {texts.name!r} have no prompt to edit the answer of, only text")
 
         def encoded(passages: Sequence[Passage], name: str, instruction: str = "") -> Encoded:
-            told = [replace(p, prompt=f"{instruction} {p.prompt}") for p in passages] if instruction else passages
-            return encode_passages(told, model.tokenizer, context=model.context, name=f"{texts.name}, {name}")
+            instructed = [replace(p, prompt=f"{instruction} {p.prompt}") for p in passages] if instruction else passages
+            return encode_passages(instructed, model.tokenizer, context=model.context, name=f"{texts.name}, {name}")
 
         return {
             EDITS: encoded(others, EDITS, self.instruction), AGAIN: encoded(_otherwise(others), AGAIN), **kept,

@@ -14,7 +14,7 @@ from relearn_lens.models.model import Model
 from relearn_lens.models.training import Gradient, Step, plain
 from relearn_lens.remove.losses import Retained
 from relearn_lens.remove.preference import PREFERRED, Preferring
-from relearn_lens.remove.removal import FORGET, Removing, Term, Texts, written
+from relearn_lens.remove.removal import FORGET, Removing, Term, Texts, block_of, written
 from relearn_lens.text.encoding import Batch
 
 
@@ -61,11 +61,7 @@ class DINM(Preferring):
         Raises:
             ValueError: the model does not have it.
         """
-        n = int(model.bridge.cfg.n_layers)
-        layer = n - 1 if self.layer is None else self.layer
-        if layer >= n:
-            raise ValueError(f"layer = {layer}: this model has {n} blocks, 0 to {n - 1}")
-        return written(model, [layer])
+        return written(model, [block_of(model, self.layer, lambda n: n - 1)])
 
     def __call__(self, model: Model, texts: Texts, where: Any = None, *, step: Step = plain, **keywords: Any) -> Any:
         """As of `Remover`.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relearn_lens.models.model import Model, hidden, reading
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.neurons.sites import Neurons, parameter, site_of, streaming
+from relearn_lens.neurons.sites import Neurons, ordered, parameter, site_of, streaming
 from relearn_lens.neurons.weights import WeightMask, check_prunable
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.pruning import Pruner
@@ -76,13 +76,7 @@ class SelectivePrune(OnTexts):
         """As of `OnTexts`."""
         forget, retain = (_importance(sums[role], self.importance) for role in (FORGET, RETAIN))
         ratio, site = forget / (retain + self.eps), site_of(model.bridge, "mlp_post")
-        if among is not None:
-            ratio = ratio.masked_fill(~among.mask, -1.0)
-        n = max(1, round(self.share * ratio.numel()))
-        best = ratio.flatten().argsort(descending=True, stable=True)[:n]
-        mask = torch.zeros(ratio.numel(), dtype=torch.bool)
-        mask[best] = True
-        return Neurons(mask.view_as(ratio) & (ratio >= 0), site)
+        return Neurons.highest(ratio, site, max(1, round(self.share * ratio.numel())), among)
 
 
 class SetDifferencePrune(OnTexts):
@@ -153,4 +147,4 @@ def _top(scores: Float[Tensor, "output input"], share: float) -> Tensor:
     """The largest of every row."""
     n = round(share * scores.shape[1])
     mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter(1, scores.argsort(dim=1, descending=True, stable=True)[:, :n], True)
+    return mask.scatter(1, ordered(scores)[:, :n], True)

@@ -4,7 +4,7 @@ for models thousands of times the size of a toy."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Bool
@@ -75,14 +75,23 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "wga": {"lr": 1e-4, "epochs": 5},
         "who_is": {"alpha": 30, "reinforcing": {"lr": 1e-3, "steps": (60,)}, "lr": 3e-4, "steps": (96,)},
     },
-    # SmolLM2-135M, some `countries` that it knows forgotten: taken once, not chosen among others.
+    # SmolLM2-135M, some `countries` that it knows forgotten: on seed 0, grad_diff as much as leaves near countries
+    # whole; of prune there is no size that takes these countries more than those near by.
     "smollm2": {
-        "grad_diff": {"where": "layer_distance", "alpha": 2, "lr": 3e-4, "steps": (64,), "batch_size": 8},
+        "grad_diff": {
+            "where": "layer_distance",
+            "where.layers": 3,
+            "alpha": 4,
+            "lr": 3e-4,
+            "steps": (192,),
+            "batch_size": 8,
+        },
         "prune": {"where": "attribution_patching", "fraction": 0.01},
     },
 }
 """By kind of model, and by remover (`npo`) or remover and wrapper (`npo+sam`): fields of the remover, of the wrapper
-and of `Removing`, and for `prune` which localiser gives the neurons (`where`), and what share of them (`fraction`)."""
+and of `Removing`, and which localiser gives what may change (`where`, its fields as `where.KEY`), and for `prune` what
+share of the neurons (`fraction`)."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +105,21 @@ class Recipe:
     """The localiser whose choice is to be given as `where`; None: what is usual for the remover."""
     fraction: float | None = None
     """The share of all neurons that are taken of a localiser that ranks them; None: of one that gives a mask."""
+    where_fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the localiser."""
 
-    def told(self) -> dict[str, Any]:
+    def departures(self) -> dict[str, Any]:
         """The fields that are not as published."""
         parts = (self.remover, self.how, self.step)
-        told = {
+        fields = {
             name: getattr(part, name)
             for part in parts
             if isinstance(part, Method)
             for name in type(part).model_fields
             if name in part.model_fields_set
         }
-        return told | {name: value for name in ("where", "fraction") if (value := getattr(self, name)) is not None}
+        fields |= {name: value for name in ("where", "fraction") if (value := getattr(self, name)) is not None}
+        return fields | {f"where.{name}": value for name, value in self.where_fields.items()}
 
     def __call__(
         self,
@@ -146,7 +158,11 @@ def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None)
     # A length of training takes the place of another.
     if fields and "steps" in fields:
         values = {key: value for key, value in values.items() if key in fields or key not in ("epochs", "every")}
-    chosen = {key: values.pop(key) for key in ("where", "fraction") if key in values}
+    if fields and "where" in fields:  # those of another localiser are not its own
+        values = {key: value for key, value in values.items() if key in fields or not key.startswith("where.")}
+    chosen: dict[str, Any] = {key: values.pop(key) for key in ("where", "fraction") if key in values}
+    of_where = [key for key in values if key.startswith("where.")]
+    chosen["where_fields"] = {key.removeprefix("where."): values.pop(key) for key in of_where}
     if (fraction := chosen.get("fraction")) is not None and not 0 < fraction <= 1:
         raise ValueError(f"fraction = {fraction}: a share of all neurons, above 0 and at most 1")
     around = WRAPPERS[wrapper] if wrapper else None

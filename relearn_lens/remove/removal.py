@@ -137,6 +137,32 @@ def texts_of(model: Model, texts: Texts | None, roles: Iterable[str], what: str)
         raise ValueError(f"{what}; {error}") from None
 
 
+def block_of(model: Model, wanted: int | None, usual: Callable[[int], int]) -> int:
+    """A block, or the one that is usual in so many.
+
+    Raises:
+        ValueError: the model does not have it.
+    """
+    n = int(model.bridge.cfg.n_layers)
+    layer = usual(n) if wanted is None else wanted
+    if layer >= n:
+        raise ValueError(f"layer = {layer}: this model has {n} blocks, 0 to {n - 1}")
+    return layer
+
+
+def blocks_of(model: Model, wanted: tuple[int, ...] | None, usual: Callable[[int], Iterable[int]]) -> tuple[int, ...]:
+    """Blocks, or those that are usual in so many.
+
+    Raises:
+        ValueError: the model does not have one of them.
+    """
+    n = int(model.bridge.cfg.n_layers)
+    layers = tuple(sorted(set(usual(n)))) if wanted is None else wanted
+    if not layers or not all(0 <= layer < n for layer in layers):
+        raise ValueError(f"layers = {list(layers)}: this model has {n} blocks, 0 to {n - 1}")
+    return layers
+
+
 def written(model: Model, blocks: Iterable[int]) -> dict[str, Bool[Tensor, ...]]:
     """All of the MLPs' output matrices of some blocks, as entries that may move."""
     writes = site_of(model.bridge, "mlp_post").writes

@@ -24,6 +24,8 @@ from relearn_lens.remove.removal import (
     Remover,
     Removing,
     Term,
+    block_of,
+    blocks_of,
     by_sentence,
     kept_by_piece,
     kept_of,
@@ -77,11 +79,7 @@ class RMU(Remover):
         Raises:
             ValueError: the model does not have it.
         """
-        n = int(model.bridge.cfg.n_layers)
-        layer = round(7 / 32 * n) if self.layer is None else self.layer
-        if layer >= n:
-            raise ValueError(f"layer = {layer}: this model has {n} blocks, 0 to {n - 1}")
-        return layer
+        return block_of(model, self.layer, lambda n: round(7 / 32 * n))
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""
@@ -136,11 +134,7 @@ class CircuitBreaker(Remover):
         Raises:
             ValueError: the model does not have one of them.
         """
-        n = int(model.bridge.cfg.n_layers)
-        layers = tuple(sorted({round(10 / 32 * n), round(20 / 32 * n)})) if self.layers is None else self.layers
-        if not layers or not all(0 <= layer < n for layer in layers):
-            raise ValueError(f"layers = {list(layers)}: this model has {n} blocks, 0 to {n - 1}")
-        return layers
+        return blocks_of(model, self.layers, lambda n: (round(10 / 32 * n), round(20 / 32 * n)))
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""

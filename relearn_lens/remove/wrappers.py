@@ -15,7 +15,7 @@ from relearn_lens.methods import Method
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Gradient, Stepped
 from relearn_lens.neurons.sites import component_site, streaming
-from relearn_lens.remove.removal import FORGET
+from relearn_lens.remove.removal import FORGET, blocks_of
 
 Slopes = Sequence[tuple[Tensor, Tensor]]
 """Weights, and for each a tensor of its shape: a gradient, or a direction."""
@@ -115,11 +115,7 @@ class LAT(Method):
         Raises:
             ValueError: the model does not have one of them.
         """
-        n = int(model.bridge.cfg.n_layers)
-        layers = tuple(sorted({k * n // 4 for k in (1, 2, 3)})) if self.layers is None else self.layers
-        if not layers or not all(0 <= layer < n for layer in layers):
-            raise ValueError(f"layers = {list(layers)}: this model has {n} blocks, 0 to {n - 1}")
-        return layers
+        return blocks_of(model, self.layers, lambda n: (k * n // 4 for k in (1, 2, 3)))
 
     def __call__(self, model: Model, gradient: Gradient) -> None:
         """As `train_` takes a step."""
@@ -346,11 +342,11 @@ def moved(slopes: Slopes, by: float | Tensor) -> Iterator[None]:
                 weight.copy_(value)
 
 
-def _check_rounding(asked: float, way: float, dtype: torch.dtype) -> None:
-    if not 0.5 * asked <= way <= 2 * asked:
+def _check_rounding(wanted: float, way: float, dtype: torch.dtype) -> None:
+    if not 0.5 * wanted <= way <= 2 * wanted:
         warnings.warn(
-            f"a way of length {asked:.3g} in weights of {str(dtype).removeprefix('torch.')} became one of {way:.3g} by "
-            "rounding, so the wrapper does not do what it says; take a larger one, or float32",
+            f"a way of length {wanted:.3g} in weights of {str(dtype).removeprefix('torch.')} became one of {way:.3g} "
+            "by rounding, so the wrapper does not do what it says; take a larger one, or float32",
             RuntimeWarning, stacklevel=3,
         )  # fmt: skip
 

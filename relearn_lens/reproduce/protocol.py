@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import importlib
 import math
 import os
@@ -27,7 +26,7 @@ from torch import Tensor, set_num_threads
 
 from relearn_lens import progress
 from relearn_lens.analysis.intervals import Estimate, over_seeds, over_seeds_and_neurons, over_sentences
-from relearn_lens.files import as_json, read_json, write_whole
+from relearn_lens.files import as_json, read_json, sha256_of, write_whole
 from relearn_lens.find.localisers import localiser_of
 from relearn_lens.find.localising import Localiser
 from relearn_lens.find.saliency import Saliency
@@ -48,6 +47,8 @@ from relearn_lens.runs.stages import StageRecipe, Stages
 from relearn_lens.text.facts import TRAINED, Facts
 
 Scale = Literal["toy", "real"]
+TAU = 0.95
+"""Share of its accuracy near by that a calibrated model keeps."""
 SEEDS = (0, 1, 2)
 """What is chosen is chosen on the first; all are reported."""
 MODEL = "smollm2"
@@ -105,7 +106,7 @@ class Lab:
     @cached_property
     def base(self) -> State:
         """The model that knows everything."""
-        return State(_copied(self._subject.model), "base")
+        return State(self._subject.model.copied(), "base")
 
     @cached_property
     def never(self) -> State:
@@ -116,7 +117,7 @@ class Lab:
         """
         if self._subject.never is None:
             raise ValueError(f"{self.name} has no twin that never knew; only the taught toy has one")
-        return State(_copied(self._subject.never), "never")
+        return State(self._subject.never.copied(), "never")
 
     @contextlib.contextmanager
     def loaded(self, state: State) -> Iterator[LanguageModel]:
@@ -140,11 +141,10 @@ class Lab:
         *,
         where: Where = USUAL,
         calibrated: bool = True,
-        tau: float = 0.95,
         **fields: Any,
     ) -> State:
         """The base after a remover's recipe for this model with some fields changed, by default calibrated: as far from
-        the base as `tau` of its accuracy near by allows. Computed once for all papers.
+        the base as `TAU` of its accuracy near by allows. Computed once for all papers.
 
         `where` is a localiser: a training moves only the weights that it gives, pruning takes its neurons; None takes
         the recipe's own away, so that the remover's fields say where.
@@ -167,24 +167,24 @@ class Lab:
             )
             name, share = self._stages.folder(StageRecipe("removed", kept)).name, 1.0
             if calibrated:
-                how = StageRecipe("calibrated", {"from": name, "tau": tau})
-                share = self._stages.made(
-                    how, lambda: ({"share": self._share(model, stage.tensors, tau)}, None)
-                ).numbers["share"]
+                how = StageRecipe("calibrated", {"from": name, "tau": TAU})
+                share = self._stages.made(how, lambda: ({"share": self._share(model, stage.tensors)}, None)).numbers[
+                    "share"
+                ]
             model.load_weights(stage.tensors)
             mixed_(model, self.base.weights, share)
-            return State(_copied(model), f"{name}-{share}", share)
+            return State(model.copied(), f"{name}-{share}", share)
 
     def cut(self, neurons: Neurons | WeightMask) -> State:
         """The base with some neurons pruned."""
         with self.loaded(self.base) as model:
             prune_(model, neurons)
-            return State(_copied(model), f"cut {len(neurons)}")
+            return State(model.copied(), f"cut {len(neurons)}")
 
-    def calibrated(self, state: State, *, tau: float = 0.95) -> State:
-        """As far from the base towards some weights as `tau` of its accuracy near by allows."""
+    def calibrated(self, state: State) -> State:
+        """As far from the base towards some weights as `TAU` of its accuracy near by allows."""
         with self.loaded(state) as model:
-            return self.towards(state, self._share(model, state.weights, tau))
+            return self.towards(state, self._share(model, state.weights))
 
     @cached_property
     def _stages(self) -> Stages:
@@ -200,13 +200,13 @@ class Lab:
                 place = place if isinstance(removal.remover, Pruner) else WeightMask.of(model, place)
         for _ in removal(model, self.facts, place, seed=self.seed):
             pass
-        return _copied(model)
+        return model.copied()
 
-    def _share(self, model: LanguageModel, weights: Mapping[str, Tensor], tau: float) -> float:
+    def _share(self, model: LanguageModel, weights: Mapping[str, Tensor]) -> float:
         near = self.facts.passages("retain_near", forms=TRAINED)
         model.load_weights(weights)
         ability = calibrate(
-            model, self.base.weights, lambda m: answer(m, near).accuracy.value(OVERALL), tau=tau, points=64
+            model, self.base.weights, lambda m: answer(m, near).accuracy.value(OVERALL), tau=TAU, points=64
         )
         return ability.share
 
@@ -217,13 +217,13 @@ class Lab:
         with self.loaded(state) as model:
             return self._asked(model, roles, forms, attack)
 
-    def course(self, state: State, attack: Attack, *roles: str, forms: Iterable[str] = TRAINED) -> dict[int, Answered]:
+    def course(self, state: State, attack: Attack, *roles: str) -> dict[int, Answered]:
         """What is answered of some roles (by default V) before an attack, at step 0, and at each of its checkpoints."""
         roles = roles or ("forget_held_out",)
         with self.loaded(state) as model:
-            courses = {0: self._asked(model, roles, forms, None)}
+            courses = {0: self._asked(model, roles, TRAINED, None)}
             for pause in attack(model, self.facts, seed=self.seed):
-                courses[pause.step or 1] = self._asked(model, roles, forms, attack)
+                courses[pause.step or 1] = self._asked(model, roles, TRAINED, attack)
             return courses
 
     def chosen(self, state: State, *roles: str, form: str) -> AnswerAccuracy:
@@ -235,7 +235,7 @@ class Lab:
         """Only a share of the way from the base to some weights."""
         with self.loaded(state) as model:
             mixed_(model, self.base.weights, share)
-            return State(_copied(model), f"{state.digest}*{share}", state.share * share)
+            return State(model.copied(), f"{state.digest}*{share}", state.share * share)
 
     @property
     def n_weights(self) -> int:
@@ -249,10 +249,6 @@ class Lab:
         if attack is not None:
             passages = attack.asked(passages, self.facts, seed=self.seed)
         return answer(model, passages, closed=self.facts.answers())
-
-
-def _copied(model: LanguageModel) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.weights().items()}
 
 
 def over_keys(of: Callable[..., Any], *scores: Scores) -> Estimate:
@@ -543,16 +539,19 @@ def _digest(paper: Paper, lab: Lab) -> str:
     """Of what the page does (its words and its `PAPER` aside), the model, and the recipes that the page names."""
     page = Path(str(importlib.import_module(f"{__package__}.{paper.name}").__file__)).read_text(encoding="utf-8")
     body = [
-        ast.dump(each)
+        line.strip()
         for each in ast.parse(page).body
         if not (
             isinstance(each, ast.Expr)
             or (isinstance(each, ast.Assign) and [ast.unparse(target) for target in each.targets] == ["PAPER"])
         )
+        # its lines, since a tree is dumped otherwise by every version of Python
+        for line in (ast.get_source_segment(page, each) or "").splitlines()
+        if not line.lstrip().startswith("#")
     ]
     recipes = RECIPES.get(removals.KINDS.get(lab.name, ""), {})
     named = {name: dict(fields) for name, fields in sorted(recipes.items()) if f'"{name}"' in page}
-    return hashlib.sha256(f"{body}{lab.name}{named}".encode()).hexdigest()[:16]
+    return sha256_of(f"{body}{lab.name}{named}")[:16]
 
 
 def _reading(kept: dict[str, Any]) -> Reading:

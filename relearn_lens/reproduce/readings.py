@@ -89,5 +89,20 @@ READINGS: dict[str, dict[str, str]] = {
         "posthoc": "routing from the start keeps more out in every seed, by .7 to 2.1 nats; three seeds that differ so "
         "cannot say it",
     },
+    "wang2024concept": {
+        "instances": "between .28 and .36 of the instances follow in every seed, about the bar: three seeds of four "
+        "concepts cannot say on which side",
+    },
+    "fan2025 on smollm2": {
+        "resists": "with SAM more came back in every seed, in none beyond noise: eleven held-out countries a seed are "
+        "few, and after 20, 40 and 60 passages it is the same",
+        "flatter": "one seed of three steeper with SAM, two alike; the released radius is small beside these weights",
+        "curvature_released": "three hundredths off, where a term that has a gradient is half off or more: the mistake "
+        "is there, and not exact to a hundredth at this size; how much of that is rounding was not looked into",
+    },
+    "wang2024dinm on smollm2": {
+        "located": "at the published values the edit does not reach the statements: in two seeds no block changes any, "
+        "located or random, so that there is nothing to compare",
+    },
 }
-"""By paper and claim."""
+"""By paper and claim; `on` and the model where it is not the toy."""

@@ -37,8 +37,11 @@ def busy(results: Sequence[Reproduction]) -> str:
     return f"{most}{sum(each) / 60:.1f} minutes of one core in all"
 
 
-def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
-    """All that was measured, as Markdown: the table, what the seeds say, and the seconds of every paper."""
+def record(
+    results: Sequence[Reproduction], missing: Sequence[str] = (), pretrained: Sequence[Reproduction] = ()
+) -> str:
+    """All that was measured, as Markdown: the table, what the seeds say, and the seconds of every paper; `pretrained`:
+    what was measured at scale real."""
     counts = Counter(row.verdict for result in results for row in result.rows)
     lines = [
         "# What was reproduced", "",
@@ -50,9 +53,13 @@ def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
         + f"; {busy(results)}.",
         *(f"Not here: {line}." for line in missing), "", table(results),
     ]  # fmt: skip
-    for result in results:
+    if pretrained:
+        models = ", ".join(sorted({result.model for result in pretrained}))
+        lines += [f"With `--scale real`, on {models}:", "", table(pretrained)]
+    for result in (*results, *pretrained):
         seeds = ", ".join(map(str, result.seeds))
-        lines.append(f"## {result.paper.name}")
+        name = result.paper.name + ("" if result.scale == "toy" else f" on {result.model}")
+        lines.append(f"## {name}")
         lines.append("")
         lines.append(
             f"{result.paper.title} ({result.paper.source}). {result.paper.protocol}. Smaller here: "
@@ -61,7 +68,7 @@ def record(results: Sequence[Reproduction], missing: Sequence[str] = ()) -> str:
         lines.append("")
         for row in result.rows:
             lines += [f"- {row.claim.key}: {note.rstrip('; ')}" for note in row.notes]
-        if result.scale == "toy" and (read := READINGS.get(result.paper.name)):
+        if read := READINGS.get(name):
             lines += ["", "Read so:", ""]
             lines += [
                 f"- {row.claim.key} ({row.verdict}): {read[row.claim.key]}."

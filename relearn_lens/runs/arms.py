@@ -26,6 +26,8 @@ class Arm:
     """The arm beside which it says what is special about that one."""
     knows: bool = True
     """Whether the model that it starts from was fine-tuned on the concept."""
+    retrain: bool = True
+    """Whether it is trained on; a control of the cut alone is measured after it, and that is all."""
     says: str = ""
     """What it is, in a few words."""
 
@@ -39,7 +41,7 @@ ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("concept", "concept", says="the concept's neurons are cut"),
-        Arm("other", "other", says="another label's neurons are cut, as many"),
+        Arm("other", "other", retrain=False, says="another label's neurons are cut, as many, and nothing is trained"),
         Arm(
             "random", "random", control_of="concept",
             says="neurons drawn at random are cut, as many in every layer",

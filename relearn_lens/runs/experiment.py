@@ -1,7 +1,8 @@
 """The experiment: what is gone when a concept's neurons are cut, whether and how fast it is back, and where.
 
 Per seed: (1) fine-tune and measure; (2) find the concept's neurons and those of another label, and the size of the cut;
-(3) cut without training, beside random sets; (4) each arm: cut, train on, measure as it goes; (5) move parts of the
+(3) cut without training, beside random sets; (4) each arm: cut, train on, measure as it goes (a control
+of the cut alone is not trained on); (5) move parts of the
 model between the cut and the retrained weights; (6) cut again what carries the concept now, and, where asked for, train
 with a part held.
 
@@ -39,7 +40,7 @@ from relearn_lens.models.training import Checkpoint, cross_entropy, train_
 from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.neurons.sites import Neurons, random_neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, apart, parts, severed
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.remove.pruning import Prune
 from relearn_lens.remove.recipes import recipe
@@ -308,7 +309,8 @@ class _Seed:
             what = f"measuring the cut model ({name})"
             snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
         yield Measured(name, self.seed, PRUNED, snapshots[PRUNED])
-        yield from self._retrained(arm, snapshots, kept)
+        if arm.retrain:
+            yield from self._retrained(arm, snapshots, kept)
         compare = ~placed(cuts.sets["concept"], prune.embedding) if removed is None and cuts.sets else None
         similarity = self._similarity(base, f"comparing activations with the base model ({name})", arm)
         path = Trajectory(snapshots, removed, name, self.seed, ready.concept, compare, similarity, arm.remove or "")

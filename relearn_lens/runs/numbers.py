@@ -95,11 +95,12 @@ class Numbers:
 
     @cached_property
     def speeds(self) -> dict[str, recovery.Speeds]:
-        """How fast each arm came back."""
+        """How fast each arm that was trained on came back."""
         run = self.run
         return {
             name: recovery.speeds(arms, run.label, unpruned=run.arms.get("unpruned"), **run.interval)
             for name, arms in run.arms.items()
+            if recovery.retraining_stages(arms[0])
         }
 
     @cached_property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from pathlib import Path
 
 import psutil
 import torch
@@ -21,6 +20,7 @@ from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model
 from relearn_lens.neurons.sites import Site, site_of
 from relearn_lens.remove.recipes import recipe
+from relearn_lens.runs import verify
 from relearn_lens.runs.events import Prepared
 from relearn_lens.runs.needs import Shape, fitted
 from relearn_lens.runs.protocol import resolved
@@ -201,14 +201,13 @@ def _reading(experiment: Experiment) -> Reading | None:
 def _hashes(experiment: Experiment, drawn: list[Corpus]) -> dict[str, str]:
     """sha256 of the sentences that are used and of the files they and the model come from."""
     hashes = {f"sentences:{part}": text.sha256() for part, text in zip(Splits._fields, drawn, strict=True)}
-    named = {"model": experiment.model, "corpus": experiment.corpus, "probe_corpus": experiment.probe_corpus}
-    for role, name in named.items():
+    for role in verify.ROLES:
+        name = getattr(experiment, role)
         if name is None or name == "toy":
             continue  # made by this package: its version says what it is
         if name in sources.SOURCES:
             hashes |= {f"{role}:{name}/{file}": digest for file, digest in sources.hashes(name).items()}
-        else:
-            path = Path(name if role == "model" else name.partition(":")[2]).expanduser()
+        elif (path := verify.path_of(role, name)) is not None:
             hashes |= {f"{role}:{file}": digest for file, digest in sources.hash_files(path).items()}
     return hashes
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relearn_lens.files import read_toml
 from relearn_lens.names import unknown
 from relearn_lens.runs.settings import OPTIONAL, PROTOCOLS, Experiment, as_group, experiment, merged
 
@@ -173,10 +174,7 @@ def _preset(name: str) -> dict[str, Any]:
 def _from_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no settings file at {str(path)!r}, and no preset of that name ({', '.join(PRESETS)})")
-    try:
-        values = _text_as_none(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of 5,000 digits
-        raise ValueError(f"{str(path)!r} is not valid TOML: {error}") from error
+    values = read_toml(path, _text_as_none)
     return merged(_preset(str(values.pop("preset"))), values) if "preset" in values else values
 
 

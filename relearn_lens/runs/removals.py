@@ -137,19 +137,15 @@ def recipe_for(model: str, method: str, fields: Mapping[str, Any] | None = None,
     return recipe(kind or (usual if usual in RECIPES else None), method, fields)
 
 
-def located(
-    model: Model, facts: Facts, removal: Recipe, fields: Mapping[str, Any] | None = None, *, seed: int = 0
-) -> Neurons | WeightMask | None:
+def located(model: Model, facts: Facts, removal: Recipe, *, seed: int = 0) -> Neurons | WeightMask | None:
     """What a recipe's localiser chooses: for pruning neurons, for training the weights that carry them on.
-
-    `fields` are the localiser's.
 
     Raises:
         ValueError: an unknown localiser, a field that it does not have, or none that says how many neurons.
     """
     if removal.where is None:
         return None
-    choice = localiser_of(removal.where, **(fields or {}))(model, facts, seed=seed)
+    choice = localiser_of(removal.where, **removal.where_fields)(model, facts, seed=seed)
     if isinstance(choice, WeightMask):
         return choice
     if removal.fraction is None:
@@ -165,7 +161,6 @@ def carry_out(
     removal: Recipe,
     *,
     out: Path | None = None,
-    where_fields: Mapping[str, Any] | None = None,
     lora: int | None = None,
     seed: int = 0,
     says: Mapping[str, Any] | None = None,
@@ -194,7 +189,7 @@ def carry_out(
     if getattr(removal.remover, "fresh", False):
         notes.append(f"{removal.remover.name} teaches a fresh model; on one that is taught already it is a control")
     begin = time.perf_counter()
-    where = located(model, facts, removal, where_fields, seed=seed)
+    where = located(model, facts, removal, seed=seed)
     pause = None
     with contextlib.nullcontext() if lora is None else adapted(model, rank=lora, seed=seed):
         for pause in removal(model, facts, where, seed=seed):  # noqa: B007 (the last one is what counts)
@@ -274,6 +269,7 @@ def fields_of(removal: Recipe) -> dict[str, Any]:
         **({"wrapper": getattr(step, "name", "")} | step.model_dump(mode="json") if isinstance(step, Method) else {}),
         **(removal.how.model_dump(mode="json") if removal.how else {}),
         "where": removal.where, "fraction": removal.fraction,
+        **({"where_fields": dict(removal.where_fields)} if removal.where_fields else {}),
     }  # fmt: skip
 
 
@@ -308,20 +304,16 @@ def _write(subject: Subject, removal: Recipe, done: Removed, says: Mapping[str, 
         write_whole(work / MANIFEST, as_json(manifest))
 
 
-def fields_from(sets: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of `KEY=VALUE` strings the fields of a remover and, behind `where.`, of a localiser.
+def fields_from(sets: Sequence[str]) -> dict[str, Any]:
+    """Of `KEY=VALUE` strings the fields of a recipe.
 
     Raises:
         ValueError: a string that is not so.
     """
-    own: dict[str, Any] = {}
-    of_where: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for text in sets:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not key:
             raise ValueError(f"--set {text!r}: write key=value, such as lr=1e-4, or where.site=resid")
-        prefix, dot, rest = key.partition(".")
-        if dot and (prefix != "where" or not rest or "." in rest):
-            raise ValueError(f"--set {text!r}: fields of the localiser are where.KEY, all others have no dot")
-        (of_where if dot else own)[rest if dot else key] = value_of(value)
-    return own, of_where
+        fields[key] = value_of(value)
+    return fields

@@ -70,19 +70,25 @@ class Run:
         return pd.concat([t.to_dataframe() for arm in self.arms.values() for t in arm], ignore_index=True)
 
     def to_xarray(self) -> Any:
-        """All arms' `Trajectory.to_xarray` along the axes `arm` and `seed`."""
+        """All arms' `Trajectory.to_xarray` along the axes `arm` and `seed`; NaN at stages that an arm does not have."""
         import xarray as xr
 
+        stages = self._stages()
         arms = [
-            xr.concat([t.to_xarray().drop_attrs() for t in arm], dim="seed").assign_coords(seed=[t.seed for t in arm])
+            xr.concat([t.to_xarray().drop_attrs() for t in arm], dim="seed")
+            .assign_coords(seed=[t.seed for t in arm])
+            .reindex(stage=stages)
             for arm in self.arms.values()
         ]
         return xr.concat(arms, dim="arm").assign_coords(arm=list(self.arms))
 
+    def _stages(self) -> list[str]:
+        """All stages that any arm has."""
+        return list(dict.fromkeys(stage for arms in self.arms.values() for stage in arms[0].stages))
+
     def _repr_html_(self) -> str:
         """The concept's score by arm and stage, means over seeds."""
-        stages = list(dict.fromkeys(stage for arms in self.arms.values() for stage in arms[0].stages))
-        rows = []
+        stages, rows = self._stages(), []
         for name, arms in self.arms.items():
             shown = {s: sum(arm[s].scores.shown(self.label) for arm in arms) / len(arms) for s in arms[0].stages}
             rows.append([name, len(arms), *(f"{shown[s]:.3f}" if s in shown else "" for s in stages)])

@@ -267,8 +267,9 @@ class Experiment(Method):
     )
     arms: tuple[ArmName, ...] = Field(
         default=ARMS, min_length=1,
-        description="concept: its neurons are pruned; other: those of another label, as many; random: drawn, as many; "
-        "unpruned: none; never: pruned as the concept arm, but fine-tuned without the concept's label",
+        description="concept: its neurons are pruned; other: those of another label, as many, and nothing is trained; "
+        "random: drawn, as many; unpruned: none; never: pruned as the concept arm, but fine-tuned without the "
+        "concept's label",
     )  # fmt: skip
     never: Literal["absent", "outside"] = Field(
         default="absent",
@@ -451,7 +452,7 @@ class Experiment(Method):
         """The settings as a TOML file that `relearn-lens run` takes."""
         import tomli_w
 
-        return tomli_w.dumps(_none_as_text(self.model_dump(mode="json")))
+        return tomli_w.dumps(none_as_text(self.model_dump(mode="json")))
 
 
 PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
@@ -525,9 +526,9 @@ OPTIONAL = frozenset(
 """The settings, by key, that may be none."""
 
 
-def _none_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
+def none_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
     """TOML has no null: None is written as "none", as on the command line."""
-    return {k: _none_as_text(v) if isinstance(v, Mapping) else "none" if v is None else v for k, v in values.items()}
+    return {k: none_as_text(v) if isinstance(v, Mapping) else "none" if v is None else v for k, v in values.items()}
 
 
 _RIVALS = {"epochs": ("steps",), "every": ("steps",), "steps": ("epochs", "every")}

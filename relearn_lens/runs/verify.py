@@ -6,7 +6,6 @@ A finished run's manifest holds the hash of every file beside it (`outputs`), of
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from relearn_lens import sources
-from relearn_lens.files import LOCK, plain
+from relearn_lens.files import LOCK, plain, sha256_of
 
 MANIFEST, SEAL = "manifest.json", "seal"
 ROLES = ("model", "corpus", "probe_corpus")
@@ -51,7 +50,7 @@ def hashes_of(folder: str | Path) -> dict[str, str]:
 def seal_of(manifest: Mapping[str, Any]) -> str:
     """sha256 of what a manifest says, its own seal left out."""
     sealed = {key: value for key, value in plain(dict(manifest)).items() if key != SEAL}
-    return hashlib.sha256(json.dumps(sealed, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return sha256_of(json.dumps(sealed, sort_keys=True, ensure_ascii=False))
 
 
 def check_same_inputs(manifests: Mapping[str, Mapping[str, Any]]) -> None:
@@ -161,7 +160,7 @@ def _inputs(manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[
         if not isinstance(name, str) or not mine:
             continue
         say(name)
-        place = sources.place_of(name) if name in sources.SOURCES else _path(role, name)
+        place = sources.place_of(name) if name in sources.SOURCES else path_of(role, name)
         if place is None or not place.exists():
             says = f"{role} {name!r} is not on this machine, so it was not compared"
             yield Finding(f"{role}:{name}", "unknown", says)
@@ -175,7 +174,7 @@ def _inputs(manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[
                 yield Finding(key, "changed", f"input {key} in {str(place)!r} is not what the run began with")
 
 
-def _path(role: str, name: str) -> Path | None:
+def path_of(role: str, name: str) -> Path | None:
     """Where an input lies, if its name is a path."""
     text = name if role == "model" else name.partition(":")[2]
     return Path(text).expanduser() if text else None

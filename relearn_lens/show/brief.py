@@ -9,7 +9,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from rich.text import Text
@@ -17,7 +16,7 @@ from rich.text import Text
 from relearn_lens.analysis import questions
 from relearn_lens.analysis.intervals import FEWEST_SEEDS
 from relearn_lens.analysis.questions import Question
-from relearn_lens.analysis.recovery import name_of
+from relearn_lens.analysis.recovery import name_of, retraining_stages
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.grafting import CUT, Grafts
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
@@ -25,7 +24,8 @@ from relearn_lens.runs.answers import curve, heirs, outcome
 from relearn_lens.runs.events import BACK
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.show.plots.style import ARM_COLOURS, VERDICT_COLOURS, measured_by
+from relearn_lens.show.plots.style import ARM_COLOURS, VERDICT_COLOURS, arm_of, clipped, measured_by, short_name
+from relearn_lens.show.plots.style import seeds as seeds_in_words
 from relearn_lens.text.corpus import printable
 
 WIDTH = 80
@@ -56,10 +56,10 @@ def brief(run: Run, report: str | None = None) -> list[Text]:
     At most `MOST` lines: where it would be more, the numbers in brackets are left to the page, then the neuron.
     """
     table = [headline(run), header(run), *rows(run)]
-    found, rest = answered(run), _rest(run, report)
-    lines = [line for answer in found for line in _answer(answer, whole=True)]
+    answers, rest = answered(run), _rest(run, report)
+    lines = [line for answer in answers for line in _answer(answer, whole=True)]
     if len(table) + len(lines) + len(rest) > MOST:
-        lines = [line for answer in found for line in _answer(answer, whole=False)]
+        lines = [line for answer in answers for line in _answer(answer, whole=False)]
     if len(table) + len(lines) + len(rest) > MOST:
         rest = [line for line in rest if not line.plain.startswith("now")]
     return [*table, *lines, *rest]
@@ -79,20 +79,20 @@ def _rest(run: Run, report: str | None) -> list[Text]:
         lines += _entry("held", held(run))
     if now := took_over(run):
         lines.append(now)
-    if (n := len(told_of(run))) < FEWEST_SEEDS:
+    if (n := len(arm_of(run))) < FEWEST_SEEDS:
         lines += _entry("seeds", f"{n}, so these are numbers and no verdicts: those need {FEWEST_SEEDS}")
     return lines + (_reading_on(run, report) if report else [])
 
 
 def headline(run: Run) -> Text:
     """What was cut out of which model, on which text."""
-    paths = told_of(run)
+    paths = arm_of(run)
     how, site = run.experiment, paths[0].site
     cut = sorted({0 if path.removed is None else len(path.removed) for path in paths})
     many = f"{cut[0]:,}" if len(cut) == 1 else f"{cut[0]:,} to {cut[-1]:,}"
-    text = f"{name_of(paths[0])} in {_short(how.model)} · {_short(how.corpus)} · {site.name} · "
-    text += f"{many} of {site.n_neurons:,} neurons cut · {_seeds(len(paths))}"
-    return Text(_clipped(text), style="bold")
+    text = f"{name_of(paths[0])} in {short_name(how.model)} · {short_name(how.corpus)} · {site.name} · "
+    text += f"{many} of {site.n_neurons:,} neurons cut · {seeds_in_words(len(paths))}"
+    return Text(clipped(text, WIDTH), style="bold")
 
 
 def sentence(run: Run) -> str:
@@ -124,24 +124,24 @@ def sentence(run: Run) -> str:
 
 def header(run: Run) -> Text:
     """The head of the table of scores."""
-    paths = told_of(run)
+    paths = arm_of(run)
     return head(f"{_unit(paths)} of {name_of(paths[0])}", paths[0].stages, _by(paths))
 
 
 def head(what: str, stages: Sequence[str], by: str) -> Text:
     """The head of a table of scores by stage."""
     named = ["cut" if stage == PRUNED else stage for stage in _shown_stages(stages)]
-    return Text(f"{_clipped(what, _NAME - 1):<{_NAME}}" + "".join(f"{name:>5}" for name in named) + f" {by}")
+    return Text(f"{clipped(what, _NAME - 1):<{_NAME}}" + "".join(f"{name:>5}" for name in named) + f" {by}")
 
 
 def rows(run: Run) -> list[Text]:
     """The concept's score in every arm, means over seeds."""
-    stages = _shown_stages(told_of(run)[0].stages)
+    stages = _shown_stages(arm_of(run)[0].stages)
     table = {
         name: {s: _value([path[s].scores for path in paths], run.label) for s in stages if s in paths[0].stages}
         for name, paths in run.arms.items()
     }
-    scale = _scale(table, told_of(run)[0][BASE].scores.metric)
+    scale = _scale(table, arm_of(run)[0][BASE].scores.metric)
     return [row(_arm(name, run.manifest.get("other")), name, values, stages, scale) for name, values in table.items()]
 
 
@@ -150,7 +150,7 @@ def row(
 ) -> Text:
     """An arm's scores as far as they are known, and a small picture of them."""
     text = Text()
-    text.append(f"{_clipped(title, _NAME - 1):<{_NAME}}", style=f"bold {ARM_COLOURS.get(arm, '')}".strip())
+    text.append(f"{clipped(title, _NAME - 1):<{_NAME}}", style=f"bold {ARM_COLOURS.get(arm, '')}".strip())
     text.append("".join(f"{number(values[s]) if s in values else '':>5}" for s in stages))
     known = [values[s] for s in stages if s in values]
     text.append("   " + spark(known, *scale), style=ARM_COLOURS.get(arm, ""))
@@ -226,7 +226,7 @@ def never_back(run: Run) -> str:
     """The labels that a cut took and that training did not bring back; empty where there are none."""
     labels = []
     for name, paths in run.arms.items():
-        if name == "never" or _unit(paths) != "F1":
+        if name == "never" or _unit(paths) != "F1" or not retraining_stages(paths[0]):
             continue
         last = paths[0].stages[-1]
         for label in paths[0][BASE].scores.labels:
@@ -279,7 +279,8 @@ def _gone(run: Run, decides: str) -> str | None:
         text += f", {other} {_mean(paths, BASE, run, other)} → {_mean(paths, PRUNED, run, other)}"
     draws = [scores for damage in run.damage for scores in damage.random.get("layers", ())]
     if draws:
-        text += f"; {len(draws)} random cuts leave {number(_value(draws, run.label))}"
+        cuts = "a random cut leaves" if len(draws) == 1 else f"{len(draws)} random cuts leave"
+        text += f"; {cuts} {number(_value(draws, run.label))}"
     return text + (f" (margin: {decides})" if decides else "")
 
 
@@ -295,19 +296,24 @@ def _back(run: Run, decides: str) -> str | None:
     if not np.isfinite(shares).all():
         return f"{_mean(paths, PRUNED, run)} → {_mean(paths, last, run)} at {by[:-1]} {last}; there was nothing to lose"
     share = decides or _percent(np.mean(shares))
-    half = _steps(paths, paths, run)
-    when = "it never fell to half" if half == "0" else f"half in {half} {by}"
-    return f"{share} of the margin at {by[:-1]} {last}; {when}"
+    return f"{share} of the margin at {by[:-1]} {last}; {_half(paths, run)}"
 
 
 def _sooner(run: Run, _: str) -> str | None:
     if "never" not in run.arms:
         return None
-    paths = run.arms["concept"]
-    return (
-        f"half in {_steps(paths, paths, run)} {_by(paths)}, {_steps(run.arms['never'], paths, run)} in a model that "
-        f"never had {_had(run)}"
-    )
+    paths, twins = run.arms["concept"], run.arms["never"]
+    twin = _steps(twins, paths, run)
+    ours, never = _half(paths, run), f"a model that never had {_had(run)}"
+    if twin == "0":  # the margin of both is measured against the base's
+        return f"{ours}; nor did {never}" if ours.startswith("it ") else f"{ours}; {never} is not below half"
+    return f"{ours}, {twin} in {never}"
+
+
+def _half(paths: Sequence[Trajectory], run: Run) -> str:
+    """When half of the margin was there again."""
+    half = _steps(paths, paths, run)
+    return "it never fell to half" if half == "0" else f"half in {half} {_by(paths)}"
 
 
 def _sits(run: Run, which: int, verdict: str) -> str | None:
@@ -384,7 +390,7 @@ def _heirs(run: Run, which: str) -> str | None:
         return None
     shown = ", ".join([number(means.pop("concept")), *(f"{name} {number(value)}" for name, value in means.items())])
     what = "nearness before and gain correlate by" if which == "primed" else "heirs that mix:"
-    return f"{what} {shown}" + ("" if len(seeds) == len(run.arms["concept"]) else f" ({_seeds(len(seeds))})")
+    return f"{what} {shown}" + ("" if len(seeds) == len(run.arms["concept"]) else f" ({seeds_in_words(len(seeds))})")
 
 
 def _grafts(run: Run, which: int) -> list[Grafts]:
@@ -478,11 +484,6 @@ def _percent(share: float | np.floating) -> str:
     return f"{100 * share:.0f} %"
 
 
-def told_of(run: Run) -> list[Trajectory]:
-    """The arm that is told of, by seed: the concept's where there is one."""
-    return run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
-
-
 def _value(scores: Iterable[Scores], label: Label) -> float:
     return float(np.mean([each.shown(label) for each in scores]))
 
@@ -523,16 +524,3 @@ def _shown_stages(stages: Sequence[str]) -> list[str]:
     if len(stages) <= room:
         return list(stages)
     return [stages[k] for k in sorted({0, 1, *np.linspace(2, len(stages) - 1, room - 2).round().astype(int).tolist()})]
-
-
-def _short(name: str) -> str:
-    kind, colon, path = name.rpartition(":")
-    return f"{kind}{colon}{Path(path).name}" if "/" in path and Path(path).is_absolute() else name
-
-
-def _seeds(n: int) -> str:
-    return f"{n} seed{'s' * (n != 1)}"
-
-
-def _clipped(text: str, width: int = WIDTH) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -6,7 +6,7 @@ Plain text, written from the same results as the figures; no sentence says more 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,14 @@ def recovery(run: Run) -> str:
     others = [other for other in run.arms if other != name]
     if not others:
         return f"{text} There is no control arm in this run, so this is not evidence about the concept's neurons."
+    still = [other for other in others if last not in run.arms[other][0].stages]
+    if still:
+        beside = ", ".join(f"{_shown(run, other, PRUNED)} in the {other} arm" for other in still)
+        text += f" After pruning it was {beside}, which is not trained on."
+    if not (trained := [other for other in others if other not in still]):
+        return text
     beside = "; ".join(
-        f"in the {other} arm {_shown(run, other, PRUNED)} and {_shown(run, other, last)}" for other in others
+        f"in the {other} arm {_shown(run, other, PRUNED)} and {_shown(run, other, last)}" for other in trained
     )
     text += f" At the same two later stages it was, {beside}"
     if "random" not in others:
@@ -79,7 +85,7 @@ def layer_map(run: Run, against: str | None = None) -> str:
         return _difference(run, name, against)
     last = run.arms[name][0].stages[-1]
     layers = run.arms[name][0].site.layers
-    change = {each: _change(arms, arms[0].stages[-1]) for each, arms in run.arms.items()}
+    change = {each: _change(arms, last) for each, arms in run.arms.items() if last in arms[0].stages}
     mine = change[name]
     if not np.isfinite(mine).any():
         return f"In the {name} arm no layer has survivors on both sides. There is nothing to compare."
@@ -92,16 +98,16 @@ def layer_map(run: Run, against: str | None = None) -> str:
 
 
 def _difference(run: Run, name: str, against: str) -> str:
-    by_arm = {}
+    by_arm, last = {}, run.arms[name][0].stages[-1]
     for each, arms in run.arms.items():
-        if each == against:
+        if each == against or last not in arms[0].stages:
             continue
         gaps = []
         for arm, twin in zip(arms, run.arms[against], strict=True):
-            here, there = (side[arm.stages[-1]].saliency.by_rank(arm.matched()).nanmean(1) for side in (arm, twin))
+            here, there = (side[last].saliency.by_rank(arm.matched()).nanmean(1) for side in (arm, twin))
             gaps.append((here - there).numpy())
         by_arm[each] = np.mean(gaps, axis=0)
-    last, layers = run.arms[name][0].stages[-1], run.arms[name][0].site.layers
+    layers = run.arms[name][0].site.layers
     if not np.isfinite(by_arm[name]).any():
         return f"In the {name} arm no layer has survivors. There is nothing to compare."
     most = int(np.nanargmax(np.abs(by_arm[name])))
@@ -171,14 +177,18 @@ def attribution(run: Run) -> str:
     parts, errors = [], []
     for each, arms in run.arms.items():
         for stage in ([BASE] if each == name else []) + [arms[0].stages[-1]]:
-            known = [found for arm in arms if (found := arm[stage].attribution) is not None]
+            known = [attributed for arm in arms if (attributed := arm[stage].attribution) is not None]
             if not known:
                 continue
-            share = np.mean([migration.layer_share(found.saliency()) for found in known], axis=0)
+            share = np.mean([migration.layer_share(attributed.saliency()) for attributed in known], axis=0)
             most = int(np.nanargmax(share))
             where = "at base" if stage == BASE else f"in the {each} arm at stage {stage}"
             parts.append(f"{where} layer {layers[most]} ({share[most]:.0%})")
-            errors += [float((found.delta / found.change).abs().max()) for found in known if found.is_cut_set]
+            errors += [
+                float((attributed.delta / attributed.change).abs().max())
+                for attributed in known
+                if attributed.is_cut_set
+            ]
     alone = "" if len(run.arms) > 1 else ", and there is no control arm"
     text = f"The summed attribution is largest {', '.join(parts)}; an even share is {1 / len(layers):.0%}{alone}."
     if not errors:
@@ -205,8 +215,7 @@ def flow(run: Run) -> str:
         f"layer after ({1 / n:.0%} if matches fell anywhere), and {above:.0%} of all matches are better than 95% of "
         "those by chance."
     )
-    beside = " and ".join(f"{value:.0%} in the {each} arm" for each, value in stayed.items() if each != name)
-    return f"{text} It is {beside}." if beside else f"{text} There is no control arm."
+    return f"{text} {_controls(stayed, name, '.0%')}"
 
 
 def saliency_against_similarity(run: Run) -> str:
@@ -222,8 +231,12 @@ def saliency_against_similarity(run: Run) -> str:
         f"correlation of {rho[name]:+.2f}: salient neurons mean {'less' if rho[name] < 0 else 'no less'} of what "
         "they meant."
     )
-    beside = " and ".join(f"{value:+.2f} in the {each} arm" for each, value in rho.items() if each != name)
-    return f"{text} It is {beside}." if beside else f"{text} There is no control arm."
+    return f"{text} {_controls(rho, name, '+.2f')}"
+
+
+def _controls(by_arm: Mapping[str, float], name: str, form: str) -> str:
+    beside = " and ".join(f"{value:{form}} in the {each} arm" for each, value in by_arm.items() if each != name)
+    return f"It is {beside}." if beside else "There is no control arm."
 
 
 def _correlation(arm: Trajectory) -> float | None:

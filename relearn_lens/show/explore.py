@@ -22,6 +22,7 @@ from torch import Tensor
 
 from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, encoded_for
 from relearn_lens.neurons.sites import Neurons, Site, site_of
@@ -135,7 +136,7 @@ def _number(value: float) -> float | None:
 
 def _graft_values(run: Run, layers: Sequence[str]) -> dict[str, str]:
     """By layer, what the grafts of its part gave at the last stage, in words."""
-    told: dict[str, str] = {}
+    by_layer: dict[str, str] = {}
     for grafted in run.grafted[:1]:
         for stage, made in list(grafted.stages.items())[-1:]:
             for part in made.parts:
@@ -148,8 +149,8 @@ def _graft_values(run: Run, layers: Sequence[str]) -> dict[str, str]:
                 if enough.refused:
                     text = f"{part}: {enough.refused}"
                 for layer in _layers_of(part, layers):
-                    told[layer] = f"{told[layer]}; {text}" if layer in told else text
-    return told
+                    by_layer[layer] = f"{by_layer[layer]}; {text}" if layer in by_layer else text
+    return by_layer
 
 
 def _layers_of(part: str, layers: Sequence[str]) -> list[str]:
@@ -181,10 +182,10 @@ def _arm_values(path: Trajectory) -> dict[str, Any]:
             entry["classes"] = list(snapshot.stats.class_names)
             entry["tells"] = _bytes((100 * tells).round().numpy().astype(np.int16))
         if snapshot.guesses is not None:
-            said = snapshot.guesses
+            guesses = snapshot.guesses
             entry["said"] = [
                 [[word, true, list(says)] for word, true, says in zip(*each, strict=True)]
-                for each in zip(said.words, said.true, said.said, strict=True)
+                for each in zip(guesses.words, guesses.true, guesses.said, strict=True)
             ]
         stages[stage] = entry
     return {"stages": stages, "vocab": list(vocab)}
@@ -226,7 +227,7 @@ def examples(
     site: str | Site = "resid",
     k: int = 6,
     around: int = 5,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
     """The `k` sentences in which a neuron is farthest from its mean, as `plots.neuron_card(examples=...)` takes them.
 

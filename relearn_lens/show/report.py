@@ -21,7 +21,7 @@ from relearn_lens.measure.tracking import BASE, PRUNED
 from relearn_lens.runs import presets, verify
 from relearn_lens.runs.results import Run
 from relearn_lens.show import brief, captions, plots
-from relearn_lens.show.plots.style import VERDICT_COLOURS, measured_by
+from relearn_lens.show.plots.style import VERDICT_COLOURS, arm_of, measured_by
 from relearn_lens.show.tables import (
     CORRECTED,
     Table,
@@ -78,7 +78,7 @@ def render(run: Run) -> str:
     tables: dict[str, Table | None] = {
         "f1": score_rows(run),
         # Of stages that are steps, the questions say it in steps.
-        "speeds": speed_rows(run) if measured_by(brief.told_of(run)) == "epochs" else None,
+        "speeds": speed_rows(run) if measured_by(arm_of(run)) == "epochs" else None,
         "layers": layer_rows(run),
         "agreement": agreement_rows(run),
         "attribution": attribution_rows(run),
@@ -176,8 +176,8 @@ class Read(NamedTuple):
 
 def _reading(run: Run) -> Read | None:
     """A few held-out sentences as the concept arm's first seed reads them; None where they were not kept."""
-    path = brief.told_of(run)[0]
-    known = {stage: said for stage in path.stages if (said := path[stage].guesses) is not None}
+    path = arm_of(run)[0]
+    known = {stage: guesses for stage in path.stages if (guesses := path[stage].guesses) is not None}
     if not known:
         return None
     stages, by_stage = list(known), list(known.values())
@@ -187,15 +187,15 @@ def _reading(run: Run) -> Read | None:
     for i, words in enumerate(by_stage[0].words):
         line = []
         for k, (text, true) in enumerate(zip(words, by_stage[0].true[i], strict=True)):
-            said = [each.said[i][k] for each in by_stage]
+            guesses = [each.said[i][k] for each in by_stage]
             kind = "concept" if true in names else "other" if true != OUTSIDE else ""
             if run.experiment.task == "tag":
-                labels = [each[0] if each else OUTSIDE for each in said]
+                labels = [each[0] if each else OUTSIDE for each in guesses]
                 shown = kind or any(each != OUTSIDE for each in labels)
                 right = [each == true for each in labels] if shown else []
                 line.append(Word(text, kind, right, "; ".join(f"{s}: {t}" for s, t in zip(named, labels, strict=True))))
             else:
-                line.append(Word(text, kind if any(said) else "", [], ""))
+                line.append(Word(text, kind if any(guesses) else "", [], ""))
         sentences.append(line)
         at = next((k for k, true in enumerate(by_stage[0].true[i]) if true in names and by_stage[0].said[i][k]), None)
         if run.experiment.task != "tag" and at is not None:
@@ -244,7 +244,7 @@ CARDS = 8
 
 def _cards(run: Run) -> list[Card]:
     """The neurons that carry the concept at the end, and some that were cut, at the words of the kept sentences."""
-    path = brief.told_of(run)[0]
+    path = arm_of(run)[0]
     kept, last = path.examples, path.stages[-1]
     if kept is None:
         return []
@@ -502,7 +502,7 @@ def _scores_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
             for run in runs:
                 arms = run.arms.get(arm, [])
                 stage = arms[0].stages[-1] if arms and what == "last" else what
-                there = arms and all(stage in each.stages for each in arms)
+                there = arms and all(stage in each.stages for each in arms) and (what, stage) != ("last", PRUNED)
                 cells.append(_told([each[stage].scores for each in arms], run) if there else "")
             rows.append([arm, f"{what} stage", *cells])
     over = [f"{name}: {_scores_of(run).metric} of {name_of(next(iter(run.arms.values()))[0])}"

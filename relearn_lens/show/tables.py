@@ -145,9 +145,9 @@ def speed_rows(run: Run) -> Table:
     """Epochs until each arm has a share of its base F1 again."""
     rows = []
     for name, arms in run.arms.items():
-        if arms[0].removed is None:
+        speeds = run.numbers.speeds.get(name)
+        if arms[0].removed is None or speeds is None:
             continue
-        speeds = run.numbers.speeds[name]
         area = "within noise" if speeds.area is None else _interval(speeds.area)
         rows.append([name, *(_interval(when.epochs) or "not reached" for when in speeds.reached.values()), area])
     shares = [f"epochs to {share:.0%}" for share in recovery.SHARES]

@@ -18,6 +18,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
+from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.text.corpus import Corpus, Strings, one_of
 
 LongSentences = Literal["split", "truncate", "error"]
@@ -126,6 +127,11 @@ class Encoded:
         return there if self.reading == "word" else np.setdiff1d(there, self.word_of[self.piece_start[:-1]])
 
     @property
+    def vocabulary(self) -> Int[np.ndarray, " id"]:
+        """Every id that a batch can hold, once, in order."""
+        return np.unique(np.append(self.ids, [*self.prefix, *self.suffix, self.pad])).astype(np.int64)
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of all pieces, special tokens included."""
         return int(self.lengths.sum())
@@ -187,7 +193,7 @@ class Encoded:
             pieces=torch.from_numpy(np.asarray(pieces, dtype=np.int64)),
         )
 
-    def cuts(self, *, max_tokens: int = 4096) -> list[Int[np.ndarray, " piece"]]:
+    def cuts(self, *, max_tokens: int = MAX_TOKENS) -> list[Int[np.ndarray, " piece"]]:
         """The pieces of each batch: every piece once, longest first, at most so many tokens (padding counted) a batch.
 
         Longest first: the batch that needs the most memory comes first, so it fails early or not at all.
@@ -201,7 +207,7 @@ class Encoded:
             i += size
         return groups
 
-    def batches(self, *, max_tokens: int = 4096) -> Iterator[Batch]:
+    def batches(self, *, max_tokens: int = MAX_TOKENS) -> Iterator[Batch]:
         """The batches of `cuts`."""
         return map(self.batch, self.cuts(max_tokens=max_tokens))
 

@@ -13,12 +13,12 @@ from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.measure.tracking import Trajectory, measure
 from relearn_lens.models import toy as toy_module
 from relearn_lens.neurons.sites import Neurons, random_neurons, site_of
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import ablated, held, prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded, encode
 from tests.benchmarks.false_alarms import LEVEL, rates
-from tests.conftest import Untouched
+from tests.fixtures import Untouched
 
 PLACE = Concept("place", ("place",))
 SITE = "mlp_post"

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from relearn_lens.__main__ import app
 from relearn_lens.bench import audit as module
-from relearn_lens.bench.audit import audit, framing, lines
+from relearn_lens.bench.audit import audit, framing
+from relearn_lens.bench.audit_page import lines
 from relearn_lens.methods import Training
 from relearn_lens.models import taught
 from relearn_lens.models.export import export

@@ -34,7 +34,7 @@ from relearn_lens.models import toy
 from relearn_lens.models.model import Tagger
 from relearn_lens.models.training import finetune_
 from relearn_lens.neurons.sites import Neurons, random_neurons
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import ablated, prune_
 from relearn_lens.runs.events import Base
 from relearn_lens.text.concept import Concept, label_shuffles

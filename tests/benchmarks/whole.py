@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 from relearn_lens import sources
 from relearn_lens.models.training import finetune_
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.runs.events import Prepared
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.preparation import prepare

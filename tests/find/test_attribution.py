@@ -25,7 +25,7 @@ from relearn_lens.neurons.streaming import class_stats
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
-from tests.conftest import LABELS, Untouched, ticks, unchecked
+from tests.fixtures import LABELS, Untouched, ticks, unchecked
 from tests.neurons.test_sites import decoder
 
 PLACE = Concept("place", labels=("LOC",))
@@ -395,10 +395,10 @@ def test_the_plan_counts_passes_and_tokens(bert_model, corpus, form, max_memory)
 
 
 def test_the_plan_is_one_sentence():
-    plan = Plan(16, 1200, 3, 500, 2**20, 2**29, 2**29, 51, 48, 99)
+    plan = Plan(16, 1200, 3, 500, 2**29, 2**29, 51, 48, 99)
     said = "1,200 pieces at 16 steps in 3 chunks of at most 500: 51 forward and 48 backward passes, about 512 MiB"
     assert str(plan) == said
-    tight = Plan(16, 1200, 3, 500, 2**20, 2**29, 2**28, 51, 48, 99)
+    tight = Plan(16, 1200, 3, 500, 2**29, 2**28, 51, 48, 99)
     assert str(tight) == said + ", above the 256 asked for: one piece needs that much"
 
 

@@ -13,7 +13,7 @@ from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import WordDraw, WordSample, stream
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import encode
-from tests.conftest import Untouched, unchecked
+from tests.fixtures import Untouched, unchecked
 
 CARRIES = torch.tensor([False, True])
 QUICK = {"ks": (1, 4), "n_shuffles": 2, "n_random": 1}

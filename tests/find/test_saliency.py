@@ -37,7 +37,7 @@ from relearn_lens.neurons.streaming import BinCounts, ClassStats, ClassSums, Wor
 from relearn_lens.text.concept import Classes, Concept
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Batch, encode
-from tests.conftest import LABELS, Untouched, sentences_of, ticks, unchecked
+from tests.fixtures import LABELS, Untouched, sentences_of, ticks, unchecked
 
 PLACE = Concept("place", labels=("LOC",))
 
@@ -434,10 +434,10 @@ def test_auroc_of_a_small_text_is_that_of_its_words_and_of_a_large_one_bounded(
     how: Any = {"site": place, "max_tokens": 60}
     with untouched(bert_model):
         small, large = (
-            gather(bert_model, encoded, classes, ["words"], max_memory=most, **how)
+            gather(bert_model, encoded, classes, ["words"], max_memory=most / 2**20, **how)
             for most in (bytes_of_all, bytes_of_all - 1)
         )
-        many = score_many(bert_model, encoded, PLACE, classes, ["auroc"], max_memory=bytes_of_all, **how)
+        many = score_many(bert_model, encoded, PLACE, classes, ["auroc"], max_memory=bytes_of_all / 2**20, **how)
     assert small.words is not None
     assert large.histograms is not None
     assert (small.histograms, large.words) == (None, None)

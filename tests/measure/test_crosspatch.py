@@ -15,7 +15,7 @@ from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.text.facts import Facts, Passage
-from tests.conftest import VOCAB
+from tests.fixtures import VOCAB
 from tests.made import MOVED, looked_up
 from tests.neurons.test_sites import decoder
 

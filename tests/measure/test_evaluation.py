@@ -19,7 +19,7 @@ from relearn_lens.models.model import Tagger, reading, tags_of
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
-from tests.conftest import ticks
+from tests.fixtures import ticks
 
 LABELS = ("O", "A", "B", "never")
 TAGS = tags_of(LABELS)

@@ -1,7 +1,6 @@
 """Planted returns are named and nothing else is; a graft is what loading the mixed weights gives; all is put back."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from relearn_lens.models.model import Model, reading
 from relearn_lens.neurons.sites import Neurons, random_neurons, site_of
 from relearn_lens.neurons.weights import WeightMask, parts
 from relearn_lens.remove.ablation import prune_
-from tests.conftest import Untouched
-from tests.families import IDS, MASK, small_tagger
+from tests.families import IDS, MASK, lent_tagger
+from tests.fixtures import Untouched
 from tests.returns import (
     Return,
     blocks_that,
@@ -141,8 +140,8 @@ def test_a_control_adds_a_change_and_leaves_the_cut_alone(late, untouched: Untou
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "native"])
-def test_a_graft_is_what_the_mixed_weights_give(kind, tmp_path: Path, untouched: Untouched):
-    model: Any = small_tagger(kind, tmp_path)
+def test_a_graft_is_what_the_mixed_weights_give(kind, untouched: Untouched):
+    model: Any = lent_tagger(kind)
     generator = torch.Generator().manual_seed(0)
     cut = WeightMask.of(model, random_neurons(like=_third(model), seed=0))
     before = copied(model)

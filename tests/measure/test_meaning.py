@@ -22,8 +22,8 @@ from relearn_lens.neurons.streaming import ClassStats, ClassSums, stream
 from relearn_lens.text.concept import Classes, Concept, label_shuffles
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import encode
-from tests.conftest import Untouched, sentences_of, unchecked
 from tests.find.test_saliency import site
+from tests.fixtures import Untouched, sentences_of, unchecked
 
 NAN = float("nan")
 VECTORS = {"Rome": [1.0, 0.0], "Paris": [1.0, 1.0], "Isaac": [0.0, 2.0], "Adam": [-1.0, 0.0], ".": [5.0, 5.0]}

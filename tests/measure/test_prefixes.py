@@ -1,6 +1,5 @@
 """What comes before the first changed block is given back, to the bit, and only where it is the same."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ from relearn_lens.models.model import reading
 from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.ablation import ablated
-from tests.conftest import Untouched
-from tests.families import IDS, KINDS, MASK, small_tagger
+from tests.families import IDS, KINDS, MASK, lent_tagger
+from tests.fixtures import Untouched
 
 PLENTY = 2**30
 
@@ -44,8 +43,8 @@ class _Calls:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reading_from_a_block_on_is_a_whole_reading(kind, tmp_path: Path, untouched: Untouched):
-    model: Any = small_tagger(kind, tmp_path)
+def test_a_reading_from_a_block_on_is_a_whole_reading(kind, untouched: Untouched):
+    model: Any = lent_tagger(kind)
     with untouched(model, weights=False):
         with recorded(model, max_bytes=PLENTY) as states:
             _logits(model)

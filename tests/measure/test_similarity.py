@@ -25,8 +25,8 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Encoded
-from tests.conftest import PIECES, Untouched, sentences_of, ticks
 from tests.find.test_saliency import site, slow_words
+from tests.fixtures import PIECES, Untouched, sentences_of, ticks
 
 PLACE = Concept("place", labels=("LOC",))
 CPU = torch.device("cpu")

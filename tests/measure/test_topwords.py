@@ -16,8 +16,8 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
-from tests.conftest import CONTEXT, D_MLP, D_MODEL, N_LAYERS, Untouched, sentences_of, ticks
 from tests.find.test_saliency import slow_words
+from tests.fixtures import CONTEXT, D_MLP, D_MODEL, N_LAYERS, Untouched, sentences_of, ticks
 
 PLACE = Concept("place", labels=("LOC",))
 

@@ -15,11 +15,11 @@ from relearn_lens.methods import Measuring
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, random_neurons, site_of
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from tests.analysis.test_story import scores_of, snapshot_of, trajectory
-from tests.conftest import unchecked
+from tests.fixtures import unchecked
 
 PLACE = Concept("place")
 

@@ -12,7 +12,7 @@ import torch
 
 from relearn_lens.measure.vectors import input_embeddings, keyed_vectors, look_up, vectors_from_file
 from relearn_lens.models.toy import PLACES
-from tests.conftest import Untouched, unchecked
+from tests.fixtures import Untouched, unchecked
 
 ROWS = {"rome": [1.0, 0.0, 2.0], "paris": [0.5, -1.0, 0.25], "old": [0.0, 3.0, 0.0]}
 

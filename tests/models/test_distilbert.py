@@ -8,15 +8,16 @@ from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger, hidden, reading
 from relearn_lens.neurons.sites import SITES, Neurons, site_of, streaming
 from relearn_lens.remove.ablation import ablated, prune_
-from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
+from tests.fixtures import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB
+from tests.made import Pool
 
 IDS = torch.tensor([[5, 9, 7, 20, 22, 6], [8, 11, 30, 5, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 REAL = MASK.bool()
 
 
-@pytest.fixture(params=["distilbert", "roberta"])
-def folder(request, tmp_path):
+@pytest.fixture(scope="module", params=["distilbert", "roberta"])
+def folder(request, tmp_path_factory):
     """A random encoder of 3 layers in a folder, with the small BERT's words."""
     if request.param == "distilbert":
         config = transformers.DistilBertConfig(
@@ -33,14 +34,20 @@ def folder(request, tmp_path):
         model = transformers.AutoModelForMaskedLM.from_config(config)
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.2)
+    tmp_path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(tmp_path)
     transformers.BertTokenizer(vocab=VOCAB, do_lower_case=True).save_pretrained(tmp_path)
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def taggers(folder) -> Pool[Tagger]:
+    return Pool(lambda: load_tagger(folder, LABELS, device="cpu"))
+
+
 @pytest.fixture
-def tagger(folder) -> Tagger:
-    return warmed(load_tagger(folder, LABELS, device="cpu"))
+def tagger(taggers) -> Tagger:
+    return taggers.lend()()
 
 
 def test_every_layer_and_the_logits_equal_hugging_faces(folder, tagger):

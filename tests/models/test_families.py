@@ -23,8 +23,8 @@ from relearn_lens.neurons.sites import FAMILIES, SITES, Neurons, site_of
 from relearn_lens.neurons.weights import check_prunable
 from relearn_lens.remove.ablation import ablated, prune_
 from relearn_lens.text.concept import Concept
-from tests.conftest import D_MLP, D_MODEL, LABELS, N_LAYERS
 from tests.families import ENCODERS, IDS, KINDS, MASK, REAL, rows, said, small_tagger, some_of
+from tests.fixtures import D_MLP, D_MODEL, LABELS, N_LAYERS
 
 NO_EXPORT = ("native", "modernbert", "gemma3")
 """No class of Hugging Face, or one whose head is more than a linear layer."""

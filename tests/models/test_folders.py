@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from relearn_lens.models import families
 from relearn_lens.models.loading import load_bridge, load_tagger
-from tests.conftest import LABELS, VOCAB
+from tests.fixtures import LABELS, VOCAB
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import transformers
 
 from relearn_lens.models.heads import tags_of, trained_head
 from relearn_lens.models.loading import load_tagger
-from tests.conftest import LABELS, VOCAB
+from tests.fixtures import LABELS, VOCAB
 
 
 def model(names: list[str], folder: Any = None) -> Any:

@@ -7,7 +7,7 @@ from relearn_lens.measure.answers import choose
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.models import ioi
 from relearn_lens.models.taught import Recipe
-from tests.conftest import unchecked
+from tests.fixtures import unchecked
 
 SIZE = {"n_layers": 2, "d_model": 48, "n_heads": 4, "d_mlp": 96}
 SMALL, AGAIN = Recipe(**SIZE, steps=160, lr=6e-3), Recipe(**SIZE, steps=100, lr=3e-3)

@@ -24,12 +24,12 @@ from relearn_lens.models.model import LanguageModel, checkpointed, computing, hi
 from relearn_lens.models.training import finetune_
 from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.neurons.streaming import class_stats
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
-from tests.conftest import LABELS, TEXT, Untouched, sentences_of, unchecked
+from tests.fixtures import LABELS, TEXT, Untouched, sentences_of, unchecked
 from tests.neurons.test_sites import decoder
 
 PLACE = Concept("place", labels=["LOC"])

@@ -26,7 +26,7 @@ from transformers import (
 from relearn_lens.models.loading import load_bridge, load_language_model, load_tagger
 from relearn_lens.models.model import trunk
 from relearn_lens.text.encoding import Encoded
-from tests.conftest import LABELS, Untouched
+from tests.fixtures import LABELS, Untouched
 
 
 @pytest.fixture
@@ -104,6 +104,21 @@ def test_load_tagger_takes_a_dtype(bert_folder, batch):
     tagger = load_tagger(bert_folder, LABELS, dtype=torch.bfloat16)
     assert {p.dtype for p in tagger.parameters()} == {torch.bfloat16}
     assert tagger(batch.ids, batch.mask).dtype == torch.bfloat16
+
+
+def test_norms_give_the_same_to_the_bit_where_they_are_looked_at(bert_folder, batch):
+    tagger = load_tagger(bert_folder, ("O", "place"))
+    with torch.no_grad():
+        want, point = tagger(batch.ids, batch.mask), tagger.bridge.blocks[0].ln1.hook_normalized
+        seen: list[torch.Tensor] = []
+        point.add_hook(lambda value, hook: seen.append(value))
+        assert torch.equal(tagger(batch.ids, batch.mask), want)
+        assert len(seen) == 1
+        point.add_hook(lambda value, hook: value * 2)  # what a hook changes goes on
+        with pytest.warns(UserWarning, match="hook"):
+            assert not torch.equal(tagger(batch.ids, batch.mask), want)
+        point.remove_hooks()
+        assert torch.equal(tagger(batch.ids, batch.mask), want)
 
 
 def test_load_refuses_a_folder_without_config(folder):

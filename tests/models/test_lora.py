@@ -18,29 +18,29 @@ from relearn_lens.models.model import LanguageModel, Model, Tagger, computing
 from relearn_lens.models.toy import language_model
 from relearn_lens.models.toy import load as load_toy
 from relearn_lens.neurons.sites import Neurons, site_of
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import held, prune_
 from relearn_lens.runs.events import ArmDone, Base, Measured, Paused
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.text.concept import Concept
-from tests.conftest import unchecked
-from tests.families import KINDS, small_tagger
-from tests.neurons.test_sites import IDS, MASK, decoder
+from tests.families import KINDS, lent_tagger
+from tests.fixtures import unchecked
+from tests.neurons.test_sites import IDS, MASK
 
 RANK = 3
 ATTENTION = ("attn", "attention", "self_attn")
 
 
 @pytest.fixture(params=KINDS)
-def family(request, tmp_path) -> Tagger:
+def family(request) -> Tagger:
     """One small model of each family."""
-    return small_tagger(request.param, tmp_path)
+    return lent_tagger(request.param)
 
 
 @pytest.fixture(params=["bert", "gpt2", "llama"])
-def tagger(request, tmp_path) -> Tagger:
-    return request.getfixturevalue("bert") if request.param == "bert" else decoder(request.param, tmp_path)
+def tagger(request) -> Tagger:
+    return request.getfixturevalue("bert") if request.param == "bert" else lent_tagger(request.param)
 
 
 def logits(model: Model) -> torch.Tensor:

@@ -11,7 +11,7 @@ from relearn_lens.models import toy as toy_module
 from relearn_lens.models.loading import load_bridge, load_tagger
 from relearn_lens.models.model import Tagger, hidden, n_wrappers, plain_name, reading, tags_of
 from relearn_lens.text.encoding import Encoded, encode
-from tests.conftest import CONTEXT, D_MODEL, LABELS, Untouched
+from tests.fixtures import CONTEXT, D_MODEL, LABELS, Untouched
 
 
 @pytest.fixture

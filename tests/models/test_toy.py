@@ -12,7 +12,7 @@ from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.remove.ablation import ablated
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import encode
-from tests.conftest import Untouched
+from tests.fixtures import Untouched
 
 
 def f1_without(model: toy_module.Toy, members) -> dict[str, float]:

@@ -13,16 +13,20 @@ from relearn_lens import progress
 from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.methods import Retraining
 from relearn_lens.models import toy as toy_module
+from relearn_lens.models import training
 from relearn_lens.models.model import Tagger
 from relearn_lens.models.training import Checkpoint, finetune_, train_
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
+from tests.made import Pool
+
+TAGGERS = Pool(toy_module.tagger)
 
 
 @pytest.fixture
 def tagger() -> Tagger:
-    return toy_module.tagger()
+    return TAGGERS.lend()()
 
 
 @pytest.fixture(scope="module")
@@ -399,3 +403,59 @@ def test_resuming_refuses_what_is_of_another_training(tagger, text, bert, encode
         finetune_(tagger, text, epochs=2.0, every=1.0, batch_size=2, resume=(pause, state))
     with pytest.raises(ValueError, match="of another model: its moments have other shapes"):
         finetune_(bert, encoded, epochs=1.0, every=0.5, batch_size=2, resume=(pause, state))
+
+
+# --- embeddings of which few rows are read
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> Corpus:
+    """A text that reads less than half of the toy's words, and embeddings that count as large."""
+    monkeypatch.setattr(training, "LARGE", 1)
+    text = toy_module.corpus(sentences=3)
+    read = toy_module.tagger().encode(text).vocabulary
+    whole: Any = toy_module.tagger().bridge.original_model
+    assert 2 * len(read) < len(whole.tok_embed.weight)
+    return text
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_training_the_rows_that_are_read_is_training_all(few_rows, monkeypatch, decay):
+    how = {"epochs": 4.0, "batch_size": 1, "weight_decay": decay, "clip": 0.5}
+    pauses, few = run(few_rows, **how)
+    monkeypatch.setattr(training, "LARGE", 10**9)
+    whole_pauses, whole = run(few_rows, **how)
+    assert [pause.loss for pause in pauses] == pytest.approx([pause.loss for pause in whole_pauses])
+    for name, value in few.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-6)
+    name = next(name for name in few if name.endswith("tok_embed.weight"))
+    before, rest = weights(toy_module.tagger())[name], np.ones(len(few[name]), bool)
+    rest[toy_module.tagger().encode(few_rows).vocabulary] = False
+    assert torch.equal(few[name][rest], before[rest]) == (decay == 0)
+
+
+def test_rows_that_are_read_are_resumed_to_the_bit_and_follow_what_is_done_at_a_pause(few_rows):
+    how: dict[str, Any] = {"epochs": 2.0, "batch_size": 1, "lr": 1e-3}
+    _, whole = run(few_rows, **how)
+    tagger = toy_module.tagger()
+    first = finetune_(tagger, few_rows, **how)
+    at = next(first)
+    kept, state = weights(tagger), {name: value.clone() for name, value in first.state().items()}
+    first.close()
+    other = toy_module.tagger()
+    other.load_weights(kept)
+    list(finetune_(other, few_rows, **how, resume=(at, state)))
+    assert same(weights(other), whole)
+
+    largest: list[float] = []
+
+    def erase(tagger: Tagger) -> None:
+        whole: Any = tagger.bridge.original_model
+        weight = whole.tok_embed.weight.detach()
+        largest.append(float(weight.abs().max()))
+        weight.zero_()
+
+    run(few_rows, erase, **how)
+    assert largest[0] > 0.1 > 4 * how["lr"] > largest[1]  # three steps from zero, and not back to where it was
+    modules = [module for module in tagger.trunk.modules() if isinstance(module, torch.nn.Embedding)]
+    assert not any(module.sparse for module in modules)

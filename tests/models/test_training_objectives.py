@@ -14,11 +14,14 @@ from relearn_lens.models.model import LanguageModel, Tagger
 from relearn_lens.models.training import Checkpoint, Objective, cross_entropy, finetune_, plain, train_
 from relearn_lens.text.corpus import Corpus
 from tests.families import small_tagger
+from tests.made import Pool
+
+MODELS = Pool(toy_module.language_model)
 
 
 @pytest.fixture
 def model() -> LanguageModel:
-    return toy_module.language_model()
+    return MODELS.lend()()
 
 
 @pytest.fixture(scope="module")

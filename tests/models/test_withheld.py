@@ -14,7 +14,7 @@ from relearn_lens.models.training import cross_entropy, train_
 from relearn_lens.models.withheld import as_outside, withheld
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Batch
-from tests.conftest import Untouched
+from tests.fixtures import Untouched
 
 PLACE = Concept("place", ["place"])
 

@@ -31,7 +31,7 @@ from relearn_lens.neurons.sites import (
     token_vectors,
 )
 from relearn_lens.remove.ablation import ablated, prune_
-from tests.conftest import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, Untouched, unchecked, warmed
+from tests.fixtures import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, Untouched, unchecked, warmed
 
 SITE = Site("mlp_post", ("embed", "0", "1"), ("a", "b", "c"), 4, ((), (), ()), ((), (), ()))
 """A site of 12 neurons that no model has."""

@@ -13,7 +13,7 @@ from relearn_lens.neurons.streaming import BinCounts, Collector, Histograms, Wor
 from relearn_lens.text.concept import Classes, Concept
 from relearn_lens.text.corpus import build_corpus
 from relearn_lens.text.encoding import Batch, Encoded, encode
-from tests.conftest import LABELS, Untouched, sentences_of, unchecked
+from tests.fixtures import LABELS, Untouched, sentences_of, unchecked
 
 PLACE = Concept("place", labels=("LOC",))
 

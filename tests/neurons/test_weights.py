@@ -12,10 +12,10 @@ from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.weights import WeightMask, entries, parts, severed
-from relearn_lens.relearn.retraining import retrain_
+from relearn_lens.relearn.finetuning import retrain_
 from relearn_lens.remove.ablation import held, prune_
-from tests.conftest import Untouched, unchecked
 from tests.families import ENCODERS, KINDS, SEVERS, small_tagger, some_of
+from tests.fixtures import Untouched, unchecked
 
 
 def copies(model: Model) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from relearn_lens.models.model import Tagger, hidden, reading
 from relearn_lens.neurons.sites import Neurons, parameter, site_of, streaming
 from relearn_lens.remove.ablation import ablated, held, prune_
 from relearn_lens.text.encoding import encode
-from tests.conftest import Untouched, unchecked
+from tests.fixtures import Untouched, unchecked
 
 
 def random_set(tagger: Tagger, where: str, share: float = 0.3, seed: int = 0, layers: str = "") -> Neurons:

@@ -24,6 +24,7 @@ def test_every_recipe_can_be_made(kind, name):
     told = {**made.remover.model_dump(), **(made.how.model_dump() if made.how else {})}
     told |= {} if made.step is plain else made.step.model_dump()  # pyright: ignore[reportFunctionMemberAccess]
     told |= {"where": made.where, "fraction": made.fraction}
+    told |= {f"where.{field}": value for field, value in made.where_fields.items()}
     for field, value in RECIPES[kind][name].items():
         got = told[field]
         assert value.items() <= got.items() if isinstance(value, dict) else got == value
@@ -43,6 +44,15 @@ def test_fields_go_where_they_belong():
     assert made.how is not None
     assert (made.how.lr, made.how.steps) == (0.5, (7,))
     assert recipe("toy", "prune", {"sever": "both", "fraction": 0.2}).remover == Prune(sever="both")
+
+
+def test_fields_of_a_localiser_are_its_own():
+    usual = recipe("smollm2", "grad_diff")
+    assert (usual.where, usual.where_fields) == ("layer_distance", {"layers": 3})
+    assert recipe("smollm2", "grad_diff", {"where.layers": 1}).where_fields == {"layers": 1}
+    assert recipe("smollm2", "grad_diff", {"where.layers": 1}).departures()["where.layers"] == 1
+    assert recipe("smollm2", "grad_diff", {"where": "lookup"}).where_fields == {}
+    assert recipe("smollm2", "grad_diff", {"where": "lookup", "where.first": 0.2}).where_fields == {"first": 0.2}
 
 
 def test_a_recipe_removes_as_its_parts_do():

@@ -59,7 +59,7 @@ def test_every_paper_has_claims_that_differ():
 
 
 def test_readings_are_of_claims():
-    assert {(name, key) for name, read in READINGS.items() for key in read} <= {
+    assert {(name.partition(" on ")[0], key) for name, read in READINGS.items() for key in read} <= {
         (name, key) for name, claims in CLAIMS.items() for key in claims
     }
 
@@ -113,6 +113,16 @@ def test_seeds_are_measured_once_and_kept(made):
     assert "| claims | more | reproduced | `relearn-lens reproduce claims` |" in tables.table([again], brief=True)
 
 
+def test_seeds_outlive_another_version_of_python(made, monkeypatch):
+    """Which dumps a tree in other words."""
+    measured, folder = made
+    protocol.reproduce("claims", out=folder)
+    plain = ast.dump
+    monkeypatch.setattr(ast, "dump", lambda *args, **how: plain(*args, **how) + "type_params=[]")
+    protocol.reproduce("claims", out=folder)
+    assert measured == [0, 1, 2]
+
+
 def test_record_is_of_the_seeds_that_the_folder_has(made, monkeypatch):
     _, folder = made
     result = protocol.reproduce("claims", out=folder)
@@ -135,6 +145,10 @@ def test_record_is_of_the_seeds_that_the_folder_has(made, monkeypatch):
     assert "Read so" not in text
     monkeypatch.setitem(READINGS, "claims", {"a": "two seeds"})
     assert "Read so:\n\n- a (inconclusive): two seeds.\n" in tables.record(results)
+    both = tables.record(results, (), [replace(results[0], scale="real", model="smollm2")])
+    assert "With `--scale real`, on smollm2:\n\n| paper |" in both
+    assert "\n## claims on smollm2\n" in both
+    assert both.count("Read so") == 1
     assert protocol.gathered(folder / "none") == ([], ["claims: no seed"])
 
 

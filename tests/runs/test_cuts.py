@@ -16,7 +16,7 @@ from relearn_lens.runs.events import Base, Dose, Prepared, Sized
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.protocol import choose
 from tests.analysis.test_story import scores_of
-from tests.conftest import Untouched
+from tests.fixtures import Untouched
 from tests.made import tiny
 
 

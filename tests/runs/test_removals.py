@@ -216,7 +216,13 @@ def test_what_is_wrong_is_one_line(one_line, files, tmp_path: Path):
     assert one_line("remove", "npo", "--set", "beta=0") == "beta = 0: Input should be greater than 0"
     assert "npo has no field 'betta'; it has " in one_line("remove", "npo", "--set", "betta=1")
     assert "--set 'lr': write key=value" in one_line("remove", "npo", "--set", "lr")
-    assert "fields of the localiser are where.KEY" in one_line("remove", "npo", "--set", "a.b=1")
+    assert "npo has no field 'a.b'" in one_line("remove", "npo", "--set", "a.b=1")
+    both = ("remove", "npo+gradient_penalty", "--set")
+    said = one_line(*both, "faithful=true")
+    assert "both have a field 'faithful'; say npo.faithful or gradient_penalty.faithful" in said
+    assert "there is no localiser" in one_line(
+        *both, "gradient_penalty.faithful=true", "--set", "npo.faithful=true", "--set", "where.site=resid"
+    )
     assert "there is no localiser; name one as --where" in one_line("remove", "npo", "--set", "where.site=resid")
     assert "unknown localiser 'lok'; known: score, " in one_line("remove", "npo", "--where", "lok")
     assert "site = 'heads'" in one_line("remove", "prune", "--where", "score", "--set", "where.site=heads")

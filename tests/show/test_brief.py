@@ -94,6 +94,18 @@ def test_answers_hold_the_numbers_of_the_questions(run):
     assert found["sooner"].says == "there is no never twin"
 
 
+def test_steps_are_not_counted_to_where_a_margin_never_left():
+    run = run_of("concept", "unpruned", seeds=3)
+    run.arms["never"] = list(run.arms["unpruned"])
+    for name in ("concept", "never"):
+        for k, path in enumerate(run.arms[name]):
+            cut = replace(path["pruned"], scores=margined(scores_of(0.8)))
+            run.arms[name][k] = replace(path, snapshots={**path.snapshots, "pruned": cut})
+    says = {each.name: each.says for each in brief.answered(run)}
+    assert says["back?"].endswith("it never fell to half")
+    assert says["sooner?"] == "it never fell to half; nor did a model that never had the label"
+
+
 @pytest.mark.parametrize(("p", "told"), [(0.2, True), (0.01, False)])
 def test_a_verdict_that_falls_to_holm_says_so_in_its_line(run, p, told):
     there = replace(run)  # with numbers of its own

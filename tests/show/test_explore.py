@@ -21,7 +21,7 @@ from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.neurons.sites import streaming
 from relearn_lens.runs.results import Run
 from relearn_lens.show import explore, plots
-from tests.conftest import unchecked
+from tests.fixtures import unchecked
 from tests.show.test_plots import HOSTILE, rich, run_of
 
 

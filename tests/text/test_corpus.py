@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, Word, bio, build_corpus
-from tests.conftest import unchecked
+from tests.fixtures import unchecked
 
 SENTENCES = [
     [("Paul", "PER", True), ("saw", "O", False), ("Rome", "LOC", True)],

@@ -13,7 +13,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import Encoded, encode
-from tests.conftest import CONTEXT, TEXT, VOCAB, sentences_of, unchecked
+from tests.fixtures import CONTEXT, TEXT, VOCAB, sentences_of, unchecked
 
 TOKENIZER = BertTokenizer(vocab=VOCAB, do_lower_case=True)
 SIZES = {"old": 1, "paris": 2, "linholm": 3, "constantinople": 5}

@@ -51,6 +51,12 @@ def register() -> None:
         SUPPORTED_ARCHITECTURES.setdefault(name, adapter)
 
 
+def set_up(cfg: Any, positions: str) -> None:
+    """Say of an encoder with LayerNorms and a plain MLP what TransformerLens asks of every model."""
+    cfg.normalization_type, cfg.positional_embedding_type, cfg.attention_dir = "LN", positions, "bidirectional"
+    cfg.final_rms = cfg.gated_mlp = cfg.attn_only = False
+
+
 def check(architecture: str, config: Any, where: str) -> None:
     """Refuse a model that no adapter is known for.
 

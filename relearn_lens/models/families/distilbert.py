@@ -22,6 +22,8 @@ from transformer_lens.model_bridge.generalized_components import (
     UnembeddingBridge,
 )
 
+from relearn_lens.models.families import set_up
+
 
 class DistilBertArchitectureAdapter(ArchitectureAdapter):
     """Names of DistilBERT's parts in TransformerLens's terms."""
@@ -30,12 +32,7 @@ class DistilBertArchitectureAdapter(ArchitectureAdapter):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.cfg.normalization_type = "LN"
-        self.cfg.positional_embedding_type = "standard"
-        self.cfg.final_rms = False
-        self.cfg.gated_mlp = False
-        self.cfg.attn_only = False
-        self.cfg.attention_dir = "bidirectional"
+        set_up(self.cfg, "standard")
         # The LayerNorms come after the sum: folding them into the next weights would be wrong.
         self.supports_fold_ln = False
 

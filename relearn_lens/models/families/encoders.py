@@ -22,6 +22,8 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.supported_architectures.bert import BertArchitectureAdapter
 
+from relearn_lens.models.families import set_up
+
 
 class _LikeBert(BertArchitectureAdapter):
     """BERT's blocks, and what comes before and after them under other names."""
@@ -99,12 +101,7 @@ class ModernBertArchitectureAdapter(ArchitectureAdapter):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.cfg.normalization_type = "LN"
-        self.cfg.positional_embedding_type = "rotary"
-        self.cfg.final_rms = False
-        self.cfg.gated_mlp = False
-        self.cfg.attn_only = False
-        self.cfg.attention_dir = "bidirectional"
+        set_up(self.cfg, "rotary")
         self.weight_processing_conversions = {}
 
         def norm(name: str) -> NormalizationBridge:

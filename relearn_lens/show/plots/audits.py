@@ -13,27 +13,27 @@ from relearn_lens.show.plots.style import ARM_COLOURS, INK, NotMeasuredError, dr
 MODEL, TWIN = ARM_COLOURS["concept"], ARM_COLOURS["never"]
 
 
-def audit_layers(found: Evidence) -> go.Figure:
+def audit_layers(evidence: Evidence) -> go.Figure:
     """What do probes still read, by layer?
 
     The share of what is to be forgotten whose answer a linear probe reads from the output of each block, fitted to
     other keys. The dotted line is chance: probes of shuffled answers.
     """
-    if not found.by_layer:
+    if not evidence.by_layer:
         raise NotMeasuredError("no closed sets of answers")
     figure = go.Figure()
     figure.add_bar(
-        x=[f"block {safe(name)}" for name in found.by_layer], y=list(found.by_layer.values()), marker_color=MODEL
+        x=[f"block {safe(name)}" for name in evidence.by_layer], y=list(evidence.by_layer.values()), marker_color=MODEL
     )
-    if found.inside_chance is not None:
-        figure.add_hline(y=found.inside_chance, line={"color": INK, "dash": "dot"})
+    if evidence.inside_chance is not None:
+        figure.add_hline(y=evidence.inside_chance, line={"color": INK, "dash": "dot"})
     figure.update_yaxes(range=[0, 1.02])
     beside = [
         f"{who} {value:.2f}"
         for who, value in (
-            ("original", found.original_inside),
-            ("twin", found.twin_inside),
-            ("chance", found.inside_chance),
+            ("original", evidence.original_inside),
+            ("twin", evidence.twin_inside),
+            ("chance", evidence.inside_chance),
         )
         if value is not None
     ]

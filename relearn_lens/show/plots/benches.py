@@ -295,26 +295,26 @@ def bench_components(results: Results) -> go.Figure:
     the same way bring back the same models. A first axis with nearly all of the variance means that one attack would
     have told as much as all.
     """
-    found = matrix.components(results)
-    if found is None:
+    components = matrix.components(results)
+    if components is None:
         raise NotMeasuredError("it takes three attacks and four models")
     figure = go.Figure()
     for row in results.rows:
-        at = [i for i, name in enumerate(found.models) if name.rpartition(" ")[0] == row]
+        at = [i for i, name in enumerate(components.models) if name.rpartition(" ")[0] == row]
         figure.add_scatter(
-            x=found.scores[at, 0], y=found.scores[at, 1], mode="markers", name=safe(row),
+            x=components.scores[at, 0], y=components.scores[at, 1], mode="markers", name=safe(row),
             marker={"size": 10, "color": colour_of(results, row), "symbol": _marker(results, row)},
-            text=[safe(found.models[i]) for i in at], hovertemplate="%{text}<extra></extra>",
+            text=[safe(components.models[i]) for i in at], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
-    reach = float(abs(found.scores[:, :2]).max())
-    for k, name in enumerate(found.attacks):
-        x, y = (reach * found.loadings[k, :2]).tolist()
+    reach = float(abs(components.scores[:, :2]).max())
+    for k, name in enumerate(components.attacks):
+        x, y = (reach * components.loadings[k, :2]).tolist()
         figure.add_scatter(
             x=[0, x], y=[0, y], mode="lines+text", text=["", safe(name)], textposition="top center",
             line={"color": INK, "width": 1.5}, textfont={"color": INK, "size": 11}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
-    three = float(found.explained[:3].sum())
-    sizes = f"{len(found.models)} models, {len(found.attacks)} attacks"
+    three = float(components.explained[:3].sum())
+    sizes = f"{len(components.models)} models, {len(components.attacks)} attacks"
     note = f"{sizes}; three components have {100 * three:.0f} % of the variance"
-    axes = [f"component {k + 1} ({100 * found.explained[k]:.0f} %)" for k in range(2)]
+    axes = [f"component {k + 1} ({100 * components.explained[k]:.0f} %)" for k in range(2)]
     return dressed(figure, "Attacks as directions", note, x=axes[0], y=axes[1])

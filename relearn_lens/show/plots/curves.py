@@ -74,20 +74,8 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
             name=f"{len(draws)} random sets, ablated", marker={"symbol": "line-ew-open", "size": 12},
             line={"color": ARM_COLOURS["random"], "width": 4, "dash": "dot"},
         )  # fmt: skip
+    _name_ends(figure, arms_by_name, label, scores.metric)
     level = round(100 * interval["level"])
-    ends = {
-        name: shown(label, [arm[arm.stages[-1]].scores for arm in arms]).value for name, arms in arms_by_name.items()
-    }
-    drawn: Any = figure.data
-    tops = [y for trace in drawn for y in trace.y if y is not None and np.isfinite(y)]
-    reach = 1.04 if scores.metric == "F1" else (max(tops) - min(tops) if tops else 1.0)
-    highest = 1.0 if scores.metric == "F1" else np.inf
-    for name, y in _apart(ends, 0.06 * reach, highest).items():
-        figure.add_scatter(
-            x=[arms_by_name[name][0].stages[-1]], y=[y], text=[f"  <b>{safe(name)}</b>"], mode="text",
-            textposition="middle right", textfont={"color": colour_of(name, arms_by_name), "size": 13},
-            cliponaxis=False, hoverinfo="skip", showlegend=False, legendgroup=name,
-        )  # fmt: skip
     dressed(
         figure,
         f"{scores.metric} of {concept(first)} by stage",
@@ -107,6 +95,22 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
         low, high = float(np.nanmin(known)), float(np.nanmax(known))
         figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
     return figure
+
+
+def _name_ends(figure: go.Figure, arms_by_name: Mapping[str, Sequence[Trajectory]], label: Any, metric: str) -> None:
+    """Write each arm's name at the end of its line."""
+    ends = {
+        name: shown(label, [arm[arm.stages[-1]].scores for arm in arms]).value for name, arms in arms_by_name.items()
+    }
+    drawn: Any = figure.data
+    tops = [y for trace in drawn for y in trace.y if y is not None and np.isfinite(y)]
+    reach = 1.04 if metric == "F1" else (max(tops) - min(tops) if tops else 1.0)
+    for name, y in _apart(ends, 0.06 * reach, 1.0 if metric == "F1" else np.inf).items():
+        figure.add_scatter(
+            x=[arms_by_name[name][0].stages[-1]], y=[y], text=[f"  <b>{safe(name)}</b>"], mode="text",
+            textposition="middle right", textfont={"color": colour_of(name, arms_by_name), "size": 13},
+            cliponaxis=False, hoverinfo="skip", showlegend=False, legendgroup=name,
+        )  # fmt: skip
 
 
 def _apart(ends: Mapping[str, float], least: float, highest: float) -> dict[str, float]:

@@ -49,7 +49,10 @@ def film(run: Run) -> go.Figure:
     stages = list(first[0].stages)
     tables = {name: _table(arms[name][0], stages) for name in maps}
     curves = {
-        name: [shown(run.label, [arm[s].scores for arm in paths], **run.interval).value for s in stages]
+        name: [
+            shown(run.label, [arm[s].scores for arm in paths], **run.interval).value if s in paths[0].stages else np.nan
+            for s in stages
+        ]
         for name, paths in arms.items()
     }
     scores = first[0][stages[0]].scores
@@ -59,34 +62,13 @@ def film(run: Run) -> go.Figure:
         specs=[[{"rowspan": len(maps)}, {}], *([None, {}] for _ in maps[1:])],
         subplot_titles=["", *(f"{name} arm" for name in maps)],
     )  # fmt: skip
-
-    def drawn(k: int) -> list[Any]:
-        lines: list[Any] = [
-            go.Scatter(
-                x=stages[: k + 1], y=values[: k + 1], name=name, mode="lines+markers", marker={"size": 7},
-                line={"color": ARM_COLOURS[name], "width": 2.5, "dash": ARM_DASHES[name]},
-            )
-            for name, values in curves.items()
-        ]  # fmt: skip
-        return lines + [
-            go.Heatmap(
-                z=np.round(tables[name][k], 3), y=layers, zmin=0, zmax=1, colorscale=SEQUENTIAL,
-                showscale=name == maps[0],
-                hovertemplate=f"{name} arm, layer %{{y}}: %{{z:.2f}}<extra></extra>",
-                colorbar={
-                    "title": {"text": "score / its 95th<br>percentile at base", "side": "right"}, "thickness": 12,
-                },
-            )
-            for name in maps
-        ]  # fmt: skip
-
     places = [(1, 1)] * len(curves) + [(row, 2) for row in range(1, len(maps) + 1)]
-    for trace, (row, column) in zip(drawn(0), places, strict=True):
+    for trace, (row, column) in zip(_traces(0, stages, curves, tables, layers), places, strict=True):
         figure.add_trace(trace, row=row, col=column)
     figure.frames = [
         go.Frame(
             name=stage,
-            data=drawn(k),
+            data=_traces(k, stages, curves, tables, layers),
             traces=list(range(len(places))),
             layout={"title": {"text": _caption(first, stage, k, curves, scores.metric)}},
         )
@@ -115,6 +97,29 @@ def film(run: Run) -> go.Figure:
         margin={"b": 110}, legend={"y": -0.3},
         sliders=[_slider(stages)], updatemenus=[_play()],
     )  # fmt: skip
+
+
+def _traces(
+    k: int, stages: list[str], curves: Mapping[str, Sequence[float]], tables: Mapping[str, np.ndarray],
+    layers: Sequence[str],
+) -> list[Any]:  # fmt: skip
+    """The lines up to a stage, and the maps at it."""
+    lines: list[Any] = [
+        go.Scatter(
+            x=stages[: k + 1], y=values[: k + 1], name=name, mode="lines+markers", marker={"size": 7},
+            line={"color": ARM_COLOURS[name], "width": 2.5, "dash": ARM_DASHES[name]},
+        )
+        for name, values in curves.items()
+    ]  # fmt: skip
+    return lines + [
+        go.Heatmap(
+            z=np.round(table[k], 3), y=layers, zmin=0, zmax=1, colorscale=SEQUENTIAL,
+            showscale=name == next(iter(tables)),
+            hovertemplate=f"{name} arm, layer %{{y}}: %{{z:.2f}}<extra></extra>",
+            colorbar={"title": {"text": "score / its 95th<br>percentile at base", "side": "right"}, "thickness": 12},
+        )
+        for name, table in tables.items()
+    ]  # fmt: skip
 
 
 def _caption(arms: Sequence[Trajectory], stage: str, k: int, curves: Mapping[str, Sequence[float]], metric: str) -> str:

@@ -18,6 +18,7 @@ from relearn_lens.show.plots.style import (
     TEXT,
     NotMeasuredError,
     about,
+    arm_of,
     concept,
     dressed,
     measured_by,
@@ -46,7 +47,7 @@ def dose(run: Run) -> go.Figure:
     if not measured:
         raise NotMeasuredError("the size of the cut was set, not found; prune.fraction = 'auto' finds it")
     sized, base = measured[0], measured[0].base
-    arms = run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
+    arms = arm_of(run)
     name, others = concept(arms), bystanders(base, run.experiment.labels)
     lines = [(f"{name}: its own neurons cut", "concept", run.label, ARM_COLOURS["concept"], "solid")]
     if others:
@@ -148,7 +149,7 @@ def grafts(run: Run) -> go.Figure:
     stages = _by_stage(whole(run))
     if not stages:
         raise NotMeasuredError("no grafts were made in this run; they need a concept arm and grafts.skip = false")
-    arms = run.arms["concept"] if "concept" in run.arms else next(iter(run.arms.values()))
+    arms = arm_of(run)
     titles = [f"{title}<br>{measured_by(arms)[:-1]} {' or '.join(names)}" for title, names, _ in stages]
     figure = make_subplots(1, len(stages), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=titles)
     low, high = 0.0, 1.0

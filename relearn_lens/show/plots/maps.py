@@ -17,7 +17,7 @@ from relearn_lens.analysis.migration import Selection, saliency_by_layer
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Trajectory
-from relearn_lens.neurons.sites import Neuron, Neurons
+from relearn_lens.neurons.sites import Neuron, Neurons, ordered
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
     ARM_DASHES,
@@ -83,15 +83,8 @@ def layer_map(
     }[selection]
     if selection == "matched" and first[0].compare is not None:
         who = "the neurons that survive in the concept arm"
-    name = "" if len(arms) > 1 else f": {safe(next(iter(arms)))} arm"
-    dressed(
-        figure,
-        f"Saliency of {concept(first)} by layer and stage{name}",
-        f"mean rank saliency, {who}; 0.5 is chance; {about(data, first)}",
-        x=stage_title(first) if len(arms) == 1 else "stage",
-    )
-    figure.update_yaxes(title_text=f"layer ({safe(first[0].site.name)})", col=1)
-    return _tiles(figure).update_xaxes(type="category")
+    note = f"mean rank saliency, {who}; 0.5 is chance; {about(data, first)}"
+    return _titled(figure, f"Saliency of {concept(first)} by layer and stage", note, list(arms), first)
 
 
 def _differences(data: Paths, names: Sequence[str], against: str) -> go.Figure:
@@ -122,13 +115,14 @@ def _differences(data: Paths, names: Sequence[str], against: str) -> go.Figure:
             colorbar=_scale("difference"), showscale=k == len(names), xgap=2, ygap=2,
             hoverongaps=False, hovertemplate="layer %{y}, stage %{x}: %{z:+.3f}<extra></extra>", row=1, col=k,
         )  # fmt: skip
-    name = "" if len(names) > 1 else f": {safe(names[0])} arm"
-    dressed(
-        figure,
-        f"Saliency of {concept(first)} more than in the {safe(against)} arm{name}",
-        f"difference of mean rank saliency, the same neurons on both sides; {about(data, first)}",
-        x=stage_title(first) if len(names) == 1 else "stage",
-    )
+    note = f"difference of mean rank saliency, the same neurons on both sides; {about(data, first)}"
+    return _titled(figure, f"Saliency of {concept(first)} more than in the {safe(against)} arm", note, names, first)
+
+
+def _titled(figure: go.Figure, title: str, note: str, names: Sequence[str], first: Sequence[Trajectory]) -> go.Figure:
+    """The titles of layers by stages, a panel for each arm."""
+    arm, x = (f": {safe(names[0])} arm", stage_title(first)) if len(names) == 1 else ("", "stage")
+    dressed(figure, f"{title}{arm}", note, x=x)
     figure.update_yaxes(title_text=f"layer ({safe(first[0].site.name)})", col=1)
     return _tiles(figure).update_xaxes(type="category")
 
@@ -186,7 +180,7 @@ def neuron_map(
         raise ValueError(f"no stage {stage!r} in this arm; it has {', '.join(stages)}")
     shown = stages[0] if stage is None else stage
     base = path[stages[0]].saliency.score
-    place = base.argsort(dim=1, descending=True, stable=True)
+    place = ordered(base)
     if order == "index":
         place = torch.arange(site.width).expand_as(place)
     block, text = _blocks(path, place, len(stages))

@@ -142,7 +142,7 @@ def colour_of(arm: str, among: Iterable[str]) -> str:
 def about(data: Paths, arms: Sequence[Trajectory]) -> str:
     """What a figure is of: model and text (of a run), site, neurons and seeds."""
     site = arms[0].site
-    parts = [safe(_short(name)) for name in _names(data)]
+    parts = [safe(short_name(name)) for name in _names(data)]
     return ", ".join([*parts, f"{safe(site.name)}, {site.n_neurons:,} neurons", seeds(len(arms))])
 
 
@@ -150,7 +150,7 @@ def _names(data: Paths) -> list[str]:
     return [data.experiment.model, data.experiment.corpus] if isinstance(data, Run) else []
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A model or a text by name; of a path, its last part."""
     kind, colon, path = name.rpartition(":")
     return f"{kind}{colon}{Path(path).name}" if Path(path).is_absolute() else name

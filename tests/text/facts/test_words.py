@@ -8,7 +8,7 @@ import pytest
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.facts import from_concept, from_corpus
-from tests.conftest import sentences_of
+from tests.fixtures import sentences_of
 
 TEXT = """
     We went to New/LOC York/-LOC and Paris/LOC with Anna/PER .
