@@ -16,8 +16,8 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
     for each in known:
         for form in (each.lower(), each.lower().rpartition(".")[2]):
             by_form.setdefault(form, each)
-    # One letter weighs more in a short name.
-    close = get_close_matches(wanted, by_form, n=1, cutoff=0.6 if len(wanted) < 5 else 0.7)
+    # One letter of three or four weighs more; two letters are near to too much.
+    close = get_close_matches(wanted, by_form, n=1, cutoff=0.6 if len(wanted) in (3, 4) else 0.7)
     return by_form[close[0]] if close else None
 
 

@@ -617,9 +617,8 @@ class _Seed:
         wanted = [
             name
             for name in how.what
-            if name in SCORES
+            if (name in (*SCORES, "top_words") and ends_or_all)
             or (name in FORMS and ends_or_all and self._is_dear(arm))
-            or (name == "top_words" and ends_or_all)
         ]
         scored = ready.scored
         now = how.model_copy(update={"what": tuple(wanted), "shuffles": how.shuffles if ends else 0})

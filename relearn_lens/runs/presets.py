@@ -25,7 +25,7 @@ _NEXT_TOKEN: dict[str, Any] = {
     "prune": {"fraction": 0.01, "control_draws": 1},
     "finetune": {"epochs": 1, "lr": 1e-4, "batch_size": 8},
     "retrain": {"steps": [1, 2, 4, 8, 16], "lr": 5e-5, "batch_size": 8},
-    "measure": {"what": ["dprime", "top_words"], "shuffles": 19},
+    "measure": {"what": ["dprime", "top_words"], "shuffles": 19, "max_tokens": 4096},
     "grafts": {"bands": 6},
 }  # fmt: skip
 
@@ -36,6 +36,7 @@ _TOY: dict[str, Any] = {
     "threads": 1,
     "precision": "float32",
     "data": {"train_sentences": 300, "validation_sentences": 150, "probe_sentences": 150},
+    "measure": {"max_tokens": 4096},
 }
 FOR_A_GPU = frozenset({"lo2024", "smollm2-places-gpu"})
 """Presets that are sized for a GPU."""
@@ -75,7 +76,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 "epochs": 8, "every": 2, "restart": True, "lr": 2e-5, "batch_size": 8, "schedule": "linear",
                 "warmup": 0,
             },
-            "measure": {"on": "validation", "everywhere": True, "dear": "all"},
+            "measure": {"on": "validation", "everywhere": True, "dear": "all", "max_tokens": 4096},
         },
     ),
     "smollm2-places": (

@@ -145,7 +145,8 @@ class Measure(Measuring):
     )
     everywhere: bool = Field(
         default=False,
-        description="attribution and top words at every stage; else at base and at the last stage, which is cheaper",
+        description="attribution, top words and the scores beside the main one at every stage; else at base and at the "
+        "last stage, which is cheaper",
     )
     reading: Literal["auto", "word", "before"] = Field(
         default="auto",
@@ -160,6 +161,10 @@ class Measure(Measuring):
         "pruning takes late ones",
     )
     shuffles: int = Field(default=19, ge=0, le=1000, description=Measuring.model_fields["shuffles"].description)
+    max_tokens: int = Field(
+        default=1024, ge=16, le=1_000_000,
+        description="tokens per batch when the model is only read; so few stay in a core's cache",
+    )  # fmt: skip
     draws: int = Field(default=1000, ge=100, le=100_000, description="bootstrap draws behind an interval")
     level: float = Field(default=0.95, gt=0.5, le=0.9999, description="coverage of the intervals")
 

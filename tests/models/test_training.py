@@ -414,7 +414,8 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> Corpus:
     monkeypatch.setattr(training, "LARGE", 1)
     text = toy_module.corpus(sentences=3)
     read = toy_module.tagger().encode(text).vocabulary
-    assert 2 * len(read) < len(toy_module.tagger().bridge.original_model.tok_embed.weight)
+    whole: Any = toy_module.tagger().bridge.original_model
+    assert 2 * len(read) < len(whole.tok_embed.weight)
     return text
 
 
@@ -449,7 +450,8 @@ def test_rows_that_are_read_are_resumed_to_the_bit_and_follow_what_is_done_at_a_
     largest: list[float] = []
 
     def erase(tagger: Tagger) -> None:
-        weight = tagger.bridge.original_model.tok_embed.weight.detach()
+        whole: Any = tagger.bridge.original_model
+        weight = whole.tok_embed.weight.detach()
         largest.append(float(weight.abs().max()))
         weight.zero_()
 

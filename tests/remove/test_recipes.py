@@ -50,7 +50,7 @@ def test_fields_of_a_localiser_are_its_own():
     usual = recipe("smollm2", "grad_diff")
     assert (usual.where, usual.where_fields) == ("layer_distance", {"layers": 3})
     assert recipe("smollm2", "grad_diff", {"where.layers": 1}).where_fields == {"layers": 1}
-    assert recipe("smollm2", "grad_diff", {"where.layers": 1}).fields()["where.layers"] == 1
+    assert recipe("smollm2", "grad_diff", {"where.layers": 1}).departures()["where.layers"] == 1
     assert recipe("smollm2", "grad_diff", {"where": "lookup"}).where_fields == {}
     assert recipe("smollm2", "grad_diff", {"where": "lookup", "where.first": 0.2}).where_fields == {"first": 0.2}
 

@@ -206,13 +206,15 @@ LARGE = needs.Shape(12, 768, 12, 100_000_000)  # 381 MB of weights; 37 kB a toke
 
 
 def within(max_memory: int | None, *sets: str) -> tuple[Experiment, list[str]]:
-    asked = settings_of("names", {"max_memory": max_memory}, ["finetune.batch_size=64", *sets])
+    asked = settings_of(
+        "names", {"max_memory": max_memory}, ["finetune.batch_size=64", "measure.max_tokens=4096", *sets]
+    )
     return needs.fitted(asked, LARGE, taken_mb=1000, longest_train=60, longest_read=80)
 
 
 def test_without_a_limit_nothing_is_changed():
     made, said = within(None)
-    assert made == settings_of("names", {}, ["finetune.batch_size=64"])
+    assert made == settings_of("names", {}, ["finetune.batch_size=64", "measure.max_tokens=4096"])
     assert said == []
 
 

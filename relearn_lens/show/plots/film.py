@@ -50,7 +50,7 @@ def film(run: Run) -> go.Figure:
     tables = {name: _table(arms[name][0], stages) for name in maps}
     curves = {
         name: [
-            shown(run.label, [arm[s].scores for arm in paths], **run.interval).value if s in paths[0].stages else None
+            shown(run.label, [arm[s].scores for arm in paths], **run.interval).value if s in paths[0].stages else np.nan
             for s in stages
         ]
         for name, paths in arms.items()
