@@ -286,7 +286,8 @@ def _state(model: nn.Module, weights: bool) -> tuple[dict[str, Any], dict[str, A
     for prefix, part in parts.items():
         for name, module in part.named_modules():
             # A bridge has hooks of its own on some hook points, so they are counted.
-            hooks = {k: len(v) for k, v in vars(module).items() if k.endswith(("hooks", "with_kwargs")) and v}
+            kept = {k: v for k, v in vars(module).items() if k.endswith(("hooks", "with_kwargs")) and not callable(v)}
+            hooks = {k: len(v) for k, v in kept.items() if v}
             modules[f"{prefix}:{name}"] = (module.training, hooks)
         for name, weight in part.named_parameters():
             tensors[f"{prefix}:{name}"] = (
