@@ -208,6 +208,7 @@ def test_every_context_of_the_package_is_tried_here():
     # What touches no model; _fused_attention is in test_models, where there is a model that has it.
     elsewhere = {
         "following",
+        "interruptible",
         "alone",
         "beside",
         "shared_out",
