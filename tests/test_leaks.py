@@ -238,5 +238,6 @@ def test_every_context_of_the_package_is_tried_here():
         "_weights_still",
         "_from",
         "loaded",
+        "quick_dropout",
     }
     assert found - elsewhere == tried
