@@ -122,7 +122,12 @@ class _Made(Generic[T]):
         every = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
         tensors = list({id(t): t for t in every}.values())
         kinds = [(id(t), t.dtype, t.shape, t.device) for t in tensors]
-        return [sorted(vars(self.model)), dict(vars(self.model.bridge.cfg)), inner, hooks, kinds], tensors
+        own = [
+            sorted(vars(self.model)),
+            dict(vars(self.model.bridge.cfg)),
+            id(getattr(self.model.bridge, "tokenizer", 0)),
+        ]
+        return [*own, inner, hooks, kinds], tensors
 
 
 def arms_in(events: Sequence[Event]) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def test_objects_print_in_a_line_with_their_units(toy_model, before):
     )
     assert repr(rl.preset("toy")) == (
         "Experiment(toy, toy, concept place, site mlp_post; arms concept, other, random, unpruned, never; 3 seeds; "
-        "9 more changed)"
+        "10 more changed)"
     )
     assert repr(rl.preset("names")).endswith("never; 3 seeds)")
 
