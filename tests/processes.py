@@ -1,4 +1,4 @@
-"""One small study for each of some families, and a small run, alone or in two processes.
+"""One small study for each of some families, and a small run, alone or in processes: `torchrun -m tests.processes DIR`.
 
 The first process writes what it holds at the end, and a run folder; of several processes twice: in one go, and stopped
 after every result that it gave and taken up again. `tests.models.test_processes` compares what two made with what one
@@ -7,18 +7,14 @@ made.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from relearn_lens.measure.evaluation import evaluate
 from relearn_lens.measure.topwords import top_words
@@ -109,33 +105,9 @@ def stopped_and_taken_up_again(how: Experiment, out: Path) -> int:
         store.perform = whole
 
 
-def in_two(out: Path) -> None:
-    """`main` in two processes, started by what `torchrun` starts them by; forks, which have the imports already."""
-    launcher = multiprocessing.get_context("fork").Process(target=_launch, args=(out,))
-    launcher.start()
-    launcher.join(timeout=300)
-    if launcher.is_alive():
-        assert launcher.pid is not None
-        os.killpg(launcher.pid, signal.SIGKILL)  # what it started would wait for each other for ever
-    assert launcher.exitcode == 0
-
-
-def _launch(out: Path) -> None:
-    os.setsid()
-    one_machine: dict[str, Any] = {
-        "min_nodes": 1,
-        "max_nodes": 1,
-        "rdzv_backend": "c10d",
-        "rdzv_endpoint": "localhost:0",
-    }
-    how = LaunchConfig(**one_machine, nproc_per_node=2, start_method="fork", max_restarts=0, run_id=out.name)
-    elastic_launch(how, main)(out)
-
-
 def main(out: Path) -> None:
     """Study every family, run twice, and let the first process write what it holds."""
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)  # which knows that it was alone
     with processes.joined():
         study_and_run(out, processes.size())
     processes.leave()
@@ -164,3 +136,7 @@ def study_and_run(out: Path, parts: int) -> None:
         stops = stopped_and_taken_up_again(how, out / "stopped")
         if processes.is_first():
             (out / "stops").write_text(str(stops))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

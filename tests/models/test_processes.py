@@ -1,6 +1,11 @@
 """Several processes at one run: what two find is what one finds, and only one of them writes."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +15,26 @@ from torch import Tensor
 from relearn_lens.models import processes
 from relearn_lens.runs.store import load_run
 from tests.interruptions import difference
-from tests.processes import KINDS, in_two, study_and_run
+from tests.processes import KINDS, study_and_run
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CLOSE = 1e-4
 """Of the largest number in a tensor. Sums of float32 in another order, through the steps of AdamW, which divides by the
 size of the gradient."""
+ROOT = Path(__file__).parents[2]
+
+
+def ran(command: list[str]) -> None:
+    """A command that must end well; its processes are no forks of this one, which would have what tests left in it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes) as started:
+        try:
+            _, err = started.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # what a launcher started would wait for each other for ever
+            raise
+    assert started.returncode == 0, err[-3000:]
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -28,7 +48,7 @@ def made(tmp_path_factory) -> Path:
     """Folders `one`, of this process (in two parts a step), and `two`, of two."""
     folder = tmp_path_factory.mktemp("processes")
     study_and_run(folder / "one", 2)
-    in_two(folder / "two")
+    ran([*TORCHRUN, "-m", "tests.processes", str(folder / "two")])
     return folder
 
 
