@@ -66,7 +66,8 @@ def draw_seed(seed: int, draw: int) -> int:
 
 
 def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
-    """How large the cut is: as set, or the smallest dose that takes the concept and leaves the others.
+    """How large the cut is: as set, or the smallest dose that takes the concept and leaves the others; where there is
+    none, of those that leave the others the dose that takes most, if that is half of the concept or more.
 
     Every dose ablates the concept's neurons, and with `whole` the other label's and a random set too, on sentences that
     neither train, nor find neurons, nor are scored; without `whole`, doses end at the first that will do.
@@ -102,17 +103,26 @@ def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
             if chosen is not None and not whole:
                 break
     if chosen is None:
-        raise ValueError(_no_dose(ready, base, before, doses))
+        label = ready.experiment.labels
+        sparing = [dose for dose in doses if dose.cut == "concept" and leaves(ready, before, dose.scores)]
+        most = min(sparing, key=lambda dose: dose.scores.value(label), default=None)
+        if most is None or not most.scores.value(label) < before.value(label) / 2:
+            raise ValueError(_no_dose(ready, base, before, doses))
+        chosen = most.fraction
     return Sized(base.seed, chosen, before, tuple(doses))
 
 
 def takes(ready: Prepared, before: Scores, after: Scores) -> bool:
     """Whether a cut takes the concept and leaves the other labels, as the settings ask."""
     how, label = ready.experiment.prune, ready.experiment.labels
-    if not after.value(label) < how.gone * before.value(label):
-        return False
+    return after.value(label) < how.gone * before.value(label) and leaves(ready, before, after)
+
+
+def leaves(ready: Prepared, before: Scores, after: Scores) -> bool:
+    """Whether a cut leaves the other labels, as the settings ask."""
     others = bystanders(before, ready.experiment.labels)
-    return not others or kept_share(before, after, others, **interval_of(ready)).low >= how.spared
+    spared = ready.experiment.prune.spared
+    return not others or kept_share(before, after, others, **interval_of(ready)).low >= spared
 
 
 def bystanders(scores: Scores, labels: tuple[str, ...]) -> tuple[str, ...]:

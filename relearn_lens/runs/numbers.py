@@ -131,6 +131,7 @@ class Numbers:
                         f"the base model hardly knows {label!r} (F1 {f1:.2f}): it has nothing to lose, and says "
                         "nothing of what a cut takes; fine-tune for longer, or with a larger finetune.lr"
                     )
+        lines += self.oversized
         if self.natural:
             drawn = np.mean([scores.shown(run.label) for _, scores, _ in self.natural])
             plain = np.mean([scores.shown(run.label) for _, _, scores in self.natural])
@@ -138,6 +139,22 @@ class Numbers:
                 f"{self.natural[0][1].metric} of {'+'.join(run.label)} before any cut: {drawn:.3f} on the sentences "
                 f"that are scored, drawn by data.labelled_only and data.concept_share; {plain:.3f} on as many as they "
                 "come"
+            )
+        return lines
+
+    @cached_property
+    def oversized(self) -> list[str]:
+        """A line for each seed in which no size of cut was found that takes the concept, as it was asked for."""
+        gone, label = self.run.experiment.prune.gone, self.run.label
+        lines = []
+        for sized in self.run.sized:
+            taken = next((d for d in sized.doses if d.cut == "concept" and d.fraction == sized.fraction), None)
+            if taken is None or sized.base is None or taken.scores.value(label) < gone * sized.base.value(label):
+                continue
+            name, before = "+".join(label), sized.base.shown(label)
+            lines.append(
+                f"seed {sized.seed}: no cut takes {name} below {gone:g} of its {before:.2f} "
+                f"and leaves the others; {100 * sized.fraction:g} % takes most, to {taken.scores.shown(label):.2f}"
             )
         return lines
 

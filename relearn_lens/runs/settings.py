@@ -83,7 +83,8 @@ class Prune(Method):
     fraction: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         default="auto",
         description="share of all neurons of the site that is pruned; auto: the smallest of `grid` that takes the "
-        "concept and leaves the others, on the validation sentences, for each seed",
+        "concept and leaves the others, on the validation sentences, for each seed; where there is none, that which "
+        "takes most, if half or more, and the run says so",
     )
     grid: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=(0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20), min_length=1, description="fractions that auto tries"

@@ -75,6 +75,8 @@ def _rest(run: Run, report: str | None) -> list[Text]:
     lines: list[Text] = []
     if lost := never_back(run):
         lines += _entry("lost", lost)
+    for size in run.numbers.oversized:
+        lines += _entry("size", size)
     if run.blocked:
         lines += _entry("held", held(run))
     if now := took_over(run):

@@ -140,6 +140,17 @@ def test_no_dose_that_will_do_is_refused_with_what_each_did(started, scripted):
         size(asking(ready, fraction="auto", grid=GRID), base, whole=True)
 
 
+def test_where_no_dose_takes_it_whole_the_one_that_takes_most_and_leaves_the_others_is_taken(started, scripted):
+    ready, base = started
+    scripted(BEFORE, scores_of(0.6), scores_of(0.2), scores_of(0.15, person=0.2))
+    sized = size(asking(ready, fraction="auto", grid=GRID), base, whole=False)
+    assert sized.fraction == 0.05
+    assert len(sized.doses) == 3
+    scripted(BEFORE, scores_of(0.0, person=0.2), scores_of(0.0, person=0.2), scores_of(0.0, person=0.2))
+    with pytest.raises(ValueError, match="no cut of seed 0 takes"):
+        size(asking(ready, fraction="auto", grid=GRID), base, whole=False)
+
+
 def test_a_size_that_is_set_is_taken_as_it_is(started, monkeypatch):
     ready, base = started
     monkeypatch.setattr(cuts, "_scores", lambda *_, **__: pytest.fail("something was measured"))

@@ -203,6 +203,20 @@ def test_many_stages_are_thinned_out_to_80_columns():
     assert line.plain.count(".50") == len(shown.split()) - 4
 
 
+def test_a_seed_whose_cut_takes_less_than_was_asked_for_is_named(run):
+    assert not any(line.startswith("size") for line in plain(run))
+    made = with_all(rich(run_of("concept", "random", "unpruned", seeds=3, width=12)))
+    sized = made.sized[1]
+    doses = tuple(
+        replace(dose, scores=margined(scores_of(0.18))) if (dose.cut, dose.fraction) == ("concept", 0.05) else dose
+        for dose in sized.doses
+    )
+    made.sized[1] = replace(sized, doses=doses)
+    says = "seed 1: no cut takes place below 0.1 of its 0.90 and leaves the others; 5 % takes most, to 0.18"
+    assert entry(plain(made), "size") == f"size     {says}"
+    assert says in made.numbers.notes
+
+
 def test_what_was_held_is_beside_the_free_arm():
     made = run_of("concept", "random", "unpruned", seeds=3, width=12)
     assert not any(line.startswith("held") for line in plain(made))
