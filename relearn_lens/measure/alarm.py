@@ -101,8 +101,8 @@ class ReturnAlarm(TrainerCallback):
     Those 48 returns are 32 fine-tunings on half of the watched facts and 16 on retained facts of the same kind, all of
     which brought facts back. Where all weights trained it was raised within three steps on those facts; where adapters
     did, late or at the same reading in one model, 4 to 36 steps ahead in ten of the others' twelve. All false alarms
-    are on other knowledge, in two models. Four models of this size say nothing of how it does on others: calibrate it, and
-    look at fine-tunings that it was not calibrated on.
+    are on other knowledge, in two models. Four models of this size say nothing of how it does on others: calibrate it,
+    and look at fine-tunings that it was not calibrated on.
 
     Source: ours; conformal thresholds: Vovk et al. 2005.
     """
