@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -147,3 +148,6 @@ class _Finder(MetaPathFinder):
 def install() -> None:
     """Check what is imported of the package from now on."""
     sys.meta_path.insert(0, _Finder())
+    # Before Python 3.12 every isinstance of a protocol lists its members anew, which takes longer than the checks.
+    names = vars(typing)
+    names["_get_protocol_attrs"] = functools.cache(names["_get_protocol_attrs"])
