@@ -25,4 +25,4 @@ def pictures() -> None:
         *_, last = (output.data[PLOTLY] for output in outputs if PLOTLY in output.get("data", {}))
         figure = go.Figure(data=last["data"], layout=last["layout"])
         file = folder / f"{path.stem[:2]}.png"
-        print(plots.save_png(figure, file, width=900, height=int(figure.layout.height or 450), scale=0.5))
+        print(plots.save_png(figure, file, width=900, height=int(last["layout"].get("height", 450)), scale=0.5))
