@@ -176,7 +176,7 @@ class RunFolder:
                 errno.ENOSPC,
                 f"the run needs about {need / 2**20:,.0f} MB of disk with keep={ready.experiment.keep!r}, "
                 f"{disk.free / 2**20:,.0f} MB are free at {str(self.path)!r}; make room, choose another disk with "
-                "--out, or keep less (--set keep=none)",
+                "--out, or keep less (--set keep=none, or of a run of several processes --set workers=1)",
             )
 
     def keep(self, event: Event) -> None:

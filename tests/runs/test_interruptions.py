@@ -106,5 +106,7 @@ def test_every_weight_is_kept_when_asked(tmp_path):
 def test_a_run_that_cannot_fit_the_disk_is_refused(tmp_path, monkeypatch):
     free = os.statvfs(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000, "total": free.f_blocks}))
-    with pytest.raises(OSError, match=r"needs about \d+ MB of disk with keep='all', 0 MB are free.*keep=none"):
+    with pytest.raises(
+        OSError, match=r"needs about \d+ MB of disk with keep='all', 0 MB are free.*keep=none.*workers=1"
+    ):
         store.run(small_run("keep=all"), tmp_path / "run")
