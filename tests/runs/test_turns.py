@@ -18,7 +18,7 @@ from relearn_lens.runs.preparation import prepare
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.turns import Turns, processes_for
 from relearn_lens.runs.units import Unit, units_of
-from tests.interruptions import difference, small_run
+from tests.interruptions import Stopped, difference, small_run
 from tests.made import tiny
 
 
@@ -137,6 +137,20 @@ def test_two_processes_give_the_bits_of_one_and_one_that_is_killed_is_not_missed
     assert killed == [True]
     assert torch.get_num_threads() == before
     assert not (tmp_path / "run" / turns.TURNS).exists()
+    files = {path.name: path.read_bytes() for path in (in_one_go / "tensors").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "run" / "tensors").iterdir()}
+
+
+def test_two_processes_that_are_stopped_go_on_and_end_in_the_same_bits(how, in_one_go, tmp_path):
+    two = how.model_copy(update={"workers": 2})
+
+    def stop(event):
+        if isinstance(event, ArmDone):  # the other process is at a unit of its own
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        store.run(two, tmp_path / "run", on_event=stop)
+    store.run(two, tmp_path / "run")
     files = {path.name: path.read_bytes() for path in (in_one_go / "tensors").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "run" / "tensors").iterdir()}
 
