@@ -26,6 +26,7 @@ from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING, know
 from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
+from relearn_lens.names import meant
 from relearn_lens.remove.calibration import calibrate, mixed_
 from relearn_lens.remove.recipes import RECIPES, recipe, values_of
 from relearn_lens.remove.removers import REMOVERS, WRAPPERS
@@ -68,7 +69,9 @@ def names(only: Sequence[str] = ()) -> list[str]:
     """
     known = list(RECIPES[KIND])
     if unknown := [name for name in only if name not in known]:
-        raise ValueError(f"no recipe for {unknown[0]!r}; recipes for the {KIND}: {', '.join(known)}")
+        raise ValueError(
+            f"no recipe for {unknown[0]!r}; recipes for the {KIND}: {', '.join(known)}{meant(unknown[0], known)}"
+        )
     return [name for name in known if not only or name in only]
 
 

@@ -14,6 +14,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Method, Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Step, plain
+from relearn_lens.names import meant, unknown
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.remove.pruning import Pruner
 from relearn_lens.remove.removal import Remover, Removing, Texts
@@ -170,11 +171,11 @@ def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None)
         ValueError: an unknown kind, remover, wrapper or field, or a value out of range.
     """
     if kind is not None and kind not in RECIPES:
-        raise ValueError(f"unknown recipes {kind!r}; known: {', '.join(RECIPES)}")
+        raise ValueError(unknown("recipes", kind, RECIPES))
     base, _, wrapper = name.partition("@")[0].partition("+")
     remover = remover_of(base)
     if wrapper and wrapper not in WRAPPERS:
-        raise ValueError(f"unknown wrapper {wrapper!r}; known: {', '.join(WRAPPERS)}")
+        raise ValueError(unknown("wrapper", wrapper, WRAPPERS))
     values = _changed(values_of(kind, name), fields or {})
     chosen: dict[str, Any] = {key: values.pop(key) for key in ("where", "fraction") if key in values}
     of_where = [key for key in values if key.startswith("where.")]
@@ -191,9 +192,9 @@ def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None)
             raise ValueError(f"{name}: pruning takes no steps, so nothing can stand around them")
         return Recipe(methods.of(remover, None, {**own, **values}), **chosen)
     step = methods.of(around, None, of_wrapper) if around else plain
-    if unknown := sorted(set(values) - set(Removing.model_fields)):
+    if strange := sorted(set(values) - set(Removing.model_fields)):
         known = [*remover.model_fields, *(around.model_fields if around else ()), *Removing.model_fields]
-        raise ValueError(f"{name} has no field {unknown[0]!r}; it has {', '.join(known)}")
+        raise ValueError(f"{name} has no field {strange[0]!r}; it has {', '.join(known)}{meant(strange[0], known)}")
     how = methods.of(Removing, getattr(remover, "usual", None), values)
     return Recipe(methods.of(remover, None, own), how, step, **chosen)
 

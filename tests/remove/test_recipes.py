@@ -85,9 +85,9 @@ def test_a_recipe_removes_as_its_parts_do():
 @pytest.mark.parametrize(
     ("kind", "name", "fields", "says"),
     [
-        ("tiy", "npo", {}, r"^unknown recipes 'tiy'; known: toy"),
+        ("tiy", "npo", {}, r"^unknown recipes 'tiy'; did you mean 'toy'\? Known: toy"),
         ("toy", "nope", {}, r"^unknown remover 'nope'; known: prune, "),
-        ("toy", "npo+sum", {}, r"^unknown wrapper 'sum'; known: sam"),
+        ("toy", "npo+sum", {}, r"^unknown wrapper 'sum'; did you mean 'sam'\? Known: sam"),
         ("toy", "prune", {"fraction": 2}, r"^fraction = 2: a share of all neurons, above 0 and at most 1"),
         ("toy", "npo", {"rho": 1}, r"^npo has no field 'rho'; it has .*beta, "),
         ("toy", "npo", {"beta": 0}, r"^beta = 0: Input should be greater than 0$"),
