@@ -62,7 +62,9 @@ def test_a_remover_works_where_its_name_says():
     assert (made.remover, made.step) == (usual.remover, usual.step)
     assert made.how is not None
     assert usual.how is not None
-    assert made.how.model_dump() == {**usual.how.model_dump(), "lr": 1e-3}, "what differs is told, and nothing else does"
+    assert made.how.model_dump() == {**usual.how.model_dump(), "lr": 1e-3}, (
+        "what differs is told, and nothing else does"
+    )
     assert (made.where, made.where_fields) == ("lookup", {"first": 0.25, "last": 0.75})
     assert recipe("smollm2", "grad_diff@lookup").where_fields == {}, "those of layer_distance are not lookup's"
     assert recipe("toy", "npo@everything").how == recipe("toy", "npo").how, "without a recipe of its own"
