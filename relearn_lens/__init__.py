@@ -12,10 +12,12 @@ path = rl.track(tagger, corpus.probe, place, rl.retrain_(tagger, corpus.train), 
 rl.plots.layer_map(path)
 """
 
+import sys
+
 import lazy_loader as lazy
 
-from relearn_lens.names import suggesting
+from relearn_lens.names import suggesting_
 
 # The names stand in __init__.pyi, once, for this and for type checkers; nothing heavy is imported before it is used.
-_named, __dir__, __all__ = lazy.attach_stub(__name__, __file__)
-__getattr__ = suggesting(__name__, _named, __all__)
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)
+suggesting_(sys.modules[__name__])

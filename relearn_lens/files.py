@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def path_of(value: object, what: str) -> Path:
+    """A path as it was given; `what` is wanted, in the words of a message.
+
+    Raises:
+        ValueError: it is no path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{what} is wanted, got a {type(value).__name__}")
+    return Path(value)
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name for a file or a folder to be written under, which then takes the place of `path` (a file, or an empty

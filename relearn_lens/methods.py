@@ -7,8 +7,9 @@ command line, so that no default stands twice. Imports nothing heavy: settings a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -26,7 +27,21 @@ STAGES = 10_000
 M = TypeVar("M", bound="Method")
 
 
-class Method(BaseModel):
+class _Told(type(BaseModel)):
+    if not TYPE_CHECKING:  # which knows the fields
+
+        def __call__(cls, *given: Any, **fields: Any) -> Any:
+            """Make one; what is wrong is a line, as everywhere, where a person makes it."""
+            if given:
+                some = next(iter(cls.model_fields))
+                raise ValueError(f"the fields of a {cls.__name__} are given by name: {cls.__name__}({some}=...)")
+            try:
+                return super().__call__(**fields)
+            except ValidationError as error:
+                raise ValueError("; ".join(_line(cls, each) for each in error.errors())) from None
+
+
+class Method(BaseModel, metaclass=_Told):
     """A frozen object whose fields are checked when it is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -47,10 +62,7 @@ def of(kind: type[M], how: M | None, fields: Mapping[str, Any]) -> M:
             given = {name: value for name, value in given.items() if name not in other}
     if not fields and how is not None:
         return how
-    try:
-        return (kind if how is None else type(how))(**{**given, **fields})
-    except ValidationError as error:
-        raise ValueError("; ".join(_line(kind, each) for each in error.errors())) from None
+    return (kind if how is None else type(how))(**{**given, **fields})
 
 
 def _line(kind: type[Method], error: Any) -> str:
@@ -60,7 +72,12 @@ def _line(kind: type[Method], error: Any) -> str:
         return f"{kind.__name__} has no field {name!r}; it has {', '.join(known)}{meant(name, known)}"
     if error["type"] == "tuple_type":
         return f"{name} = {error['input']!r}: a list is wanted: {name}=[...]"
-    return f"{name} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{name} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}{meant_of(error)}"
+
+
+def meant_of(error: Any) -> str:
+    """What may have been meant in the place of a value that is none of a few, as pydantic tells it."""
+    return meant(error["input"], re.findall("'([^']*)'", error.get("ctx", {}).get("expected", "")))
 
 
 class Training(Method):

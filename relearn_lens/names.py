@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
+from types import ModuleType
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
@@ -34,12 +38,39 @@ def unknown(what: str, name: object, known: Iterable[str], near: str = "") -> st
     return f"unknown {what} {name!r}{near}{' Known' if near else '; known'}: {', '.join(known)}"
 
 
-def suggesting(module: str, named: Callable[[str], object], known: Iterable[str]) -> Callable[[str], object]:
-    """The `__getattr__` of a package whose names are made when they are used: what it lacks is told the nearest."""
+class ByName(dict[str, T]):
+    """A table by name, which says what it has where a name is not in it."""
 
-    def attribute(name: str) -> object:
-        if name in known:
-            return named(name)
-        raise AttributeError(f"No {module} attribute {name}{meant(name, known)}")
+    def __missing__(self, name: object) -> NoReturn:
+        raise KeyError(unknown("name", name, self))
 
-    return attribute
+
+def suggesting_(module: ModuleType) -> None:
+    """From now on a module names the nearest of its names where it lacks one, and so does what is imported into it."""
+    kind = type(module)  # which may have more to it than a module has
+    if not issubclass(kind, _Suggesting):
+        module.__class__ = type(_Suggesting.__name__, (_Suggesting, kind), {})
+
+
+class _Suggesting(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}":
+            suggesting_(value)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("_"):
+            raise AttributeError(f"{self.__name__} has no attribute {name!r}")
+        public = [each for each in dir(self) if self._is_own(each)]
+        if name in public:
+            return vars(self)["__getattr__"](name)  # says again why it could not be imported
+        near = meant(name, public)
+        if not near and len(public) <= 40:
+            near = f"; it has {', '.join(public)}"
+        raise AttributeError(f"{self.__name__} has no attribute {name!r}{near}")
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a name is public, and not another package's that is used here."""
+        value = vars(self).get(name)
+        home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or self.__name__
+        return not name.startswith("_") and str(home).partition(".")[0] == self.__name__.partition(".")[0]

@@ -25,6 +25,7 @@ from typing import Literal
 import platformdirs
 
 from relearn_lens import files
+from relearn_lens.names import meant
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes done and the bytes in all."""
@@ -258,7 +259,7 @@ def unwritable(error: BaseException | None) -> OSError | None:
 
 def _source(name: str) -> Source:
     if name not in SOURCES:
-        raise ValueError(f"no source is called {name!r}; the sources are {sorted(SOURCES)}")
+        raise ValueError(f"no source is called {name!r}; the sources are {sorted(SOURCES)}{meant(name, SOURCES)}")
     return SOURCES[name]
 
 

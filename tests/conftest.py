@@ -20,7 +20,7 @@ importlib.import_module("beartype._check.code.codemain").getrandbits = random.Ra
 LONG = (
     "test_readme.py", "test_notebooks.py", "test_benches.py", "test_sweeps.py", "test_experiment.py", "test_store.py",
     "test_interruptions.py", "test_turns.py", "test_workshop.py", "test_processes.py", "test_families.py",
-    "test_routing.py", "test_losses.py", "test_next_token.py", "test_own_arms.py", "test_pack.py",
+    "test_routing.py", "test_losses.py", "test_lab.py", "test_next_token.py", "test_own_arms.py", "test_pack.py",
 )  # fmt: skip
 """Files of tests that take long, the longest first."""
 

@@ -234,5 +234,5 @@ def test_public_names_exist_and_are_documented():
     for name in PUBLIC:
         assert getattr(relearn_lens, name).__doc__, name
     assert set(PUBLIC) <= set(dir(relearn_lens))
-    with pytest.raises(AttributeError, match="No relearn_lens attribute magic"):
+    with pytest.raises(AttributeError, match="relearn_lens has no attribute 'magic'"):
         _ = relearn_lens.magic  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,14 +1,20 @@
 """Calls as a person writes them before having read much: what works, and what the others say."""
 
+import importlib
+import re
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import relearn_lens
 import relearn_lens as rl
+import relearn_lens.reproduce
 from relearn_lens import methods
 from relearn_lens.measure.tracking import track_text
 from relearn_lens.models.model import encoded_for
@@ -36,22 +42,65 @@ def test_nearest_name_in_any_case_and_by_its_last_part():
 
 
 def test_a_name_that_the_package_lacks_suggests_one():
-    with pytest.raises(AttributeError, match="No relearn_lens attribute prune; did you mean 'prune_'"):
+    with pytest.raises(AttributeError, match="relearn_lens has no attribute 'prune'; did you mean 'prune_'"):
         _ = rl.prune  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
-    ("names", "wrong", "near"),
+    ("part", "wrong", "near"),
     [
-        (rl.remove, "NOP", "NPO"),
-        (rl.relearn, "Finetune", "FineTune"),
-        (rl.find, "lookup", "Lookup"),
-        (rl.plots, "recovry_curves", "recovery_curves"),
+        ("remove", "NOP", "NPO"), ("relearn", "Finetune", "FineTune"), ("find", "lookup", "Lookup"),
+        ("plots", "recovry_curves", "recovery_curves"), ("facts", "peple", "people"), ("sources", "fetsh", "fetch"),
+        ("bench", "Bensh", "Bench"), ("sweeps", "Swepd", "Swept"), ("taught", "lod", "load"),
     ],
-)
-def test_a_name_that_a_part_of_the_package_lacks_suggests_one(names, wrong, near):
-    with pytest.raises(AttributeError, match=f"attribute {wrong}; did you mean '{near}'"):
-        getattr(names, wrong)
+)  # fmt: skip
+def test_a_name_that_a_part_of_the_package_lacks_suggests_one(part, wrong, near):
+    with pytest.raises(AttributeError, match=f"has no attribute '{wrong}'; did you mean '{near}'"):
+        getattr(getattr(rl, part), wrong)
+
+
+def test_every_module_of_the_package_tells_what_it_has():
+    for name in dir(rl):
+        if isinstance(part := getattr(rl, name), ModuleType):
+            with pytest.raises(
+                AttributeError, match=f"^{re.escape(part.__name__)} has no attribute 'qqqq'(; it has|$)"
+            ):
+                _ = part.qqqq
+    assert not hasattr(rl.facts, "__wrapped__")  # what Python itself asks for is no mistake of a name
+    for package in (relearn_lens.text, relearn_lens.models, relearn_lens.reproduce):
+        with pytest.raises(AttributeError, match="has no attribute 'qqqq'; it has "):
+            _ = package.qqqq
+
+
+def test_a_function_stays_one_where_a_package_has_its_name():
+    module = importlib.import_module("relearn_lens.measure")
+    assert callable(rl.measure)
+    relearn_lens.measure = module  # as Python does when it is imported
+    assert callable(rl.measure)
+
+
+def test_why_a_public_name_cannot_be_imported_is_said(monkeypatch):
+    def broken(name: str) -> object:
+        raise AttributeError(f"{name} needs what is not there")
+
+    monkeypatch.delitem(vars(rl.find), "Lookup", raising=False)
+    monkeypatch.setitem(vars(rl.find), "__getattr__", broken)
+    with pytest.raises(AttributeError, match="Lookup needs what is not there"):
+        _ = rl.find.Lookup
+
+
+def test_a_table_by_name_says_what_it_has(toy_model, before):
+    scores = rl.evaluate(toy_model.tagger, toy_model.corpus)
+    run = rl.Run(rl.preset("toy"), {"concept": []})
+    for table, wrong, near in (
+        (before.f1, "plase", "place"),
+        (scores.recall, "persn", "person"),
+        (run.arms, "concep", "concept"),
+    ):
+        with pytest.raises(KeyError, match=f"unknown name '{wrong}'; did you mean '{near}'\\? Known: "):
+            table[wrong]
+        assert wrong not in table
+        assert table.get(wrong) is None
 
 
 def test_a_preset_of_nearly_its_name_is_suggested():
@@ -198,6 +247,66 @@ def test_settings_suggest_the_dotted_key(call):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda: rl.settings_of({"prune.fractoin": 0.1}),
+            r"unknown setting 'prune.fractoin'; did you mean 'prune.frac",
+        ),
+        (lambda: rl.run({"modl": "toy"}), "unknown setting 'modl'; did you mean 'model'"),
+        (lambda: rl.settings_of({"preset": "tou"}), "unknown preset 'tou'; did you mean 'toy'"),
+        (
+            lambda: unchecked(rl.settings_of)(3),
+            "a preset's name, a TOML file's path, a mapping or other settings is wanted, got a int",
+        ),
+        (
+            lambda: unchecked(rl.settings_of)("toy", ["rounds=2"]),
+            r"changes are a mapping, .* got a list; texts of key=value are",
+        ),
+        (
+            lambda: unchecked(rl.preset)(rl.Experiment()),
+            r"a preset is told by its name, got a Experiment; settings_of\(\) takes more",
+        ),
+        (lambda: rl.settings_of("toy", {"prune.which": "mosst"}), "'least' or 'by_family'; did you mean 'most'"),
+    ],
+)
+def test_what_is_no_settings_is_told_what_is(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "fields", "says"),
+    [
+        (
+            rl.Training,
+            (),
+            {"schedule": "linea"},
+            "schedule = 'linea': .* 'linear' or 'constant'; did you mean 'linear'",
+        ),
+        (
+            rl.remove.NPO,
+            (),
+            {"beta": 0, "bet": 1},
+            r"beta = 0: .*greater than 0; NPO has no field 'bet'; .*mean 'beta'",
+        ),
+        (rl.relearn.FineTune, (), {"lorra": 8}, "FineTune has no field 'lorra'; it has .*; did you mean 'lora'"),
+        (rl.Training, (3,), {}, r"the fields of a Training are given by name: Training\(epochs=\.\.\.\)"),
+    ],
+)
+def test_a_method_that_is_made_wrong_is_told_in_one_line(method, given, fields, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        method(*given, **fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_a_mapping_and_of_one_text():
+    changed = rl.settings_of({"preset": "toy", "prune": {"fraction": 0.5}, "rounds": 2})
+    assert changed == rl.settings_of("toy", {"prune.fraction": 0.5}, sets="rounds=2")
+    assert rl.settings_of({"seeds": [3]}, {"seeds": [4]}) == rl.settings_of("names", {"seeds": [4]})
+
+
 def test_settings_of_settings_change_what_is_said():
     toy = rl.preset("toy")
     assert rl.settings_of(toy) == toy
@@ -254,6 +363,38 @@ def test_a_model_by_nearly_its_name_is_said_at_once(monkeypatch, splits, name, s
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match=says):
         rl.load_tagger(name, labels=splits.train.label_names)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_there_is_not_is_said_before_a_model_is_read(device):
+    wanted = "cpu, cuda, cuda:1 and so on, or mps is wanted" if device == "gpu" else "this machine has .* CUDA device"
+    with pytest.raises(ValueError, match=f"device = '{device}': {wanted}"):
+        rl.load_language_model("smollm2", device=device)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_a_dtype_that_is_none_of_weights_is_said_before_a_model_is_read(dtype):
+    with pytest.raises(ValueError, match=r"dtype = .*: weights are torch\.float32, torch\.bfloat16 or torch\.float16"):
+        unchecked(rl.load_bridge)("smollm2", dtype=dtype)
+
+
+def test_what_is_no_path_or_another_one_is_told(tmp_path, toy_model):
+    for call, value, wanted in (
+        (rl.load_run, 3, "the path of a run's folder is wanted, got a int"),
+        (rl.read_conll, ["a.conll", "b.conll"], "the path of one file is wanted, got a list"),
+        (partial(unchecked(rl.read_splits), seed=0), None, "the path of one file or folder is wanted, got a NoneType"),
+        (rl.vectors_from_file, {}, "the path of one file is wanted, got a dict"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            (call if isinstance(call, partial) else unchecked(call))(value)
+    with pytest.raises(ValueError, match="the path of a new folder is wanted, got a list"):
+        unchecked(rl.export)(toy_model.tagger, [])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=r"no run folder: there is no manifest\.json; these in it are: '.*mine'"
+    ):
+        rl.load_run(tmp_path)
 
 
 # --- what they print

@@ -26,6 +26,7 @@ from relearn_lens.analysis.priming import count_of, turnover
 from relearn_lens.analysis.recovery import name_of
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
+from relearn_lens.names import meant, unknown
 from relearn_lens.neurons.sites import Neurons
 
 Selection = Literal["all", "matched", "published"]
@@ -280,7 +281,7 @@ def _sides(
     if not arms.get("concept"):
         raise ValueError(f"migration needs a concept arm, found {', '.join(arms) or 'none'}")
     if selection not in get_args(Selection):
-        raise ValueError(f"unknown selection {selection!r}; known: {', '.join(get_args(Selection))}")
+        raise ValueError(unknown("selection", selection, get_args(Selection)))
     ours, theirs = arms["concept"], arms.get(control)
     if theirs is not None and [arm.seed for arm in ours] != [arm.seed for arm in theirs]:
         raise ValueError(
@@ -290,7 +291,10 @@ def _sides(
     stage = ours[0].stages[-1] if stage is None else stage
     for arm in (*ours, *(theirs or ())):
         if missing := [name for name in (BASE, stage) if name not in arm.stages]:
-            raise ValueError(f"{arm.arm or 'an arm'} has no stage {missing[0]!r}; it has {', '.join(arm.stages)}")
+            raise ValueError(
+                f"{arm.arm or 'an arm'} has no stage {missing[0]!r}; it has {', '.join(arm.stages)}"
+                f"{meant(missing[0], arm.stages)}"
+            )
     return ours, theirs, stage
 
 

@@ -34,6 +34,7 @@ from relearn_lens.measure.metrics import measured, metric_of
 from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel, computing
 from relearn_lens.models.training import train_
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import parts
 from relearn_lens.relearn.attack import Attack
@@ -96,7 +97,7 @@ def _recipe(bench: Bench, row: Row) -> Recipe:
 def _attacks(bench: Bench, column: Column) -> dict[str, Attack]:
     """By learning rate, as it is named (`""` of an attack that has none, or its own)."""
     if column.attack not in ATTACKS:
-        raise ValueError(f"unknown attack {column.attack!r}; known: {', '.join(ATTACKS)}")
+        raise ValueError(unknown("attack", column.attack, ATTACKS))
     kind = ATTACKS[column.attack]
     if not column.rates:
         return {"": methods.of(kind, None, column.fields)}

@@ -24,7 +24,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from relearn_lens.analysis.matrix import BEARABLE, NEVER
 from relearn_lens.files import read_toml
-from relearn_lens.methods import Method, Rate
+from relearn_lens.methods import Method, Rate, meant_of
+from relearn_lens.names import meant, unknown
 from relearn_lens.runs.presets import value_of
 from relearn_lens.runs.settings import none_as_text
 
@@ -194,9 +195,7 @@ def bench_of(source: str | Path = "facts-toy", sets: Sequence[str] = ()) -> Benc
     elif path.suffix == ".toml":
         values = _from_file(path)
     else:
-        raise ValueError(
-            f"unknown bench {str(source)!r}; known: {', '.join(PRESETS)} (a file of settings ends in .toml)"
-        )
+        raise ValueError(f"{unknown('bench', str(source), PRESETS)} (a file of settings ends in .toml)")
     for text in sets:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not key:
@@ -216,7 +215,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     if name is None:
         return values
     if name not in PRESETS:
-        raise ValueError(f"preset = {name!r}: unknown; known: {', '.join(PRESETS)}")
+        raise ValueError(unknown("preset", name, PRESETS))
     # Rows and columns are whole: who names some means these.
     return {**PRESETS[name][1], **values}
 
@@ -232,11 +231,14 @@ def _line(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         *above, _ = error["loc"]
         kind = {"rows": Row, "columns": Column, "teach": Teaching}.get(str(above[0]) if above else "", Bench)
-        return f"unknown setting {key!r}; known here: {', '.join(kind.model_fields)}"
+        near = meant(error["loc"][-1], kind.model_fields)
+        return f"unknown setting {key!r}; known here: {', '.join(kind.model_fields)}{near}"
     if error["type"] == "missing":
         return f"{key}: it has to be given"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key} = {error['input']!r}: {message}" if key and error["type"] != "value_error" else message
+    return (
+        f"{key} = {error['input']!r}: {message}{meant_of(error)}" if key and error["type"] != "value_error" else message
+    )
 
 
 def _text_as_none(values: Any) -> Any:

@@ -26,8 +26,9 @@ from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING, know
 from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
+from relearn_lens.names import meant
 from relearn_lens.remove.calibration import calibrate, mixed_
-from relearn_lens.remove.recipes import RECIPES, recipe
+from relearn_lens.remove.recipes import RECIPES, recipe, values_of
 from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 from relearn_lens.runs import removals
 
@@ -68,7 +69,9 @@ def names(only: Sequence[str] = ()) -> list[str]:
     """
     known = list(RECIPES[KIND])
     if unknown := [name for name in only if name not in known]:
-        raise ValueError(f"no recipe for {unknown[0]!r}; recipes for the {KIND}: {', '.join(known)}")
+        raise ValueError(
+            f"no recipe for {unknown[0]!r}; recipes for the {KIND}: {', '.join(known)}{meant(unknown[0], known)}"
+        )
     return [name for name in known if not only or name in only]
 
 
@@ -233,12 +236,13 @@ def page(every: Sequence[Cell]) -> str:
         "are over seeds, of one seed over keys. share: of the way to the removed model; fresh: taught so from the",
         "first step, and asked at its own ability. s: seconds of finding and removing on one thread, others beside",
         "it. lines: of code of the method's own class and what it alone uses; docstrings, blanks, comments are none.",
+        "X@PLACE: X on what that localiser finds; rmu and dinm say by themselves which output matrices move.",
         "",
         "| " + " | ".join([*header, "lines"]) + " |",
         "|" + "---|" * (len(header) + 1),
     ]
     for row in rows:
-        base, _, wrapper = row[0].partition("+")
+        base, _, wrapper = row[0].partition("@")[0].partition("+")
         kind = WRAPPERS.get(wrapper) or REMOVERS.get(base)
         out.append("| " + " | ".join([*row, str(n_lines(kind)) if kind else ""]) + " |")
     weak = [name for name, cell in first.items() if name not in (BASE, NEVER) and not works(cell)]
@@ -246,7 +250,7 @@ def page(every: Sequence[Cell]) -> str:
         out += ["", f"Not below {GONE} in both wordings on seed {seeds[0]}: {', '.join(weak)}."]
     out += ["", "## Recipes", "", "| | fields that are not as published |", "|---|---|"]
     out += [
-        f"| {name} | {', '.join(f'{key} {value}' for key, value in RECIPES[KIND][name].items()) or 'none'} |"
+        f"| {name} | {', '.join(f'{key} {value}' for key, value in values_of(KIND, name).items()) or 'none'} |"
         for name in first
         if name not in (BASE, NEVER)
     ]

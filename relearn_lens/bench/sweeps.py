@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 from relearn_lens import files
 from relearn_lens.bench import engines
+from relearn_lens.names import meant
 from relearn_lens.runs import needs
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import Experiment, are_of
@@ -278,7 +279,7 @@ def _check_distinct(cells: Sequence[Cell]) -> None:
 def check_engine(on: str) -> None:
     """Refuse an engine that there is not."""
     if on not in ENGINES:
-        raise ValueError(f"on = {on!r}: no such engine; known: {', '.join(ENGINES)}")
+        raise ValueError(f"on = {on!r}: no such engine; known: {', '.join(ENGINES)}{meant(on, ENGINES)}")
 
 
 def folder_of(sweep: Sweep) -> Path:

@@ -8,6 +8,7 @@ import typer
 
 from relearn_lens.cli.following import following
 from relearn_lens.cli.printing import print_prose, print_table, short
+from relearn_lens.names import unknown
 
 
 def fetch(
@@ -37,7 +38,7 @@ def presets(
         name = key.rpartition(".")[0] or "run"  # what the whole run has, such as its model
         groups.setdefault(name, []).append([key, short(default), says])
     if group is not None and group not in groups:
-        raise ValueError(f"unknown group of settings {group!r}; known: {', '.join(groups)}")
+        raise ValueError(unknown("group of settings", group, groups))
     if group is None:
         print_table("presets", ["name", "what it is"], [[name, says] for name, (says, _) in PRESETS.items()])
     for name in groups if all_ else [group] if group else []:

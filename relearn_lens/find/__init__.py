@@ -2,10 +2,8 @@
 
 import lazy_loader as lazy
 
-from relearn_lens.names import suggesting
-
 # The public names, by module; heavy ones are imported when used.
-_named, __dir__, __all__ = lazy.attach(
+__getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "circuits": ["Faithfulness", "PathPatching", "Paths", "faithfulness", "path_patching"],
@@ -19,4 +17,3 @@ _named, __dir__, __all__ = lazy.attach(
         "tracing": ["CausalTracing", "Traces", "causal_tracing"],
     },
 )
-__getattr__ = suggesting(__name__, _named, __all__)

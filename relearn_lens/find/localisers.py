@@ -14,7 +14,8 @@ from relearn_lens.find.lookups import Lookup
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.scored import AttributionPatching, ByScore
 from relearn_lens.find.tracing import CausalTracing
-from relearn_lens.models.model import Model
+from relearn_lens.models.model import Model, check_model
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
@@ -54,6 +55,7 @@ def locate(
     Raises:
         ValueError: an unknown name or field, and as the localiser says; before any work.
     """
+    check_model(model)
     return localiser_of(localiser, **fields)(model, text, concept=concept, seed=seed)
 
 
@@ -66,7 +68,7 @@ def localiser_of(localiser: str | Localiser, **fields: Any) -> Localiser:
     if not isinstance(localiser, str):
         return methods.of(type(localiser), localiser, fields)
     if localiser not in LOCALISERS:
-        raise ValueError(f"unknown localiser {localiser!r}; known: {', '.join(LOCALISERS)}")
+        raise ValueError(unknown("localiser", localiser, LOCALISERS))
     return methods.of(LOCALISERS[localiser], None, fields)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models.model import LanguageModel, hidden
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Site, streaming
 from relearn_lens.text.encoding import Batch
 from relearn_lens.text.facts import Passage
@@ -76,7 +77,7 @@ class Prompts:
         if metric == "auto":
             metric = "logit_difference" if all(len(p.choices) == 2 for p in passages) else "logprob"
         if isinstance(metric, str) and metric not in READOUTS:
-            raise ValueError(f"unknown metric {metric!r}; known: auto, {', '.join(READOUTS)}")
+            raise ValueError(unknown("metric", metric, ["auto", *READOUTS]))
         self.metric, self.unit = READOUTS[metric] if isinstance(metric, str) else (metric, "")
         self.name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
         self.rivals = self._rivals() if self.name == "logit_difference" else None

@@ -21,6 +21,7 @@ from relearn_lens.measure.inside import KnownInside
 from relearn_lens.measure.keymeans import KeyMeans
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import Checkpoint
+from relearn_lens.names import meant
 from relearn_lens.text.facts import FORGET, RETAIN, TRAINED, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
 
@@ -60,7 +61,8 @@ class Battery:
 
     def __getitem__(self, test: str) -> tuple[Row, ...]:
         if not (rows := tuple(row for row in self.rows if row.test == test)):
-            raise ValueError(f"no test {test!r}; known: {', '.join(dict.fromkeys(row.test for row in self.rows))}")
+            known = dict.fromkeys(row.test for row in self.rows)
+            raise ValueError(f"no test {test!r}; known: {', '.join(known)}{meant(test, known)}")
         return rows
 
     def to_dataframe(self) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from relearn_lens import progress
 from relearn_lens.find.circuits import HEADS, path_patching
 from relearn_lens.find.patching import Kept, Prompts, Readout, kept, refusal, replaced, shares, units_of
 from relearn_lens.models.model import LanguageModel, reading, wearing
+from relearn_lens.names import meant
 from relearn_lens.neurons.sites import Neurons, Site, component_site, site_of
 from relearn_lens.neurons.weights import differs
 from relearn_lens.text.facts import Passage
@@ -156,7 +157,7 @@ class HeadRoles:
             ValueError: no such stage.
         """
         if stage not in self.stages:
-            raise ValueError(f"no stage {stage!r}; known: {', '.join(self.stages)}")
+            raise ValueError(f"no stage {stage!r}; known: {', '.join(self.stages)}{meant(stage, self.stages)}")
         return self.effect[self.stages.index(stage)]
 
     def top(self, stage: str, k: int) -> Neurons:

@@ -15,6 +15,7 @@ from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
 from relearn_lens.measure.states import block_names, check_alike, last_of, nats_of, put_in, states_of
 from relearn_lens.models.model import LanguageModel, reading
+from relearn_lens.names import meant
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import FORGET, Facts
 from relearn_lens.text.facts.encoded import EncodedPassages, encode_passages
@@ -56,7 +57,7 @@ class Depth(LayerDepth):
             ValueError: there is no such layer.
         """
         if name not in self.layers:
-            raise ValueError(f"no layer {name!r}; known: {', '.join(self.layers)}")
+            raise ValueError(f"no layer {name!r}; known: {', '.join(self.layers)}{meant(name, self.layers)}")
         i = self.layers.index(name)
         count = self.layer_passages[i]
         return LayerDepth(self.layer_total[i], count.astype(float), count, self.keys, self.labels)

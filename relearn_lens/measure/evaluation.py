@@ -21,6 +21,7 @@ from relearn_lens.measure import bootstrap
 from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for
+from relearn_lens.names import ByName, meant
 from relearn_lens.neurons.streaming import stream
 from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept, concept_of
@@ -119,7 +120,10 @@ def _columns(labels: Strings, label: Label) -> list[int]:
     """The columns of some labels."""
     names = (label,) if isinstance(label, str) else label
     if unknown := [name for name in names if name not in labels]:
-        raise ValueError(f"no scores of label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}")
+        raise ValueError(
+            f"no scores of label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}"
+            f"{meant(unknown[0], [*labels, OVERALL])}"
+        )
     return [labels.index(name) for name in names]
 
 
@@ -201,6 +205,10 @@ class SpanScores(Scores):
     margin: Margin | None = None
     """By how many logits, of the same labels; None where tags were scored without a model."""
 
+    def __post_init__(self) -> None:
+        for name in ("f1", "precision", "recall"):
+            object.__setattr__(self, name, ByName(getattr(self, name)))
+
     def __repr__(self) -> str:
         return "SpanScores(F1 " + ", ".join(f"{label} {value:.3f}" for label, value in self.f1.items()) + ")"
 
@@ -260,7 +268,7 @@ class TokenLoss(Scores):
     @property
     def loss(self) -> dict[str, float]:
         """Nats per token, by label and `"overall"`; summed over tokens before dividing."""
-        return {label: self.shown(label) for label in (*self.labels, OVERALL)}
+        return ByName({label: self.shown(label) for label in (*self.labels, OVERALL)})
 
     def support(self) -> dict[str, int]:
         """Tokens of each label."""

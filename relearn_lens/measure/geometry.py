@@ -18,6 +18,7 @@ from torch import Tensor
 from relearn_lens.measure.asking import Asked, Metric, Reference
 from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.models.model import LanguageModel
+from relearn_lens.names import meant
 from relearn_lens.neurons.weights import differs, parts
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import Facts
@@ -50,7 +51,9 @@ class OverWeights(Scores):
         """What the number is made from, of each weight of a part."""
         names = self.labels if label == OVERALL else (label,) if isinstance(label, str) else label
         if unknown := [name for name in names if name not in self.labels]:
-            raise ValueError(f"no part {unknown[0]!r}; known: {', '.join(self.labels)}, {OVERALL}")
+            raise ValueError(
+                f"no part {unknown[0]!r}; known: {', '.join(self.labels)}, {OVERALL}{meant(unknown[0], self.labels)}"
+            )
         return self.table[[part in names for part in self.part_of]]
 
 

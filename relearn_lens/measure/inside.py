@@ -15,6 +15,7 @@ from relearn_lens.measure.asking import Asked, Metric, Reference, ask, asked_of
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
 from relearn_lens.measure.states import block_names, states_of
 from relearn_lens.models.model import LanguageModel, reading
+from relearn_lens.names import meant
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import FORGET, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
@@ -66,7 +67,7 @@ class Inside(InsideAccuracy):
             ValueError: there is no such layer.
         """
         if name not in self.layers:
-            raise ValueError(f"no layer {name!r}; known: {', '.join(self.layers)}")
+            raise ValueError(f"no layer {name!r}; known: {', '.join(self.layers)}{meant(name, self.layers)}")
         total = self.layer_total[self.layers.index(name)]
         return InsideAccuracy(total, self.guessed, self.passages, self.keys, self.labels)
 
@@ -83,7 +84,7 @@ class Inside(InsideAccuracy):
             ValueError: there is no such state.
         """
         if name not in STATES:
-            raise ValueError(f"no state {name!r}; known: {', '.join(STATES)}")
+            raise ValueError(f"no state {name!r}; known: {', '.join(STATES)}{meant(name, STATES)}")
         each = np.array([state == name for state in self.states], dtype=float)
         _, _, (total,) = tabulated(self.items, self.places, each)
         read = np.divide(self.guessed, self.passages, out=np.zeros(self.total.shape), where=self.passages > 0)

@@ -11,6 +11,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Float, Int, jaxtyped
 
 from relearn_lens.measure.evaluation import OVERALL, Label, Scores, mean_of_sums
+from relearn_lens.names import meant
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import Passage
 
@@ -100,5 +101,8 @@ def _columns(labels: Strings, label: Label) -> list[int]:
     """The columns of some labels, or of all."""
     names = labels if label == OVERALL else (label,) if isinstance(label, str) else label
     if unknown := [name for name in names if name not in labels]:
-        raise ValueError(f"no passage has the label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}")
+        raise ValueError(
+            f"no passage has the label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}"
+            f"{meant(unknown[0], [*labels, OVERALL])}"
+        )
     return [labels.index(name) for name in names]

@@ -29,7 +29,7 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.names import unknown
+from relearn_lens.names import meant, unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
@@ -84,7 +84,9 @@ class Snapshot:
         if self.attribution is not None:
             known["attribution"] = self.attribution.saliency()
         if name not in known:
-            raise ValueError(f"{name!r} was not measured at this stage; measured: {', '.join(known)}")
+            raise ValueError(
+                f"{name!r} was not measured at this stage; measured: {', '.join(known)}{meant(name, known)}"
+            )
         return known[name]
 
     @property
@@ -183,7 +185,9 @@ class Trajectory:
 
     def __getitem__(self, stage: str | int) -> Snapshot:
         if str(stage) not in self.snapshots:
-            raise KeyError(f"no stage {str(stage)!r}; the stages are {', '.join(self.stages)}")
+            raise KeyError(
+                f"no stage {str(stage)!r}; the stages are {', '.join(self.stages)}{meant(stage, self.stages)}"
+            )
         return self.snapshots[str(stage)]
 
     def to_dataframe(self) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from relearn_lens.files import path_of
 from relearn_lens.models.model import Model
 from relearn_lens.text.encoding import word_pieces
 
@@ -73,7 +74,7 @@ def vectors_from_file(path: str | Path, *, lower: bool | Literal["auto"] = "auto
         ValueError: a pickle (gensim's own `.kv` and `.model`), which is never loaded, or not a file of word vectors.
         ImportError: gensim is not installed.
     """
-    path = Path(path)
+    path = path_of(path, "the path of one file")
     if not path.is_file():
         raise FileNotFoundError(f"no file of word vectors at {str(path)!r}")
     packed = path.suffix == ".gz"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relearn_lens.files import check_free, whole
+from relearn_lens.files import check_free, path_of, whole
 from relearn_lens.models.gguf import silent
 from relearn_lens.models.heads import classifier_of
 from relearn_lens.models.model import Model, Tagger, plain_name, reading, wearing
@@ -28,7 +28,7 @@ def export(model: Model, folder: str | Path) -> Path:
     """
     if wearing(model.bridge):
         raise ValueError("this model has low-rank adapters now; export it when the block of `adapted` has ended")
-    path = Path(folder)
+    path = path_of(folder, "the path of a new folder")
     check_free(path)
     plain = _plain(model)
     _compare(model, plain)

@@ -27,7 +27,7 @@ from relearn_lens.models.folders import check_folder, check_plain, check_tokeniz
 from relearn_lens.models.gguf import dequantised, quiet, silent
 from relearn_lens.models.heads import TrainedHead, trained_head
 from relearn_lens.models.model import LanguageModel, Tagger, seeded
-from relearn_lens.names import meant
+from relearn_lens.names import meant, unknown
 
 Head = Literal["trained", "fresh"]
 """Whether a tagger keeps what fits of the head that a model was trained with."""
@@ -58,7 +58,7 @@ def load_tagger(
         OSError: the name is neither a folder nor to be had from the hub.
     """
     if head not in get_args(Head):
-        raise ValueError(f"unknown head {head!r}; known: {', '.join(get_args(Head))}")
+        raise ValueError(unknown("head", head, get_args(Head)))
     trained = None
     if isinstance(model, TransformerBridge):
         bridge = model
@@ -115,7 +115,8 @@ def _bridge_of(
         model = whole
     else:
         model.set_attn_implementation("eager")
-    there = torch.device(device) if device else next(model.parameters()).device
+    there = device_of(device) if device else next(model.parameters()).device
+    _check_dtype(dtype)
     model.to(device=there, dtype=dtype)
     return _wrapped(model, str(model.config._name_or_path or "model"), tokenizer, device=there, dtype=dtype)
 
@@ -155,8 +156,9 @@ def load_bridge(
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    device = device_of(device)
+    _check_dtype(dtype)
     where = _place(model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with quiet():
         with _in_our_words(where):
             config = AutoConfig.from_pretrained(where, trust_remote_code=False)
@@ -173,6 +175,29 @@ def load_bridge(
         check_whole(hf_model, report["missing_keys"], tokenizer, where)
     torch.nn.Module.to(hf_model, device)
     return _wrapped(hf_model, where, tokenizer, device=device, dtype=dtype)
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """A device by its name; without one CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device, or not on this machine.
+    """
+    n = torch.cuda.device_count()
+    try:
+        there = torch.device(device or ("cuda" if n else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device = {device!r}: cpu, cuda, cuda:1 and so on, or mps is wanted") from None
+    if there.type == "cuda" and (there.index or 0) >= n:
+        raise ValueError(f"device = {str(device)!r}: this machine has {n} CUDA device(s); use cpu, or leave it out")
+    if there.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device = 'mps': this machine has none; use cpu, or leave it out")
+    return there
+
+
+def _check_dtype(dtype: object) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype!r}: weights are torch.float32, torch.bfloat16 or torch.float16")
 
 
 def _place(model: str | Path) -> str:

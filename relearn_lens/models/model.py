@@ -331,6 +331,16 @@ def _hidden(bridge: TransformerBridge, ids: Tensor, mask: Tensor) -> Tensor:
     return model.ln_out(x)
 
 
+def check_model(model: object) -> None:
+    """Refuse what stands where a model is wanted.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not hasattr(model, "tokenizer"):
+        raise ValueError(f"the first argument is a model (load_tagger, load_bridge), got a {type(model).__name__}")
+
+
 def encoded_for(model: Model | TransformerBridge, text: Corpus | Encoded, *, context: int | None = None) -> Encoded:
     """A text in a model's sub-words; one that is encoded already is given back as it is.
 
@@ -341,8 +351,7 @@ def encoded_for(model: Model | TransformerBridge, text: Corpus | Encoded, *, con
         return text
     if isinstance(model, Model):
         return model.encode(text, context=context)
-    if not hasattr(model, "tokenizer"):
-        raise ValueError(f"the first argument is a model (load_tagger, load_bridge), got a {type(model).__name__}")
+    check_model(model)
     return encode(text, model.tokenizer, context=context or int(model.cfg.n_ctx))
 
 

@@ -32,6 +32,7 @@ from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
 from relearn_lens.models.dropout import quick_dropout
 from relearn_lens.models.model import Model, Tagger, checkpointed, reading, seeded
+from relearn_lens.names import meant
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -335,7 +336,10 @@ def _entries(
         return None
     weights = model.plain()
     if unknown := sorted(set(only) - set(weights)):
-        raise ValueError(f"only: this model has no weight {unknown[0]!r}; it has {', '.join(list(weights)[:3])}, ...")
+        raise ValueError(
+            f"only: this model has no weight {unknown[0]!r}; it has {', '.join(list(weights)[:3])}, ..."
+            f"{meant(unknown[0], weights)}"
+        )
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     entries = []
     for name, mask in only.items():
@@ -686,7 +690,10 @@ class _Batch:
     def _check(self, parts: tuple[str, ...], values: Parts) -> None:
         """Refuse parts of the loss that the objective does not have, or does not count."""
         if unknown := set(parts) - set(values):
-            raise ValueError(f"the objective has no part {min(unknown)!r}; its parts are {', '.join(values)}")
+            first = min(unknown)
+            raise ValueError(
+                f"the objective has no part {first!r}; its parts are {', '.join(values)}{meant(first, values)}"
+            )
         if self.n_parts > 1 and set(values) != set(self.counts):
             raise ValueError(
                 f"the objective gives the parts {', '.join(values)}, but its `counts` those of {', '.join(self.counts)}"

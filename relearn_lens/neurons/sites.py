@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.names import unknown
+from relearn_lens.names import meant, unknown
 from relearn_lens.text import markup
 
 Sever = Literal["out", "both", "gain", "writes"]
@@ -294,7 +294,9 @@ def component_site(bridge: TransformerBridge, component: Component) -> Site:
     """
     hooks: dict[str, str] = {"attn": "attn.hook_out", "mlp": "mlp.hook_out", "resid": "hook_out"}
     if component not in hooks:
-        raise ValueError(f"no component of a block is called {component!r}; known: {', '.join(hooks)}")
+        raise ValueError(
+            f"no component of a block is called {component!r}; known: {', '.join(hooks)}{meant(component, hooks)}"
+        )
     blocks = range(int(bridge.cfg.n_layers))
     names = tuple(f"blocks.{i}.{hooks[component]}" for i in blocks)
     nothing: tuple[tuple[Slice, ...], ...] = ((),) * len(names)

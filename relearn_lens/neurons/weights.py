@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model, wearing
-from relearn_lens.names import unknown
+from relearn_lens.names import meant, unknown
 from relearn_lens.neurons.sites import Members, Neurons, Sever, Site, parameter, site_of
 from relearn_lens.neurons.streaming import ROUNDING
 
@@ -79,7 +79,7 @@ class WeightMask(Mapping[str, Tensor]):
         marks: dict[str, Tensor] = {}
         for name in [names] if isinstance(names, str) else names:
             if name not in known:
-                raise ValueError(f"this model has no part {name!r}; it has {', '.join(known)}")
+                raise ValueError(f"this model has no part {name!r}; it has {', '.join(known)}{meant(name, known)}")
             marks |= dict.fromkeys(known[name], torch.tensor(True))
         return _of_marks(model, marks)
 

@@ -2,10 +2,8 @@
 
 import lazy_loader as lazy
 
-from relearn_lens.names import suggesting
-
 # The public names, by module; heavy ones are imported when used.
-_named, __dir__, __all__ = lazy.attach(
+__getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "attack": ["Attack", "Passing"],
@@ -25,4 +23,3 @@ _named, __dir__, __all__ = lazy.attach(
         "prompts": ["InContext", "OtherForm", "Paraphrase"],
     },
 )
-__getattr__ = suggesting(__name__, _named, __all__)

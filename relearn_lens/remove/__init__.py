@@ -3,10 +3,8 @@ says of a text."""
 
 import lazy_loader as lazy
 
-from relearn_lens.names import suggesting
-
 # The public names, by module; heavy ones are imported when used.
-_named, __dir__, __all__ = lazy.attach(
+__getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "arithmetic": ["TaskVector"],
@@ -28,4 +26,3 @@ _named, __dir__, __all__ = lazy.attach(
         "wrappers": ["LAT", "SAM", "Averaged", "Curvature", "GradientPenalty", "Smoothed", "TARLight"],
     },
 )
-__getattr__ = suggesting(__name__, _named, __all__)

@@ -20,6 +20,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Method, Rate, Training
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, Stepped, plain, train_
+from relearn_lens.names import meant
 from relearn_lens.neurons.sites import parameter, site_of
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text import facts
@@ -128,7 +129,9 @@ def texts_of(model: Model, texts: Texts | None, roles: Iterable[str], what: str)
             f"as {{{', '.join(map(repr, ROLES))}}}, or a language model"
         )
     if unknown := [role for role in roles if role not in ROLES]:
-        raise ValueError(f"{what}, and facts have no text for {unknown[0]!r}; they have {', '.join(ROLES)}")
+        raise ValueError(
+            f"{what}, and facts have no text for {unknown[0]!r}; they have {', '.join(ROLES)}{meant(unknown[0], ROLES)}"
+        )
     try:
         return {
             role: encode_facts(texts, *ROLES[role], tokenizer=model.tokenizer, context=model.context) for role in roles

@@ -34,6 +34,7 @@ from relearn_lens.measure.answers import AnswerAccuracy, Answered, answer, choos
 from relearn_lens.measure.evaluation import OVERALL, Scores
 from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
+from relearn_lens.names import meant
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.relearn.attack import Attack
@@ -391,7 +392,7 @@ def paper_of(name: str) -> Paper:
         ValueError: no paper has this name.
     """
     if name not in PAPERS:
-        raise ValueError(f"no reproduction is called {name!r}; known: {', '.join(PAPERS)}, all")
+        raise ValueError(f"no reproduction is called {name!r}; known: {', '.join(PAPERS)}, all{meant(name, PAPERS)}")
     return importlib.import_module(f"{__package__}.{name}").PAPER
 
 

@@ -15,7 +15,7 @@ from relearn_lens.find.saliency import score_of
 from relearn_lens.measure.similarity import compared_words
 from relearn_lens.measure.tracking import FORMS, check_measures
 from relearn_lens.models import toy
-from relearn_lens.models.loading import load_language_model, load_tagger
+from relearn_lens.models.loading import device_of, load_language_model, load_tagger
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import Model
 from relearn_lens.neurons.sites import Site, site_of
@@ -47,7 +47,7 @@ def prepare(experiment: Experiment) -> Prepared:
     """
     score_of(experiment.score, experiment.contrast)
     check_measures(experiment.measure.what)
-    _check_device(experiment.device)
+    device_of(None if experiment.device == "auto" else experiment.device)  # says what this machine lacks
     concept = concept_of(experiment)
     with progress.task("reading the text", 1):
         splits = read_texts(experiment, concept)
@@ -171,16 +171,6 @@ def load(experiment: Experiment, labels: tuple[str, ...], *, seed: int = 0, know
 def adapters(model: Model, rank: int | None, *, seed: int) -> contextlib.AbstractContextManager[None]:
     """Low-rank adapters for a while, if a rank is set."""
     return adapted(model, rank=rank, seed=seed) if rank else contextlib.nullcontext()
-
-
-def _check_device(device: str) -> None:
-    """Refuse a device that this machine lacks."""
-    kind, _, index = device.partition(":")
-    there = torch.cuda.device_count()
-    if kind == "cuda" and int(index or 0) >= there:
-        raise ValueError(f"device = {device!r}: this machine has {there} CUDA device(s); use device=cpu or auto")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device = 'mps': this machine has none; use device=cpu or auto")
 
 
 def _check_bands(experiment: Experiment, blocks: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relearn_lens.files import read_toml
+from relearn_lens.files import path_of, read_toml
 from relearn_lens.names import unknown
 from relearn_lens.runs.settings import OPTIONAL, PROTOCOLS, Experiment, as_group, experiment, merged
 
@@ -127,23 +127,35 @@ def preset(name: str) -> Experiment:
     Raises:
         ValueError: there is no such preset.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a preset is told by its name, got a {type(name).__name__}; settings_of() takes more")
     return experiment(_preset(name))
 
 
 def settings_of(
-    source: str | Path | Experiment = "names", changes: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+    source: str | Path | Mapping[str, Any] | Experiment = "names",
+    changes: Mapping[str, Any] | None = None,
+    sets: str | Sequence[str] = (),
 ) -> Experiment:
-    """Settings from a preset's name, a TOML file or other settings, then `changes`, then `key.path=value` strings, each
-    over the last.
+    """Settings from a preset's name, a TOML file, a mapping or other settings, then `changes`, then `key.path=value`
+    strings, each over the last.
 
-    A TOML file may name the preset it starts from: `preset = "names"`. A file that a run wrote holds every field; those
-    that are what the file's own protocol says follow a protocol given after it.
+    A TOML file or a mapping may name the preset it starts from: `preset = "names"`. A file that a run wrote holds every
+    field; those that are what the file's own protocol says follow a protocol given after it.
 
     Raises:
         FileNotFoundError: no preset of that name, and no such file.
-        ValueError: an unknown key or a value out of range; one line for each.
+        ValueError: what is no settings; an unknown key or a value out of range, one line for each.
     """
-    path = Path() if isinstance(source, Experiment) else Path(source)
+    if isinstance(source, Mapping):
+        source, changes = source.get("preset", "names"), {**source, **(changes or {}), "preset": None}
+    if not isinstance(changes, Mapping | None):
+        raise ValueError(
+            f"changes are a mapping, such as {{'prune.fraction': 0.3}}, got a {type(changes).__name__}; texts of "
+            "key=value are given as sets="
+        )
+    wanted = "a preset's name, a TOML file's path, a mapping or other settings"
+    path = Path() if isinstance(source, Experiment) else path_of(source, wanted)
     if isinstance(source, Experiment):
         values = source.model_dump()
     elif str(source) in PRESETS:
@@ -156,7 +168,7 @@ def settings_of(
     for key, value in (changes or {}).items():
         if value is not None:
             values = _put(values, key, value)
-    for text in sets:
+    for text in [sets] if isinstance(sets, str) else sets:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"--set {text!r}: write key=value, such as prune.fraction=0.3")

@@ -12,6 +12,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.find.saliency import Saliency
+from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons, Site, random_neurons
 from relearn_lens.neurons.weights import check_prunable
 from relearn_lens.runs.settings import Experiment
@@ -28,7 +29,7 @@ def choose(saliency: Saliency, fraction: float, which: str = "most") -> Neurons:
         ValueError: `which` is neither, or the fraction is out of range.
     """
     if which not in ("most", "least"):
-        raise ValueError(f"unknown which {which!r}; known: most, least (by_family is decided by prepare())")
+        raise ValueError(f"{unknown('which', which, ['most', 'least'])} (by_family is decided by prepare())")
     ordered = saliency if which == "most" else replace(saliency, score=-saliency.score)
     return ordered.top(fraction=fraction)
 

@@ -31,6 +31,7 @@ from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.lora import adapted, adapter_weights
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint
+from relearn_lens.names import meant, unknown
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.pruning import Pruner
@@ -106,7 +107,7 @@ def subject(
                 "leave it out, or give what is to be forgotten as a file or hf:NAME"
             )
     elif not facts.startswith("hf:") and not Path(facts).suffix:
-        raise ValueError(f"unknown facts {facts!r}; known: {', '.join(MADE)}, a JSONL file, hf:NAME")
+        raise ValueError(unknown("facts", facts, [*MADE, "a JSONL file", "hf:NAME"], meant(facts, MADE)))
     elif retain is None:
         raise ValueError(f"facts {facts!r} say what is to be forgotten; give what is to stay as --retain FILE.jsonl")
     made: Facts | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.tracking import BASE, Trajectory
+from relearn_lens.names import ByName
 from relearn_lens.runs.events import Again, ArmDone, Blocked, Cuts, Damage, Event, Grafted, Own, Sized
 from relearn_lens.runs.numbers import Numbers
 from relearn_lens.runs.settings import Experiment
@@ -38,6 +39,9 @@ class Run:
     manifest: dict[str, Any] = field(default_factory=dict)
     """Versions, seeds, hashes of inputs, notes, seconds, memory."""
     folder: str | None = None
+
+    def __post_init__(self) -> None:
+        self.arms = ByName(self.arms)
 
     @cached_property
     def numbers(self) -> Numbers:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from relearn_lens.methods import AtMost, Finetuning, Measuring, Method, Retraining, Size
+from relearn_lens.methods import AtMost, Finetuning, Measuring, Method, Retraining, Size, meant_of
 from relearn_lens.names import meant, unknown
 from relearn_lens.text import markup
 
@@ -597,7 +597,7 @@ def _said(error: dict[str, Any]) -> str:
         message = "input is too large"
     if error["type"].startswith(("greater_than", "less_than", "int_parsing_size")):
         message += f"; the range is {_range(error['loc'])}"
-    return f"{key} = {_shown(error['input'])}: {message}" if key else message
+    return f"{key} = {_shown(error['input'])}: {message}{meant_of(error)}" if key else message
 
 
 def _plainly(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from relearn_lens.runs import settings
 from relearn_lens.runs.events import (
     ArmDone,
     Event,
+    GraftedAt,
     Measured,
     Paused,
     Prepared,
@@ -41,7 +42,7 @@ PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accele
 
 
 def run(
-    experiment: Experiment | str | Path = "names",
+    experiment: Experiment | Mapping[str, Any] | str | Path = "names",
     out: str | Path | None = None,
     *,
     fresh: bool = False,
@@ -52,8 +53,8 @@ def run(
 ) -> Run:
     """Run an experiment; with `out`, into a run folder, where the same call continues what was interrupted.
 
-    The experiment is settings, a preset's name or a TOML file. `changes` are settings of it by name, those of a group
-    as a dictionary: `run("toy", seeds=[0], prune={"fraction": 0.02})`.
+    The experiment is settings, a preset's name, a TOML file or a mapping, as `settings_of` takes them. `changes` are
+    settings of it by name, those of a group as a dictionary: `run("toy", seeds=[0], prune={"fraction": 0.02})`.
 
     A folder that holds a finished run of the same settings is read and not run again. `fresh` removes the run that
     the folder holds first. `shared` is a folder in which runs keep their fine-tuned models for each other: of equal
@@ -134,7 +135,7 @@ def _drive(
     events = perform(experiment, kept=folder)
     folder = folder if processes.is_first() else None  # one process writes
     for event in events:
-        passing = isinstance(event, Measured | Paused | Weighed | SeedDone)
+        passing = isinstance(event, Measured | Paused | Weighed | GraftedAt | SeedDone)
         if not passing:
             name = _phase(event)
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)
@@ -188,9 +189,11 @@ def load_run(folder: str | Path) -> Run:
         FileNotFoundError: there is no run folder.
         ValueError: the run is not finished, or a file of it is missing or damaged.
     """
-    path = Path(folder)
+    path = files.path_of(folder, "the path of a run's folder")
     if not (path / MANIFEST).is_file():
-        raise FileNotFoundError(f"{str(path)!r} is no run folder: there is no {MANIFEST}")
+        inside = ", ".join(repr(str(each.parent)) for each in sorted(path.glob(f"*/{MANIFEST}"))[:5])
+        more = f"; these in it are: {inside}" if inside else ""
+        raise FileNotFoundError(f"{str(path)!r} is no run folder: there is no {MANIFEST}{more}")
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest.get("settings"), dict):
         raise ValueError(f"{str(path / MANIFEST)!r} is damaged (it has no settings); run again with --fresh")

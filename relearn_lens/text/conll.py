@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from relearn_lens.files import path_of
 from relearn_lens.text.corpus import OUTSIDE, Corpus, build_corpus
 from relearn_lens.text.tags import Row, decode
 
@@ -206,7 +207,7 @@ def read_conll(
             different numbers of columns; it has no such column; its words come out as numbers, as tags or all the
             same; or a tag does not fit the scheme.
     """
-    path = Path(path).expanduser()
+    path = path_of(path, "the path of one file").expanduser()
     text = _text(path, encoding)
     read = list(_sentences(path, text, column))
     width = len(read[0].lines[0][1])

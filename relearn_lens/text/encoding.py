@@ -19,6 +19,7 @@ from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
 from relearn_lens.methods import MAX_TOKENS
+from relearn_lens.names import unknown
 from relearn_lens.text.corpus import Corpus, Strings, one_of
 
 LongSentences = Literal["split", "truncate", "error"]
@@ -258,9 +259,9 @@ def encode(
     """
     corpus = one_of(corpus)
     if reading not in get_args(Reading):
-        raise ValueError(f"unknown reading {reading!r}; known: {', '.join(get_args(Reading))}")
+        raise ValueError(unknown("reading", reading, get_args(Reading)))
     if long not in get_args(LongSentences):
-        raise ValueError(f"unknown long {long!r}; known: {', '.join(get_args(LongSentences))}")
+        raise ValueError(unknown("long", long, get_args(LongSentences)))
     if not corpus.n_words:
         raise ValueError(f"corpus {corpus.name!r} has no sentences")
     if tokenizer.pad_token_id is None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from relearn_lens.files import path_of
+from relearn_lens.names import meant
 from relearn_lens.text.bsb import read_bsb_names
 from relearn_lens.text.conll import read_conll
 from relearn_lens.text.corpus import OUTSIDE, Corpus, Splits
@@ -74,7 +76,7 @@ def read_splits(path: str | Path, *, seed: int, parts: Parts = PARTS, **reading:
         FileNotFoundError: as `read_conll`.
         ValueError: as `read_conll` and `Corpus.split`; or the folder lacks a file, or has two for one part.
     """
-    path = Path(path).expanduser()
+    path = path_of(path, "the path of one file or folder").expanduser()
     files = _part_files(path) if path.is_dir() else [path]
     if len(files) == 1:
         return _by_sentences(read_conll(files[0], **reading)).split(seed=seed, parts=parts)
@@ -146,5 +148,5 @@ def read_splits_named(spec: str, *, seed: int, parts: Parts = PARTS, **reading: 
     if form == "hf" and rest:
         name, _, config = (rest, "", "") if Path(rest).expanduser().exists() else rest.partition(":")
         return read_hf(name, seed=seed, parts=parts, config=config or None)
-    hint = f"did you mean 'conll:{spec}'? " if spec and Path(spec).expanduser().exists() else ""
-    raise ValueError(f"no corpus is called {spec!r}; {hint}the forms are {list(CORPORA)}")
+    hint = f"; did you mean 'conll:{spec}'?" if spec and Path(spec).expanduser().exists() else meant(spec, CORPORA)
+    raise ValueError(f"no corpus is called {spec!r}; the forms are {list(CORPORA)}{hint}")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from relearn_lens.names import meant
 from relearn_lens.text.corpus import OUTSIDE
 
 SCHEMES = {"auto": "BIESLUM", "bio": "BI", "iob1": "BI", "io": "I", "bioes": "BIESLUM"}
@@ -47,7 +48,7 @@ def decode(sentences: list[list[Row]], scheme: str, where: str) -> Iterator[list
 def _marks(first: Mapping[str, int], scheme: str, where: str) -> dict[str, tuple[str, str]]:
     """Prefix (`""` for a plain label) and type of every tag; `first` says where each occurs first."""
     if scheme not in SCHEMES:
-        raise ValueError(f"no tag scheme is called {scheme!r}; the schemes are {list(SCHEMES)}")
+        raise ValueError(f"no tag scheme is called {scheme!r}; the schemes are {list(SCHEMES)}{meant(scheme, SCHEMES)}")
     tags = {tag: re.sub("^([A-Z]-[^,]*),[A-Z]-.*", r"\1", tag) for tag in first}
     if "B" in tags and set(tags) <= set("OBIESLUM"):
         raise ValueError(f"{where} {first['B']}: tag 'B' has no type; write B-TYPE and I-TYPE")

@@ -224,7 +224,9 @@ def test_what_is_wrong_is_one_line(one_line, files, tmp_path: Path):
         *both, "gradient_penalty.faithful=true", "--set", "npo.faithful=true", "--set", "where.site=resid"
     )
     assert "there is no localiser; name one as --where" in one_line("remove", "npo", "--set", "where.site=resid")
-    assert "unknown localiser 'lok'; known: score, " in one_line("remove", "npo", "--where", "lok")
+    assert "unknown localiser 'lok'; did you mean 'lookup'? Known: score, " in one_line(
+        "remove", "npo", "--where", "lok"
+    )
     assert "site = 'heads'" in one_line("remove", "prune", "--where", "score", "--set", "where.site=heads")
     assert "unknown recipes 'tiny'; known: toy" in one_line("remove", "npo", "--recipe", "tiny")
     assert "unknown facts 'persons'; known: people, countries, ontology, a JSONL" in one_line(

@@ -6,7 +6,6 @@
 import base64
 import json
 import re
-import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
@@ -21,6 +20,7 @@ from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.neurons.sites import streaming
 from relearn_lens.runs.results import Run
 from relearn_lens.show import explore, plots
+from tests.browser import CHROMIUM, QUIET
 from tests.fixtures import unchecked
 from tests.show.test_plots import HOSTILE, rich, run_of
 
@@ -124,14 +124,11 @@ def test_nothing_in_a_run_ends_the_script_that_holds_it(run):
     assert len(repr(view)) < 100
 
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def shown_by(browser: str, page: Path, width: int = 1100) -> str:
+def shown_by_browser(page: Path, width: int = 1100) -> str:
     """The page as a browser has it once its script has run."""
     words = [
-        browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
-        f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=4000", "--dump-dom", page.as_uri(),
+        CHROMIUM, *QUIET, f"--window-size={width},900", f"--user-data-dir={page.parent / 'browser'}",
+        "--virtual-time-budget=4000", "--dump-dom", page.as_uri(),
     ]  # fmt: skip
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
 
@@ -149,15 +146,14 @@ document.body.append(Object.assign(document.createElement("pre"), {id: "seen", t
 """What a person does: asks who gained most, searches a word, goes back to base, and on to the end."""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the PATH")
 def test_a_browser_shows_curve_maps_and_card(run, tmp_path):
-    assert BROWSER is not None
     path = run.arms["concept"][0]
     page = explore.explore(run, neuron="L0N4", stage="2").save(tmp_path / "view.html")
     assert path["2"].words is not None
     word = path["2"].words.of(("0", 4))[0]
     page.write_text(page.read_text(encoding="utf-8") + USING.replace("WORD", json.dumps(word)), encoding="utf-8")
-    dom = shown_by(BROWSER, page)
+    dom = shown_by_browser(page)
     seen = re.search('<pre id="seen">(.*?)</pre>', dom, re.S)
     assert seen
     gained, searched, earlier, heads = unescape(seen[1]).split("|")

@@ -6,7 +6,6 @@
 import json
 import math
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from relearn_lens.runs.results import Run
 from relearn_lens.show import brief, captions, plots, report, tables
 from relearn_lens.text.concept import Concept
 from tests.analysis.test_story import scores_of
+from tests.browser import CHROMIUM, QUIET
 from tests.show.test_plots import HOSTILE as WORDS
 from tests.show.test_plots import layout_of, losing, margined, rich, run_of, with_all
 
@@ -426,10 +426,6 @@ def test_comparison_needs_two_runs_and_is_written_whole(run, tmp_path):
 
 # --- in a browser
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
-
 LISTEN = """<script>
 var wrong = [];
 addEventListener('error', function (e) { wrong.push(String(e.message)); });
@@ -483,11 +479,10 @@ def seen(request, run, tmp_path_factory) -> dict:
         "<script>addEventListener('message', function (e) { document.body.dataset.said = e.data; });</script>"
         "<body><iframe src='page.html' style='width:390px;height:800px;border:0'></iframe></body>"
     )
-    options = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
-        f"--disable-component-update --blink-settings=preferredColorScheme={int(request.param == 'light')} "
-        "--virtual-time-budget=20000 --dump-dom"
-    ).split()
+    options = [
+        *QUIET, f"--blink-settings=preferredColorScheme={int(request.param == 'light')}",
+        "--virtual-time-budget=20000", "--dump-dom",
+    ]  # fmt: skip
     done = subprocess.run(
         [CHROMIUM, *options, f"--user-data-dir={folder / 'profile'}", (folder / "phone.html").as_uri()],
         capture_output=True,

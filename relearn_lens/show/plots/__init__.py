@@ -4,9 +4,6 @@ Where a figure is of a run it draws the controls beside the concept arm; every d
 and what a blank cell means.
 """
 
-from typing import TYPE_CHECKING
-
-from relearn_lens.names import suggesting
 from relearn_lens.show.plots.audits import audit_curve, audit_layers, audit_parts, audit_states
 from relearn_lens.show.plots.benches import (
     bench_components,
@@ -67,6 +64,3 @@ __all__ = [
     "shown",
     "verdicts",
 ]
-
-if not TYPE_CHECKING:  # which tells a wrong name itself
-    __getattr__ = suggesting(__name__, globals().__getitem__, __all__)

@@ -17,6 +17,7 @@ from relearn_lens.analysis.migration import Selection, saliency_by_layer
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.topwords import TopWords
 from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.names import meant
 from relearn_lens.neurons.sites import Neuron, Neurons, ordered
 from relearn_lens.show.plots.style import (
     ARM_COLOURS,
@@ -177,7 +178,7 @@ def neuron_map(
         raise ValueError(f"no seed {seed} in this arm; it has {', '.join(str(each.seed) for each in arms)}")
     site, stages = path.site, list(path.stages)
     if stage is not None and stage not in stages:
-        raise ValueError(f"no stage {stage!r} in this arm; it has {', '.join(stages)}")
+        raise ValueError(f"no stage {stage!r} in this arm; it has {', '.join(stages)}{meant(stage, stages)}")
     shown = stages[0] if stage is None else stage
     base = path[stages[0]].saliency.score
     place = ordered(base)

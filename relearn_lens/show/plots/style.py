@@ -17,6 +17,7 @@ from relearn_lens.analysis.intervals import Estimate, estimate
 from relearn_lens.analysis.recovery import name_of
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import Trajectory
+from relearn_lens.names import meant
 from relearn_lens.runs.results import Run
 
 
@@ -106,7 +107,7 @@ def arm_of(data: Paths, arm: str | None = None) -> list[Trajectory]:
         arms = _by_name(data)
         name = arm or ("concept" if "concept" in arms else next(iter(arms), ""))
         if name not in arms:
-            raise ValueError(f"no arm {name!r} in this run; it has {', '.join(arms) or 'none'}")
+            raise ValueError(f"no arm {name!r} in this run; it has {', '.join(arms) or 'none'}{meant(name, arms)}")
         return arms[name]
     if not data:
         raise ValueError("there is no trajectory to draw")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from relearn_lens.files import digest_of
+from relearn_lens.names import meant
 from relearn_lens.text.corpus import Strings
 
 FORGET = ("forget_attacked", "forget_held_out")
@@ -127,7 +128,9 @@ class Facts:
             ValueError: there is no such role.
         """
         if unknown := [role for role in roles if role not in ROLES]:
-            raise ValueError(f"no role is called {unknown[0]!r}; the roles are {', '.join(ROLES)}")
+            raise ValueError(
+                f"no role is called {unknown[0]!r}; the roles are {', '.join(ROLES)}{meant(unknown[0], ROLES)}"
+            )
         wanted = None if forms is None else {forms} if isinstance(forms, str) else set(forms)
         return tuple(
             p
