@@ -149,5 +149,5 @@ def install() -> None:
     """Check what is imported of the package from now on."""
     sys.meta_path.insert(0, _Finder())
     # Before Python 3.12 every isinstance of a protocol lists its members anew, which takes longer than the checks.
-    names = vars(typing)
+    names: Any = vars(typing)
     names["_get_protocol_attrs"] = functools.cache(names["_get_protocol_attrs"])
