@@ -133,7 +133,7 @@ def test_from_scratch_it_separates_and_afterwards_it_does_not(small, taught, rem
     """The negative control: a model that knows the facts already keeps them."""
     how: dict[str, Any] = {"batch_size": 64}
     fresh, knows = (untaught(small, recipe=SMALL) for _ in range(2))
-    list(remover(fresh, small, **how, steps=(150,), lr=3e-3))
+    list(remover(fresh, small, **how, steps=(100,), lr=4e-3))
     knows.load_weights(taught)
     assert right(knows, small, *FORGET) > 0.9
     list(remover(knows, small, **how, steps=(20,), lr=1e-3))
