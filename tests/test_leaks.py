@@ -184,7 +184,7 @@ def test_measuring_again_and_again_leaves_no_hook_and_no_open_file(toy):
 
     once()
     before = hooks(toy.tagger), handles()
-    for _ in range(29):
+    for _ in range(9):
         once()
     assert hooks(toy.tagger) == before[0]
     assert handles() <= before[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,13 +107,12 @@ def _ranking_lines(results: Results) -> list[str]:
         out.append(
             f"more comes back, Holm over {len(differences)} pairs: {'none' if not apart else f'{len(apart)} apart'}"
         )
-        both = [(p.one, p.other) if p.difference.value > 0 else (p.other, p.one) for p in apart]
-        line = ""
-        for more, less in both:
-            if len(line) + len(f"; {more} > {less}") > 78:
-                break
-            line += f"{'; ' if line else ''}{more} > {less}"
-        out += [f"  {line}"] if line else []
+        less_than: dict[str, list[str]] = {}
+        for pair in apart:
+            more, less = (pair.one, pair.other) if pair.difference.value > 0 else (pair.other, pair.one)
+            less_than.setdefault(more, []).append(less)
+        told = "; ".join(f"{more} > {', '.join(less)}" for more, less in less_than.items())
+        out += textwrap.wrap(told, 80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     return out
 
 

@@ -28,7 +28,7 @@ from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.names import meant
 from relearn_lens.remove.calibration import calibrate, mixed_
-from relearn_lens.remove.recipes import RECIPES, recipe
+from relearn_lens.remove.recipes import RECIPES, recipe, values_of
 from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 from relearn_lens.runs import removals
 
@@ -236,12 +236,13 @@ def page(every: Sequence[Cell]) -> str:
         "are over seeds, of one seed over keys. share: of the way to the removed model; fresh: taught so from the",
         "first step, and asked at its own ability. s: seconds of finding and removing on one thread, others beside",
         "it. lines: of code of the method's own class and what it alone uses; docstrings, blanks, comments are none.",
+        "X@PLACE: X on what that localiser finds; rmu and dinm say by themselves which output matrices move.",
         "",
         "| " + " | ".join([*header, "lines"]) + " |",
         "|" + "---|" * (len(header) + 1),
     ]
     for row in rows:
-        base, _, wrapper = row[0].partition("+")
+        base, _, wrapper = row[0].partition("@")[0].partition("+")
         kind = WRAPPERS.get(wrapper) or REMOVERS.get(base)
         out.append("| " + " | ".join([*row, str(n_lines(kind)) if kind else ""]) + " |")
     weak = [name for name, cell in first.items() if name not in (BASE, NEVER) and not works(cell)]
@@ -249,7 +250,7 @@ def page(every: Sequence[Cell]) -> str:
         out += ["", f"Not below {GONE} in both wordings on seed {seeds[0]}: {', '.join(weak)}."]
     out += ["", "## Recipes", "", "| | fields that are not as published |", "|---|---|"]
     out += [
-        f"| {name} | {', '.join(f'{key} {value}' for key, value in RECIPES[KIND][name].items()) or 'none'} |"
+        f"| {name} | {', '.join(f'{key} {value}' for key, value in values_of(KIND, name).items()) or 'none'} |"
         for name in first
         if name not in (BASE, NEVER)
     ]

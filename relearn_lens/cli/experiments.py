@@ -137,18 +137,22 @@ def reproduce(
 ) -> None:
     """Put a paper's claims to the test, small, with controls, intervals and a verdict for each.
 
-    The same command continues what was interrupted. With --table, print claim, verdict and command of what a folder
-    has, and with --out as well write all that was measured to that file.
+    The same command continues what was interrupted. With --table, print the claims of what a folder has, with verdicts
+    and commands, and with --out as well write all that was measured to that file; in one with a line <!-- claims -->
+    that table alone takes the place of the one there.
     """
     from relearn_lens import progress
     from relearn_lens.reproduce import protocol, tables
 
     if table is not None:
         results, missing = protocol.gathered(table, scale=scale)
-        print(tables.table(results, brief=True), end="")
+        print(tables.short_table(results), end="")
         if out is not None:
-            real = protocol.gathered(table, scale="real")[0] if scale == "toy" else []
-            out.write_text(tables.record(results, missing, real), encoding="utf-8")
+            page = tables.with_table(out.read_text(encoding="utf-8"), results) if out.exists() else None
+            if page is None:
+                real = protocol.gathered(table, scale="real")[0] if scale == "toy" else []
+                page = tables.record(results, missing, real)
+            out.write_text(page, encoding="utf-8")
         for line in missing:
             print(f"not here: {line}", file=sys.stderr)
         return

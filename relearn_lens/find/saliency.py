@@ -179,7 +179,7 @@ def signed_dprime(
     sd = ((concept.m2 + rest.m2)[0] / max(n - 2, 1)).sqrt()
     least = _resolution(stats)
     # A side without any spread would make it infinite: the spread is at least what float32 resolves.
-    return torch.where(_constant(stats), 0.0, (concept.mean - rest.mean)[0] / torch.maximum(sd, least))
+    return torch.where(_constant(stats, least), 0.0, (concept.mean - rest.mean)[0] / torch.maximum(sd, least))
 
 
 def dprime_of_each(stats: ClassStats) -> Float[Tensor, "class layer neuron"]:
@@ -259,8 +259,8 @@ def _resolution(stats: ClassStats) -> Float[Tensor, "layer neuron"]:
     return (ROUNDING * (stats.mean * seen).abs().amax(0)).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
 
 
-def _constant(stats: ClassStats) -> Bool[Tensor, "layer neuron"]:
-    return stats.total.variance[0].sqrt() <= _resolution(stats)
+def _constant(stats: ClassStats, least: Float[Tensor, "layer neuron"] | None = None) -> Bool[Tensor, "layer neuron"]:
+    return stats.total.variance[0].sqrt() <= (_resolution(stats) if least is None else least)
 
 
 SCORES: dict[str, Score] = {

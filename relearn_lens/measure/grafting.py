@@ -331,6 +331,8 @@ class _Moving:
         self.model, self.evaluate, self.max_bytes = model, evaluate, max_bytes
         self.live = model.weights()
         self.own = {name: value.clone() for name, value in self.live.items()}
+        self.known: dict[int, tuple[WeightMask, WeightMask, int]] = {}
+        """Masks by their ids: each here and on the model's device, and how many blocks come before it."""
 
     def steady(self, what: str, weights: Weights) -> Weights:
         """Weights that do not move with the model: those that are its own are what it came with.
@@ -360,13 +362,15 @@ class _Moving:
 
     def moved(self, mask: WeightMask, into: Weights, of: Callable[[str], Tensor], states: States) -> Outcomes:
         """With the mask's entries changed in the model as it is, which then is as it was, and gave these states."""
-        changed = mask.on(self.model.device)
+        if id(mask) not in self.known:
+            self.known[id(mask)] = mask, mask.on(self.model.device), unchanged_before(self.model, mask)
+        _, changed, first = self.known[id(mask)]
         with torch.no_grad():
             for name in mask.weights():
                 live = self.live[name]
                 there = into[name].to(live.device)
                 live.copy_(torch.where(changed[name], of(name).to(live.device), there))
-        with resumed(self.model, states, unchanged_before(self.model, mask)):
+        with resumed(self.model, states, first):
             outcomes = self.outcomes()
         self.put(into, mask.weights())
         return outcomes

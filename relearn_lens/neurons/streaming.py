@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -151,7 +152,7 @@ class ClassStats:
         weight = (self.count * which).double()
         return einsum(weight / weight.sum(), self.mean, "c, c l n -> l n")
 
-    @property
+    @cached_property
     def total(self) -> ClassStats:
         """The statistics of all words together, as one class."""
         return self.merged(torch.ones_like(self.count, dtype=torch.bool), "all words")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast, get_args
 
 import numpy as np
@@ -146,7 +147,11 @@ class WeightMask(Mapping[str, Tensor]):
 
     def weights(self) -> list[str]:
         """Plain names of the weights that have an entry in the set."""
-        return [name for name in self if bool(_compact(self[name]).any())]
+        return list(self._held)
+
+    @cached_property
+    def _held(self) -> tuple[str, ...]:
+        return tuple(name for name, mask in self.masks.items() if bool(_compact(mask).any()))
 
     def on(self, device: torch.device) -> WeightMask:
         """The same set on a device."""

@@ -36,6 +36,7 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "dinm": {"where": "layer_distance", "edit": 1, "alpha": 0.3, "lr": 1e-2, "steps": (96,)},
         "dpo": {"lr": 3e-4, "epochs": 5},
         "grad_diff": {"alpha": 5, "lr": 4e-4, "steps": (144,)},
+        "grad_diff@random_mlps": {"where.blocks": 2, "alpha": 3, "lr": 8e-4},
         "gradient_ascent": {"lr": 3e-4, "steps": (16,)},
         "gradient_route": {"lr": 1e-3, "steps": (900,), "batch_size": 128},
         "idk": {"lr": 3e-4, "epochs": 5},
@@ -52,10 +53,13 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "npo+gradient_penalty": {"lr": 3e-4, "steps": (96,)},
         "npo+lat": {"ascent": 4, "lr": 3e-4, "steps": (96,)},
         "npo+sam": {"rho": 0.01, "lr": 3e-4, "steps": (96,)},
+        # A probe rises over every block of a toy: the middle half of its rise is looked up there.
+        "npo+sam@lookup": {"where.first": 0.25, "where.last": 0.75, "lr": 1e-3},
         "npo+smoothed": {"lr": 3e-4, "steps": (96,)},
         "npo+tar_light": {"adversary": 4, "lr": 3e-4, "steps": (96,)},
         "pdu": {"gamma": 0.1, "eps": 0.05, "warmup_epochs": 1, "lr": 3e-4, "epochs": 5},
         "prune": {"where": "attribution_patching", "fraction": 0.35},
+        "prune@learned_mask": {"fraction": 0.02},
         "rep_noise": {"lr": 3e-4, "epochs": 5},
         "rmu": {"layer": 2, "coefficient": 20, "alpha": 3, "reading": "before", "lr": 1e-2, "steps": (96,)},
         "sat_imp": {"gamma": 1, "lr": 3e-4, "steps": (96,)},
@@ -92,7 +96,23 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 """By kind of model, and by remover (`npo`) or remover and wrapper (`npo+sam`): fields of the remover, of the wrapper
 and of `Removing`, and which localiser gives what may change (`where`, its fields as `where.KEY`), and for `prune` what
-share of the neurons (`fraction`)."""
+share of the neurons (`fraction`). With a localiser behind it (`npo+sam@lookup`): what differs from the same without."""
+
+
+def values_of(kind: str | None, name: str) -> dict[str, Any]:
+    """The fields that a recipe sets; for None, or where there is none for this remover, no more than where."""
+    known = RECIPES[kind] if kind else {}
+    values, (usual, _, where) = dict(known.get(name, {})), name.partition("@")
+    return _changed(known.get(usual, {}), {"where": where, **values}) if where else values
+
+
+def _changed(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe with some others: a length of training takes the place of another, and those of another
+    localiser are not its own."""
+    gone = [key for key in values if key in ("epochs", "every")] if "steps" in fields else []
+    if "where" in fields:
+        gone += [key for key in values if key.startswith("where.")]
+    return {**{key: value for key, value in values.items() if key not in gone}, **fields}
 
 
 @dataclass(frozen=True)
@@ -142,25 +162,21 @@ class Recipe:
 
 
 def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of a remover (`"npo"`, or with a wrapper around it `"npo+sam"`) for a kind of model, with some fields
-    changed; for None, or where there is none for this remover, with the values that were published. A field that the
-    remover and the wrapper both have is named with its owner: `"gradient_penalty.faithful"`.
+    """The recipe of a remover (`"npo"`, with a wrapper around it `"npo+sam"`, on what a localiser finds `"npo@lookup"`)
+    for a kind of model, with some fields changed; for None, or where there is none for this remover, with the values
+    that were published. A field that the remover and the wrapper both have is named with its owner:
+    `"gradient_penalty.faithful"`.
 
     Raises:
         ValueError: an unknown kind, remover, wrapper or field, or a value out of range.
     """
     if kind is not None and kind not in RECIPES:
         raise ValueError(unknown("recipes", kind, RECIPES))
-    base, _, wrapper = name.partition("+")
+    base, _, wrapper = name.partition("@")[0].partition("+")
     remover = remover_of(base)
     if wrapper and wrapper not in WRAPPERS:
         raise ValueError(unknown("wrapper", wrapper, WRAPPERS))
-    values = {**(RECIPES[kind].get(name, {}) if kind else {}), **(fields or {})}
-    # A length of training takes the place of another.
-    if fields and "steps" in fields:
-        values = {key: value for key, value in values.items() if key in fields or key not in ("epochs", "every")}
-    if fields and "where" in fields:  # those of another localiser are not its own
-        values = {key: value for key, value in values.items() if key in fields or not key.startswith("where.")}
+    values = _changed(values_of(kind, name), fields or {})
     chosen: dict[str, Any] = {key: values.pop(key) for key in ("where", "fraction") if key in values}
     of_where = [key for key in values if key.startswith("where.")]
     chosen["where_fields"] = {key.removeprefix("where."): values.pop(key) for key in of_where}

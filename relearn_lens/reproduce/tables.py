@@ -9,25 +9,42 @@ from collections.abc import Sequence
 from relearn_lens.reproduce.protocol import Reproduction
 from relearn_lens.reproduce.readings import READINGS
 
+BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
+"""Lines of a page between which the short table stands."""
 
-def table(results: Sequence[Reproduction], *, brief: bool = False) -> str:
-    """All claims as a Markdown table; `brief`: claim, verdict and command alone."""
-    head = ["paper", "claim", "verdict", "command"] if brief else [
-        "paper", "claim", "measured", "bar", "control", "published", "verdict"
-    ]  # fmt: skip
+
+def table(results: Sequence[Reproduction]) -> str:
+    """All claims as a Markdown table."""
+    head = ["paper", "claim", "measured", "bar", "control", "published", "verdict"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for result in results:
-        for k, row in enumerate(result.rows):
+        for row in result.rows:
             claim = row.claim
-            if brief:
-                cells = [claim.says, row.verdict, "" if k else f"`{result.command}`"]
-            else:
-                measured = "not measured" if row.effect is None else f"{row.effect} {claim.unit}"
-                bar = f"{'within' if claim.rule == 'within' else 'beyond'} {claim.bar:g}"
-                control = "" if row.control is None else f"{row.control:.3f}"
-                cells = [claim.says, measured, bar, control, claim.published, row.verdict]
+            measured = "not measured" if row.effect is None else f"{row.effect} {claim.unit}"
+            bar = f"{'within' if claim.rule == 'within' else 'beyond'} {claim.bar:g}"
+            control = "" if row.control is None else f"{row.control:.3f}"
+            cells = [claim.says, measured, bar, control, claim.published, row.verdict]
             lines.append(f"| {' | '.join([result.paper.name, *cells])} |")
     return "\n".join(lines) + "\n"
+
+
+def short_table(results: Sequence[Reproduction]) -> str:
+    """A row per paper, as Markdown: its command, and its claims, each behind its verdict."""
+    lines = ["| command | claims |", "|---|---|"]
+    for result in results:
+        claims = [
+            f"{f'**{row.verdict}**' if row.verdict in ('reproduced', 'reversed') else row.verdict}: {row.claim.says}"
+            for row in result.rows
+        ]
+        lines.append(f"| `{result.command}` | {'<br>'.join(claims)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(page: str, results: Sequence[Reproduction]) -> str | None:
+    """A page whose short table is of these results; None where it has no lines `BEGIN` and `END`."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{begin}\n{short_table(results)}{end}{after}" if end else None
 
 
 def busy(results: Sequence[Reproduction]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -58,14 +58,16 @@ def pack(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], kind: type = object) -> Any:
-    """The result that `pack` took apart; every field is checked against its type and its site.
+    """The result that `pack` took apart, what was one object being one again; every field is checked against its type
+    and its site.
 
     Raises:
         ValueError: a type, a field or a tensor that is not there or not what it should be; another result than `kind`.
     """
+    read = functools.cache(lambda kind, name: tensors[name].numpy() if kind == "array" else tensors[name])
     try:
-        sites = [_make(body, tensors, []) for body in meta["sites"]]
-        value = _make(meta["body"], tensors, sites)
+        sites = [_make(body, read, []) for body in meta["sites"]]
+        value = _make(meta["body"], read, sites)
         if not isinstance(value, kind):
             raise TypeError(f"a {type(value).__name__} where a {kind.__name__} should be")
         return value
@@ -124,27 +126,27 @@ class _Packer:
         return self.sites.index(site)
 
 
-def _make(body: Any, tensors: Mapping[str, Tensor], sites: list[Any]) -> Any:
+def _make(body: Any, read: Callable[[str, str], Any], sites: list[Any]) -> Any:
     if not isinstance(body, Mapping):
         return body
     if "float" in body:
         return float(body["float"])
     if "tensor" in body:
-        return tensors[body["tensor"]]
+        return read("tensor", body["tensor"])
     if "array" in body:
-        return tensors[body["array"]].numpy()
+        return read("array", body["array"])
     if "site" in body:
         return sites[body["site"]]
     if "map" in body:
-        return {_make(k, tensors, sites): _make(v, tensors, sites) for k, v in body["map"]}
+        return {_make(k, read, sites): _make(v, read, sites) for k, v in body["map"]}
     if "list" in body:
-        return tuple(_make(v, tensors, sites) for v in body["list"])
+        return tuple(_make(v, read, sites) for v in body["list"])
     kind = TYPES[body["type"]]
     if "items" in body:
-        made = kind(*(_make(v, tensors, sites) for v in body["items"]))
+        made = kind(*(_make(v, read, sites) for v in body["items"]))
     else:
         names = RENAMED.get(body["type"], {})
-        made = kind(**{str(names.get(name, name)): _make(v, tensors, sites) for name, v in body["fields"].items()})
+        made = kind(**{str(names.get(name, name)): _make(v, read, sites) for name, v in body["fields"].items()})
     _check_fields(made)
     return made
 

@@ -169,6 +169,16 @@ class Grafted:
 
 
 @dataclass(frozen=True)
+class GraftedAt:
+    """What of `Grafted` was made at one stage; empty where the concept's arm has no such stage."""
+
+    seed: int
+    at: str
+    """`"first"`, where the concept is first back, or `"end"`."""
+    grafted: Grafted
+
+
+@dataclass(frozen=True)
 class Own:
     """Which parts of the model brought the concept back in an arm of one's own, at its end."""
 
@@ -227,8 +237,8 @@ class SeedDone:
 
 
 Event = (
-    Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Own | Grafted | Again
-    | Blocked | SeedDone
+    Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Own | GraftedAt | Grafted
+    | Again | Blocked | SeedDone
 )  # fmt: skip
 
 
@@ -276,3 +286,10 @@ class Kept(Protocol):
 
     def weighed(self, arm: str, seed: int, stage: str) -> dict[str, Tensor] | None:
         """Weights of an arm at a stage that grafts are made from."""
+
+    def stages_weighed(self, arm: str, seed: int) -> list[str]:
+        """The stages of which `weighed` has weights."""
+        ...
+
+    def grafted_at(self, seed: int, at: str) -> Grafted | None:
+        """What of an unfinished `Grafted` was made at one stage."""

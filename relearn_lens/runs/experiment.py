@@ -57,6 +57,7 @@ from relearn_lens.runs.events import (
     Damage,
     Event,
     Grafted,
+    GraftedAt,
     Kept,
     Measured,
     Own,
@@ -71,7 +72,19 @@ from relearn_lens.runs.preparation import adapters, load, precision_of, prepare
 from relearn_lens.runs.protocol import placed
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import StageRecipe
-from relearn_lens.runs.units import AGAIN, BLOCKED, CUTTING, GRAFTED, OWN, Unit, units_of
+from relearn_lens.runs.units import (
+    AGAIN,
+    BLOCKED,
+    CUTS,
+    DAMAGE,
+    END,
+    FIRST,
+    GRAFTED,
+    OWN,
+    TWIN,
+    Unit,
+    units_of,
+)
 from relearn_lens.runs.units import BASE as BASE_UNIT
 from relearn_lens.text.facts import from_concept
 
@@ -82,9 +95,9 @@ EXAMPLES = 50
 def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Event]:
     """Run an experiment, yielding every result as it comes.
 
-    What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`,
-    `Damage`, per arm `Measured` for each stage and `ArmDone`, then `Own`, `Grafted`, `Again` and `Blocked`, and
-    `SeedDone`; `Paused` wherever a training can be taken up again.
+    What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`, per arm
+    `Measured` for each stage and `ArmDone`, behind the first arm `Damage`; then `Own`, `GraftedAt` for each stage and
+    `Grafted`, `Again` and `Blocked`, and `SeedDone`; `Paused` wherever a training can be taken up again.
     """
     threads = torch.get_num_threads()
     try:
@@ -138,6 +151,9 @@ class _Seed:
     done: dict[str, Trajectory] = field(default_factory=dict)
     back: str | None = None
     """The stage at which the concept is first back."""
+    twin: Snapshot | None = None
+    """Of the model that never had the concept, where it was measured just now."""
+    grafted_at: dict[str, Grafted] = field(default_factory=dict)
     grafted: Grafted | None = None
     base: Base = field(init=False)
 
@@ -156,13 +172,21 @@ class _Seed:
         if name == BASE_UNIT:
             self.base = yield from self._base()
             yield self.base
-        elif name == CUTTING:
+        elif unit.part_of and self.kept and self.kept.holds(unit):
+            return
+        elif name == CUTS:
             whole = self.seed == self.experiment.seeds[0]
             sized = self._result(Sized) or size(ready, self.base, whole=whole)
             yield sized
             self.cuts = self._result(Cuts) or Cuts(self.seed, cuts_of(ready, self.base, sized.fraction))
             yield self.cuts
+        elif name == DAMAGE:
             yield self._result(Damage) or damage(ready, self.base, self.cuts.sets)
+        elif name == TWIN:
+            yield from self._finetune("never")
+            yield from self._weigh("never", BASE)
+            self.twin = self._measure("measuring the model that never had the concept")
+            yield Measured("never", self.seed, BASE, self.twin)
         elif name in self.arms:
             finished = self.kept.arm(name, self.seed, ready.site) if self.kept else None
             if finished is None or (name in COMPARED and self._lacks_weights):
@@ -173,6 +197,8 @@ class _Seed:
             self.done[name] = finished
             if name == "concept":
                 self.back = first_back(finished)
+        elif unit.part_of:
+            yield from self._grafted_at(unit.part_of[1])
         else:
             yield from self._afterwards(name)
 
@@ -282,10 +308,13 @@ class _Seed:
         first = base.snapshot
         if not arm.knows:
             if resume is None:
-                yield from self._finetune("never")
-            first = measured.get(BASE) or self._measure("measuring the model that never had the concept")
+                twin = self._weights_at(name, BASE)
+                assert twin is not None  # the unit before this one left them
+                model.load_weights(twin)
+            first = self.twin or measured[BASE]
         removed = None if arm.own or arm.where is None else placed(cuts.sets[arm.where], prune.embedding)
-        yield Measured(name, self.seed, BASE, first)
+        if first is not self.twin:  # which its own unit gave
+            yield Measured(name, self.seed, BASE, first)
         snapshots = {BASE: first}
         if arm.own:
             if resume:
@@ -350,7 +379,11 @@ class _Seed:
         if not wanted or arm.name not in COMPARED:
             return False
         if arm.name != "concept":
-            return last or stage == self.back
+            if "concept" in self.done:
+                return last or stage == self.back
+            # Its arm is another process's, now or later: until the concept is back there, any stage may be the one.
+            back = self.kept.stages_weighed("concept", self.seed) if self.kept else []
+            return last or not back or stage in back
         so_far = Trajectory(dict(snapshots), None, concept=self.ready.concept)
         return last or first_back(so_far) == stage
 
@@ -419,33 +452,45 @@ class _Seed:
                 yield own
             return
         path = self.done["concept"]
+        if name == GRAFTED:
+            self.grafted = self._result(Grafted) or self._grafted()
+            if self.grafted is not None:
+                yield self.grafted
+            return
         held = name.removeprefix(BLOCKED)
-        result: Any = self._result(*{GRAFTED: (Grafted,), AGAIN: (Again,)}.get(name, (Blocked, held)))
+        result: Any = self._result(Again) if name == AGAIN else self._result(Blocked, held)
         end = None if result is not None else self._weights_at("concept", path.stages[-1])
         if result is None and end is not None:
-            if name == GRAFTED:
-                result = self._where_it_came_back(path)
-            elif name == AGAIN:
+            if name == AGAIN:
                 result = self._again(end, path)
             elif self.grafted is not None:
                 result = self._blocked(held, end, path, self.grafted)
-        if name == GRAFTED:
-            self.grafted = result
         if result is not None:
             yield result
 
-    def _where_it_came_back(self, path: Trajectory) -> Grafted:
-        """Grafts of the concept's arm where it is first back and at its end, and within the part that does most."""
-        whole, within = {}, {}
-        for stage in dict.fromkeys(stage for stage in (self.back, path.stages[-1]) if stage is not None):
+    def _grafted(self) -> Grafted | None:
+        """What was made at both stages; None where the weights for it are gone."""
+        kept = {at: self.kept.grafted_at(self.seed, at) for at in (FIRST, END)} if self.kept else {}
+        first, end = (self.grafted_at.get(at) or kept.get(at) for at in (FIRST, END))
+        if first is None or end is None:
+            return None
+        return Grafted(self.seed, {**first.stages, **end.stages}, {**first.within, **end.within})
+
+    def _grafted_at(self, at: str) -> Iterator[Event]:
+        """Grafts of the concept's arm where it is first back or at its end, and within the part that does most."""
+        end, whole, within = self.done["concept"].stages[-1], {}, {}
+        stage = end if at == END else self.back
+        if at == END or stage not in (None, end):
+            assert stage is not None
             made = self._graft(stage)
             if made is None:
-                continue
+                return
             whole[stage] = made
             finer = self._finer(made)
             if finer and (inner := self._graft(stage, finer)) is not None:
                 within[stage] = inner
-        return Grafted(self.seed, whole, within)
+        self.grafted_at[at] = Grafted(self.seed, whole, within)
+        yield GraftedAt(self.seed, at, self.grafted_at[at])
 
     def _cut_weights(self, base: Base, neurons: Neurons) -> dict[str, Tensor]:
         """Weights of the base model after a cut; the model holds them too."""

@@ -6,7 +6,7 @@
     metrics.parquet          F1, precision, recall per arm, seed, stage, label
     layers.parquet           saliency per arm, seed, stage, layer; all neurons and matched
     tensors/*.safetensors    per seed and arm: score of every neuron, class statistics, span counts, what was pruned
-    stages/*.safetensors     every stage of the arm under way, while the run lasts
+    stages/*.safetensors     every stage of the arm under way, and grafts at one stage, while the run lasts
     state/*.safetensors      where the training under way stood at its last pause: weights, optimiser, position
     turns/                   what several processes at one run tell each other, while it lasts
     weights/*.safetensors    the base models while the run lasts; of the arms, by `keep`, the last or every stage's
@@ -48,6 +48,7 @@ from relearn_lens.runs.events import (
     Damage,
     Event,
     Grafted,
+    GraftedAt,
     Measured,
     Own,
     Paused,
@@ -61,7 +62,7 @@ from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import Stages
 from relearn_lens.runs.summary import layers_table, summary
 from relearn_lens.runs.turns import TURNS, Turns, beside, processes_for, threads_of
-from relearn_lens.runs.units import BASE, Unit, units_of
+from relearn_lens.runs.units import BASE, GRAFTED, TWIN, Unit, units_of
 from relearn_lens.runs.verify import MANIFEST
 
 SUMMARY, SETTINGS = "summary.json", "settings.toml"
@@ -175,7 +176,7 @@ class RunFolder:
                 errno.ENOSPC,
                 f"the run needs about {need / 2**20:,.0f} MB of disk with keep={ready.experiment.keep!r}, "
                 f"{disk.free / 2**20:,.0f} MB are free at {str(self.path)!r}; make room, choose another disk with "
-                "--out, or keep less (--set keep=none)",
+                "--out, or keep less (--set keep=none, or of a run of several processes --set workers=1)",
             )
 
     def keep(self, event: Event) -> None:
@@ -192,6 +193,8 @@ class RunFolder:
                 path = self._weights(f"{event.arm}@{event.stage}", event.seed)
                 if not path.exists():
                     write_tensors(path, {name: value.cpu() for name, value in event.weights.items()}, {})
+            case GraftedAt():
+                write_tensors(self._stage(GRAFTED, event.seed, event.at), *archive.pack(event.grafted))
             case Base():
                 self.keep_base(event)
             case ArmDone():
@@ -206,8 +209,15 @@ class RunFolder:
 
     def holds(self, unit: Unit) -> bool:
         """Whether all results of a unit are here."""
-        weights = unit.name != BASE or self._is_here(self._weights(BASE, unit.seed))
-        return weights and all(self._is_here(self._tensors(f"{name}-{unit.seed}")) for name in unit.results)
+        seed, results = unit.seed, unit.results
+        if unit.part_of:
+            whole, part = unit.part_of
+            weights = unit.name != TWIN or self._is_here(self._weights(f"{whole}@{part}", seed))
+            if weights and self._is_here(self._stage(whole, seed, part)):
+                return True
+            results = (whole,)  # of what is done there are no parts any more
+        weights = unit.name != BASE or self._is_here(self._weights(BASE, seed))
+        return weights and all(self._is_here(self._tensors(f"{name}-{seed}")) for name in results)
 
     @contextlib.contextmanager
     def shared_out(self, ready: Prepared, units: Sequence[Unit]) -> Iterator[Turns | None]:
@@ -239,6 +249,16 @@ class RunFolder:
         """Weights of an arm at a stage that grafts are made from, if they are here."""
         path = self._weights(f"{arm}@{stage}", seed)
         return read_tensors(path)[0] if self._is_here(path) else None
+
+    def stages_weighed(self, arm: str, seed: int) -> list[str]:
+        """The stages of which `weighed` has weights."""
+        paths = (self.path / "weights").glob(f"{arm}@*-{seed}.safetensors")
+        return [path.stem.removeprefix(f"{arm}@").removesuffix(f"-{seed}") for path in paths if self._is_here(path)]
+
+    def grafted_at(self, seed: int, at: str) -> Grafted | None:
+        """What of an unfinished `Grafted` was made at one stage, if it is here."""
+        path = self._stage(GRAFTED, seed, at)
+        return _unpacked(path, Grafted) if self._is_here(path) else None
 
     def keep_base(self, base: Base) -> None:
         """Weights and measurement of a seed's base model, so that its arms need no new fine-tuning."""

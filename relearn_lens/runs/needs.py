@@ -259,8 +259,13 @@ def disk_bytes(experiment: Experiment, *, weights: int, neurons: int, classes: i
     arms = len(experiment.arms) + len(experiment.arm)
     seeds, stages = len(experiment.seeds), experiment.retrain.n_stages
     kept = {"none": 0, "last": arms * seeds, "all": arms * seeds * (stages + 1)}[experiment.keep]
-    # Of one seed, three arms at two stages, and those of one's own.
-    grafted = 0 if experiment.grafts.skip or "concept" not in experiment.arms else 6 + 2 * len(experiment.arm)
+    # Of one seed, the concept's arm and those of one's own at two stages; its controls too, or at every one where other
+    # processes may be ahead of it.
+    controls = len({"random", "unpruned"} & {*experiment.arms}) * (2 if experiment.workers == 1 else max(2, stages))
+    grafted = 2 + controls + 2 * len(experiment.arm)
+    if experiment.grafts.skip or "concept" not in experiment.arms:
+        grafted = 0
+    grafted += "never" in experiment.arms
     # Per neuron and stage: mean and spread of every class in float64, and a few scores and indices in float32.
     numbers = 2 * seeds * (arms + 1) * (stages + 2) * neurons * (16 * classes + 4 * 12)
     # The base of every seed, one training's weights with two moments each, and the file that is about to replace it.

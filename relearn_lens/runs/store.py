@@ -20,6 +20,7 @@ from relearn_lens.runs import settings
 from relearn_lens.runs.events import (
     ArmDone,
     Event,
+    GraftedAt,
     Measured,
     Paused,
     Prepared,
@@ -134,7 +135,7 @@ def _drive(
     events = perform(experiment, kept=folder)
     folder = folder if processes.is_first() else None  # one process writes
     for event in events:
-        passing = isinstance(event, Measured | Paused | Weighed | SeedDone)
+        passing = isinstance(event, Measured | Paused | Weighed | GraftedAt | SeedDone)
         if not passing:
             name = _phase(event)
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - phase_began, 3)

@@ -2,7 +2,8 @@
 
 1. A unit is computed by whoever holds its lock; a process that dies gives it back, and what it had kept of the unit is
    gone on from.
-2. Whoever waits for a unit that another process is at takes another one meanwhile.
+2. Whoever waits for a unit that another process is at takes another one meanwhile. From its base on a seed goes before
+   the next, which is begun when somebody is at all that is left of it: so that its answer is whole soon.
 3. Every unit begins from kept results alone, with one number of threads for all, so that it gives the same bits
    whichever process computes it.
 """
@@ -59,22 +60,30 @@ class Turns:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def take(self, unit: Unit, compute: Callable[[Unit], Iterator[Event]]) -> Iterator[Event]:
-        """The results of a unit, computed here unless another process has done it or is at it; then others are computed
-        here until it is done."""
+        """The results of a unit, computed here unless another process has done it or is at it; then others of its seed
+        are computed here until it is done."""
         while not self.kept.holds(unit):
             with self._claimed(unit) as mine:
                 if mine:
                     with self._timed(unit):
                         yield from compute(unit)
                     return
-            if not self.help():
+            if not self.help(unit.seed):
                 time.sleep(PATIENCE)
         yield from compute(unit)
 
-    def help(self) -> bool:
-        """Compute the first unit that nobody is at and that has all it needs; False where there is none."""
+    def help(self, seed: int | None = None) -> bool:
+        """Compute the first unit that nobody is at and that has all it needs; False where there is none, or none of a
+        seed. Where a seed's base is there, no other seed comes before one of its units, even one that is to wait."""
         for unit in self.units:
-            if self.kept.holds(unit) or not all(map(self.kept.holds, self._needed(unit))):
+            if self.kept.holds(unit):
+                continue
+            if seed not in (None, unit.seed):
+                return False
+            needed = [self.kept.holds(each) for each in self._needed(unit)]
+            if not all(needed):
+                if needed[0]:  # its base is there
+                    seed = unit.seed
                 continue
             with self._claimed(unit) as mine:
                 if mine:

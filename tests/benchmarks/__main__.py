@@ -184,6 +184,7 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "false-alarms": _elsewhere("false_alarms", "false_alarms"),
     "returns": _elsewhere("returns", "returns"),
     "power": _elsewhere("power", "power"),
+    "pictures": _elsewhere("pictures", "pictures"),
     "audits": _elsewhere("audits", "report"),
     "mutants": lambda: _begun_anew("mutants"),
     "alarm": _elsewhere("alarm", "report"),

@@ -60,12 +60,12 @@ def test_the_tensor_is_fitted_by_adam_and_capped(model, facts, attack):
     torch.testing.assert_close(tensor, -1e-3 * gradient / (gradient.abs() + 1e-8))
     assert pause.loss == pytest.approx(float(loss.detach()), rel=1e-5)
     for cap in (0.01, 0.05):
-        capped, _, _ = fitted(attack.model_copy(update={"steps": 20, "lr": 0.1, "cap": cap}), model, facts)
+        capped, _, _ = fitted(attack.model_copy(update={"steps": 8, "lr": 0.2, "cap": cap}), model, facts)
         mean = capped.norm(dim=1) / cap
         assert (mean > 0).all()
-        again, _, _ = fitted(attack.model_copy(update={"steps": 20, "lr": 0.1, "cap": 2 * cap}), model, facts)
+        again, _, _ = fitted(attack.model_copy(update={"steps": 8, "lr": 0.2, "cap": 2 * cap}), model, facts)
         torch.testing.assert_close(again.norm(dim=1) / (2 * cap), mean)  # at the cap, which is a norm of the model's
-    more, _, _ = fitted(attack.model_copy(update={"steps": 60, "lr": 0.05, "cap": 10.0}), model, facts)
+    more, _, _ = fitted(attack.model_copy(update={"steps": 25, "lr": 0.1, "cap": 10.0}), model, facts)
     with torch.no_grad():
         nats = [float(model.losses(b).mean()) for b in text.batches()]
         with place.adding(model, more):
@@ -137,7 +137,7 @@ def test_a_tensor_brings_back_what_it_is_fitted_to(make, facts):
             3 * torch.randn(16, generator=torch.Generator().manual_seed(1))
         )
     lost = answer(model, passages).loss.shown(OVERALL)
-    with Latent(layers=(1,), lr=0.05, steps=200, cap=20.0).applied(model, facts):
+    with Latent(layers=(1,), lr=0.1, steps=100, cap=20.0).applied(model, facts):
         back = answer(model, passages)
     assert knew > 0.5
     assert back.loss.shown(OVERALL) < 0.5 * lost

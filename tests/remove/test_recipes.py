@@ -1,5 +1,7 @@
 """Named recipes: every one can be made, says its fields, and does what its parts do."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from relearn_lens.models import toy
 from relearn_lens.models.training import plain
 from relearn_lens.remove.losses import NPO
 from relearn_lens.remove.pruning import Prune
-from relearn_lens.remove.recipes import RECIPES, recipe
+from relearn_lens.remove.recipes import RECIPES, recipe, values_of
 from relearn_lens.remove.removal import Removing
 from relearn_lens.remove.removers import REMOVERS
 from relearn_lens.remove.representations import RMU
@@ -19,13 +21,13 @@ from relearn_lens.remove.wrappers import SAM
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, each in RECIPES.items() for name in each])
 def test_every_recipe_can_be_made(kind, name):
     made = recipe(kind, name)
-    assert made.remover.name == name.partition("+")[0]
+    assert made.remover.name == re.split("[+@]", name)[0]
     assert (made.step is plain) == ("+" not in name)
     told = {**made.remover.model_dump(), **(made.how.model_dump() if made.how else {})}
     told |= {} if made.step is plain else made.step.model_dump()  # pyright: ignore[reportFunctionMemberAccess]
     told |= {"where": made.where, "fraction": made.fraction}
     told |= {f"where.{field}": value for field, value in made.where_fields.items()}
-    for field, value in RECIPES[kind][name].items():
+    for field, value in values_of(kind, name).items():
         got = told[field]
         assert value.items() <= got.items() if isinstance(value, dict) else got == value
 
@@ -53,6 +55,21 @@ def test_fields_of_a_localiser_are_its_own():
     assert recipe("smollm2", "grad_diff", {"where.layers": 1}).departures()["where.layers"] == 1
     assert recipe("smollm2", "grad_diff", {"where": "lookup"}).where_fields == {}
     assert recipe("smollm2", "grad_diff", {"where": "lookup", "where.first": 0.2}).where_fields == {"first": 0.2}
+
+
+def test_a_remover_works_where_its_name_says():
+    usual, made = recipe("toy", "npo+sam"), recipe("toy", "npo+sam@lookup")
+    assert (made.remover, made.step) == (usual.remover, usual.step)
+    assert made.how is not None
+    assert usual.how is not None
+    assert made.how.model_dump() == {**usual.how.model_dump(), "lr": 1e-3}, (
+        "what differs is told, and nothing else does"
+    )
+    assert (made.where, made.where_fields) == ("lookup", {"first": 0.25, "last": 0.75})
+    assert recipe("smollm2", "grad_diff@lookup").where_fields == {}, "those of layer_distance are not lookup's"
+    assert recipe("toy", "npo@everything").how == recipe("toy", "npo").how, "without a recipe of its own"
+    assert recipe("toy", "npo+sam@lookup", {"where": "all_mlps"}).where_fields == {}
+    assert recipe(None, "rmu@lookup") == replace(recipe(None, "rmu"), where="lookup")
 
 
 def test_a_recipe_removes_as_its_parts_do():

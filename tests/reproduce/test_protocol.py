@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -110,7 +111,7 @@ def test_seeds_are_measured_once_and_kept(made):
     assert measured == [0, 1, 2, 3]
     assert again.rows[0].effect is not None
     assert again.rows[0].effect.low == pytest.approx(0.4)
-    assert "| claims | more | reproduced | `relearn-lens reproduce claims` |" in tables.table([again], brief=True)
+    assert "| `relearn-lens reproduce claims` | **reproduced**: more<br>inconclusive: " in tables.short_table([again])
 
 
 def test_seeds_outlive_another_version_of_python(made, monkeypatch):
@@ -158,8 +159,29 @@ def test_command_prints_the_table_of_a_folder_and_writes_the_record(made, tmp_pa
     path = tmp_path / "RESULTS.md"
     result = CliRunner().invoke(app, ["reproduce", "--table", str(folder), "--out", str(path)])
     assert result.exit_code == 0, result.output
-    assert result.stdout == tables.table(protocol.gathered(folder)[0], brief=True)
+    assert result.stdout == tables.short_table(protocol.gathered(folder)[0])
     assert path.read_text() == tables.record(*protocol.gathered(folder))
+    path.write_text(f"# Ours\n\n{tables.BEGIN}\nold\n{tables.END}\nmore\n")
+    CliRunner().invoke(app, ["reproduce", "--table", str(folder), "--out", str(path)])
+    assert path.read_text() == f"# Ours\n\n{tables.BEGIN}\n{result.stdout}{tables.END}\nmore\n"
+
+
+def test_the_table_of_the_readme_is_of_the_record():
+    """Both are made by the command, and of the same seeds."""
+    root = Path(protocol.__file__).parents[2]
+    verdicts = re.findall(
+        r"^\| (\w+) \| ([^|]*) \|.* \| ([\w ]+) \|$",
+        (root / "relearn_lens/reproduce/RESULTS.md").read_text(encoding="utf-8").partition("With `--scale real`")[0],
+        flags=re.M,
+    )
+    told = (root / "README.md").read_text(encoding="utf-8").partition(tables.BEGIN)[2].partition(tables.END)[0]
+    short = [
+        (command, says, verdict)
+        for command, claims in re.findall(r"^\| `relearn-lens reproduce (\w+)` \| (.*) \|$", told, flags=re.M)
+        for verdict, _, says in (each.replace("*", "").partition(": ") for each in claims.split("<br>"))
+    ]
+    assert short == verdicts[1:]
+    assert len(short) == sum(map(len, CLAIMS.values()))
 
 
 def test_all_names_the_papers_that_a_scale_does_not_have(made, tmp_path):

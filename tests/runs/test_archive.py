@@ -78,6 +78,13 @@ def test_every_type_comes_back_from_a_real_run(results):
         assert same(value, written(value)), name
 
 
+def test_what_comes_back_is_written_as_before(results):
+    for name, value in results.items():
+        (tensors, meta), (again, meta_again) = pack(value), pack(written(value))
+        assert tensors.keys() == again.keys(), name
+        assert json.dumps(meta) == json.dumps(meta_again), name
+
+
 def test_what_comes_back_answers_as_before(results):
     path = written(results["arm"])
     assert isinstance(path, Trajectory)

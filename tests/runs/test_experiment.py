@@ -28,6 +28,7 @@ from relearn_lens.runs.events import (
     Damage,
     Event,
     Grafted,
+    GraftedAt,
     Measured,
     Paused,
     Prepared,
@@ -238,8 +239,8 @@ def test_events_come_in_order(events):
     stages = ("base", "pruned", "8", "16")
     arm = [*((Measured, stage) for stage in stages), (ArmDone, None)]
     cut_alone = [each for each in arm if each[1] not in stages[2:]]
-    want = [(Prepared, None), (Base, None), (Sized, None), (Cuts, None), (Damage, None), *arm, *cut_alone, *arm * 3]
-    want += [(Grafted, None), (Again, None), (SeedDone, None)]
+    want = [(Prepared, None), (Base, None), (Sized, None), (Cuts, None), *arm, (Damage, None), *cut_alone, *arm * 3]
+    want += [(GraftedAt, None), (GraftedAt, None), (Grafted, None), (Again, None), (SeedDone, None)]
     told = [event for event in events if not isinstance(event, Paused | Weighed)]
     assert [(type(e), e.stage if isinstance(e, Measured) else None) for e in told] == want
     arms = [e.arm if isinstance(e, Measured) else e.trajectory.arm for e in events if isinstance(e, Measured | ArmDone)]
@@ -265,7 +266,8 @@ def test_weights_are_given_where_grafts_are_made_from_them(events):
     stages = list(dict.fromkeys([back, "16"]))
     assert back == "8"
     weighed = [(event.arm, event.stage) for event in events if isinstance(event, Weighed)]
-    assert weighed == [(arm, stage) for arm in ("concept", "random", "unpruned") for stage in stages]
+    compared = [(arm, stage) for arm in ("concept", "random", "unpruned") for stage in stages]
+    assert weighed == [*compared, ("never", "base")]
     assert list(result_of(events, Grafted).stages) == stages
 
 
@@ -564,7 +566,8 @@ def test_same_settings_give_the_same_run(events):
 
 def test_leaving_an_arm_out_changes_nothing_in_the_others(events):
     alone = list(perform(tiny(arms=("random", "never"), prune__control_draws=0)))
-    assert not [event for event in alone if isinstance(event, Weighed | Grafted | Again)]
+    assert [event.arm for event in alone if isinstance(event, Weighed)] == ["never"]
+    assert not [event for event in alone if isinstance(event, Grafted | Again)]
     for name, there in arms_in(alone).items():
         assert there.removed == arms_in(events)[name].removed
         assert torch.equal(there["16"].saliency.score, arms_in(events)[name]["16"].saliency.score)

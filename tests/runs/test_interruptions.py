@@ -52,19 +52,23 @@ def counting(steps: list[int]) -> Progress:
 def test_a_run_goes_on_after_any_event_and_ends_in_the_same_bits(tmp_path, whole):
     stops = stopped_after_each(small_run(), tmp_path / "run")
     assert stops == [
-        "Prepared", "Paused base", "Base", "Sized", "Cuts", "Damage", "Measured", "Paused concept", "Weighed",
-        "ArmDone", "Paused unpruned", "Paused never-fine", "Paused never", "Grafted", "Again", "Blocked",
+        "Prepared", "Paused base", "Base", "Sized", "Cuts", "Measured", "Paused concept", "Weighed", "ArmDone",
+        "Damage", "Paused unpruned", "Paused never-fine", "Paused never", "GraftedAt", "Grafted", "Again", "Blocked",
         "SeedDone",
     ]  # fmt: skip
     assert difference(whole[0], tmp_path / "run") == ""
     assert not {path.name for path in whole[0].iterdir()} & {"state", "stages", "weights"}
 
 
-# The weights that grafts are made from; the state of another arm after its first pause; the second stage of the
-# last arm.
+# The weights that grafts are made from; the state of another arm after its first pause; the twin's measurement, its
+# weights being there; the second stage of the last arm; and the second half of the grafts.
 @pytest.mark.parametrize(
-    "name", ["weights/concept@8-0.safetensors", "state/unpruned-0.safetensors", "stages/never-0@8.safetensors"]
-)
+    "name",
+    [
+        "weights/concept@8-0.safetensors", "state/unpruned-0.safetensors", "stages/never-0@base.safetensors",
+        "stages/never-0@8.safetensors", "stages/grafted-0@end.safetensors",
+    ],
+)  # fmt: skip
 def test_a_run_goes_on_after_a_write_that_failed_and_ends_in_the_same_bits(tmp_path, writes, whole, name):
     writes.fails_at = whole[1].index(name) + 1
     with pytest.raises(OSError, match="the power is gone"):
@@ -102,5 +106,7 @@ def test_every_weight_is_kept_when_asked(tmp_path):
 def test_a_run_that_cannot_fit_the_disk_is_refused(tmp_path, monkeypatch):
     free = os.statvfs(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000, "total": free.f_blocks}))
-    with pytest.raises(OSError, match=r"needs about \d+ MB of disk with keep='all', 0 MB are free.*keep=none"):
+    with pytest.raises(
+        OSError, match=r"needs about \d+ MB of disk with keep='all', 0 MB are free.*keep=none.*workers=1"
+    ):
         store.run(small_run("keep=all"), tmp_path / "run")

@@ -23,7 +23,7 @@ from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.runs import experiment as experiment_module
 from relearn_lens.runs import folder as folder_module
 from relearn_lens.runs import store
-from relearn_lens.runs.events import ArmDone, Base, Event, Measured, Paused, Prepared, SeedDone, Weighed
+from relearn_lens.runs.events import ArmDone, Base, Event, GraftedAt, Measured, Paused, Prepared, SeedDone, Weighed
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.folder import RunFolder
 from relearn_lens.runs.presets import settings_of
@@ -66,7 +66,7 @@ def replayed(made, monkeypatch) -> list[str]:
                 case ArmDone(trajectory=path):
                     event = ArmDone(there, None) if there else (done.append(path.arm) or event)
                     there = None
-                case Prepared() | Measured() | Paused() | Weighed() | SeedDone():
+                case Prepared() | Measured() | Paused() | Weighed() | GraftedAt() | SeedDone():
                     pass
                 case _:
                     again = kept.result(type(event), event.seed) if kept else None
@@ -294,7 +294,7 @@ def test_other_settings_are_refused_by_what_differs(folder):
 def test_fresh_removes_the_run_and_runs_again(folder, replayed):
     (folder / "report.html").write_text("old")
     store.run(tiny(), folder, fresh=True)
-    assert replayed == [*RESULTS, *ARMS, *AFTERWARDS]
+    assert replayed == ["base", "sized", "cuts", ARMS[0], "damage", *ARMS[1:], *AFTERWARDS]
     assert not (folder / "report.html").exists()
     store.run(tiny(keep="last"), folder, fresh=True)
     assert load_run(folder).experiment.keep == "last"

@@ -1,5 +1,6 @@
 """Several processes at one run: the same bits whoever computes what, and nobody waits for one that is gone."""
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -16,8 +17,8 @@ from relearn_lens.runs.folder import RunFolder
 from relearn_lens.runs.preparation import prepare
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.turns import Turns, processes_for
-from relearn_lens.runs.units import units_of
-from tests.interruptions import difference, small_run
+from relearn_lens.runs.units import Unit, units_of
+from tests.interruptions import Stopped, difference, small_run
 from tests.made import tiny
 
 
@@ -45,10 +46,14 @@ def opened(path: Path, how: Experiment, ready: Prepared) -> Turns:
     return Turns(path, folder, ready, units_of_run(ready))
 
 
+def of(there: Turns, name: str, seed: int) -> Unit:
+    return next(unit for unit in there.units if (unit.name, unit.seed) == (name, seed))
+
+
 def test_a_unit_begins_from_kept_results_alone(how, in_one_go, ready, tmp_path):
     there = opened(tmp_path / "run", how, ready)
-    # From behind: a seed's units in the order of what they need, the last seed first.
-    there.units = sorted(there.units, key=lambda unit: (-unit.seed, len(unit.needs)))
+    # From behind: a seed's units in the order of what they need, controls before the concept, the last seed first.
+    there.units = sorted(there.units, key=lambda unit: (-unit.seed, len(unit.needs), unit.name == "concept"))
     while there.help():
         pass
     assert there.are_done
@@ -69,8 +74,9 @@ def test_who_waits_for_a_unit_computes_another(how, ready, tmp_path):
 
     def compute(unit):
         computed.append(unit.name)
-        # Whoever waited had time for the other seed's.
-        assert there.kept.holds(next(each for each in there.units if each.name == "base" and each.seed == 1))
+        # Whoever waited had time for what needs no base; another seed's would keep this seed's answer back.
+        assert there.kept.holds(of(there, "never-fine", 0))
+        assert not there.kept.holds(of(there, "base", 1))
         yield from ()
 
     list(there.take(base, compute))
@@ -80,7 +86,37 @@ def test_who_waits_for_a_unit_computes_another(how, ready, tmp_path):
 def test_a_unit_without_what_it_needs_is_nobodys(how, ready, tmp_path):
     there = opened(tmp_path / "run", how, ready)
     with FileLock(there.path / "base-0.lock"), FileLock(there.path / "base-1.lock"):
+        assert [there.help() for _ in range(3)] == [True, True, False]
+    assert [unit for unit in there.units if there.kept.holds(unit)] == [
+        of(there, "never-fine", seed) for seed in (0, 1)
+    ]
+
+
+def test_a_seed_goes_before_the_next_from_its_base_on(how, ready, tmp_path):
+    there = opened(tmp_path / "run", how, ready)
+    with FileLock(there.path / "base-0.lock"):
+        while not there.kept.holds(of(there, "base", 1)):
+            assert there.help()  # what there is meanwhile
+    assert there.help()
+    assert there.kept.holds(of(there, "base", 0))
+    with FileLock(there.path / "cuts-0.lock"):
         assert not there.help()
+    assert there.help()
+    with contextlib.ExitStack() as held:
+        for unit in there.units:
+            if unit.seed == 0:
+                held.enter_context(FileLock(there.path / f"{unit.name}-0.lock"))
+        assert not there.help(), "grafts of the first seed will have what they need"
+
+
+def test_controls_keep_every_stage_until_it_is_known_which_is_grafted(tmp_path):
+    how = tiny(arms=("concept", "random", "unpruned"), retrain__steps=(8, 16, 24), measure__what=())
+    there = opened(tmp_path / "run", how, prepare(how))
+    there.units = [of(there, name, 0) for name in ("base", "cuts", "random", "concept", "unpruned")]
+    while there.help():
+        pass
+    kept = {arm: sorted(there.kept.stages_weighed(arm, 0)) for arm in how.arms}
+    assert kept == {"concept": ["24", "8"], "random": ["16", "24", "8"], "unpruned": ["24", "8"]}
 
 
 def test_two_processes_give_the_bits_of_one_and_one_that_is_killed_is_not_missed(how, in_one_go, tmp_path):
@@ -101,6 +137,20 @@ def test_two_processes_give_the_bits_of_one_and_one_that_is_killed_is_not_missed
     assert killed == [True]
     assert torch.get_num_threads() == before
     assert not (tmp_path / "run" / turns.TURNS).exists()
+    files = {path.name: path.read_bytes() for path in (in_one_go / "tensors").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "run" / "tensors").iterdir()}
+
+
+def test_two_processes_that_are_stopped_go_on_and_end_in_the_same_bits(how, in_one_go, tmp_path):
+    two = how.model_copy(update={"workers": 2})
+
+    def stop(event):
+        if isinstance(event, ArmDone):  # the other process is at a unit of its own
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        store.run(two, tmp_path / "run", on_event=stop)
+    store.run(two, tmp_path / "run")
     files = {path.name: path.read_bytes() for path in (in_one_go / "tensors").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "run" / "tensors").iterdir()}
 
@@ -129,7 +179,7 @@ def test_results_of_units_are_those_of_the_folder():
     how = tiny()
     names = [name for unit in units_of(how, 0, other="person") for name in unit.results]
     arms = ["concept", "other", "random", "unpruned", "never"]
-    assert names == ["base", "sized", "cuts", "damage", *arms, "grafted", "again"]
+    assert names == ["base", "sized", "cuts", arms[0], "damage", *arms[1:], "grafted", "again"]
     assert [unit.name for unit in units_of(tiny(arms=["unpruned"]), 0, other=None)] == ["base", "unpruned"]
 
 
