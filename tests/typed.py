@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -42,16 +43,24 @@ def checked(what: Any) -> Any:
 
 
 def _checked(function: FunctionType) -> Callable[..., Any]:
-    call: Callable[..., Any] | None = None
+    call = FunctionType(_first.__code__, globals())
+    call.__kwdefaults__ = {"_checked": function, "_itself": call}
+    return functools.wraps(function)(call)
 
-    @functools.wraps(function)
-    def first(*args: Any, **keywords: Any) -> Any:
-        nonlocal call
-        if call is None:
-            call = _check(function)
-        return call(*args, **keywords)
 
-    return first
+def _first(*args: Any, _checked: FunctionType, _itself: FunctionType, **keywords: Any) -> Any:
+    """Become the check of a function, and call it: from then on nothing stands before the check."""
+    _itself.__code__, _itself.__kwdefaults__ = _check(_checked)
+    return _itself(*args, **keywords)
+
+
+def _scoped(*args: Any, _checked: Callable[..., Any], **keywords: Any) -> Any:
+    with _axes:
+        return _checked(*args, **keywords)
+
+
+def _bare(*args: Any, _checked: Callable[..., Any], **keywords: Any) -> Any:
+    return _checked(*args, **keywords)
 
 
 _checks: dict[int, tuple[CodeType, FunctionType, bool]] = {}
@@ -59,24 +68,21 @@ _checks: dict[int, tuple[CodeType, FunctionType, bool]] = {}
 made again and again, and its check is the same."""
 
 
-def _check(function: FunctionType) -> Callable[..., Any]:
-    """The function behind beartype and, where an annotation has axes, in a scope of its own for their names."""
+def _check(function: FunctionType) -> tuple[CodeType, dict[str, Any]]:
+    """Code and defaults of the function behind beartype and, where an annotation has axes, in a scope of its own for
+    their names."""
     code = function.__code__
     if id(code) not in _checks:
         _checks[id(code)] = code, *_made(function)
     _, made, has_axes = _checks[id(code)]
     if made.__code__ is code:  # nothing is to be checked
-        return function
-    call = FunctionType(made.__code__, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
-    call.__kwdefaults__ = {**(made.__kwdefaults__ or {}), "__beartype_func": function}
+        return _bare.__code__, {"_checked": function}
+    defaults = {**(made.__kwdefaults__ or {}), "__beartype_func": function}
     if not has_axes:
-        return call
-
-    def scoped(*args: Any, **keywords: Any) -> Any:
-        with _axes:
-            return call(*args, **keywords)
-
-    return scoped
+        return made.__code__, defaults
+    call = FunctionType(made.__code__, made.__globals__, made.__name__)
+    call.__kwdefaults__ = defaults
+    return _scoped.__code__, {"_checked": call}
 
 
 def _made(function: FunctionType) -> tuple[FunctionType, bool]:
@@ -142,3 +148,6 @@ class _Finder(MetaPathFinder):
 def install() -> None:
     """Check what is imported of the package from now on."""
     sys.meta_path.insert(0, _Finder())
+    # Before Python 3.12 every isinstance of a protocol lists its members anew, which takes longer than the checks.
+    names: Any = vars(typing)
+    names["_get_protocol_attrs"] = functools.cache(names["_get_protocol_attrs"])

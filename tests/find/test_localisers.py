@@ -1,5 +1,6 @@
 """Localisers find what was planted, controls do not; all of them leave the model as it was."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Facts, Passage, refused
-from tests.made import LOOKED_UP, MOVED, THINGS, looked_up
+from tests.made import LOOKED_UP, MOVED, THINGS, Pool, looked_up, looked_up_facts
 
 PLANTED_MLP = "block 1 mlp"
 
@@ -38,7 +39,21 @@ def model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def facts() -> Facts:
-    return looked_up()[1]
+    return looked_up_facts()
+
+
+MODELS: Pool[LanguageModel] = Pool(lambda: looked_up()[0])
+
+
+@pytest.fixture
+def make() -> Callable[[], LanguageModel]:
+    """That model, a test's own, another at every call."""
+    return MODELS.lend()
+
+
+@pytest.fixture
+def own(make) -> LanguageModel:
+    return make()
 
 
 def blocks(model: LanguageModel) -> Any:
@@ -71,16 +86,16 @@ def test_controls_know_nothing_of_what_was_planted(model, facts):
         assert len(RandomNeurons()(model, facts, seed=seed).top(6) & AttributionPatching()(model, facts).top(4)) < 4
 
 
-def test_pruning_what_was_found_takes_the_facts_and_an_equal_control_does_not(facts):
+def test_pruning_what_was_found_takes_the_facts_and_an_equal_control_does_not(facts, make):
     def right(neurons: Neurons) -> float:
-        own = looked_up()[0]
+        own = make()
         prune_(own, neurons)
         return float((Prompts(own, statements(facts), "logit_difference").values(_all(own, facts)) > 0).float().mean())
 
     def _all(own, facts):
         return Prompts(own, statements(facts), "logprob").encoded.batch(np.arange(len(statements(facts))))
 
-    own = looked_up()[0]
+    own = make()
     found = chosen(AttributionPatching()(own, facts), fraction=4 / 96)
     assert isinstance(found, Neurons)
     control = equal_control(own, found, seed=0)
@@ -92,8 +107,8 @@ def test_pruning_what_was_found_takes_the_facts_and_an_equal_control_does_not(fa
 
 
 @pytest.mark.parametrize("name", LOCALISERS)
-def test_every_localiser_is_described_and_leaves_the_model_as_it_was(facts, name, untouched):
-    kind, own = LOCALISERS[name], looked_up()[0]
+def test_every_localiser_is_described_and_leaves_the_model_as_it_was(facts, own, name, untouched):
+    kind = LOCALISERS[name]
     assert kind.name == name
     assert kind.formula
     assert kind.source
@@ -135,7 +150,7 @@ def test_what_cannot_be_asked_is_refused(toy_model, model, name):
         locate(model, None, name)
     with pytest.raises(ValueError, match=f"{name} reads facts, or .* got a text without a concept"):
         locate(model, toy_model.corpus, name)
-    facts = looked_up()[1]
+    facts = looked_up_facts()
     with pytest.raises(ValueError, match=f"{name}: facts 'looked up' say themselves what is to be found"):
         locate(model, facts, name, concept=Concept("place"))
     with pytest.raises(ValueError, match=f"{name} asks a language model for answers, and this is a Tagger"):
@@ -182,8 +197,7 @@ def test_attribution_patching_of_heads_agrees_with_transformer_lens(model, facts
     torch.testing.assert_close(mine, total, rtol=1e-4, atol=1e-5)
 
 
-def test_attribution_patching_needs_no_gradient_of_weights(facts):
-    own = looked_up()[0]
+def test_attribution_patching_needs_no_gradient_of_weights(facts, own):
     before = AttributionPatching()(own, facts).score
     own.requires_grad_(False)
     assert torch.equal(AttributionPatching()(own, facts).score, before)
@@ -275,8 +289,7 @@ def test_traces_are_shares_of_what_noise_took(model, facts, untouched):
     assert every.effect[0, 1] >= every.effect[0, 0]
 
 
-def test_noise_that_takes_nothing_is_refused(facts):
-    own = looked_up()[0]
+def test_noise_that_takes_nothing_is_refused(facts, own):
     with torch.no_grad():
         blocks(own)[1].mlp.fc_out.weight.zero_()
         assert (traces := causal_tracing(own, statements(facts))).refused
@@ -305,7 +318,7 @@ def test_paths_are_those_that_were_planted(model, facts, untouched):
     assert both == PathPatching(keep="heads")(model, facts) | PathPatching()(model, facts)
 
 
-def test_paths_without_a_difference_or_an_effect_are_refused(model, facts):
+def test_paths_without_a_difference_or_an_effect_are_refused(model, facts, own):
     passages = statements(facts)
     paths = path_patching(model, passages, passages)
     assert "not beyond two standard errors" in str(paths.refused)
@@ -313,7 +326,6 @@ def test_paths_without_a_difference_or_an_effect_are_refused(model, facts):
     assert not len(paths.kept_heads)
     with pytest.raises(ValueError, match=r"no mlps with an effect above 10\.0; the largest of a head is 1"):
         PathPatching(threshold=10)(model, facts)
-    own = looked_up()[0]
     with torch.no_grad():
         blocks(own)[2].attn.o.weight.zero_()
     with pytest.raises(ValueError, match="path_patching: the difference of logit_difference between prompts is"):
@@ -357,8 +369,7 @@ def test_a_probe_of_keys_it_never_saw_rises_where_they_are_looked_up(model, fact
     assert probe.blocks() == [1]
 
 
-def test_lookup_without_a_rise_or_a_closed_set_is_refused(facts):
-    own = looked_up()[0]
+def test_lookup_without_a_rise_or_a_closed_set_is_refused(facts, own):
     with torch.no_grad():
         blocks(own)[1].mlp.fc_out.weight.zero_()
     with pytest.raises(ValueError, match=r"no rise beyond noise \(.*\), so no block is seen to look them up"):

@@ -24,6 +24,7 @@ from relearn_lens.relearn.finetuning import FineTune, General, RetainOnly
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Facts, people
 from relearn_lens.text.facts.encoded import encode_passages
+from tests.made import Pool
 
 EASY = Thresholds({"probe": 0.05, "likelihood": 0.05, "update": 0.05}, 1.0, 9, 0, 0.1)
 
@@ -33,12 +34,14 @@ def facts() -> Facts:
     return people(0, n=24, forget=8, never=2, animals=3, n_answers=8)
 
 
+@pytest.fixture(scope="module")
+def models(facts: Facts) -> Pool[LanguageModel]:
+    return Pool(lambda: taught.untaught(facts, recipe=Recipe(n_layers=2, d_model=16, n_heads=2, d_mlp=24)))
+
+
 @pytest.fixture
-def model(facts: Facts) -> LanguageModel:
-    made: Any = taught.untaught(facts, recipe=Recipe(n_layers=2, d_model=16, n_heads=2, d_mlp=24))
-    with torch.no_grad():
-        made(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
-    return made
+def model(models: Pool[LanguageModel]) -> LanguageModel:
+    return models.lend()()
 
 
 def watched(facts: Facts, *roles: str) -> list[Any]:

@@ -19,15 +19,25 @@ from relearn_lens.models.training import train_
 from relearn_lens.text import facts as made
 from relearn_lens.text.facts import FORGET, RETAIN, TRAINED
 from relearn_lens.text.facts.encoded import encode_passages
+from tests.made import Pool
 
 FACTS = made.people(0, n=16, forget=8, never=2, animals=4, n_answers=8)
 SMALL = taught.Recipe(n_layers=2, d_model=32, n_heads=2, d_mlp=64)
 HELD_OUT = FORGET[1]
 
 
+MODELS = Pool(lambda: taught.untaught(FACTS, recipe=SMALL))
+
+
 @pytest.fixture
-def model():
-    return taught.untaught(FACTS, recipe=SMALL)
+def make():
+    """Untaught models, another at every call."""
+    return MODELS.lend()
+
+
+@pytest.fixture
+def model(make):
+    return make()
 
 
 def text(model, role):
@@ -74,9 +84,9 @@ def test_what_cannot_be_asked_is_refused():
         ask(without)
 
 
-def test_every_metric_answers_to_one_protocol(model, untouched):
+def test_every_metric_answers_to_one_protocol(model, make, untouched):
     asked = ask(FACTS, keys=2, wordings=1)
-    never, base = (taught.untaught(FACTS, recipe=SMALL) for _ in range(2))
+    never, base = make(), make()
     for _ in training(base, (8,)):
         pass
     removed = {name: value.clone() for name, value in model.weights().items()}
@@ -183,9 +193,9 @@ def test_metrics_are_looked_up_at_the_call(model):
         rl.measure(model, FACTS, reference=Reference(base=model))
 
 
-def test_grafts_of_a_path_are_those_between_its_ends(model, untouched):
+def test_grafts_of_a_path_are_those_between_its_ends(model, make, untouched):
     start = {name: value.clone() for name, value in model.weights().items()}
-    other = taught.untaught(FACTS, recipe=SMALL)
+    other = make()
     twin = rl.track(other, FACTS, training(other, (2,)), keep_weights=True)
     path = rl.track(model, FACTS, training(model, (8,)), keep_weights=True)
     with untouched(model):

@@ -124,7 +124,7 @@ def test_null_neurons_are_left_out_of_later_means():
     what = "mean rank saliency, all neurons but null ones"
     assert numbers(run, what, "8") == [None] * 7  # class statistics of zeros: every neuron is dead
     stats = arm["8"].stats
-    object.__setattr__(stats, "m2", torch.ones_like(stats.m2))
+    object.__setattr__(arm["8"], "stats", replace(stats, m2=torch.ones_like(stats.m2)))
     assert numbers(run, what, "8") == pytest.approx([(12.5 - 2 * layer) / 13 for layer in range(7)])
 
 
