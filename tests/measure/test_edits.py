@@ -30,7 +30,7 @@ def train(model, passages, steps=60, lr=5e-3):
 @pytest.fixture(scope="module")
 def base():
     model = taught.untaught(ONTOLOGY, recipe=SMALL)
-    return train(model, ONTOLOGY.passages(*FORGET, *RETAIN, forms=FORMS), steps=150)
+    return train(model, ONTOLOGY.passages(*FORGET, *RETAIN, forms=FORMS), steps=110)
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def test_an_edit_needs_a_base_of_its_own(base, model):
 def people():
     """A model that knows, one that was taught the rest alone, and one to be attacked."""
     knows, never, removed = (taught.untaught(PEOPLE, recipe=SMALL) for _ in range(3))
-    train(knows, PEOPLE.passages(*FORGET, *RETAIN, forms=TRAINED), steps=200)
-    train(never, PEOPLE.passages(*RETAIN, forms=TRAINED), steps=100)
+    train(knows, PEOPLE.passages(*FORGET, *RETAIN, forms=TRAINED), steps=140)
+    train(never, PEOPLE.passages(*RETAIN, forms=TRAINED), steps=70)
     removed.load_weights(never.weights())
     return knows, never, removed.eval()
 
