@@ -14,7 +14,8 @@ from typing import Any
 import nbformat
 import pytest
 from jupyter_client.manager import KernelManager
-from nbclient import NotebookClient
+
+from tests.kernels import ONE_THREAD, executed
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -104,12 +105,12 @@ def run_in_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ru
     """Runs a notebook in an empty folder, after whatever the kernel ran before is forgotten."""
     where, scratch = tmp_path_factory.mktemp("kernel"), tmp_path_factory.mktemp("scratch")
     manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(where), env={**os.environ, "TMPDIR": str(scratch)})  # their temporary folders
+    manager.start_kernel(cwd=str(where), env={**os.environ, **ONE_THREAD, "TMPDIR": str(scratch)})
 
     def run(notebook: Any) -> Any:
         reset = nbformat.v4.new_code_cell("%reset -f", id="reset")
         notebook.cells.insert(0, reset)
-        NotebookClient(notebook, km=manager, timeout=300).execute()
+        executed(notebook, km=manager)
         notebook.cells.remove(reset)
         return notebook
 

@@ -17,9 +17,10 @@ import relearn_lens as rl
 import relearn_lens.reproduce
 from relearn_lens import methods
 from relearn_lens.measure.tracking import track_text
-from relearn_lens.models.model import encoded_for
+from relearn_lens.models.model import bridge_of, encoded_for
 from relearn_lens.names import nearest
 from relearn_lens.neurons.weights import set_of
+from relearn_lens.show.plots.style import arm_of
 from relearn_lens.text.concept import concept_of
 from relearn_lens.text.corpus import Splits
 from tests.fixtures import unchecked
@@ -395,6 +396,68 @@ def test_what_is_no_path_or_another_one_is_told(tmp_path, toy_model):
         FileNotFoundError, match=r"no run folder: there is no manifest\.json; these in it are: '.*mine'"
     ):
         rl.load_run(tmp_path)
+
+
+def test_what_is_given_in_another_order_is_told(toy_model, before, untouched):
+    tagger, text, top = toy_model.tagger, toy_model.corpus, before.saliency.top(2)
+    calls: Any = (
+        (bridge_of, (text,)), (encoded_for, (text, tagger)), (set_of, (top, tagger)), (rl.prune_, (top, tagger)),
+        (rl.retrain_, (text, tagger)), (rl.attribute, (text, tagger, "place")), (rl.top_words, (text, tagger)),
+        (rl.examples, (text, tagger, "L1N7")), (rl.find.locate, ("score", tagger, text)),
+    )  # fmt: skip
+    with untouched(tagger):
+        for function, arguments in calls:
+            # Some have a function within, whose types the test run checks first.
+            says = r"the first argument is a model \(load_tagger|violates type"
+            with pytest.raises((ValueError, TypeError), match=says):
+                unchecked(function)(*arguments)
+        with pytest.raises(
+            ValueError, match=r"a tokenizer is wanted, got a Tagger, which has one: give its \.tokenizer"
+        ):
+            unchecked(rl.encode)(text, tagger)
+
+
+def test_examples_take_a_neuron_by_its_name(toy_model):
+    every = [
+        rl.examples(toy_model.tagger, toy_model.corpus, n, site="mlp_post", k=2) for n in ("L1N7", ("1", 7), (1, 7))
+    ]
+    assert every[0] == every[1] == every[2]
+
+
+def test_what_is_wrong_is_told_with_what_is_wanted(splits, before):
+    text, path = splits.train, rl.Trajectory({"base": before, "pruned": before}, arm="mine")
+    pair = "no list of (word, label, opens a span), such as [('Rome', 'place', True)]: "
+    for function, arguments, keywords, says in (
+        (rl.build_corpus, ([[("Rome", "place")]],), {"name": "x"}, f"sentence 0 of corpus 'x' is {pair}[('Rome', 'pl"),
+        (rl.build_corpus, (["Rome"],), {"name": "x"}, f"sentence 0 of corpus 'x' is {pair}'Rome'"),
+        (
+            type(text).sample,
+            (text, 0.5),
+            {"seed": 0},
+            "sentences = 0.5: how many are drawn at most, a whole number from",
+        ),
+        (
+            type(text).split,
+            (text,),
+            {"seed": 0, "parts": (0.5, 0.5)},
+            "split parts are three, of train, validation and probe, got (0.5, 0.5)",
+        ),
+        (arm_of, (before,), {}, "a run, a trajectory or several are wanted, got a Snapshot; load_run(folder) gives"),
+        (arm_of, ("runs/toy",), {}, "a run, a trajectory or several are wanted, got a str; load_run(folder) gives the"),
+        (rl.plots.verdicts, (path,), {}, "a run is wanted (rl.run, rl.load_run), got a Trajectory"),
+        (rl.write_report, ("runs/toy", "x.html"), {}, "a run is wanted, got a name: load_run('runs/toy')"),
+        (rl.write_report, ("x.html", path), {}, "a run is wanted, got a name: load_run('x.html')"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            unchecked(function)(*arguments, **keywords)
+
+
+def test_a_mask_is_no_list_of_neurons(toy_model):
+    site = rl.site_of(toy_model.tagger.bridge, "mlp_post")
+    with pytest.raises(
+        ValueError, match=r"a mask is made a set by Neurons\(mask, site\), of a bool tensor; got one of"
+    ):
+        unchecked(rl.Neurons.of.__func__)(rl.Neurons, site, torch.ones(4, 64))
 
 
 # --- what they print

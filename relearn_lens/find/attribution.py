@@ -32,7 +32,7 @@ from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.targets import check_target, concept_in, target_of
 from relearn_lens.methods import Attributing
 from relearn_lens.models import processes
-from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading, widest
+from relearn_lens.models.model import LanguageModel, Model, bridge_of, encoded_for, hidden, reading, widest
 from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Site, ordered, site_of, streaming, token_site
 from relearn_lens.text import markup
@@ -234,6 +234,7 @@ class _Run:
         self, model: Model, text: Corpus | Encoded, concept: Concept, how: Attributing, site: str | Site, form: str,
         seed: int,
     ):  # fmt: skip
+        bridge_of(model)  # says what is none
         rule = how.quadrature
         for what, name, known in (("form", form, get_args(Form)), ("quadrature", rule, QUADRATURES)):
             if not callable(name) and name not in known:

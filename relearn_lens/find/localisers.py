@@ -14,7 +14,7 @@ from relearn_lens.find.lookups import Lookup
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.scored import AttributionPatching, ByScore
 from relearn_lens.find.tracing import CausalTracing
-from relearn_lens.models.model import Model, check_model
+from relearn_lens.models.model import Model, bridge_of
 from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
@@ -55,7 +55,7 @@ def locate(
     Raises:
         ValueError: an unknown name or field, and as the localiser says; before any work.
     """
-    check_model(model)
+    bridge_of(model)  # says what is none
     return localiser_of(localiser, **fields)(model, text, concept=concept, seed=seed)
 
 

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.find.probes import Quality, elastic_net, k_sparse
 from relearn_lens.methods import MAX_TOKENS, MEMORY, SAMPLE_WORDS, megabytes
-from relearn_lens.models.model import Model
+from relearn_lens.models.model import Model, bridge_of
 from relearn_lens.names import unknown
 from relearn_lens.neurons.sites import Neurons, Site, ordered, site_of
 from relearn_lens.neurons.streaming import (
@@ -362,7 +362,7 @@ def gather(
     """
     if unknown := sorted(set(needs) - set(get_args(Needs))):
         raise ValueError(f"unknown need {unknown[0]!r} of a score; known: {', '.join(get_args(Needs))}")
-    place = site_of(model.bridge if isinstance(model, Model) else model, site)
+    place = site_of(bridge_of(model), site)
     sums = ClassSums(place, classes, relabelled) if "stats" in needs or relabelled else None
     n_words = len(encoded.read_words)
     keep = "words" in needs and 1 < n_words <= megabytes(max_memory) // (4 * place.n_neurons)

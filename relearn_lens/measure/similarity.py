@@ -32,7 +32,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens import progress
 from relearn_lens.methods import MAX_TOKENS, MEMORY, megabytes
-from relearn_lens.models.model import Model, encoded_for, hidden, reading, widest
+from relearn_lens.models.model import Model, bridge_of, encoded_for, hidden, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
 from relearn_lens.text.concept import Concept, concept_of
@@ -169,11 +169,11 @@ def activation_similarity(
             even one neuron fits `max_memory`; activations that are not finite.
     """
     place, first = _checked(before, after, site)
-    context = min(int(_bridge(model).cfg.n_ctx) for model in (first, after))
+    context = min(int(bridge_of(model).cfg.n_ctx) for model in (first, after))
     encoded = encoded_for(after, text, context=context)
     chosen = compared_words(encoded, concept)
     plan = _plan(place, encoded, len(chosen), megabytes(max_memory), max_tokens)
-    device = next(_bridge(after).original_model.parameters()).device
+    device = next(bridge_of(after).original_model.parameters()).device
     parts: dict[Which, list[_Part]] = {which: [] for which in chosen}
     if on_plan:
         on_plan(plan)
@@ -204,8 +204,8 @@ def _read(
             visit(layer, words if len(index) == len(words) else words[index])
 
     # The hooks of one model are gone before the other runs: they may be the same module.
-    with streaming(_bridge(model), site, see):
-        hidden(_bridge(model), batch.ids, batch.mask)
+    with streaming(bridge_of(model), site, see):
+        hidden(bridge_of(model), batch.ids, batch.mask)
 
 
 class _Sums:
@@ -387,16 +387,12 @@ def _plan(site: Site, encoded: Encoded, groups: int, max_bytes: int, max_tokens:
     return Plan(passes, rows, words, fixed + rows * each)
 
 
-def _bridge(model: Model | TransformerBridge) -> TransformerBridge:
-    return model.bridge if isinstance(model, Model) else model
-
-
 def _checked(
     before: Model | TransformerBridge | Mapping[str, Tensor], after: Model | TransformerBridge, site: str | Site
 ) -> tuple[Site, Model | TransformerBridge]:
     """The site of both models, and the module that is run as the one before."""
     name = site if isinstance(site, str) else site.name
-    place = site_of(_bridge(after), name)
+    place = site_of(bridge_of(after), name)
     if isinstance(before, Mapping):
         if not isinstance(after, Model):
             raise ValueError(
@@ -410,7 +406,7 @@ def _checked(
                 "{name: value.clone() for name, value in tagger.weights().items()}"
             )
         return place, after
-    bridges, sites = (_bridge(before), _bridge(after)), (site_of(_bridge(before), name), place)
+    bridges, sites = (bridge_of(before), bridge_of(after)), (site_of(bridge_of(before), name), place)
     devices = [next(bridge.original_model.parameters()).device for bridge in bridges]
     if sites[0] != place or devices[0] != devices[1]:
         shapes = [

@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.methods import MAX_TOKENS, MEMORY, megabytes
 from relearn_lens.models import processes
-from relearn_lens.models.model import Model, encoded_for
+from relearn_lens.models.model import Model, bridge_of, encoded_for
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, class_stats, stream
 from relearn_lens.text.concept import Classes
@@ -161,7 +161,7 @@ def top_words(
     """
     if k < 1 or not 0 <= keep < 1:
         raise ValueError(f"top words need k of at least 1 and keep from 0 to below 1, got k={k}, keep={keep}")
-    bridge = model.bridge if isinstance(model, Model) else model
+    bridge = bridge_of(model)
     place = site_of(bridge, site)
     encoded = encoded_for(model, text)
     corpus, seen = encoded.corpus, encoded.read_words

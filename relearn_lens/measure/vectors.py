@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.files import path_of
-from relearn_lens.models.model import Model
+from relearn_lens.models.model import Model, bridge_of
 from relearn_lens.text.encoding import word_pieces
 
 WordVectors = Callable[[Sequence[str]], Float[Tensor, "word d"]]
@@ -49,7 +49,7 @@ def input_embeddings(model: Model | TransformerBridge) -> WordVectors:
     after a blank.
     Unknown sub-words are left out, and a word that has no others is not known.
     """
-    bridge = model.bridge if isinstance(model, Model) else model
+    bridge = bridge_of(model)
     inner: Any = bridge.original_model
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else inner.tok_embed
     table = embedding.weight.detach().to("cpu", torch.float32, copy=True)

@@ -331,14 +331,15 @@ def _hidden(bridge: TransformerBridge, ids: Tensor, mask: Tensor) -> Tensor:
     return model.ln_out(x)
 
 
-def check_model(model: object) -> None:
-    """Refuse what stands where a model is wanted.
+def bridge_of(model: Any) -> TransformerBridge:
+    """The bridge of a model (a tagger, a language model), or the bridge that it is.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is neither.
     """
     if not hasattr(model, "tokenizer"):
         raise ValueError(f"the first argument is a model (load_tagger, load_bridge), got a {type(model).__name__}")
+    return model.bridge if isinstance(model, Model) else model
 
 
 def encoded_for(model: Model | TransformerBridge, text: Corpus | Encoded, *, context: int | None = None) -> Encoded:
@@ -351,8 +352,8 @@ def encoded_for(model: Model | TransformerBridge, text: Corpus | Encoded, *, con
         return text
     if isinstance(model, Model):
         return model.encode(text, context=context)
-    check_model(model)
-    return encode(text, model.tokenizer, context=context or int(model.cfg.n_ctx))
+    bridge = bridge_of(model)
+    return encode(text, bridge.tokenizer, context=context or int(bridge.cfg.n_ctx))
 
 
 _COMPUTING: WeakKeyDictionary[TransformerBridge, torch.dtype] = WeakKeyDictionary()
@@ -508,7 +509,7 @@ def reading(model: nn.Module) -> Iterator[None]:
     Attention is computed by torch's fused kernel meanwhile, where the bridge leaves it to Hugging Face (BERT and its
     kin) and nobody hooks the patterns, which that kernel never makes.
     """
-    bridge = model.bridge if isinstance(model, Model) else model
+    bridge = bridge_of(model)
     modes = {module: module.training for module in _modules(model)}
     try:
         for module, mode in modes.items():
@@ -524,7 +525,7 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 def _modules(model: nn.Module) -> dict[nn.Module, None]:
     """All parts of a model, each once."""
-    bridge = model.bridge if isinstance(model, Model) else model
+    bridge = bridge_of(model)
     # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
     todo = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
     parts: dict[nn.Module, None] = {}

@@ -31,7 +31,7 @@ from relearn_lens import methods, progress
 from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
 from relearn_lens.models.dropout import quick_dropout
-from relearn_lens.models.model import Model, Tagger, checkpointed, reading, seeded
+from relearn_lens.models.model import Model, Tagger, bridge_of, checkpointed, reading, seeded
 from relearn_lens.names import meant
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
@@ -230,6 +230,7 @@ def train_(
             reference; at the call.
         FloatingPointError: the loss is no longer finite.
     """
+    bridge_of(model)  # says what is none
     how = methods.of(Training, how, fields)
     by_role = dict(texts) if isinstance(texts, Mapping) else {"train": texts}
     encoded = {role: text if isinstance(text, Encoded) else model.encode(text) for role, text in by_role.items()}

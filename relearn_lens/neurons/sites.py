@@ -392,6 +392,10 @@ class Neurons:
         Raises:
             ValueError: a layer or an index that the site does not have, or what names no neuron.
         """
+        if isinstance(members, Tensor):
+            raise ValueError(
+                f"a mask is made a set by Neurons(mask, site), of a bool tensor; got one of {members.dtype}"
+            )
         mask = torch.zeros(len(site.layers), site.width, dtype=torch.bool)
         for layer, index in _each(members):
             if str(layer) not in site.layers or not 0 <= index < site.width:

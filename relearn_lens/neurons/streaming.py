@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from relearn_lens import progress
 from relearn_lens.methods import MAX_TOKENS, SAMPLE_WORDS
 from relearn_lens.models import processes
-from relearn_lens.models.model import Model, hidden, reading, trunk, widest
+from relearn_lens.models.model import Model, bridge_of, hidden, reading, trunk, widest
 from relearn_lens.neurons.sites import Site, site_of, streaming
 from relearn_lens.text.concept import Classes
 from relearn_lens.text.corpus import Strings
@@ -76,7 +76,7 @@ def stream(
     read only. Progress is in tokens. Where several processes share the run, each reads its part of the batches, and
     what was gathered is put together at the end.
     """
-    bridge = model.bridge if isinstance(model, Model) else model
+    bridge = bridge_of(model)
     device = next(trunk(bridge).parameters()).device
     here: list[Batch] = []
 
@@ -507,7 +507,7 @@ def class_stats(
     max_tokens: int = MAX_TOKENS,
 ) -> ClassStats:
     """Class statistics of every neuron of a site in one pass (`stream` with `ClassSums` alone)."""
-    place = site_of(model.bridge if isinstance(model, Model) else model, site)
+    place = site_of(bridge_of(model), site)
     sums = ClassSums(place, classes)
     stream(model, encoded, [sums], site=place, max_tokens=max_tokens)
     return sums.stats()

@@ -17,7 +17,7 @@ from jaxtyping import Bool, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.models.model import Model, wearing
+from relearn_lens.models.model import Model, bridge_of, wearing
 from relearn_lens.names import meant, unknown
 from relearn_lens.neurons.sites import Members, Neurons, Sever, Site, parameter, site_of
 from relearn_lens.neurons.streaming import ROUNDING
@@ -58,6 +58,7 @@ class WeightMask(Mapping[str, Tensor]):
         Raises:
             ValueError: the neurons are of another model, or it has no such weights for one of them.
         """
+        bridge_of(model)  # says what is none
         names = {id(weight): name for name, weight in model.plain().items()}
         marks: dict[str, Tensor] = {}
         nothing: dict[str, float] = {}
@@ -225,11 +226,6 @@ def entries(
     return [
         (weight, _compact(mask).to(weight.device).expand_as(weight), nothing) for weight, mask, nothing, _ in slices
     ]
-
-
-def bridge_of(model: Model | TransformerBridge) -> TransformerBridge:
-    """The bridge of a model, or the bridge that it is."""
-    return model.bridge if isinstance(model, Model) else model
 
 
 def same_site(model: Model | TransformerBridge, neurons: Neurons) -> Site:

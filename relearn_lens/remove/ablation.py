@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.models.model import Model
+from relearn_lens.models.model import Model, bridge_of
 from relearn_lens.neurons.sites import Members, Neurons, Sever, Site, streaming
-from relearn_lens.neurons.weights import Where, bridge_of, entries, same_site, set_of
+from relearn_lens.neurons.weights import Where, entries, same_site, set_of
 
 
 @contextlib.contextmanager

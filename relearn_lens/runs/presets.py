@@ -47,8 +47,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {},
     ),
     "names-quick": (
-        "one seed of it, without the arms that verdicts need",
-        {"seeds": [0], "arms": ["concept", "random", "unpruned"], "measure": {"what": ["dprime", "top_words"]}},
+        "one seed of it on less text, for half as long, without the arms that verdicts need",
+        {
+            "seeds": [0],
+            "arms": ["concept", "random", "unpruned"],
+            "data": {"train_sentences": 450, "probe_sentences": 100},
+            "prune": {"control_draws": 2},
+            "retrain": {"steps": [2, 4, 8, 16, 32]},
+            "grafts": {"within": "none"},
+            "measure": {"what": ["dprime", "top_words"]},
+        },
     ),
     "names-blocked": (
         "names with the return blocked: the block, the heirs, or as many other neurons held while it trains on",

@@ -24,7 +24,7 @@ from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models import processes
-from relearn_lens.models.model import Model, encoded_for
+from relearn_lens.models.model import Model, bridge_of, encoded_for
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import stream
 from relearn_lens.runs.results import Run
@@ -222,7 +222,7 @@ class _One:
 def examples(
     model: Model,
     text: Corpus | Encoded,
-    neuron: tuple[str, int],
+    neuron: str | tuple[str | int, int],
     *,
     site: str | Site = "resid",
     k: int = 6,
@@ -237,11 +237,11 @@ def examples(
     Raises:
         ValueError: an unknown site, or a neuron that it does not have.
     """
-    place = site_of(model.bridge, site)
-    Neurons.of(place, [neuron])  # says what is wrong
+    place = site_of(bridge_of(model), site)
+    (chosen,) = Neurons.of(place, [neuron])  # says what is wrong
     encoded = encoded_for(model, text)
     corpus = encoded.corpus
-    one = _One(place.layers.index(str(neuron[0])), neuron[1], corpus.n_words)
+    one = _One(place.layers.index(chosen.layer), chosen.index, corpus.n_words)
     stream(model, encoded, [one], site=place, max_tokens=max_tokens)
     values = one.found.numpy()
     far = np.nan_to_num(np.abs(values - np.nanmean(values)), nan=-1.0)

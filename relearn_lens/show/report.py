@@ -16,12 +16,12 @@ from markupsafe import Markup, escape
 from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.analysis.recovery import name_of
-from relearn_lens.files import write_whole
+from relearn_lens.files import path_of, write_whole
 from relearn_lens.measure.tracking import BASE, PRUNED
 from relearn_lens.runs import presets, verify
 from relearn_lens.runs.results import Run
 from relearn_lens.show import brief, captions, plots
-from relearn_lens.show.plots.style import VERDICT_COLOURS, arm_of, measured_by
+from relearn_lens.show.plots.style import VERDICT_COLOURS, arm_of, measured_by, whole
 from relearn_lens.show.tables import (
     CORRECTED,
     Table,
@@ -52,9 +52,13 @@ class Picture(NamedTuple):
 
 
 def write_report(run: Run, path: str | Path) -> Path:
-    """Write the page of a run; gives its path back."""
-    path = Path(path)
-    write_whole(path, render(run).encode())
+    """Write the page of a run; gives its path back.
+
+    Raises:
+        ValueError: it is no run, or no path.
+    """
+    page, path = render(whole(run)), path_of(path, "the path of a page")
+    write_whole(path, page.encode())
     return path
 
 

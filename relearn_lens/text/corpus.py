@@ -169,6 +169,8 @@ class Corpus:
         Raises:
             ValueError: a share without a concept or out of range, or a concept that the corpus has not.
         """
+        if not isinstance(sentences, int | np.integer) or sentences < 1:
+            raise ValueError(f"sentences = {sentences!r}: how many are drawn at most, a whole number from 1")
         if concept is None:
             if share is not None:
                 raise ValueError(f"share = {share} of the sentences hold what? Give concept= too")
@@ -201,6 +203,8 @@ class Corpus:
         Raises:
             ValueError: the parts do not sum to 1, or there are fewer than three groups.
         """
+        if len(parts) != 3:
+            raise ValueError(f"split parts are three, of train, validation and probe, got {parts}")
         if not (min(parts) > 0 and abs(sum(parts) - 1) <= 1e-6):  # so that nan is refused too
             raise ValueError(f"split parts must be above 0 and sum to 1, got {parts}")
         groups, member = np.unique(self.group, return_inverse=True)
@@ -297,6 +301,11 @@ def build_corpus(
     for i, sentence in enumerate(sentences):
         if not sentence:
             continue
+        if any(isinstance(each, str) or len(each) != 3 for each in sentence):
+            raise ValueError(
+                f"sentence {i} of corpus {name!r} is no list of (word, label, opens a span), such as "
+                f"[('Rome', 'place', True)]: {sentence!r}"[:300]
+            )
         for text, kind, opens in sentence:
             word.append(vocab.setdefault(text, len(vocab)))
             label.append(labels.setdefault(kind, len(labels)))

@@ -258,6 +258,8 @@ def encode(
             special token to open with.
     """
     corpus = one_of(corpus)
+    if hasattr(tokenizer, "tokenizer"):
+        raise ValueError(f"a tokenizer is wanted, got a {type(tokenizer).__name__}, which has one: give its .tokenizer")
     if reading not in get_args(Reading):
         raise ValueError(unknown("reading", reading, get_args(Reading)))
     if long not in get_args(LongSentences):

@@ -166,11 +166,11 @@ def test_checks_refuse_every_stub(capsys):
 
 
 def test_solutions_run_and_every_check_passes():
-    from nbclient import NotebookClient
+    from tests.kernels import executed
 
     book = nbformat.read(HERE / "solutions.ipynb", 4)
     there = sorted(HERE.iterdir())
-    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
+    executed(book, resources={"metadata": {"path": str(HERE)}})
     outputs = [(cell.id, out) for cell in book.cells if cell.cell_type == "code" for out in cell.outputs]
     assert not [out for _, out in outputs if out.output_type == "error"]
     said = "".join(out.text for _, out in outputs if out.output_type == "stream" and out.name == "stdout")

@@ -173,9 +173,9 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
     *inconclusive*. The scale is drawn together towards its ends. A row without a dot was not measured.
 
     Raises:
-        ValueError: there is no claim (a run without a concept arm).
+        ValueError: there is no claim (a run without a concept arm), or it is no run.
     """
-    claims = data.numbers.claims if isinstance(data, Run) else list(data)
+    claims = list(data) if isinstance(data, Sequence) else whole(data).numbers.claims
     if not claims:
         raise NotMeasuredError("claims are about pruning a concept, and this run has no concept arm")
     height = dict(zip([claim.id for claim in claims], range(len(claims), 0, -1), strict=True))

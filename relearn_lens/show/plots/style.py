@@ -109,6 +109,11 @@ def arm_of(data: Paths, arm: str | None = None) -> list[Trajectory]:
         if name not in arms:
             raise ValueError(f"no arm {name!r} in this run; it has {', '.join(arms) or 'none'}{meant(name, arms)}")
         return arms[name]
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise ValueError(
+            f"a run, a trajectory or several are wanted, got a {type(data).__name__}; load_run(folder) gives the run "
+            "of a folder, track(...) a trajectory"
+        )
     if not data:
         raise ValueError("there is no trajectory to draw")
     return list(data)
