@@ -51,7 +51,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "seeds": [0],
             "arms": ["concept", "random", "unpruned"],
-            "data": {"train_sentences": 450, "probe_sentences": 100},
+            "data": {"train_sentences": 450, "validation_sentences": 120, "probe_sentences": 90},
             "prune": {"control_draws": 2},
             "retrain": {"steps": [2, 4, 8, 16, 32]},
             "grafts": {"within": "none"},
