@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from graphlib import TopologicalSorter
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import relearn_lens
 
@@ -236,3 +238,19 @@ def test_public_names_exist_and_are_documented():
     assert set(PUBLIC) <= set(dir(relearn_lens))
     with pytest.raises(AttributeError, match="relearn_lens has no attribute 'magic'"):
         _ = relearn_lens.magic  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_is_pinned_installs_on_the_first_python_that_is_promised():
+    """3.11.0, not the 3.11 of this machine: pip says of one that does not only that versions conflict."""
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", (PACKAGE.parent / "constraints.txt").read_text("utf-8"), flags=re.M)
+    assert len(pins) > 100
+    needs = {}
+    for name, version in pins:
+        try:
+            pinned = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # of an extra that is not installed here
+        if pinned.version == version:
+            needs[f"{name} {version}"] = pinned.metadata.get("Requires-Python") or ""
+    assert len(needs) > 100
+    assert {name: python for name, python in needs.items() if not SpecifierSet(python).contains("3.11.0")} == {}
