@@ -251,6 +251,6 @@ def test_what_is_pinned_installs_on_the_first_python_that_is_promised():
         except metadata.PackageNotFoundError:
             continue  # of an extra that is not installed here
         if pinned.version == version:
-            needs[f"{name} {version}"] = pinned.metadata.get("Requires-Python") or ""
+            needs[f"{name} {version}"] = pinned.metadata["Requires-Python"] or ""
     assert len(needs) > 100
     assert {name: python for name, python in needs.items() if not SpecifierSet(python).contains("3.11.0")} == {}

@@ -516,3 +516,9 @@ def test_corpus_shows_each_span_once_in_its_labels_colour():
     html = corpus._repr_html_()
     assert html.count("border-bottom:2px solid #D55E00") == 2
     assert html.count("border-bottom:2px solid #0072B2") == 1
+
+
+@pytest.mark.parametrize("members", [3, [(1, 2, 3)], [[3]], [None]])
+def test_neurons_say_what_is_none(toy_model, members):
+    with pytest.raises(ValueError, match=r"is no neuron; give \(layer, index\), or its name, such as 'L1N0'"):
+        unchecked(rl.Neurons.of)(rl.Neurons, rl.site_of(toy_model.tagger.bridge, "resid"), members)

@@ -362,10 +362,11 @@ Members = Iterable[tuple[str | int, int] | str] | tuple[str | int, int] | str
 
 def _each(members: Any) -> Iterator[tuple[str | int, int]]:
     is_one = isinstance(members, str) or (isinstance(members, tuple) and [type(m) for m in members[1:]] == [int])
-    for member in [members] if is_one else members:
+    for member in [members] if is_one or not isinstance(members, Iterable) else members:
+        neuron = Neuron.named(member) if isinstance(member, str) else member
         try:
-            layer, index = Neuron.named(member) if isinstance(member, str) else member
-        except TypeError:
+            layer, index = neuron
+        except (TypeError, ValueError):
             raise ValueError(f"{member!r} is no neuron; give (layer, index), or its name, such as 'L1N0'") from None
         yield layer, index
 
