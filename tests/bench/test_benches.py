@@ -276,7 +276,7 @@ def test_files_and_presets_that_there_are_not(tmp_path):
     (tmp_path / "own.toml").write_text('preset = "facts-toy"\nseeds = [3]\n[rows.x]\nremover = "npo"\n')
     assert list(bench_of(tmp_path / "own.toml").rows) == ["x"]
     (tmp_path / "own.toml").write_text('preset = "nope"\n')
-    with pytest.raises(ValueError, match="preset = 'nope': unknown"):
+    with pytest.raises(ValueError, match="unknown preset 'nope'; known: facts-toy"):
         bench_of(tmp_path / "own.toml")
 
 
