@@ -15,7 +15,10 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
 
     A dotted name is also told by its last part: `fraction` is near `prune.fraction`.
     """
-    wanted = str(name).lower()
+    try:
+        wanted = str(name).lower()
+    except ValueError:  # a number of more digits than Python writes
+        return None
     by_form: dict[str, str] = {}
     for each in known:
         for form in (each.lower(), each.lower().rpartition(".")[2]):

@@ -509,7 +509,7 @@ def reading(model: nn.Module) -> Iterator[None]:
     Attention is computed by torch's fused kernel meanwhile, where the bridge leaves it to Hugging Face (BERT and its
     kin) and nobody hooks the patterns, which that kernel never makes.
     """
-    bridge = bridge_of(model)
+    bridge = model.bridge if isinstance(model, Model) else model
     modes = {module: module.training for module in _modules(model)}
     try:
         for module, mode in modes.items():
@@ -525,7 +525,7 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 def _modules(model: nn.Module) -> dict[nn.Module, None]:
     """All parts of a model, each once."""
-    bridge = bridge_of(model)
+    bridge = model.bridge if isinstance(model, Model) else model
     # A bridge does not list all of the modules that it wraps, nor the model all that the bridge adds.
     todo = [model, bridge, *([bridge.original_model] if isinstance(bridge, TransformerBridge) else [])]
     parts: dict[nn.Module, None] = {}
