@@ -145,16 +145,7 @@ def reproduce(
     from relearn_lens.reproduce import protocol, tables
 
     if table is not None:
-        results, missing = protocol.gathered(table, scale=scale)
-        print(tables.short_table(results), end="")
-        if out is not None:
-            page = tables.with_table(out.read_text(encoding="utf-8"), results) if out.exists() else None
-            if page is None:
-                real = protocol.gathered(table, scale="real")[0] if scale == "toy" else []
-                page = tables.record(results, missing, real)
-            out.write_text(page, encoding="utf-8")
-        for line in missing:
-            print(f"not here: {line}", file=sys.stderr)
+        _reproduced(table, scale, out)
         return
     if name is None:
         papers = [protocol.paper_of(each) for each in protocol.PAPERS]
@@ -189,6 +180,23 @@ def reproduce(
 
         print(tables.busy(results))
         print(plots.save_html(plots.reproductions(results), folder / "claims.html"))
+
+
+def _reproduced(folder: Path, scale: Literal["toy", "real"], out: Path | None) -> None:
+    """The claims of a folder of seeds, printed, and written to a record or into a page that has a place for them."""
+    from relearn_lens.reproduce import protocol, tables
+
+    results, missing = protocol.gathered(folder, scale=scale)
+    real = protocol.gathered(folder, scale="real")[0] if scale == "toy" and out else []
+    page = None
+    if out is not None:
+        before = out.read_text(encoding="utf-8") if out.exists() else ""
+        page = tables.rewritten(before, results, missing, real)
+    print(tables.short_table(results), end="")
+    if out is not None and page is not None:
+        out.write_text(page, encoding="utf-8")
+    for line in missing:
+        print(f"not here: {line}", file=sys.stderr)
 
 
 def bench(

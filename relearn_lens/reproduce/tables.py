@@ -11,6 +11,7 @@ from relearn_lens.reproduce.readings import READINGS
 
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
 """Lines of a page between which the short table stands."""
+TITLE = "# What was reproduced"
 
 
 def table(results: Sequence[Reproduction]) -> str:
@@ -40,11 +41,25 @@ def short_table(results: Sequence[Reproduction]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(page: str, results: Sequence[Reproduction]) -> str | None:
-    """A page whose short table is of these results; None where it has no lines `BEGIN` and `END`."""
+def rewritten(
+    page: str, results: Sequence[Reproduction], missing: Sequence[str] = (), pretrained: Sequence[Reproduction] = ()
+) -> str:
+    """A file with these results in the place of its old ones: of a page with lines `BEGIN` and `END` the short table
+    between them, else the whole record.
+
+    Raises:
+        ValueError: the file holds something else, which would be lost.
+    """
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
-    return f"{before}{begin}\n{short_table(results)}{end}{after}" if end else None
+    if end:
+        return f"{before}{begin}\n{short_table(results)}{end}{after}"
+    if page and not page.startswith(TITLE):
+        raise ValueError(
+            f"the file holds something else than a record, and no lines {BEGIN} and {END} between which a table could "
+            "stand; give --out a file that is not there, or put these lines in"
+        )
+    return record(results, missing, pretrained)
 
 
 def busy(results: Sequence[Reproduction]) -> str:
@@ -61,7 +76,7 @@ def record(
     what was measured at scale real."""
     counts = Counter(row.verdict for result in results for row in result.rows)
     lines = [
-        "# What was reproduced", "",
+        TITLE, "",
         "Made by `relearn-lens reproduce --table DIR --out FILE` from the folder of `relearn-lens reproduce all`. Bars "
         "stand in `claims.py`, older than the runs; what is smaller than in the papers stands in each paper's file. "
         "An interval is over seeds, and not narrower than the one over what was asked inside them.", "",

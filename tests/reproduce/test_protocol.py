@@ -166,6 +166,17 @@ def test_command_prints_the_table_of_a_folder_and_writes_the_record(made, tmp_pa
     assert path.read_text() == f"# Ours\n\n{tables.BEGIN}\n{result.stdout}{tables.END}\nmore\n"
 
 
+def test_a_file_that_holds_something_else_is_kept(made, tmp_path):
+    _, folder = made
+    path = tmp_path / "notes.md"
+    for text in ("my notes\n", f"my notes\n{tables.BEGIN}\nno end\n"):
+        path.write_text(text)
+        result = CliRunner().invoke(app, ["reproduce", "--table", str(folder), "--out", str(path)])
+        assert isinstance(result.exception, ValueError)
+        assert "the file holds something else than a record" in str(result.exception)
+        assert path.read_text() == text
+
+
 def test_the_table_of_the_readme_is_of_the_record():
     """Both are made by the command, and of the same seeds."""
     root = Path(protocol.__file__).parents[2]
