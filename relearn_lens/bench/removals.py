@@ -236,7 +236,7 @@ def page(every: Sequence[Cell]) -> str:
         "are over seeds, of one seed over keys. share: of the way to the removed model; fresh: taught so from the",
         "first step, and asked at its own ability. s: seconds of finding and removing on one thread, others beside",
         "it. lines: of code of the method's own class and what it alone uses; docstrings, blanks, comments are none.",
-        "X@PLACE: X on what that localiser finds; rmu and dinm say by themselves which output matrices move.",
+        "X@PLACE: X on what that localiser finds; rmu moves the output matrices of three blocks by itself.",
         "",
         "| " + " | ".join([*header, "lines"]) + " |",
         "|" + "---|" * (len(header) + 1),

@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 def remove(
     method: Annotated[
-        str,
-        typer.Argument(
-            metavar="METHOD",
-            help="See `relearn-lens removers`; npo+sam is npo in the wrapper sam, npo@lookup npo on what lookup finds.",
-        ),
+        str, typer.Argument(metavar="METHOD", help="See `removers`; npo+sam: in a wrapper, npo@lookup: on a place.")
     ],
     model: Annotated[
         str, typer.Option(help="taught (small, taught these facts), a source (smollm2), a folder, a name on the hub.")
