@@ -1,12 +1,14 @@
 """Faults put into the package one at a time: which do the tests see?
 
-`python -m tests.benchmarks mutants --seed 0 -n 100 [--only analysis/] [--out FILE]`
+`python -m tests.benchmarks mutants --seed 0 -n 100 [--only analysis/] [--checkout DIR] [--beside DIR] [--out FILE]`
 
 A fault is one comparison (`<` for `<=`), operator (`+` for `-`, `and` for `or`) or constant (a number more, `False` for
 `True`) of a function, in a copy of the checkout. What is in the message of an error or in a text is left alone. Each is
 met by the tests of its module, then by all of the folder that mirrors its package, and is caught where one fails, or
 takes more than three times the processor time that they take without it. Some faults change nothing that could be
 seen: a survivor is a question, not a gap. Results are kept a line each, and the same command goes on where it stopped.
+Do the tests of today see what those of an older checkout saw? `--beside` draws among the faults that can be put into
+both, the same ones whichever of the two `--checkout` is, and all but those that are gone as the code moves on.
 """
 
 from __future__ import annotations
@@ -14,17 +16,18 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import hashlib
 import importlib
 import json
 import multiprocessing
 import os
-import random
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,21 +56,25 @@ class Mutant:
     line: int
     was: str
     now: str
+    within: str = ""
+    """Functions and classes around it, and how many such faults they hold before it: its name in another checkout."""
 
     def __str__(self) -> str:
         return f"{self.module}:{self.line}: {self.was}  >  {self.now}"
 
 
-def _nodes(tree: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, bool]]:
-    """All nodes in one order, and whether a fault may be put there: in a function, not in an annotation or a text."""
-    yield tree, inside
+def _nodes(tree: ast.AST, inside: bool = False, within: str = "") -> Iterator[tuple[ast.AST, bool, str]]:
+    """All nodes in one order, whether a fault may be put there (in a function, not in an annotation or a text), and
+    the names of what it is in."""
+    yield tree, inside, within
     function = isinstance(tree, ast.FunctionDef | ast.Lambda)
+    within = f"{within}{getattr(tree, 'name', '')}." if isinstance(tree, ast.FunctionDef | ast.ClassDef) else within
     for name, value in ast.iter_fields(tree):
-        within = (inside or function) and name not in ("annotation", "returns", "decorator_list")
-        within &= not isinstance(tree, ast.Raise | ast.JoinedStr | ast.Assert)
+        allowed = (inside or function) and name not in ("annotation", "returns", "decorator_list")
+        allowed &= not isinstance(tree, ast.Raise | ast.JoinedStr | ast.Assert)
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
-                yield from _nodes(child, within)
+                yield from _nodes(child, allowed, within)
 
 
 def _changed(node: Any) -> Any:
@@ -90,30 +97,33 @@ def _changed(node: Any) -> Any:
     return other
 
 
-def mutants(only: str = "") -> list[Mutant]:
-    """Every fault that could be put into modules whose path begins so."""
-    made = []
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        name = path.relative_to(ROOT / PACKAGE).as_posix()
-        if not name.startswith(only) or not _tests(name):
+def mutants(root: Path, only: str = "") -> dict[tuple[str, ...], Mutant]:
+    """Every fault that could be put into a checkout's modules whose path begins so, by what names it in any other."""
+    made, often = {}, Counter[tuple[str, ...]]()
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        name = path.relative_to(root / PACKAGE).as_posix()
+        if not name.startswith(only) or not _tests(root, name):
             continue
-        for i, (node, allowed) in enumerate(_nodes(ast.parse(path.read_text(encoding="utf-8")))):
+        for i, (node, allowed, within) in enumerate(_nodes(ast.parse(path.read_text(encoding="utf-8")))):
             if allowed and (other := _changed(node)) is not None:
-                made.append(Mutant(name, i, node.lineno, ast.unparse(node), ast.unparse(other)))  # pyright: ignore[reportAttributeAccessIssue]
+                was, now = ast.unparse(node), ast.unparse(other)
+                often[fault := (name, within, was, now)] += 1
+                key = (*fault, str(often[fault]))
+                made[key] = Mutant(name, i, node.lineno, was, now, within + key[-1])  # pyright: ignore[reportAttributeAccessIssue]
     return made
 
 
-def _tests(module: str) -> list[str]:
+def _tests(root: Path, module: str) -> list[str]:
     """The tests of a module, and then of its package."""
     *folders, name = module.removesuffix(".py").split("/")
     own = "/".join(("tests", *folders, f"test_{name}.py"))
     folder = "/".join(("tests", *folders))
-    return [each for each in dict.fromkeys((own, folder)) if each != "tests" and (ROOT / each).exists()]
+    return [each for each in dict.fromkeys((own, folder)) if each != "tests" and (root / each).exists()]
 
 
-def _source(mutant: Mutant) -> str:
+def _source(root: Path, mutant: Mutant) -> str:
     """The module with its fault."""
-    tree = ast.parse((ROOT / PACKAGE / mutant.module).read_text(encoding="utf-8"))
+    tree = ast.parse((root / PACKAGE / mutant.module).read_text(encoding="utf-8"))
     fault = list(_nodes(tree))[mutant.node][0]
     changed = _changed(fault)
 
@@ -157,15 +167,15 @@ def _run(checkout: Path, tests: list[str], limit: int = 0) -> tuple[int, float, 
     return process.exitcode or 0, round(seconds, 1), failed[0].split(" - ")[0] if failed else ""
 
 
-def _checkout(place: Path) -> Path:
-    """A copy of all that git knows or would take."""
+def _copy(root: Path, place: Path) -> Path:
+    """All that git knows or would take."""
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
     )
     for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
+        if (root / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
+            shutil.copy2(root / name, place / name)
     return place
 
 
@@ -175,20 +185,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-n", type=int, default=100, help="how many faults")
     parser.add_argument("--only", default="", help="modules whose path below the package begins so, such as analysis/")
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="whose package and tests, by default this one's")
+    parser.add_argument("--beside", type=Path, help="draw only among the faults that this checkout can have as well")
     parser.add_argument("--out", type=Path, help="where results are kept; by default below build/")
     asked = parser.parse_args()
-    every = mutants(asked.only)
-    drawn = random.Random(asked.seed).sample(every, min(asked.n, len(every)))
+    root = asked.checkout.resolve()
+    every = mutants(root, asked.only)
+    among = every.keys() & mutants(asked.beside, asked.only).keys() if asked.beside else every.keys()
+    order = {name: hashlib.sha256(repr((asked.seed, name)).encode()).digest() for name in among}
+    drawn = [every[name] for name in sorted(among, key=order.__getitem__)[: asked.n]]
     out = asked.out or ROOT / "build" / f"mutants-{asked.seed}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     kept = {json.dumps(line["mutant"], sort_keys=True): line for line in lines if "mutant" in line}
-    usual = {tuple(line["tests"]): line["seconds"] for line in lines if "mutant" not in line}
-    print(f"{len(drawn)} of {len(every):,} faults in {asked.only or PACKAGE}; {len(kept)} of some draw are in {out}")
+    usual = {line["tests"]: line["seconds"] for line in lines if "mutant" not in line}
+    print(f"{len(drawn)} of {len(among):,} faults in {asked.only or PACKAGE}; {len(kept)} of some draw are in {out}")
     for name in HEAVY:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as place, out.open("a") as file:
-        checkout, results = _checkout(Path(place)), []
+        checkout, results = _copy(root, Path(place)), []
 
         def keep(line: dict[str, Any]) -> None:
             file.write(json.dumps(line) + "\n")
@@ -196,16 +211,16 @@ def main() -> None:
 
         for mutant in drawn:
             if (line := kept.get(json.dumps(asdict(mutant), sort_keys=True))) is None:
-                tests = _tests(mutant.module)
-                if tuple(tests) not in usual:
-                    code, usual[tuple(tests)], why = _run(checkout, tests)
+                tests = _tests(root, mutant.module)
+                if (folder := tests[-1]) not in usual:
+                    code, usual[folder], why = _run(checkout, [folder])
                     if code:
-                        raise SystemExit(f"without any fault {' '.join(tests)} ends with {code}: {why}")
-                    keep({"tests": tests, "seconds": usual[tuple(tests)]})
+                        raise SystemExit(f"without any fault {folder} ends with {code}: {why}")
+                    keep({"tests": folder, "seconds": usual[folder]})
                 path = checkout / PACKAGE / mutant.module
                 whole = path.read_bytes()
-                path.write_text(_source(mutant), encoding="utf-8")
-                code, seconds, why = _run(checkout, tests, limit=int(3 * usual[tuple(tests)] + 30))
+                path.write_text(_source(root, mutant), encoding="utf-8")
+                code, seconds, why = _run(checkout, tests, limit=int(3 * usual[folder] + 30))
                 path.write_bytes(whole)
                 line = {"mutant": asdict(mutant), "caught": code != 0, "by": why or f"exit {code}", "seconds": seconds}
                 keep(line)
