@@ -1,14 +1,14 @@
 """Faults put into the package one at a time: which do the tests see?
 
-`python -m tests.benchmarks mutants --seed 0 -n 100 [--only analysis/] [--checkout DIR] [--beside DIR] [--out FILE]`
+`python -m tests.benchmarks mutants --seed 0 -n 100 [--only analysis/] [--out FILE]`
 
 A fault is one comparison (`<` for `<=`), operator (`+` for `-`, `and` for `or`) or constant (a number more, `False` for
 `True`) of a function, in a copy of the checkout. What is in the message of an error or in a text is left alone. Each is
 met by the tests of its module, then by all of the folder that mirrors its package, and is caught where one fails, or
 takes more than three times the processor time that they take without it. Some faults change nothing that could be
 seen: a survivor is a question, not a gap. Results are kept a line each, and the same command goes on where it stopped.
-Do the tests of today see what those of an older checkout saw? `--beside` draws among the faults that can be put into
-both, the same ones whichever of the two `--checkout` is, and all but those that are gone as the code moves on.
+Do the tests of today see what those of an older checkout saw? `--beside OLD` draws among the faults that can be put
+into both, and `--checkout OLD --beside . --survivors FILE` puts those that survive into the older one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Mutant:
     was: str
     now: str
     within: str = ""
-    """Functions and classes around it, and how many such faults they hold before it: its name in another checkout."""
+    """Functions and classes around it, and the how manyth such fault it is in them."""
 
     def __str__(self) -> str:
         return f"{self.module}:{self.line}: {self.was}  >  {self.now}"
@@ -107,10 +107,15 @@ def mutants(root: Path, only: str = "") -> dict[tuple[str, ...], Mutant]:
         for i, (node, allowed, within) in enumerate(_nodes(ast.parse(path.read_text(encoding="utf-8")))):
             if allowed and (other := _changed(node)) is not None:
                 was, now = ast.unparse(node), ast.unparse(other)
-                often[fault := (name, within, was, now)] += 1
-                key = (*fault, str(often[fault]))
-                made[key] = Mutant(name, i, node.lineno, was, now, within + key[-1])  # pyright: ignore[reportAttributeAccessIssue]
+                often[alike := (name, within, was, now)] += 1
+                mutant = Mutant(name, i, node.lineno, was, now, f"{within}{often[alike]}")  # pyright: ignore[reportAttributeAccessIssue]
+                made[_name(asdict(mutant))] = mutant
     return made
+
+
+def _name(mutant: dict[str, Any]) -> tuple[str, ...]:
+    """What a fault is called in any checkout."""
+    return tuple(mutant[part] for part in ("module", "within", "was", "now"))
 
 
 def _tests(root: Path, module: str) -> list[str]:
@@ -187,6 +192,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="modules whose path below the package begins so, such as analysis/")
     parser.add_argument("--checkout", type=Path, default=ROOT, help="whose package and tests, by default this one's")
     parser.add_argument("--beside", type=Path, help="draw only among the faults that this checkout can have as well")
+    parser.add_argument("--survivors", type=Path, help="of the draw, only what no test caught in these results")
     parser.add_argument("--out", type=Path, help="where results are kept; by default below build/")
     asked = parser.parse_args()
     root = asked.checkout.resolve()
@@ -194,6 +200,10 @@ def main() -> None:
     among = every.keys() & mutants(asked.beside, asked.only).keys() if asked.beside else every.keys()
     order = {name: hashlib.sha256(repr((asked.seed, name)).encode()).digest() for name in among}
     drawn = [every[name] for name in sorted(among, key=order.__getitem__)[: asked.n]]
+    if asked.survivors:
+        there = [json.loads(line) for line in asked.survivors.read_text().splitlines()]
+        alive = {_name(line["mutant"]) for line in there if not line.get("caught", True)}
+        drawn = [mutant for mutant in drawn if _name(asdict(mutant)) in alive]
     out = asked.out or ROOT / "build" / f"mutants-{asked.seed}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
