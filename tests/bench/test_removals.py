@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ def pair(taught_cache: Path) -> Taught:
     return small_taught(taught_cache)
 
 
-@pytest.fixture
-def subjects(pair: Taught, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def patched(patch: pytest.MonkeyPatch, pair: Taught) -> list[int]:
     """The seeds of which a model was asked for; recipes are short, and one is broken on purpose."""
     asked: list[int] = []
 
@@ -35,19 +35,33 @@ def subjects(pair: Taught, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert (model, facts) == ("taught", "people")
         return Subject(model, pair.model, pair.facts, True, pair.never)
 
-    monkeypatch.setattr(removals.removals, "subject", subject)
-    monkeypatch.setitem(RECIPES[removals.KIND], "grad_diff", {"lr": 2e-3, "alpha": 2, "steps": (60,)})
-    monkeypatch.setitem(RECIPES[removals.KIND], "gradient_ascent", {"lr": 1e-2, "steps": (8,)})
+    patch.setattr(removals.removals, "subject", subject)
+    patch.setitem(RECIPES[removals.KIND], "grad_diff", {"lr": 2e-3, "alpha": 2, "steps": (60,)})
+    patch.setitem(RECIPES[removals.KIND], "gradient_ascent", {"lr": 1e-2, "steps": (8,)})
     return asked
+
+
+@pytest.fixture
+def subjects(pair: Taught, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return patched(monkeypatch, pair)
+
+
+@pytest.fixture(scope="module")
+def made(pair: Taught, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the cells of two removers and seed 0; only read."""
+    path = tmp_path_factory.mktemp("cells") / "t"
+    with pytest.MonkeyPatch.context() as patch:
+        patched(patch, pair)
+        assert not any(cell.cached for cell in removals.cells(path, [0], ["grad_diff", "gradient_ascent"]))
+    return path
 
 
 def of(cells: Any) -> dict[str, removals.Cell]:
     return {f"{cell.name}-{cell.seed}": cell for cell in cells}
 
 
-def test_each_is_asked_where_it_keeps_what_is_near(subjects, pair, tmp_path: Path, untouched):
-    with untouched(pair.model, pair.never):
-        cells = of(removals.cells(tmp_path, [0], ["grad_diff", "gradient_ascent"]))
+def test_each_is_asked_where_it_keeps_what_is_near(subjects, made: Path):
+    cells = of(removals.cells(made, [0], ["grad_diff", "gradient_ascent"]))
     assert set(cells) == {"base-0", "never-0", "gradient_ascent-0", "grad_diff-0"}
     base, never, ascent, diff = (cells[f"{name}-0"] for name in ("base", "never", "gradient_ascent", "grad_diff"))
     assert base.accuracy(TRAINED_WORDING) == 1 == base.accuracy(NEAR)
@@ -64,8 +78,12 @@ def test_each_is_asked_where_it_keeps_what_is_near(subjects, pair, tmp_path: Pat
     assert {NEAR, GENERAL, OTHER_WORDING} <= set(diff.values["rows"])
 
 
-def test_a_cell_is_made_once_and_again_where_its_settings_changed(subjects, tmp_path: Path, monkeypatch):
-    first = of(removals.cells(tmp_path, [0], ["grad_diff"]))
+def test_a_cell_is_made_once_and_again_where_its_settings_changed(
+    subjects, pair, tmp_path: Path, monkeypatch, untouched
+):
+    monkeypatch.setitem(RECIPES[removals.KIND], "grad_diff", {"lr": 2e-3, "alpha": 2, "steps": (8,)})
+    with untouched(pair.model, pair.never):
+        first = of(removals.cells(tmp_path, [0], ["grad_diff"]))
     assert subjects == [0]
     assert not any(cell.cached for cell in first.values())
     again = of(removals.cells(tmp_path, [0], ["grad_diff"]))
@@ -86,7 +104,8 @@ def test_a_cell_is_made_once_and_again_where_its_settings_changed(subjects, tmp_
     assert changed["grad_diff-0"].values["steps"] == 2
 
 
-def test_the_command_prints_the_table(subjects, tmp_path: Path):
+def test_the_command_prints_the_table(subjects, made: Path, tmp_path: Path):
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     command = ["removers", "--table", str(tmp_path), "--seeds", "0,1", "--only", "grad_diff"]
     for done in ("done in", "kept"):
         result = CliRunner().invoke(app, command)
@@ -115,12 +134,12 @@ def test_what_teaches_a_fresh_model_is_asked_at_its_own_ability(subjects, pair, 
     assert "fresh" in rows[-1]
 
 
-def test_the_page_is_the_table_with_lines_and_recipes(subjects, tmp_path: Path):
-    command = ["removers", "--table", str(tmp_path / "t"), "--seeds", "0", "--only", "grad_diff,gradient_ascent"]
+def test_the_page_is_the_table_with_lines_and_recipes(subjects, made: Path, tmp_path: Path):
+    command = ["removers", "--table", str(made), "--seeds", "0", "--only", "grad_diff,gradient_ascent"]
     result = CliRunner().invoke(app, [*command, "--page", str(tmp_path / "page.md")])
     assert result.exit_code == 0, result.output
     text = (tmp_path / "page.md").read_text()
-    every = list(removals.cells(tmp_path / "t", [0], ["grad_diff", "gradient_ascent"]))
+    every = list(removals.cells(made, [0], ["grad_diff", "gradient_ascent"]))
     assert text == removals.page(every)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     for row in removals.table(every)[1]:
