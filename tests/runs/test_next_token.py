@@ -22,7 +22,7 @@ from relearn_lens.show import report, tables
 SMALL = (
     "seeds=[0]", "data.train_sentences=150", "data.validation_sentences=80", "data.probe_sentences=80",
     "finetune.epochs=8", "retrain.steps=[5, 10]", "grafts.bands=1", "prune.control_draws=1", "measure.draws=100",
-    "measure.sentences=6", "measure.steps=4",
+    "measure.sentences=6", "measure.steps=4", "measure.shuffles=2",
 )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ control_draws = 1
 
 [measure]
 what = ["dprime"]
+shuffles = 2
 draws = 100
 """
 

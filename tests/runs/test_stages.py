@@ -97,8 +97,8 @@ def test_runs_of_equal_recipe_train_their_base_and_twin_once(tmp_path, monkeypat
         module, "train_", lambda *a, what, **how: trainings.append(what) or plainly(*a, what=what, **how)
     )
     arms = {
-        "arms": ["concept", "random", "never"], "grafts__skip": True, "measure__what": [], "retrain__steps": [2],
-        "data__validation_sentences": 20, "data__probe_sentences": 20,
+        "arms": ["concept", "never"], "grafts__skip": True, "measure__what": [], "retrain__steps": [2],
+        "prune__control_draws": 0, "data__validation_sentences": 20, "data__probe_sentences": 20,
     }  # fmt: skip
     shared = tmp_path / "shared"
 
