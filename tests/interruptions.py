@@ -19,9 +19,9 @@ def small_run(*sets: str) -> Experiment:
     """The toy with little of everything: arms that know the concept and one that does not, two pauses, every result."""
     return tiny(
         [
-            "data.train_sentences=60", "retrain.steps=[2, 8]", 'arms=["concept", "unpruned", "never"]',
-            'block.held=["part"]', "grafts.bands=1", "measure.sentences=4", "measure.steps=3", "measure.shuffles=2",
-            *sets,
+            "data.train_sentences=60", "data.validation_sentences=20", "data.probe_sentences=20",
+            "retrain.steps=[2, 5]", 'arms=["concept", "unpruned", "never"]', 'block.held=["part"]', "grafts.bands=1",
+            "measure.sentences=4", "measure.steps=3", "measure.shuffles=2", *sets,
         ]
     )  # fmt: skip
 

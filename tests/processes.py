@@ -132,7 +132,7 @@ def study_and_run(out: Path, parts: int) -> None:
         if processes.is_first():
             save_file({k: v.contiguous() for k, v in found.items()}, out / f"{kind}.safetensors")
     how = small_run(
-        f"finetune.accumulate={parts}", f"retrain.accumulate={parts}", "measure.max_tokens=200", 'arms=["concept"]'
+        f"finetune.accumulate={parts}", f"retrain.accumulate={parts}", "measure.max_tokens=100", 'arms=["concept"]'
     )
     store.run(how, out / "run")
     if processes.size() > 1:
