@@ -17,7 +17,7 @@ from relearn_lens.measure.tracking import measure
 from relearn_lens.methods import Attributing
 from relearn_lens.models import gguf
 from relearn_lens.models.lora import adapted
-from relearn_lens.models.model import Model, checkpointed, computing, hidden, reading, seeded
+from relearn_lens.models.model import Model, checkpointed, computing, hidden, lent, only_training, reading, seeded
 from relearn_lens.models.toy import Toy
 from relearn_lens.models.training import finetune_
 from relearn_lens.neurons.sites import Neurons, site_of, streaming
@@ -72,6 +72,8 @@ CONTEXTS: dict[str, Callable[[Toy], AbstractContextManager[Any]]] = {
     "resumed": lambda toy: resumed(toy.tagger, None, 1),
     "looking": lambda toy: looking(toy.tagger, {"resid": (0,)}),
     "moved": lambda toy: moved([(weight, torch.ones_like(weight)) for weight in toy.tagger.parameters()], 0.5),
+    "lent": lambda toy: lent(toy.tagger),
+    "only_training": lambda toy: only_training((), toy.tagger.parameters()),
     "aside": lambda toy: aside(toy.tagger, lambda: finetune_(toy.tagger, toy.corpus, epochs=0.1, prior_bias=False)),
 }
 
@@ -204,7 +206,7 @@ def test_every_context_of_the_package_is_tried_here():
     }
     tried = {"ablated", "held", "streaming", "reading", "seeded", "computing", "checkpointed", "hooked", "_wardrobe"}
     tried |= {"_without", "quiet", "silent", "_learning", "_others_still", "adapted", "on"}
-    tried |= {"recorded", "resumed", "looking", "moved", "aside"}
+    tried |= {"recorded", "resumed", "looking", "moved", "lent", "only_training", "aside"}
     # What touches no model; _fused_attention is in test_models, where there is a model that has it.
     elsewhere = {
         "following",
@@ -231,11 +233,9 @@ def test_every_context_of_the_package_is_tried_here():
         # Each beside its own tests.
         "kept",
         "replaced",
-        "_lent",
         "put_in",
         "_instead",
         "_block",
-        "_weights_still",
         "_from",
         "loaded",
         "quick_dropout",

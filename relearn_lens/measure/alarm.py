@@ -345,8 +345,7 @@ class _Watched:
         nats, right = np.zeros(n), np.ones(n)
         states: Tensor | None = None
         with reading(model):
-            for batch in self.encoded.batches():
-                batch = batch.to(next(model.parameters()).device)
+            for batch in self.encoded.batches(device=next(model.parameters()).device):
                 layers, logits, target = _outputs(model, batch)
                 items = np.array([self.item_of.get(word, -1) for word in batch.word_of.tolist()])
                 known = items >= 0
@@ -354,13 +353,10 @@ class _Watched:
                 np.add.at(nats, items[known], loss[known])
                 wrong = (logits.argmax(-1) != target).cpu().numpy()
                 right[items[wrong & known]] = 0
-                first = np.unique(items, return_index=True)
-                at = [(item, i) for item, i in zip(*first, strict=True) if item >= 0]
+                which, first = np.unique(items, return_index=True)
                 if states is None:
                     states = torch.zeros(len(layers), n, layers.shape[-1])
-                if at:
-                    which, where = map(list, zip(*at, strict=True))
-                    states[:, which] = layers[:, where].float().cpu()
+                states[:, which[which >= 0]] = layers[:, first[which >= 0]].float().cpu()
         assert states is not None
         return states, nats, right
 
@@ -384,21 +380,19 @@ def _outputs(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 def _one_each(facts: Facts, roles: Sequence[str], items: int, seed: int) -> list[Passage]:
     """A statement of each watched fact, then one of each retained one near by, as many as there is room for."""
-    chosen: dict[tuple[str, str], Passage] = {}
-    for role in roles:
-        for p in facts.passages(role, forms=("statement",)):
-            chosen.setdefault((p.key, p.relation), p)
-    watched = list(chosen.values())
-    if not watched:
+
+    def statements(*of: str) -> list[Passage]:
+        first: dict[tuple[str, str], Passage] = {}
+        for p in facts.passages(*of, forms="statement"):
+            first.setdefault((p.key, p.relation), p)
+        return list(first.values())
+
+    if not (watched := statements(*roles)):
         raise ValueError(
             f"facts {facts.name!r} have no statement in {' or '.join(roles)}, so there is nothing to watch"
         )
-    near: dict[tuple[str, str], Passage] = {}
-    for p in facts.passages("retain_near", forms=("statement",)):
-        near.setdefault((p.key, p.relation), p)
-    rng = np.random.default_rng(seed)
+    rng, others = np.random.default_rng(seed), statements("retain_near")
     watched = [watched[i] for i in np.sort(rng.permutation(len(watched))[: max(1, items // 2)])]
-    others = list(near.values())
     others = [others[i] for i in np.sort(rng.permutation(len(others))[: items - len(watched)])]
     shared = {(p.relation, p.answer) for p in others}
     if not any((p.relation, p.answer) in shared for p in watched):

@@ -12,7 +12,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Float, Int, jaxtyped
 
 from relearn_lens.measure.asking import Read, read_answers
-from relearn_lens.measure.keymeans import KeyMeans, tabulated
+from relearn_lens.measure.keymeans import KeyMeans, means_of, tabulated
 from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.text.facts import Passage
@@ -25,11 +25,6 @@ class AnswerAccuracy(KeyMeans):
     metric: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "share answered right, 0 to 1"
     quantity: ClassVar[str] = "accuracy"
-
-    @property
-    def right(self) -> Float[np.ndarray, "key label"]:
-        """How many passages are answered right."""
-        return self.total
 
 
 @jaxtyped(typechecker=typechecker)
@@ -50,11 +45,6 @@ class AnswerLoss(KeyMeans):
     tokens: Int[np.ndarray, "key label"]
     vocabulary: int
     """Number of tokens that a uniform guess chooses from."""
-
-    @property
-    def nats(self) -> Float[np.ndarray, "key label"]:
-        """Summed over the tokens of the answers."""
-        return self.total
 
     @property
     def weight(self) -> Float[np.ndarray, "key label"]:
@@ -149,10 +139,7 @@ def choose(
     best = np.minimum.reduceat(nats, starts)
     tied = np.add.reduceat((nats == np.repeat(best, sizes)).astype(float), starts)
     own = nats[starts + np.array([p.choices.index(p.answer) for p in passages])]
-    keys, names, (right, guessed, count) = tabulated(
-        passages, labels or [p.relation for p in passages], (own == best) / tied, 1 / sizes, np.ones(len(sizes))
-    )
-    return AnswerAccuracy(right, guessed, count.astype(np.int64), keys, names)
+    return means_of(AnswerAccuracy, passages, (own == best) / tied, 1 / sizes, labels)
 
 
 def known(model: LanguageModel, passages: Sequence[Passage]) -> tuple[Passage, ...]:

@@ -6,9 +6,10 @@ A *place* is a role of the facts in the wordings that were taught (`"forget_held
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,8 +53,7 @@ class Asked:
 
     def where(self, keep: Sequence[bool] | np.ndarray) -> Asked:
         """Some of the passages."""
-        pairs = [pair for pair, kept in zip(zip(self.passages, self.places, strict=True), keep, strict=True) if kept]
-        return Asked(self.facts, tuple(p for p, _ in pairs), tuple(place for _, place in pairs))
+        return Asked(self.facts, tuple(compress(self.passages, keep)), tuple(compress(self.places, keep)))
 
     def one_prompt_each(self, by: str) -> Asked:
         """One passage with a prompt of each key and place.
@@ -161,10 +161,8 @@ def read_answers(
     Raises:
         ValueError: no passage, as `encode_passages`; or a loss that is not finite.
     """
-    if isinstance(passages, EncodedPassages):
-        encoded = passages
-    else:
-        encoded = encode_passages(passages, model.tokenizer, context=model.context)
+    is_encoded = isinstance(passages, EncodedPassages)
+    encoded = passages if is_encoded else encode_passages(passages, model.tokenizer, context=model.context)
     tokens = _Tokens(model, encoded)
     stream(model, encoded, (), readers=[tokens], max_tokens=max_tokens)
     passage = encoded.word_of[encoded.scored].astype(np.int64)
@@ -212,6 +210,12 @@ class Reference:
     """The weights right after removing, copied."""
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What metrics computed of these models alone, so that the next checkpoint need not."""
+
+    def once(self, what: Hashable, of: Callable[[], Any]) -> Any:
+        """What `of` gives, which is called the first time alone."""
+        if what not in self.kept:
+            self.kept[what] = of()
+        return self.kept[what]
 
     def need(self, model: LanguageModel, *names: str, by: str) -> tuple[LanguageModel, ...]:
         """The named models.

@@ -4,11 +4,12 @@ the other, and what each head does at each of them."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.stats import spearmanr
@@ -17,14 +18,11 @@ from torch import Tensor
 from relearn_lens import progress
 from relearn_lens.find.circuits import HEADS, path_patching
 from relearn_lens.find.patching import Kept, Prompts, Readout, kept, refusal, replaced, shares, units_of
-from relearn_lens.models.model import LanguageModel, reading, wearing
+from relearn_lens.models.model import LanguageModel, lent, reading, wearing
 from relearn_lens.names import meant
 from relearn_lens.neurons.sites import Neurons, Site, component_site, site_of
 from relearn_lens.neurons.weights import differs
 from relearn_lens.text.facts import Passage
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Weights = Mapping[str, Tensor]
 
@@ -94,7 +92,11 @@ def cross_patch(
     f_a, f_b = np.zeros(n), np.zeros(n)
     by_head, by_whole = np.zeros((len(blocks), heads.width, n)), np.zeros((2, len(blocks), n))
     a, b = _steady(model, into), _steady(model, source)
-    with _lent(model), progress.task("cross-patching", n * (2 + heads.n_neurons + 2 * len(blocks))):
+    with (
+        lent(model),
+        reading(model),
+        progress.task("cross-patching", n * (2 + heads.n_neurons + 2 * len(blocks))),
+    ):
         for group in prompts.groups():
             batch = prompts.batch(group)
             model.load_weights(b)
@@ -174,8 +176,6 @@ class HeadRoles:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for every stage and head, with the effect and its unit."""
-        import pandas as pd
-
         rows = [
             {"stage": stage, "block": block, "head": head, "effect": float(effect), "unit": self.unit}
             for stage, by_block in zip(self.stages, self.effect, strict=True)
@@ -210,7 +210,7 @@ def head_roles(
     _check(model, stages)
     steady = {name: _steady(model, weights) for name, weights in stages.items()}
     paths = []
-    with _lent(model):
+    with lent(model), reading(model):
         for weights in steady.values():
             model.load_weights(weights)
             paths.append(path_patching(model, passages, corrupt, metric=metric))
@@ -232,14 +232,3 @@ def _steady(model: LanguageModel, weights: Weights) -> Weights:
     """Weights that do not move with the model's own."""
     live = model.weights()
     return {n: w.clone() if w.data_ptr() == live[n].data_ptr() else w for n, w in weights.items()}
-
-
-@contextlib.contextmanager
-def _lent(model: LanguageModel) -> Iterator[None]:
-    """For a while, a model whose weights may be replaced; it reads."""
-    own = model.copied()
-    try:
-        with reading(model):
-            yield
-    finally:
-        model.load_weights(own)

@@ -103,10 +103,7 @@ class UnlearningDepth(Metric):
                 f"depth is of what was forgotten, and none of {', '.join(FORGET)} is asked; ask in these roles"
             )
         encoded = encode_passages(questions.passages, model.tokenizer, context=model.context)
-        kept = ("depth", self.faithful, questions.passages)
-        if kept not in reference.kept:
-            reference.kept[kept] = self._taken(base, never, encoded)
-        s1 = reference.kept[kept]
+        s1 = reference.once(("depth", self.faithful, questions.passages), lambda: self._taken(base, never, encoded))
         s2 = self._taken(base, model, encoded)
         there = s1 > self.least
         share = np.divide(s2, s1, out=np.zeros_like(s1), where=there).clip(0, 1)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from relearn_lens.measure.answers import AnswerAccuracy, AnswerLoss, answered, choose
 from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, asked_of, read_answers
-from relearn_lens.measure.keymeans import KeyMeans, tabulated
+from relearn_lens.measure.keymeans import KeyMeans, means_of
 from relearn_lens.models.model import LanguageModel, reading
 from relearn_lens.text.facts import Facts, Passage
 
@@ -97,7 +97,7 @@ class Probability(OfAnswers):
         each = np.exp(-read.summed(read.nats) / read.tokens)
         sizes = np.array([len(questions.closed.get(p.relation, ())) for p in questions.passages])
         guess = np.where(sizes > 0, np.maximum(sizes, 1.0) ** (-1 / read.tokens), 1 / read.vocabulary)
-        return AnswerProbability(*summed(questions, each, guess))
+        return means_of(AnswerProbability, questions.passages, each, guess, questions.places)
 
 
 class TruthScores(KeyMeans):
@@ -135,7 +135,7 @@ class TruthRatio(Metric):
             read.summed(read.nats) / read.tokens, np.cumsum([len(p.choices) for p in questions.passages])[:-1]
         )
         each = np.array([self._of(p, own) for p, own in zip(questions.passages, nats, strict=True)])
-        return TruthScores(*summed(questions, each, np.zeros(len(each))))
+        return means_of(TruthScores, questions.passages, each, 0.0, questions.places)
 
     def _of(self, passage: Passage, nats: Float[np.ndarray, " choice"]) -> float:
         right = passage.choices.index(passage.answer)
@@ -185,7 +185,7 @@ class ExtractionStrength(OfAnswers):
                 for p, tokens in zip(questions.passages, ids, strict=True)
             ]
         )
-        return ExtractionScores(*summed(questions, each, guess))
+        return means_of(ExtractionScores, questions.passages, each, guess, questions.places)
 
     def strength(self, likeliest: Sequence[bool] | np.ndarray) -> float:
         """Of one answer, by whether each of its tokens is the likeliest after all before it."""
@@ -259,7 +259,8 @@ class Familiarity(Metric):
         known = np.isfinite(each)
         if not known.any():
             raise ValueError(f"no answer of {questions.facts.name!r} has a word that its prompt does not hold")
-        return FamiliarityScores(*summed(questions.where(known), each[known], guess[known]))
+        questions = questions.where(known)
+        return means_of(FamiliarityScores, questions.passages, each[known], guess[known], questions.places)
 
 
 def words_of(text: str) -> set[str]:
@@ -330,13 +331,3 @@ def with_choices(questions: Asked, by: str) -> Asked:
             "leave this metric out"
         )
     return chosen
-
-
-def summed(
-    questions: Asked, each: np.ndarray, guess: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
-    """What `KeyMeans` is made from, of one number per passage and what a guess would have there."""
-    keys, labels, (total, guessed, count) = tabulated(
-        questions.passages, questions.places, each, guess, np.ones(len(each))
-    )
-    return total, guessed, count.astype(np.int64), keys, labels

@@ -7,12 +7,14 @@ after the cut, loses it again. And which neurons: those found in the retrained m
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from functools import partial, reduce
+from typing import Any, TypeVar, overload
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -27,9 +29,6 @@ from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, differs
 from relearn_lens.neurons.weights import parts as parts_of
 from relearn_lens.text import markup
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CUT = "cut"
 """The part that the entries of the cut are: what they bring back was regrown in place."""
@@ -150,8 +149,6 @@ class Grafts:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for every part and outcome: both interventions, their shares with intervals, and every control."""
-        import pandas as pd
-
         rows = []
         for outcome in self.outcomes:
             for part in self.parts:
@@ -312,10 +309,10 @@ def grafts_between(
         for name, (start, end) in ends.items():
             added = partial(_added, started, start, end)
             by_control[name] = {part: moving.moved(mask, started, added, states) for part, mask in kept.items()}
-            of_whole[name] = moving.moved(_union(kept), started, added, states)
+            of_whole[name] = moving.moved(reduce(operator.or_, kept.values()), started, added, states)
         for i, part in enumerate(names := list(whole) if cumulative else []):
             for curve, within in ((up, names[: i + 1]), (down, names[i:])):
-                mask = _union({name: whole[name] for name in within})
+                mask = reduce(operator.or_, (whole[name] for name in within))
                 curve[part] = moving.moved(mask, started, ended.__getitem__, states)
         at_end, states = moving.whole(ended)
         reverted = {part: moving.moved(mask, ended, started.__getitem__, states) for part, mask in masks.items()}
@@ -407,13 +404,6 @@ def _masks(model: Model, parts: Parts, cut: WeightMask | None) -> tuple[dict[str
     if CUT in parts:
         raise ValueError(f"a part is named {CUT!r}, which is the name of the cut's own entries; name it otherwise")
     return {part: mask - cut for part, mask in whole.items()} | {CUT: cut}, whole
-
-
-def _union(masks: Mapping[str, WeightMask]) -> WeightMask:
-    first, *others = masks.values()
-    for other in others:
-        first = first | other
-    return first
 
 
 def share_old(new: Neurons, old: Neurons) -> float:

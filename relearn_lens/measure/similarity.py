@@ -32,7 +32,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens import progress
 from relearn_lens.methods import MAX_TOKENS, MEMORY, megabytes
-from relearn_lens.models.model import Model, bridge_of, encoded_for, hidden, reading, widest
+from relearn_lens.models.model import Model, bridge_of, encoded_for, hidden, lent, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
 from relearn_lens.text.concept import Concept, concept_of
@@ -429,9 +429,6 @@ def _wardrobe(before: object, after: Model | TransformerBridge) -> Iterator[Call
     if not isinstance(before, Mapping) or not isinstance(after, Model):
         yield lambda side: None
         return
-    own = after.copied()
-    after.load_weights(before)  # refuses another model's weights before anything is run
-    try:
+    with lent(after) as own:
+        after.load_weights(before)  # refuses another model's weights before anything is run
         yield lambda side: after.load_weights(before if side == "before" else own)
-    finally:
-        after.load_weights(own)

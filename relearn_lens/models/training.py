@@ -31,7 +31,7 @@ from relearn_lens import methods, progress
 from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
 from relearn_lens.models.dropout import quick_dropout
-from relearn_lens.models.model import Model, Tagger, bridge_of, checkpointed, reading, seeded
+from relearn_lens.models.model import Model, Tagger, bridge_of, checkpointed, only_training, reading, seeded
 from relearn_lens.names import meant
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
@@ -710,26 +710,21 @@ class _Batch:
 def _learning(model: Model, moving: Collection[nn.Parameter], sparse: Collection[nn.Embedding] = ()) -> Iterator[None]:
     """Training mode for a while, in which nothing else needs a gradient, and that of some embeddings is sparse; a step
     that fails (out of memory, say) leaves neither mode nor gradients behind."""
-    mode, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    trains = {id(p) for p in moving}
+    mode = model.training
     try:
         model.train()
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in trains)
         for embedding in sparse:
             embedding.sparse = True
-        with quick_dropout():
+        with only_training(moving, model.parameters()), quick_dropout():
             yield
     except BaseException:
-        for parameter, _ in flags:
+        for parameter in model.parameters():
             parameter.grad = None
         raise
     finally:
         model.train(mode)
         for embedding in sparse:
             embedding.sparse = False
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _with_state(optimizer: torch.optim.AdamW, state: Mapping[str, Tensor]) -> torch.optim.AdamW:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from relearn_lens import methods
 from relearn_lens.methods import Method, Rate
+from relearn_lens.models.model import lent
 from relearn_lens.relearn.attack import Attack, Material
 from relearn_lens.relearn.compression import Pruned, Quantised
 from relearn_lens.relearn.finetuning import (
@@ -60,13 +61,10 @@ def points(
     Raises:
         ValueError, FloatingPointError: as the attack.
     """
-    before = model.copied()
-    try:
+    with lent(model):
         return tuple(
             Point(pause.step, float(score(model)), float(utility(model))) for pause in attack(model, facts, seed=seed)
         )
-    finally:
-        model.load_weights(before)
 
 
 @dataclass(frozen=True)

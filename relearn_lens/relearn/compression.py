@@ -105,8 +105,7 @@ def input_norms(model: Model, text: Encoded) -> dict[int, Float[Tensor, " input"
             handle = matrix.module.register_forward_pre_hook(see)
             stack.callback(handle.remove)
         stack.enter_context(reading(model))
-        for batch in text.batches():
-            batch = batch.to(model.device)
+        for batch in text.batches(device=model.device):
             mask = batch.mask
             hidden(model.bridge, batch.ids, mask)
     return {at: sums.sqrt().float() for at, sums in squares.items()}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from relearn_lens import progress
 from relearn_lens.methods import Rate, Size
-from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading, widest
+from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, only_training, reading, widest
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site, site_of, streaming, token_site, token_vectors
 from relearn_lens.relearn.attack import (
@@ -104,7 +104,11 @@ class Perturbing(Passing):
         tensor = torch.zeros(place.shape, device=model.device, requires_grad=True)
         adam = torch.optim.Adam([tensor], lr=self.lr)
         tokens, sums, n = 0, 0.0, 0
-        with reading(model), _weights_still(model), progress.task(f"fitting ({self.name})", self.steps):
+        with (
+            reading(model),
+            only_training((), model.parameters()),
+            progress.task(f"fitting ({self.name})", self.steps),
+        ):
             longest = self.cap * _norms(model, text, place).to(tensor.device)
             batches = _endless(text, self.batch_size, seed)
             for step in range(self.steps):
@@ -266,8 +270,7 @@ def mean_states(model: Model, text: Encoded, site: Site) -> Float[Tensor, "layer
         sums[layer] += activations.flatten(0, 1)[positions].to(sums.dtype).sum(0)
 
     with reading(model), streaming(model.bridge, site, visit):
-        for batch in text.batches():
-            batch = batch.to(model.device)
+        for batch in text.batches(device=model.device):
             positions = predicting(model, batch)
             n += len(positions)
             hidden(model.bridge, batch.ids, batch.mask)
@@ -296,8 +299,7 @@ def _norms(model: Model, text: Encoded, place: Place) -> Float[Tensor, "row 1"]:
                 sums[place.rows[layer]] += lengths
 
     with streaming(model.bridge, place.site, visit):
-        for batch in text.batches():
-            batch = batch.to(model.device)
+        for batch in text.batches(device=model.device):
             mask, n = batch.mask, n + batch.n_tokens
             hidden(model.bridge, batch.ids, batch.mask)
     return (sums / n).float()[:, None]
@@ -318,16 +320,3 @@ def _check_layers(model: Model, layers: Sequence[int], what: str) -> None:
     blocks = int(model.bridge.cfg.n_layers)
     if not layers or max(layers) >= blocks or len(set(layers)) < len(layers):
         raise ValueError(f"{what}: layers = {list(layers)}: this model has blocks 0 to {blocks - 1}, each once")
-
-
-@contextlib.contextmanager
-def _weights_still(model: Model) -> Iterator[None]:
-    """For a while, no weight needs a gradient."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relearn_lens.methods import Training
-from relearn_lens.models.model import LanguageModel, Model
+from relearn_lens.models.model import LanguageModel, Model, lent
 from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, train_
 from relearn_lens.remove.losses import NPO, GradDiff, Keeping, SimNPO, against
 from relearn_lens.remove.removal import (
@@ -180,14 +180,11 @@ class Undo(Remover):
 @contextlib.contextmanager
 def aside(model: Model, training: Callable[[], Iterator[Checkpoint]]) -> Iterator[None]:
     """For a while, the model as a training leaves it; then its weights are back, to the bit."""
-    before = model.copied()
-    try:
+    with lent(model):
         with torch.enable_grad():
             for _ in training():
                 pass
         yield
-    finally:
-        model.load_weights(before)
 
 
 _IGNORED = 100

@@ -123,8 +123,7 @@ def moments(model: Model, text: Encoded, *, before: bool = False) -> dict[str, F
     sums = {name: torch.zeros(len(site.layers), site.width) for name in ("mean", "abs", "square", "freq")}
     n = 0
     with reading(model):
-        for batch in text.batches():
-            batch = batch.to(model.device)
+        for batch in text.batches(device=model.device):
 
             def add(layer: int, activations: Tensor, positions: Tensor = batch.subword - int(before)) -> None:
                 x = activations.flatten(0, 1)[positions].float()

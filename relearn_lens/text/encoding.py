@@ -208,9 +208,9 @@ class Encoded:
             i += size
         return groups
 
-    def batches(self, *, max_tokens: int = MAX_TOKENS) -> Iterator[Batch]:
-        """The batches of `cuts`."""
-        return map(self.batch, self.cuts(max_tokens=max_tokens))
+    def batches(self, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """The batches of `cuts`, on a device."""
+        return (self.batch(pieces).to(device) for pieces in self.cuts(max_tokens=max_tokens))
 
     def shuffled(self, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The pieces of one epoch's training batches, shuffled and bucketed by length.
