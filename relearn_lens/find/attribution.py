@@ -42,7 +42,7 @@ from relearn_lens.models.model import (
     reading,
     widest,
 )
-from relearn_lens.names import unknown
+from relearn_lens.names import known_name
 from relearn_lens.neurons.sites import Site, ordered, site_of, streaming, token_site
 from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept, concept_of
@@ -246,8 +246,8 @@ class _Run:
         bridge_of(model)  # says what is none
         rule = how.quadrature
         for what, name, known in (("form", form, get_args(Form)), ("quadrature", rule, QUADRATURES)):
-            if not callable(name) and name not in known:
-                raise ValueError(unknown(what, name, known))
+            if not callable(name):
+                known_name(what, name, known)
         self.model, self.concept, self.max_bytes = model, concept.name, how.max_bytes
         self.form = cast(Form, form)
         self.steps = how.steps

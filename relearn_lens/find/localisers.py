@@ -15,7 +15,7 @@ from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.scored import AttributionPatching, ByScore
 from relearn_lens.find.tracing import CausalTracing
 from relearn_lens.models.model import Model, bridge_of
-from relearn_lens.names import unknown
+from relearn_lens.names import known_name
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
@@ -67,9 +67,7 @@ def localiser_of(localiser: str | Localiser, **fields: Any) -> Localiser:
     """
     if not isinstance(localiser, str):
         return methods.of(type(localiser), localiser, fields)
-    if localiser not in LOCALISERS:
-        raise ValueError(unknown("localiser", localiser, LOCALISERS))
-    return methods.of(LOCALISERS[localiser], None, fields)
+    return methods.of(LOCALISERS[known_name("localiser", localiser, LOCALISERS)], None, fields)
 
 
 def chosen(where: Saliency | WeightMask, *, fraction: float = 0.05) -> Neurons | WeightMask:

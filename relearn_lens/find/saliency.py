@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from relearn_lens.find.probes import Quality, elastic_net, k_sparse
 from relearn_lens.methods import MAX_TOKENS, MEMORY, SAMPLE_WORDS, megabytes
 from relearn_lens.models.model import Model, bridge_of
-from relearn_lens.names import unknown
+from relearn_lens.names import known_name
 from relearn_lens.neurons.sites import Neurons, Site, ordered, site_of
 from relearn_lens.neurons.streaming import (
     ROUNDING,
@@ -194,13 +194,6 @@ def dprime_of_each(stats: ClassStats) -> Float[Tensor, "class layer neuron"]:
     )
 
 
-def dprime(
-    stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
-) -> Float[Tensor, "layer neuron"]:
-    """|d'|, so that neurons that fall with the concept rank with those that rise; see `signed_dprime`."""
-    return signed_dprime(stats, carries, contrast).abs()
-
-
 def signed_point_biserial(
     stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
 ) -> Float[Tensor, "layer neuron"]:
@@ -209,13 +202,6 @@ def signed_point_biserial(
     sd = stats.total.variance[0].sqrt()
     r = difference(stats, carries) * (share * (1 - share)).sqrt() / torch.where(sd > 0, sd, 1.0)
     return torch.where(_constant(stats), 0.0, r.clamp(-1, 1))
-
-
-def point_biserial(
-    stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
-) -> Float[Tensor, "layer neuron"]:
-    """|r|, so that neurons that fall with the concept rank with those that rise; see `signed_point_biserial`."""
-    return signed_point_biserial(stats, carries, contrast).abs()
 
 
 def auroc(
@@ -282,13 +268,13 @@ SCORES: dict[str, Score] = {
             "dprime",
             "standard deviations",
             "distance of the concept's mean from that of all other words, over the pooled standard deviation",
-            dprime,
+            lambda *given: signed_dprime(*given).abs(),
         ),
         Score(
             "point_biserial",
             "|correlation|",
             "size of the correlation with 1 for the concept's words and 0 for all others",
-            point_biserial,
+            lambda *given: signed_point_biserial(*given).abs(),
         ),
         Score(
             "auroc",
@@ -471,13 +457,10 @@ def score_of(score: str | Score | Callable, contrast: str = "rest") -> Score:
     Raises:
         ValueError: the score or the contrast is not known.
     """
-    if contrast not in get_args(Contrast):
-        raise ValueError(unknown("contrast", contrast, get_args(Contrast)))
+    known_name("contrast", contrast, get_args(Contrast))
     if isinstance(score, Score):
         return score
     if callable(score):
         name = getattr(score, "__name__", "score")
         return Score(name, "", (score.__doc__ or "").strip(), score)
-    if score not in SCORES:
-        raise ValueError(unknown("score", score, SCORES))
-    return SCORES[score]
+    return SCORES[known_name("score", score, SCORES)]

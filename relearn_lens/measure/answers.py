@@ -96,7 +96,7 @@ def answered(read: Read, labels: Sequence[str], closed: Mapping[str, Sequence[st
     n, nats, vocabulary = read.tokens, read.summed(read.nats), read.vocabulary
     keys, names, sums = tabulated(
         read.passages, labels, read.right.astype(float), is_closed / sizes, nats,
-        np.where(is_closed, np.log(sizes), n * math.log(vocabulary)), n.astype(float), np.ones(len(n)),
+        np.where(is_closed, np.log(sizes), n * math.log(vocabulary)), n.astype(float), 1.0,
     )  # fmt: skip
     right, guessed, nats, guessed_nats, n, count = sums
     count, n = count.astype(np.int64), n.astype(np.int64)

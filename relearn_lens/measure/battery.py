@@ -21,7 +21,7 @@ from relearn_lens.measure.inside import KnownInside
 from relearn_lens.measure.keymeans import KeyMeans
 from relearn_lens.models.model import LanguageModel, lent
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.names import meant
+from relearn_lens.names import existing
 from relearn_lens.text.facts import FORGET, RETAIN, TRAINED, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
 
@@ -57,10 +57,8 @@ class Battery:
     rows: tuple[Row, ...]
 
     def __getitem__(self, test: str) -> tuple[Row, ...]:
-        if not (rows := tuple(row for row in self.rows if row.test == test)):
-            known = dict.fromkeys(row.test for row in self.rows)
-            raise ValueError(f"no test {test!r}; known: {', '.join(known)}{meant(test, known)}")
-        return rows
+        existing("test", test, dict.fromkeys(row.test for row in self.rows))
+        return tuple(row for row in self.rows if row.test == test)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each test and way of it: value with interval over keys, chance, unit, and of base and twin."""

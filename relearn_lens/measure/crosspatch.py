@@ -17,10 +17,10 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.circuits import HEADS, path_patching
-from relearn_lens.find.patching import Kept, Prompts, Readout, kept, refusal, replaced, shares, units_of
+from relearn_lens.find.patching import Prompts, Readout, refusal, shares, units_of
 from relearn_lens.models.model import LanguageModel, lent, reading, wearing
-from relearn_lens.names import meant
-from relearn_lens.neurons.sites import Neurons, Site, component_site, site_of
+from relearn_lens.names import existing
+from relearn_lens.neurons.sites import Kept, Neurons, Site, component_site, kept, site_of, streaming
 from relearn_lens.neurons.weights import differs
 from relearn_lens.text.facts import Passage
 
@@ -101,17 +101,19 @@ def cross_patch(
             batch = prompts.batch(group)
             model.load_weights(b)
             with contextlib.ExitStack() as stack:
-                theirs, *others = (stack.enter_context(kept(model, site)) for site in (heads, *wholes))
+                theirs, *others = (
+                    stack.enter_context(kept(model.bridge, site, units=True)) for site in (heads, *wholes)
+                )
                 f_b[group] = prompts.values(batch).cpu()
             model.load_weights(a)
             f_a[group] = prompts.values(batch).cpu()
             progress.advance(2 * len(group))
             for block in blocks:
                 for head in range(heads.width):
-                    with replaced(model, heads, _head_as(theirs, heads, block, head)):
+                    with streaming(model.bridge, heads, _head_as(theirs, heads, block, head), units=True):
                         by_head[block, head, group] = prompts.values(batch).cpu()
                 for i, (site, other) in enumerate(zip(wholes, others, strict=True)):
-                    with replaced(model, site, lambda at, _, x=other[block], b=block: x if at == b else None):
+                    with streaming(model.bridge, site, lambda at, _, x=other[block], b=block: x if at == b else None):
                         by_whole[i, block, group] = prompts.values(batch).cpu()
                 progress.advance((heads.width + 2) * len(group))
     gap = f_b - f_a
@@ -158,9 +160,7 @@ class HeadRoles:
         Raises:
             ValueError: no such stage.
         """
-        if stage not in self.stages:
-            raise ValueError(f"no stage {stage!r}; known: {', '.join(self.stages)}{meant(stage, self.stages)}")
-        return self.effect[self.stages.index(stage)]
+        return self.effect[self.stages.index(existing("stage", stage, self.stages))]
 
     def top(self, stage: str, k: int) -> Neurons:
         """The `k` heads of the largest effect, in size, at one stage."""

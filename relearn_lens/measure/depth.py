@@ -15,7 +15,7 @@ from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
 from relearn_lens.measure.states import block_names, check_alike, last_of, nats_of, put_in, states_of
 from relearn_lens.models.model import LanguageModel, reading
-from relearn_lens.names import meant
+from relearn_lens.names import existing
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import FORGET, Facts
 from relearn_lens.text.facts.encoded import EncodedPassages, encode_passages
@@ -56,9 +56,7 @@ class Depth(LayerDepth):
         Raises:
             ValueError: there is no such layer.
         """
-        if name not in self.layers:
-            raise ValueError(f"no layer {name!r}; known: {', '.join(self.layers)}{meant(name, self.layers)}")
-        i = self.layers.index(name)
+        i = self.layers.index(existing("layer", name, self.layers))
         count = self.layer_passages[i]
         return LayerDepth(self.layer_total[i], count.astype(float), count, self.keys, self.labels)
 
@@ -116,8 +114,7 @@ class UnlearningDepth(Metric):
             )
         each = (weight * share)[known].sum(1) / weight[known].sum(1)
         whole = questions.where(known)
-        n = np.ones(len(each))
-        keys, labels, (total, count) = tabulated(whole.passages, whole.places, each, n)
+        keys, labels, (total, count) = tabulated(whole.passages, whole.places, each, 1.0)
         by_layer = [
             tabulated(whole.passages, whole.places, share[known, i] * there[known, i], there[known, i].astype(float))[2]
             for i in range(share.shape[1])

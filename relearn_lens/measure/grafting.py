@@ -24,7 +24,7 @@ from relearn_lens.measure.prefixes import States, recorded, resumed, unchanged_b
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, wearing
-from relearn_lens.names import meant
+from relearn_lens.names import existing
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, differs
 from relearn_lens.neurons.weights import parts as parts_of
@@ -109,17 +109,10 @@ class Grafts:
         return max((share for share in shares if not math.isnan(share)), default=math.nan)
 
     def _known(self, outcome: str | None) -> str:
-        outcome = outcome or self.outcomes[0]
-        if outcome not in self.cut:
-            raise ValueError(
-                f"no outcome {outcome!r}; known: {', '.join(self.outcomes)}{meant(outcome, self.outcomes)}"
-            )
-        return outcome
+        return existing("outcome", outcome or self.outcomes[0], self.outcomes)
 
     def _of(self, by_name: Mapping[str, _T], name: str, what: str = "part") -> _T:
-        if name not in by_name:
-            raise ValueError(f"no {what} {name!r}; known: {', '.join(by_name) or 'none'}{meant(name, by_name)}")
-        return by_name[name]
+        return by_name[existing(what, name, by_name)]
 
     def _drawn(self, of: Outcomes, outcome: str) -> np.ndarray | None:
         given = of[outcome]

@@ -351,14 +351,13 @@ def _result(which: Which, parts: Sequence[_Part], site: Site) -> ActivationSimil
     cka = (torch.stack([part.cross for part in parts]).sum(0) / within[0].outer(within[1])).clamp(max=1).float()
     chance, high = float(parts[0].chance.nanmean()), float(parts[0].chance.nanquantile(0.95))
     n = parts[0].n_words
-    return ActivationSimilarity(same, best, layer, neuron, _flow(layer, at >= 0), cka, chance, high, which, n, site)
+    return ActivationSimilarity(same, best, layer, neuron, _flow(layer), cka, chance, high, which, n, site)
 
 
-def _flow(best_layer: Tensor, among: Tensor) -> Tensor:
+def _flow(best_layer: Tensor) -> Tensor:
     """Share of each layer's matches in each layer, over the neurons that have one."""
-    valid = among & (best_layer >= 0)
-    hits = torch.stack([(valid & (best_layer == layer)).sum(1) for layer in range(len(best_layer))], 1)
-    return hits / rearrange(valid.sum(1), "l -> l 1")
+    hits = torch.stack([(best_layer == layer).sum(1) for layer in range(len(best_layer))], 1)
+    return hits / rearrange((best_layer >= 0).sum(1), "l -> l 1")
 
 
 def _mask(similarity: ActivationSimilarity, neurons: Neurons) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from relearn_lens.models.model import Adapted, Model, Tagger, n_wrappers, only_training, plain_name, seeded, wearing
-from relearn_lens.names import unknown
+from relearn_lens.names import known_name
 
 Where = Literal["attention", "mlp", "all"]
 """Which matrices of a block get adapters."""
@@ -111,8 +111,7 @@ def load_adapter_weights(model: Model, weights: Mapping[str, Tensor]) -> None:
 
 def _layers(model: Model, where: Where | str) -> dict[str, Any]:
     """The linear layers of the blocks that get adapters, each once, by a name that the bridge has for it."""
-    if where not in get_args(Where):
-        raise ValueError(unknown("where", where, get_args(Where)))
+    known_name("where", where, get_args(Where))
     modules: dict[int, tuple[str, nn.Module]] = {}
     joint: set[int] = set()
     for name, module in model.bridge.blocks.named_modules(remove_duplicate=False):

@@ -262,13 +262,15 @@ def train_(
             f"this training pauses at steps {', '.join(map(str, pauses))}, so it cannot go on from step "
             f"{resume[0].step}; resume with the settings, the text and the seed that it began with"
         )
-    loop = _Loop(model, encoded, how, objective, step, _entries(model, only), seed, pauses, per_epoch, what, reference)
-    loop.beside = dict(beside or {})
-    loop.memory = getattr(objective, "memory", loop.memory)
+    loop = _Loop(
+        model, encoded, how, objective, step, _entries(model, only), seed, pauses, per_epoch, what, reference,
+        beside=dict(beside or {}), memory=getattr(objective, "memory", {}),
+    )  # fmt: skip
     if resume is not None:
         loop.after = resume[0]
         state = {name: value.clone() for name, value in resume[1].items()}
-        loop.memory.update({name: state.pop(f"{_MEMORY}.{name}") for name in _remembered(state)})
+        remembered = [name for name in state if name.startswith(f"{_MEMORY}.")]
+        loop.memory.update({name.removeprefix(f"{_MEMORY}."): state.pop(name) for name in remembered})
         if state and not how.restart:
             loop.resume(state)
     return Checkpoints(loop, how)
@@ -301,10 +303,6 @@ def finetune_(
 
 
 _MEMORY = "memory"
-
-
-def _remembered(state: Mapping[str, Tensor]) -> list[str]:
-    return [name.removeprefix(f"{_MEMORY}.") for name in state if name.startswith(f"{_MEMORY}.")]
 
 
 def _name(objective: Objective) -> str:

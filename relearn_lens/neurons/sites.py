@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.names import meant, unknown
+from relearn_lens.names import known_name, meant
 from relearn_lens.text import markup
 
 Sever = Literal["out", "both", "gain", "writes"]
@@ -226,9 +226,7 @@ def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     """
     if isinstance(site, Site):
         return site
-    if site not in SITES:
-        raise ValueError(unknown("site", site, SITES))
-    plan = _family(bridge)[site]
+    plan = _family(bridge)[known_name("site", site, SITES)]
     size = int(getattr(bridge.cfg, plan.size)) if plan.size else 1
     width = int(getattr(bridge.cfg, plan.width))
     blocks = range(int(bridge.cfg.n_layers))
@@ -552,3 +550,22 @@ def streaming(
 
     with bridge.hooks(fwd_hooks=[(name, hook_for(i)) for i, name in enumerate(site.hooks)]):
         yield
+
+
+Kept = dict[int, Tensor]
+"""By layer of a site: its activations, `[sentence token neuron]`, or of all units."""
+
+
+@contextlib.contextmanager
+def kept(
+    bridge: TransformerBridge, site: Site, *, layers: Collection[int] | None = None, units: bool = False
+) -> Iterator[Kept]:
+    """For a while, keep what passes by a site, or by some of its layers; of several passes the last one's."""
+    activations: Kept = {}
+
+    def keep(layer: int, x: Tensor) -> None:
+        if layers is None or layer in layers:
+            activations[layer] = x
+
+    with streaming(bridge, site, keep, units=units):
+        yield activations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -145,9 +145,8 @@ def only_facts(facts: Material, what: str) -> Facts:
     return facts
 
 
-def _drawn(passages: Iterable[Passage], items: int | None, seed: int) -> tuple[Passage, ...]:
-    whole = tuple(passages)
-    if items is None or items >= len(whole):
-        return whole
-    order = np.random.default_rng(seed).permutation(len(whole))[:items]
-    return tuple(whole[i] for i in sorted(order.tolist()))
+def _drawn(passages: tuple[Passage, ...], items: int | None, seed: int) -> tuple[Passage, ...]:
+    if items is None or items >= len(passages):
+        return passages
+    order = np.random.default_rng(seed).permutation(len(passages))[:items]
+    return tuple(passages[i] for i in sorted(order.tolist()))

@@ -115,7 +115,8 @@ class Tuning(Attack, Training):
         self, model: Model, text: Corpus | Encoded, *, seed: int, what: str, steps: Steps | None = None
     ) -> Iterator[Checkpoint]:
         """Train on a text as the fields say; checks at the call."""
-        how = self if steps is None else Training(**{**_training(self), "steps": steps})
+        own = {name: getattr(self, name) for name in Training.model_fields if name not in ("epochs", "every")}
+        how = self if steps is None else Training(**{**own, "steps": steps})
         entries = self.entries(model)
         text = encoded_for(model, text)
         training = train_(model, text, how, only=entries, seed=seed, what=what)
@@ -212,10 +213,7 @@ class RepairThenRelearn(Tuning):
         return self._both(first, self.tuned(model, attacked, seed=seed, what="relearning"))
 
     def _both(self, first: Iterator[Checkpoint], then: Iterator[Checkpoint]) -> Iterator[Checkpoint]:
-        repaired = None
-        for repaired in first:  # noqa: B007 (adapters of the repair are merged when it is exhausted)
-            pass
-        assert repaired is not None
+        *_, repaired = first  # adapters of the repair are merged when it is exhausted
         yield repaired
         for pause in then:
             yield replace(pause, step=pause.step + repaired.step, tokens_seen=pause.tokens_seen + repaired.tokens_seen)
@@ -271,12 +269,6 @@ def _plain(model: Any, facts: Facts, lines: Sequence[str]) -> Encoded:
     if not isinstance(model, LanguageModel):
         raise ValueError("plain text without labels trains a language model, and this model is a tagger")
     return encoded(model, [Passage("", line, f"line {i}", "text", "text") for i, line in enumerate(lines)], facts.name)
-
-
-def _training(tuning: Tuning) -> dict[str, Any]:
-    """What it says about the optimiser."""
-    given = {name: getattr(tuning, name) for name in Training.model_fields}
-    return {name: value for name, value in given.items() if name not in ("epochs", "every")}
 
 
 PRESETS: Mapping[str, FineTune | RetainOnly | General] = {

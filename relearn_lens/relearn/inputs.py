@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -183,7 +183,7 @@ class SoftPrompt(Perturbing):
 
     def asked(self, passages: Sequence[Passage], facts: Facts, *, seed: int = 0) -> tuple[Passage, ...]:
         """Each behind full stops."""
-        return tuple(_before(self._stops(), p) for p in passages)
+        return tuple(replace(p, prompt=self._stops() + p.prompt) for p in passages)
 
     def text(self, model: Any, facts: Material, seed: int) -> Encoded:
         """As of `Perturbing`."""
@@ -310,10 +310,6 @@ def _endless(text: Encoded, batch_size: int, seed: int) -> Iterator[Any]:
     while True:
         yield from text.shuffled(batch_size=batch_size, seed=seed, epoch=epoch)
         epoch += 1
-
-
-def _before(stops: str, passage: Passage) -> Passage:
-    return Passage(stops + passage.prompt, passage.answer, passage.key, passage.relation, passage.form, passage.choices)
 
 
 def _check_layers(model: Model, layers: Sequence[int], what: str) -> None:

@@ -13,9 +13,8 @@ from relearn_lens.methods import Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Gradient, Step, plain
 from relearn_lens.remove.losses import Retained
-from relearn_lens.remove.preference import PREFERRED, Preferring
+from relearn_lens.remove.preference import Preferring, likelier
 from relearn_lens.remove.removal import FORGET, Removing, Term, Texts, block_of, written
-from relearn_lens.text.encoding import Batch
 
 
 class DINM(Preferring):
@@ -45,15 +44,7 @@ class DINM(Preferring):
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         """As of `Remover`."""
-
-        def value(model: Model, batches: tuple[Batch, Batch], _: None) -> tuple[Tensor, int]:
-            nats = model.losses(batches[1])
-            return nats.sum(), len(nats)
-
-        def count(texts: Any, pieces: Any) -> int:
-            return texts[1].n_subwords(pieces)
-
-        return {FORGET: Term(value, count, weight=self.edit, beside=PREFERRED), **self.kept(model)}
+        return {FORGET: likelier(self.edit), **self.kept(model)}
 
     def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]]:
         """All of the MLP's output matrix of the block.

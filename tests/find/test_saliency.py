@@ -20,9 +20,7 @@ from relearn_lens.find.saliency import (
     auroc,
     auroc_exact,
     difference,
-    dprime,
     gather,
-    point_biserial,
     probeless,
     saliency,
     score_many,
@@ -123,37 +121,6 @@ def test_class_stats_do_not_depend_on_the_batches(bert_model, corpus, encoded, m
         class_stats(bert_model, encoded, classes),
         1e-4,
     )
-
-
-def test_class_stats_of_two_halves_merge_to_the_whole(bert_model, corpus, encoded):
-    classes = PLACE.classes(corpus)
-    whole = class_stats(bert_model, encoded, classes)
-    parts = []
-    for half in (corpus.take(range(4)), corpus.take(range(4, len(corpus)))):
-        mine = classes._replace(of_word=half.label.astype(np.int64))
-        parts.append(class_stats(bert_model, encode(half, bert_model.tokenizer), mine))
-    close(parts[0].merge(parts[1]), whole)
-    close(parts[1].merge(parts[0]), whole)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.floats(-9, 9)), min_size=2, max_size=12), st.integers(1, 11))
-def test_merge_agrees_with_numpy(words, cut):
-    def direct(part: list[tuple[int, float]]) -> ClassStats:
-        groups = [np.array([x for k, x in part if k == c]) for c in range(3)]
-        count = torch.tensor([len(g) for g in groups])
-        mean = torch.tensor([[[g.mean() if len(g) else 0.0]] for g in groups], dtype=torch.float64)
-        m2 = torch.tensor([[[g.var() * len(g) if len(g) else 0.0]] for g in groups], dtype=torch.float64)
-        return ClassStats(count, mean, m2, ("O", "A", "B"), site(1, 1))
-
-    close(direct(words[:cut]).merge(direct(words[cut:])), direct(words), 1e-9)
-
-
-def test_merge_refuses_other_classes_and_sites():
-    one = stats_of([1, 1], [[[0.0]], [[1.0]]])
-    for other in (replace(one, class_names=("O", "Z")), replace(one, site=replace(one.site, name="mlp_post"))):
-        with pytest.raises(ValueError, match="statistics of different classes or sites cannot be merged"):
-            one.merge(other)
 
 
 def test_class_stats_leave_out_words_that_were_cut_off(bert_model, tokenizer):
@@ -366,7 +333,7 @@ class Words:
                 collector.add(layer, self.x[:, layer])
         of_word = torch.from_numpy(self.of_word)
         sample = WordSample(self.x, words, words, of_word, words // 3, ("O", "A"), self.site, 0)
-        return Gathered(sums.stats(), bins.histograms(), sample)
+        return Gathered(sums.all()[0], bins.histograms(), sample)
 
     def score(self, name: str) -> Tensor:
         return saliency(self.gathered, PLACE, self.carries, score=name, contrast="rest").score
@@ -390,7 +357,7 @@ def test_dprime_is_the_difference_in_pooled_standard_deviations():
         expected = 2 / (4 / 3) ** 0.5 * (-1 if flip else 1)
         carries = ~words.carries if flip else words.carries
         assert signed_dprime(stats, carries).item() == pytest.approx(expected)
-        assert dprime(stats, carries).item() == pytest.approx(abs(expected))
+        assert SCORES["dprime"].of(stats, carries).item() == pytest.approx(abs(expected))
         assert difference(stats, carries).item() == pytest.approx(-2 if flip else 2)
 
 
@@ -423,7 +390,7 @@ def test_scores_of_a_model_agree_with_numpy_and_scipy(bert_model, corpus, encode
             assert r[layer, neuron] == pytest.approx(pointbiserialr(y, column)[0], abs=1e-5)
             area = roc_auc_score(y, column)
             assert auroc_exact(got.sample, carries)[layer, neuron] == pytest.approx(max(area, 1 - area))
-    np.testing.assert_allclose(point_biserial(got.stats, carries), np.abs(r))
+    np.testing.assert_allclose(SCORES["point_biserial"].of(got.stats, carries), np.abs(r))
 
 
 def test_auroc_of_a_small_text_is_that_of_its_words_and_of_a_large_one_bounded(
