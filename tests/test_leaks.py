@@ -228,7 +228,6 @@ def test_every_context_of_the_package_is_tried_here():
         "joined",
         "reported",
         "task",
-        "nothing_changed",
         # Each beside its own tests.
         "put_in",
         "_instead",

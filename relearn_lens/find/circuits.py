@@ -35,7 +35,6 @@ class PathPatching(Localiser):
     name: ClassVar[str] = "path_patching"
     formula: ClassVar[str] = "(F_clean - F_patched) / (F_clean - F_corrupt), along one path"
     source: ClassVar[str] = "Wang et al. 2023; Guo et al. 2024"
-    gives: ClassVar[str] = "weights"
 
     keep: Literal["mlps", "heads", "both"] = Field(default="mlps", description="whose weights are given")
     threshold: float = Field(default=0.02, ge=0, le=1e3, description="size of the effect above which a part is kept")

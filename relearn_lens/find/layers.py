@@ -30,7 +30,6 @@ class LayerDistance(Localiser):
     name: ClassVar[str] = "layer_distance"
     formula: ClassVar[str] = "argmax_l |h_l(answer) - h_l(refusal)| / |h_l|"
     source: ClassVar[str] = "Wang et al. 2024 (DINM)"
-    gives: ClassVar[str] = "weights"
 
     normalised: bool = Field(default=True, description="divide by the length of the hidden states (ours)")
     against: Literal["refusal", "choice"] = Field(

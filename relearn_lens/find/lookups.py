@@ -37,7 +37,6 @@ class Lookup(Localiser):
     name: ClassVar[str] = "lookup"
     formula: ClassVar[str] = "blocks over which a probe of h_l at the subject's last token rises"
     source: ClassVar[str] = "Guo et al. 2024"
-    gives: ClassVar[str] = "weights"
 
     first: float = Field(default=0.1, ge=0, lt=1, description="share of the rise before the first of the blocks")
     last: float = Field(default=0.9, gt=0, le=1, description="share of the rise after the last of them")

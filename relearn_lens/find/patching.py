@@ -24,6 +24,7 @@ from relearn_lens.neurons.sites import Site, kept
 from relearn_lens.text.encoding import Batch
 from relearn_lens.text.facts import Passage
 from relearn_lens.text.facts.encoded import encode_passages
+from relearn_lens.text.facts.passages import grouped
 
 Readout = str | Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A name in `READOUTS`, or a function of its own with the signature of theirs."""
@@ -152,17 +153,13 @@ def contrasted(
     """
     pairs: list[tuple[Passage, Passage]] = []
     if others:
-        waiting: dict[tuple[str, str, str], list[Passage]] = {}
-        for p in reversed(others):
-            waiting.setdefault((p.key, p.relation, p.answer), []).append(p)
+        waiting = grouped(reversed(others), lambda p: (p.key, p.relation, p.answer))
         for p in passages:
             if there := waiting.get((p.key, p.relation, p.answer)):
                 pairs.append((p, there.pop()))
     else:
         rng = np.random.default_rng(seed)
-        alike: dict[tuple[str, str], list[Passage]] = {}
-        for p in passages:
-            alike.setdefault((p.template, p.relation), []).append(p)
+        alike = grouped(passages, lambda p: (p.template, p.relation))
         for p in passages:
             if there := [q for q in alike[p.template, p.relation] if q.answer != p.answer]:
                 pairs.append((p, there[int(rng.integers(len(there)))]))

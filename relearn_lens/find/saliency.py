@@ -194,6 +194,13 @@ def dprime_of_each(stats: ClassStats) -> Float[Tensor, "class layer neuron"]:
     )
 
 
+def dprime(
+    stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
+) -> Float[Tensor, "layer neuron"]:
+    """|d'|, so that neurons that fall with the concept rank with those that rise; see `signed_dprime`."""
+    return signed_dprime(stats, carries, contrast).abs()
+
+
 def signed_point_biserial(
     stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
 ) -> Float[Tensor, "layer neuron"]:
@@ -202,6 +209,13 @@ def signed_point_biserial(
     sd = stats.total.variance[0].sqrt()
     r = difference(stats, carries) * (share * (1 - share)).sqrt() / torch.where(sd > 0, sd, 1.0)
     return torch.where(_constant(stats), 0.0, r.clamp(-1, 1))
+
+
+def point_biserial(
+    stats: ClassStats, carries: Bool[Tensor, " class"], contrast: Contrast = "rest"
+) -> Float[Tensor, "layer neuron"]:
+    """|r|, so that neurons that fall with the concept rank with those that rise; see `signed_point_biserial`."""
+    return signed_point_biserial(stats, carries, contrast).abs()
 
 
 def auroc(
@@ -268,13 +282,13 @@ SCORES: dict[str, Score] = {
             "dprime",
             "standard deviations",
             "distance of the concept's mean from that of all other words, over the pooled standard deviation",
-            lambda *given: signed_dprime(*given).abs(),
+            dprime,
         ),
         Score(
             "point_biserial",
             "|correlation|",
             "size of the correlation with 1 for the concept's words and 0 for all others",
-            lambda *given: signed_point_biserial(*given).abs(),
+            point_biserial,
         ),
         Score(
             "auroc",
@@ -381,9 +395,7 @@ def saliency(
     """
     how = score_of(score, contrast)
     given = vars(gathered) if isinstance(gathered, Gathered) else {_need(gathered): gathered}
-    thing = given.get(how.needs)
-    if thing is None and how.needs == "words":
-        thing = given.get("histograms")
+    thing = given.get(how.needs) or (given.get("histograms") if how.needs == "words" else None)
     if thing is None:
         there = [repr(need) for need in get_args(Needs) if given.get(need) is not None]
         raise ValueError(

@@ -46,7 +46,6 @@ class CausalTracing(Localiser):
     name: ClassVar[str] = "causal_tracing"
     formula: ClassVar[str] = "(p_patched - p_corrupt) / (p_clean - p_corrupt)"
     source: ClassVar[str] = "Meng et al. 2022"
-    gives: ClassVar[str] = "weights"
 
     component: Component = Field(default="mlp", description="what is put back: mlp, attn, or resid (the hidden state)")
     at: At = Field(default="last", description="at which tokens: the subject's last, all of the subject, or every")

@@ -287,7 +287,11 @@ class ReturnAlarm(TrainerCallback):
                         "facts are answered by a language model, and this model is a tagger; give (corpus, concept) "
                         "in their place"
                     )
-                self._text = _of_facts(self._passages, self.about, self.roles, self._tokenizer(model), _context(model))
+                tokenizer = self.tokenizer or getattr(model, "tokenizer", None)
+                if tokenizer is None:
+                    raise ValueError("the tokenizer of this model is not known; give it as tokenizer=")
+                context = getattr(model, "context", None) or getattr(model.config, "max_position_embeddings", None)
+                self._text = _of_facts(self._passages, self.about, self.roles, tokenizer, context)
             else:
                 if not isinstance(model, Model):
                     raise ValueError(
@@ -296,12 +300,6 @@ class ReturnAlarm(TrainerCallback):
                     )
                 self._text = _of_concept(*self.about, model, self.items, self.seed)
         return self._text
-
-    def _tokenizer(self, model: Any) -> Any:
-        tokenizer = self.tokenizer or getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("the tokenizer of this model is not known; give it as tokenizer=")
-        return tokenizer
 
     def _update(self, model: Any) -> float | None:
         if self.base is None:
@@ -476,10 +474,6 @@ def _probe(fit: Tensor, test: Tensor, one_hot: Tensor) -> Iterator[Float[Tensor,
         width = train.shape[1]
         kernel = train @ train.T / width + STRENGTH * torch.eye(len(train), dtype=torch.float64)
         yield (other @ train.T / width @ torch.linalg.solve(kernel, target.double())).float()
-
-
-def _context(model: Any) -> int | None:
-    return model.context if isinstance(model, Model) else getattr(model.config, "max_position_embeddings", None)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:

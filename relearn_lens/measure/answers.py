@@ -128,18 +128,19 @@ def choose(
             f"{len(without)} of {len(passages)} passages have no choices, such as {without[0].prompt[:60]!r} of form "
             f"{without[0].form!r}; pass only forms that have (statement, paraphrase, options, yes-no of made facts)"
         )
-    read = read_answers(
-        model, [replace(p, answer=choice) for p in passages for choice in p.choices], max_tokens=max_tokens
-    )
-    nats = read.summed(read.nats)
-    if per_token:
-        nats = nats / read.tokens
-    sizes = np.array([len(p.choices) for p in passages])
-    starts = np.cumsum(sizes) - sizes
-    best = np.minimum.reduceat(nats, starts)
-    tied = np.add.reduceat((nats == np.repeat(best, sizes)).astype(float), starts)
-    own = nats[starts + np.array([p.choices.index(p.answer) for p in passages])]
-    return means_of(AnswerAccuracy, passages, (own == best) / tied, 1 / sizes, labels)
+    best = [nats == nats.min() for nats in nats_of_choices(model, passages, per_token, max_tokens)]
+    each = np.array([of[p.choices.index(p.answer)] / of.sum() for p, of in zip(passages, best, strict=True)])
+    return means_of(AnswerAccuracy, passages, each, 1 / np.array([len(of) for of in best]), labels)
+
+
+def nats_of_choices(
+    model: LanguageModel, passages: Sequence[Passage], per_token: bool = False, max_tokens: int = MAX_TOKENS
+) -> list[Float[np.ndarray, " choice"]]:
+    """Nats of every choice of each passage, summed over its tokens or their mean."""
+    every = [replace(p, answer=choice) for p in passages for choice in p.choices]
+    read = read_answers(model, every, max_tokens=max_tokens)
+    nats = read.summed(read.nats) / (read.tokens if per_token else 1)
+    return np.split(nats, np.cumsum([len(p.choices) for p in passages])[:-1])
 
 
 def known(model: LanguageModel, passages: Sequence[Passage]) -> tuple[Passage, ...]:

@@ -27,6 +27,7 @@ from relearn_lens.text.corpus import Strings
 from relearn_lens.text.encoding import Batch
 from relearn_lens.text.facts import FORGET, RETAIN, ROLES, TRAINED, Facts, Passage
 from relearn_lens.text.facts.encoded import EncodedPassages, encode_passages
+from relearn_lens.text.facts.passages import grouped
 
 REWORDED = ", reworded"
 """What follows a role in the name of the place of wordings that were never taught."""
@@ -107,11 +108,8 @@ def ask(
             chosen = tuple(among[i] for i in sorted(drawn))
         number = {key: i for i, key in enumerate(chosen)}
         for ending, names in forms.items():
-            by_fact: dict[tuple[str, str], list[Passage]] = {}
-            for p in facts.passages(role, forms=names):
-                if p.key in number:
-                    by_fact.setdefault((p.key, p.relation), []).append(p)
-            for (key, _), each in by_fact.items():
+            here = (p for p in facts.passages(role, forms=names) if p.key in number)
+            for (key, _), each in grouped(here, lambda p: (p.key, p.relation)).items():
                 n = len(each) if wordings is None else min(wordings, len(each))
                 taken = [each[(number[key] * n + i) % len(each)] for i in range(n)]
                 passages += taken
@@ -217,7 +215,7 @@ class Reference:
             self.kept[what] = of()
         return self.kept[what]
 
-    def need(self, model: LanguageModel, *names: str, by: str) -> tuple[LanguageModel, ...]:
+    def need(self, *names: str, by: str) -> tuple[LanguageModel, ...]:
         """The named models.
 
         Raises:

@@ -178,10 +178,8 @@ class FactsTrajectory:
     def __repr__(self) -> str:
         """The first metric at every place, then every metric where recovery is read."""
         first = next(iter(self.snapshots.values())).scores
-        rows = [["stage", *first.labels]]
-        for stage, snapshot in self.snapshots.items():
-            rows.append([stage, *(_with_interval(snapshot.scores, place) for place in first.labels)])
-        rows.append(["chance", *(_short(first.chance(place)) for place in first.labels)])
+        chance = ["chance", *(_short(first.chance(place)) for place in first.labels)]
+        rows = [["stage", *first.labels], *self._rows(first.labels), chance]
         removed = f"; {self.removed}" if self.removed else ""
         what = f"{first.metric} ({first.unit}), intervals over {first.over}"
         head = f"{self.arm or 'arm'}, seed {self.seed}{removed}: {what}"
@@ -190,13 +188,11 @@ class FactsTrajectory:
 
     def _repr_html_(self) -> str:
         first = next(iter(self.snapshots.values())).scores
-        rows = [
-            [stage, *(_with_interval(snapshot.scores, place) for place in first.labels)]
-            for stage, snapshot in self.snapshots.items()
-        ]
-        return markup.box(
-            f"{self.arm or 'arm'}: {first.metric}, {first.unit}", markup.table(["stage", *first.labels], rows)
-        )
+        table = markup.table(["stage", *first.labels], self._rows(first.labels))
+        return markup.box(f"{self.arm or 'arm'}: {first.metric}, {first.unit}", table)
+
+    def _rows(self, places: Sequence[str]) -> list[list[str]]:
+        return [[stage, *(_with_interval(s.scores, place) for place in places)] for stage, s in self.snapshots.items()]
 
 
 def measure_facts(

@@ -85,13 +85,12 @@ def cross_patch(
         ValueError: weights of another model, low-rank adapters, or as `find.patching.Prompts`; before any work.
     """
     prompts = Prompts(model, passages, metric)
-    _check(model, {"into": into, "source": source})
+    a, b = _steady(model, {"into": into, "source": source})
     heads = site_of(model.bridge, HEADS)
     wholes = [component_site(model.bridge, "mlp"), component_site(model.bridge, "resid")]
     blocks, n = range(len(heads.layers)), len(prompts.passages)
     f_a, f_b = np.zeros(n), np.zeros(n)
     by_head, by_whole = np.zeros((len(blocks), heads.width, n)), np.zeros((2, len(blocks), n))
-    a, b = _steady(model, into), _steady(model, source)
     with (
         lent(model),
         reading(model),
@@ -207,11 +206,10 @@ def head_roles(
     """
     if not stages:
         raise ValueError("there are no stages to read heads at; give at least one: {name: weights}")
-    _check(model, stages)
-    steady = {name: _steady(model, weights) for name, weights in stages.items()}
+    steady = _steady(model, stages)
     paths = []
     with lent(model), reading(model):
-        for weights in steady.values():
+        for weights in steady:
             model.load_weights(weights)
             paths.append(path_patching(model, passages, corrupt, metric=metric))
     return HeadRoles(
@@ -220,15 +218,19 @@ def head_roles(
     )  # fmt: skip
 
 
-def _check(model: LanguageModel, given: Mapping[str, Weights]) -> None:
+def _steady(model: LanguageModel, given: Mapping[str, Weights]) -> list[Weights]:
+    """Weights that do not move with the model's own.
+
+    Raises:
+        ValueError: they are of another model, or this one has low-rank adapters.
+    """
     if wearing(model.bridge):
         raise ValueError("this model has low-rank adapters now; patch when the block of `adapted` has ended")
-    for name, weights in given.items():
-        if (why := differs(model.weights(), weights)) is not None:
-            raise ValueError(f"the weights {name!r} are of another model: {why}")
-
-
-def _steady(model: LanguageModel, weights: Weights) -> Weights:
-    """Weights that do not move with the model's own."""
     live = model.weights()
-    return {n: w.clone() if w.data_ptr() == live[n].data_ptr() else w for n, w in weights.items()}
+    for name, weights in given.items():
+        if (why := differs(live, weights)) is not None:
+            raise ValueError(f"the weights {name!r} are of another model: {why}")
+    return [
+        {n: w.clone() if w.data_ptr() == live[n].data_ptr() else w for n, w in weights.items()}
+        for weights in given.values()
+    ]

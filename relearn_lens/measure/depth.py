@@ -13,7 +13,7 @@ from pydantic import Field
 from relearn_lens.measure.asking import Asked, Metric, Reference, asked_of
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
-from relearn_lens.measure.states import block_names, check_alike, last_of, nats_of, put_in, states_of
+from relearn_lens.measure.states import blocks_of, check_alike, last_of, nats_of, put_in, states_of
 from relearn_lens.models.model import LanguageModel, reading
 from relearn_lens.names import existing
 from relearn_lens.text.corpus import Strings
@@ -91,7 +91,7 @@ class UnlearningDepth(Metric):
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Depth:
         """As of `Metric`."""
         reference = reference or Reference()
-        base, never = reference.need(model, "base", "never", by=self.name)
+        base, never = reference.need("base", "never", by=self.name)
         check_alike(model, base, "base")
         check_alike(model, never, "never")
         questions = asked_of(facts)
@@ -121,7 +121,7 @@ class UnlearningDepth(Metric):
         ]
         out = questions.where(~known).places
         return Depth(
-            total, count, count.astype(np.int64), keys, labels, block_names(model),
+            total, count, count.astype(np.int64), keys, labels, blocks_of(model).layers,
             np.stack([sums for sums, _ in by_layer]), np.stack([n for _, n in by_layer]).astype(np.int64),
             {place: out.count(place) for place in questions.names},
         )  # fmt: skip
@@ -130,7 +130,7 @@ class UnlearningDepth(Metric):
         self, base: LanguageModel, source: LanguageModel, encoded: EncodedPassages
     ) -> Float[np.ndarray, "passage layer"]:
         """log p of the base less log p of the base with the source's states at each layer, mean per answer token."""
-        layers = block_names(base)
+        layers = blocks_of(base).layers
         taken = np.zeros((len(encoded.passages), len(layers)))
         tokens = np.bincount(encoded.word_of[encoded.scored], minlength=len(encoded.passages))
         with reading(base):

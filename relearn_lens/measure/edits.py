@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
-from relearn_lens.measure.answers import choose
+from relearn_lens.measure.answers import choose, nats_of_choices
 from relearn_lens.measure.asking import read_answers
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.keymeans import KeyMeans, means_of
@@ -102,6 +102,5 @@ def edited(
 
 def _preferred(model: LanguageModel, passages: Sequence[Passage]) -> np.ndarray:
     """Which of its choices each passage's model prefers."""
-    read = read_answers(model, [replace(p, answer=c) for p in passages for c in p.choices])
-    nats = np.split(read.summed(read.nats), np.cumsum([len(p.choices) for p in passages])[:-1])
+    nats = nats_of_choices(model, passages)
     return np.array([p.choices[int(each.argmin())] for p, each in zip(passages, nats, strict=True)])

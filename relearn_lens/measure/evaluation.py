@@ -320,8 +320,12 @@ def judge_of(model: Model, encoded: Encoded, concept: Concept | str | None = Non
     Raises:
         ValueError: as `evaluate`.
     """
-    _check_labels(model, encoded.corpus)
     if isinstance(model, Tagger):
+        if unknown := sorted(set(encoded.corpus.label_names) - set(model.label_names)):
+            raise ValueError(
+                f"corpus {encoded.corpus.name!r} has labels {unknown} that the tagger does not know; it was made for "
+                f"{', '.join(model.label_names)}"
+            )
         return Tags(model, encoded)
     if not isinstance(model, LanguageModel) or concept is None:
         raise ValueError(
@@ -375,15 +379,6 @@ class Losses:
 
         labels = (*(classes.names[k] for k in named), OTHERS)
         return TokenLoss(by_sentence(self.nats), by_sentence(self.tokens), labels, self.model.vocabulary)
-
-
-def _check_labels(model: Model, corpus: Corpus) -> None:
-    """Refuse a text with a label that a tagger does not know."""
-    if isinstance(model, Tagger) and (unknown := sorted(set(corpus.label_names) - set(model.label_names))):
-        raise ValueError(
-            f"corpus {corpus.name!r} has labels {unknown} that the tagger does not know; it was made for "
-            f"{', '.join(model.label_names)}"
-        )
 
 
 def predict(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 
-from relearn_lens.measure.answers import AnswerAccuracy, AnswerLoss, answered, choose
-from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, asked_of, read_answers
+from relearn_lens.measure.answers import AnswerAccuracy, AnswerLoss, answered, choose, nats_of_choices
+from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, asked_of
 from relearn_lens.measure.keymeans import KeyMeans, means_of
 from relearn_lens.models.model import LanguageModel, reading
 from relearn_lens.text.facts import Facts, Passage
@@ -129,11 +128,7 @@ class TruthRatio(Metric):
     ) -> TruthScores:
         """As of `Metric`."""
         questions = with_choices(asked_of(facts), self.name)
-        every = [replace(p, answer=choice) for p in questions.passages for choice in p.choices]
-        read = read_answers(model, every)
-        nats = np.split(
-            read.summed(read.nats) / read.tokens, np.cumsum([len(p.choices) for p in questions.passages])[:-1]
-        )
+        nats = nats_of_choices(model, questions.passages, per_token=True)
         each = np.array([self._of(p, own) for p, own in zip(questions.passages, nats, strict=True)])
         return means_of(TruthScores, questions.passages, each, 0.0, questions.places)
 

@@ -115,7 +115,7 @@ class Moved(Metric):
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeNorm:
         """As of `Metric`."""
-        (base,) = (reference or Reference()).need(model, "base", by=self.name)
+        (base,) = (reference or Reference()).need("base", by=self.name)
         rows, part_of, labels = _rows(
             model, base.weights(), lambda now, was: [float((now - was).square().sum()), float(was.square().sum())]
         )
@@ -137,7 +137,7 @@ class Rank(Metric):
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeRank:
         """As of `Metric`."""
-        (base,) = (reference or Reference()).need(model, "base", by=self.name)
+        (base,) = (reference or Reference()).need("base", by=self.name)
         noise = torch.Generator().manual_seed(0)
         random: dict[tuple[int, ...], float] = {}
 
@@ -171,7 +171,7 @@ class Returned(Metric):
     ) -> ReturnCosine:
         """As of `Metric`."""
         reference = reference or Reference()
-        (base,) = reference.need(model, "base", by=self.name)
+        (base,) = reference.need("base", by=self.name)
         removed = reference.removed
         if removed is None:
             raise ValueError(

@@ -114,15 +114,12 @@ class Grafts:
     def _of(self, by_name: Mapping[str, _T], name: str, what: str = "part") -> _T:
         return by_name[existing(what, name, by_name)]
 
-    def _drawn(self, of: Outcomes, outcome: str) -> np.ndarray | None:
-        given = of[outcome]
-        return given.resampled(self.label) if isinstance(given, Scores) else None
-
     def _share(self, low: Outcomes, high: Outcomes, outcome: str | None) -> Share:
         """What lies between two outcomes, as a share of what came back."""
         outcome = self._known(outcome)
         cut, retrained = (self.value(of, outcome) for of in (self.cut, self.retrained))
-        drawn = [self._drawn(of, outcome) for of in (self.cut, self.retrained, low, high)]
+        given = (of[outcome] for of in (self.cut, self.retrained, low, high))
+        drawn = [each.resampled(self.label) if isinstance(each, Scores) else None for each in given]
         gap = retrained - cut
         noise = self.noise if outcome == self.outcomes[0] else 0.0
         between = f"{outcome} is {cut:.3g} after the cut and {retrained:.3g} after retraining"

@@ -13,7 +13,7 @@ from pydantic import Field
 from relearn_lens.measure.answers import AnswerAccuracy
 from relearn_lens.measure.asking import Asked, Metric, Reference, ask, asked_of
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
-from relearn_lens.measure.states import block_names, states_of
+from relearn_lens.measure.states import blocks_of, states_of
 from relearn_lens.models.model import LanguageModel, reading
 from relearn_lens.names import existing
 from relearn_lens.text.corpus import Strings
@@ -147,7 +147,7 @@ class KnownInside(Metric):
                 predicted = _held_out(states[rows, layer], np.stack([y, *dealt]), folds[rows], len(answers), self.ridge)
                 right[layer, rows] = predicted[0] == y
                 by_chance[layer, rows] = (predicted[1:] == y).mean(0)
-        layers = block_names(model)
+        layers = blocks_of(model).layers
         # What is retained says which layer to read, never what was forgotten.
         best = int(right[:, n:].mean(1).argmax())
         inside, predicted = right[best, :n], outside[:n]
@@ -177,7 +177,7 @@ def _read(
             )  # fmt: skip
             starts = np.searchsorted(answers_encoded.word_of[answers_encoded.scored], np.arange(len(answers)))
             first[relation] = np.unique(answers_encoded.ids[answers_encoded.scored][starts])
-    layers = block_names(model)
+    layers = blocks_of(model).layers
     width = int(model.bridge.cfg.d_model)
     states = np.zeros((len(passages), len(layers), width), dtype=np.float32)
     outside = np.zeros(len(passages), dtype=bool)

@@ -57,7 +57,7 @@ def checked(metrics: Iterable[str | Metric], reference: Reference | None, model:
         raise ValueError(f"metrics need at least one, and each name once; got {names}")
     for metric in made:
         if metric.needs:
-            (reference or Reference()).need(model, *metric.needs, by=metric.name)
+            (reference or Reference()).need(*metric.needs, by=metric.name)
     if reference is not None and any(other is model for other in (reference.base, reference.never)):
         raise ValueError(
             "the reference is the model itself, which changes while it is trained; load the base and the twin as "

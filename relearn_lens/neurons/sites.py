@@ -99,8 +99,6 @@ class _Plan(NamedTuple):
     embed_writes: tuple[Slice, ...] = ()
     embed_gains: tuple[Slice, ...] = ()
     embed_writers: tuple[Slice, ...] = ()
-    tokens: str = "embed"
-    """Component that turns token ids into vectors, before positions are added and anything is normalised."""
 
 
 def _linear(component: str, axis: int) -> tuple[Slice, ...]:
@@ -275,9 +273,9 @@ def token_site(bridge: TransformerBridge) -> Site:
     Raises:
         ValueError: the model family is not known.
     """
-    component = _family(bridge)["resid"].tokens
-    weight = parameter(bridge, Slice(component, "weight", 1))  # narrower than the hidden states in a small ELECTRA
-    return Site("tokens", ("tokens",), (f"{component}.hook_out",), weight.shape[1], ((),), ((),))
+    _family(bridge)  # says which are known
+    weight = parameter(bridge, Slice("embed", "weight", 1))  # narrower than the hidden states in a small ELECTRA
+    return Site("tokens", ("tokens",), ("embed.hook_out",), weight.shape[1], ((),), ((),))
 
 
 Component = Literal["attn", "mlp", "resid"]
@@ -303,7 +301,7 @@ def component_site(bridge: TransformerBridge, component: Component) -> Site:
 
 def token_vectors(bridge: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """What the token embedding gives for some token ids, as `token_site` sees it."""
-    return _component(bridge, _family(bridge)["resid"].tokens)(ids[None])[0]
+    return _component(bridge, "embed")(ids[None])[0]
 
 
 def parameter(bridge: TransformerBridge, part: Slice) -> nn.Parameter:

@@ -6,7 +6,6 @@ is as the attack has it. What a `Passing` attack does ends with its iterator, or
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -76,12 +75,6 @@ class Passing(Attack):
             yield checkpoint
 
 
-@contextlib.contextmanager
-def nothing_changed() -> Iterator[Checkpoint]:
-    """The block of an attack that leaves the model as it is."""
-    yield STILL
-
-
 STILL = Checkpoint(epoch=0.0, step=0, tokens_seen=0, loss=math.nan, by="step")
 """Where an attack that trains nothing stands."""
 
@@ -108,7 +101,8 @@ def texts(
                 f"{what}: facts {facts.name!r} have no passage in {' or '.join(roles)} of the forms "
                 f"{', '.join(TRAINED)}; give them some"
             )
-        return encoded(model, _drawn(passages, items, seed), facts.name)
+        drawn = _drawn(passages, items, seed)
+        return encode_passages(drawn, model.tokenizer, context=model.context, name=facts.name)
     by_role = facts if isinstance(facts, Mapping) else {ATTACKED: facts}
     role = next((role for role in roles if role in by_role), None)
     if role is None:
@@ -124,11 +118,6 @@ def texts(
             f"{what}: items = {items} of a text that is encoded already; give the corpus itself, or take its part first"
         )
     return text.take(np.sort(np.random.default_rng(seed).permutation(text.n_sentences)[:items]))
-
-
-def encoded(model: LanguageModel, passages: Sequence[Passage], name: str) -> Encoded:
-    """Passages in a model's tokens, of which the answers' carry the loss."""
-    return encode_passages(passages, model.tokenizer, context=model.context, name=name)
 
 
 def only_facts(facts: Material, what: str) -> Facts:

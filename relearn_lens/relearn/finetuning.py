@@ -18,10 +18,11 @@ from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint, Checkpoints, train_
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
-from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, Attack, Material, encoded, only_facts, texts
+from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, Attack, Material, only_facts, texts
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import TRAINED, Facts, Passage
+from relearn_lens.text.facts.encoded import encode_passages
 
 Steps = tuple[Annotated[int, Field(ge=1, le=10**9)], ...]
 
@@ -268,19 +269,5 @@ _ARMS: tuple[Arm, ...] = ("topic and form", "topic", "form", "neither")
 def _plain(model: Any, facts: Facts, lines: Sequence[str]) -> Encoded:
     if not isinstance(model, LanguageModel):
         raise ValueError("plain text without labels trains a language model, and this model is a tagger")
-    return encoded(model, [Passage("", line, f"line {i}", "text", "text") for i, line in enumerate(lines)], facts.name)
-
-
-PRESETS: Mapping[str, FineTune | RetainOnly | General] = {
-    "lora-batch8": FineTune(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
-    "lora-batch64": FineTune(lora=16, alpha=32, lr=5e-5, batch_size=64, items=400, steps=(7,)),
-    "lora-n64": FineTune(lora=16, alpha=32, lr=1e-4, batch_size=8, items=64, steps=(16,)),
-    "full-n64": FineTune(lr=2e-5, batch_size=8, items=64, steps=(16,)),
-    "full-batch16": FineTune(lr=2e-5, batch_size=16, items=400, steps=(25,)),
-    "retain-lora-batch8": RetainOnly(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
-    "retain-lora-batch64": RetainOnly(lora=16, alpha=32, lr=5e-5, batch_size=64, items=400, steps=(7,)),
-    "retain-full": RetainOnly(lr=5e-5, batch_size=64, items=64, steps=(1,)),
-    "benign-lora": General(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
-}
-"""The fine-tuning attacks that Che et al. 2025 released: their rank, rate, batch and number of texts; steps are one
-pass, two where `items` is 64 and the batch 8. Rate (constant) and weight decay are as here, not as in theirs."""
+    passages = [Passage("", line, f"line {i}", "text", "text") for i, line in enumerate(lines)]
+    return encode_passages(passages, model.tokenizer, context=model.context, name=facts.name)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -19,19 +20,10 @@ from relearn_lens.methods import Rate, Size
 from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, only_training, reading, widest
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site, site_of, streaming, token_site, token_vectors
-from relearn_lens.relearn.attack import (
-    ATTACKED,
-    GENERAL,
-    NEAR,
-    STILL,
-    Material,
-    Passing,
-    encoded,
-    only_facts,
-    texts,
-)
-from relearn_lens.text.encoding import Batch, Encoded
+from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, STILL, Material, Passing, only_facts, texts
+from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import TRAINED, Facts, Passage
+from relearn_lens.text.facts.encoded import encode_passages
 
 Layers = tuple[Annotated[int, Field(ge=0, le=10_000)], ...]
 Add = Callable[[int, Tensor, Tensor], Tensor]
@@ -110,7 +102,8 @@ class Perturbing(Passing):
             progress.task(f"fitting ({self.name})", self.steps),
         ):
             longest = self.cap * _norms(model, text, place).to(tensor.device)
-            batches = _endless(text, self.batch_size, seed)
+            epochs = (text.shuffled(batch_size=self.batch_size, seed=seed, epoch=epoch) for epoch in count())
+            batches = chain.from_iterable(epochs)
             for step in range(self.steps):
                 batch = text.batch(next(batches)).to(model.device)
                 with torch.enable_grad(), place.adding(model, tensor):
@@ -190,7 +183,7 @@ class SoftPrompt(Perturbing):
         known = only_facts(facts, self.name)
         texts(model, known, ATTACKED, what=self.name)  # refuses a tagger, and facts without any
         passages = self.asked(known.passages(ATTACKED, forms=TRAINED), known)
-        return encoded(model, passages, known.name)
+        return encode_passages(passages, model.tokenizer, context=model.context, name=known.name)
 
     def place(self, model: Any, text: Encoded) -> Place:
         """As of `Perturbing`."""
@@ -271,15 +264,10 @@ def mean_states(model: Model, text: Encoded, site: Site) -> Float[Tensor, "layer
 
     with reading(model), streaming(model.bridge, site, visit):
         for batch in text.batches(device=model.device):
-            positions = predicting(model, batch)
+            positions = batch.subword - int(isinstance(model, LanguageModel))
             n += len(positions)
             hidden(model.bridge, batch.ids, batch.mask)
     return (sums / n).float()
-
-
-def predicting(model: Model, batch: Batch) -> Tensor:
-    """The positions from which the sub-words of a batch are predicted: before them, or of a tagger on them."""
-    return batch.subword - 1 if isinstance(model, LanguageModel) else batch.subword
 
 
 def _everywhere(row: int, tensor: Tensor, activations: Tensor) -> Tensor:
@@ -303,13 +291,6 @@ def _norms(model: Model, text: Encoded, place: Place) -> Float[Tensor, "row 1"]:
             mask, n = batch.mask, n + batch.n_tokens
             hidden(model.bridge, batch.ids, batch.mask)
     return (sums / n).float()[:, None]
-
-
-def _endless(text: Encoded, batch_size: int, seed: int) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        yield from text.shuffled(batch_size=batch_size, seed=seed, epoch=epoch)
-        epoch += 1
 
 
 def _check_layers(model: Model, layers: Sequence[int], what: str) -> None:

@@ -59,7 +59,7 @@ def calibrate(
 
     def at(point: int) -> float:
         if point not in scores:
-            _mix_(model, base, removed, point / points)
+            mixed_(model, base, point / points, removed)
             scores[point] = float(score(model))
             progress.advance()
         return scores[point]
@@ -78,17 +78,14 @@ def calibrate(
     return Calibration(low / points, scores[low], whole, scores[points])
 
 
-def mixed_(model: Model, base: Mapping[str, Tensor], share: float) -> None:
-    """Go back towards the base: weights become (1 - share) base + share of what they are.
+def mixed_(model: Model, base: Mapping[str, Tensor], share: float, removed: Mapping[str, Tensor] | None = None) -> None:
+    """Go back towards the base: weights become (1 - share) base + share of `removed`, by default of what they are.
+    Both ends are themselves, to the bit, and so is what they share.
 
     Raises:
         ValueError: weights of another model.
     """
-    _mix_(model, base, model.copied(), share)
-
-
-def _mix_(model: Model, base: Mapping[str, Tensor], removed: Mapping[str, Tensor], share: float) -> None:
-    """Both ends are themselves, to the bit, and so is what they share."""
+    removed = model.copied() if removed is None else removed
     if base.keys() != removed.keys():
         raise ValueError(f"the base's weights are of another model: {len(base.keys() ^ removed.keys())} names differ")
     model.load_weights(

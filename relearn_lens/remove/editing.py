@@ -26,6 +26,7 @@ from relearn_lens.text.encoding import Batch, Encoded
 from relearn_lens.text.facts import RETAIN as STAYING
 from relearn_lens.text.facts import Facts, Passage, alternatives, refused
 from relearn_lens.text.facts.encoded import encode_passages
+from relearn_lens.text.facts.passages import grouped
 
 EDITS, AGAIN = "edits", "again"
 """The texts that an editor learns from: edits, and piece by piece beside them the same said otherwise."""
@@ -281,8 +282,6 @@ class Mend(Remover):
 
 def _otherwise(passages: Sequence[Passage]) -> list[Passage]:
     """Of each passage the next wording of the same fact (itself, where there is one alone), with its answer."""
-    wordings: dict[tuple[str, str], list[Passage]] = {}
-    for p in passages:
-        wordings.setdefault((p.key, p.relation), []).append(p)
+    wordings = grouped(passages, lambda p: (p.key, p.relation))
     after = {p: q for each in wordings.values() for p, q in zip(each, [*each[1:], each[0]], strict=True)}
     return [replace(p, prompt=after[p].prompt) for p in passages]

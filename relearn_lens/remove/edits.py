@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relearn_lens.methods import Training
 from relearn_lens.models.model import Model
-from relearn_lens.models.training import Gradient, Step, plain
+from relearn_lens.models.training import Step, plain
 from relearn_lens.remove.losses import Retained
 from relearn_lens.remove.preference import Preferring, likelier
 from relearn_lens.remove.removal import FORGET, Removing, Term, Texts, block_of, written
@@ -62,9 +62,5 @@ class DINM(Preferring):
         """
         if self.faithful and step is not plain:
             raise ValueError("faithful = True takes the gradient of the edit alone, so no wrapper can stand around it")
-        own = _edit_alone if self.faithful else step
-        return super().__call__(model, texts, where, step=own, **keywords)
-
-
-def _edit_alone(model: Model, gradient: Gradient) -> None:
-    gradient(FORGET)
+        edit_alone: Step = lambda _, gradient: gradient(FORGET)  # noqa: E731
+        return super().__call__(model, texts, where, step=edit_alone if self.faithful else step, **keywords)

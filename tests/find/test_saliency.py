@@ -20,7 +20,9 @@ from relearn_lens.find.saliency import (
     auroc,
     auroc_exact,
     difference,
+    dprime,
     gather,
+    point_biserial,
     probeless,
     saliency,
     score_many,
@@ -357,7 +359,7 @@ def test_dprime_is_the_difference_in_pooled_standard_deviations():
         expected = 2 / (4 / 3) ** 0.5 * (-1 if flip else 1)
         carries = ~words.carries if flip else words.carries
         assert signed_dprime(stats, carries).item() == pytest.approx(expected)
-        assert SCORES["dprime"].of(stats, carries).item() == pytest.approx(abs(expected))
+        assert dprime(stats, carries).item() == pytest.approx(abs(expected))
         assert difference(stats, carries).item() == pytest.approx(-2 if flip else 2)
 
 
@@ -390,7 +392,7 @@ def test_scores_of_a_model_agree_with_numpy_and_scipy(bert_model, corpus, encode
             assert r[layer, neuron] == pytest.approx(pointbiserialr(y, column)[0], abs=1e-5)
             area = roc_auc_score(y, column)
             assert auroc_exact(got.sample, carries)[layer, neuron] == pytest.approx(max(area, 1 - area))
-    np.testing.assert_allclose(SCORES["point_biserial"].of(got.stats, carries), np.abs(r))
+    np.testing.assert_allclose(point_biserial(got.stats, carries), np.abs(r))
 
 
 def test_auroc_of_a_small_text_is_that_of_its_words_and_of_a_large_one_bounded(
