@@ -38,7 +38,6 @@ class LayerDistance(Localiser):
     layers: int = Field(default=1, ge=1, le=10_000, description="blocks taken, those of the largest distance")
 
     def __call__(self, model: Model, text: Text | None, *, concept: Concept | None = None, seed: int = 0) -> WeightMask:
-        """As of `Localiser`."""
         model, facts = language_model(model, self.name), facts_of(text, concept, name=self.name, seed=seed)
         passages = statements(facts)
         if self.against == "refusal":

@@ -50,7 +50,6 @@ class LearnedMask(Localiser):
     batch_size: int = Field(default=32, ge=1, le=10**5, description="passages of each text per step")
 
     def __call__(self, model: Model, text: Text | None, *, concept: Concept | None = None, seed: int = 0) -> Saliency:
-        """As of `Localiser`."""
         model, facts = language_model(model, self.name), facts_of(text, concept, name=self.name, seed=seed)
         near, general = statements(facts, "retain_near"), facts.passages("retain_general", forms=TRAINED)
         site = site_of(model.bridge, "mlp_post")

@@ -257,7 +257,6 @@ class OfAnswers(Metric):
         raise NotImplementedError
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Scores:
-        """As of `Metric`."""
         questions = asked_of(facts)
         return self.of(read_answers(model, questions.passages), questions)
 

@@ -89,7 +89,6 @@ class UnlearningDepth(Metric):
     faithful: bool = Field(default=False, description="the last layer after the final norm, as released")
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Depth:
-        """As of `Metric`."""
         reference = reference or Reference()
         base, never = reference.need("base", "never", by=self.name)
         check_alike(model, base, "base")

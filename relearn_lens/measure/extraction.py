@@ -29,7 +29,6 @@ class Accuracy(OfAnswers):
     source: ClassVar[str] = "usual"
 
     def of(self, read: Read, questions: Asked) -> AnswerAccuracy:
-        """As of `OfAnswers`."""
         return answered(read, questions.places, questions.closed).accuracy
 
 
@@ -42,7 +41,6 @@ class Loss(OfAnswers):
     source: ClassVar[str] = "usual"
 
     def of(self, read: Read, questions: Asked) -> AnswerLoss:
-        """As of `OfAnswers`."""
         return answered(read, questions.places, questions.closed).loss
 
 
@@ -66,7 +64,6 @@ class Choice(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> ChoiceAccuracy:
-        """As of `Metric`."""
         questions = with_choices(asked_of(facts), self.name)
         chosen = choose(model, questions.passages, per_token=self.per_token, labels=questions.places)
         return ChoiceAccuracy(chosen.total, chosen.guessed, chosen.passages, chosen.keys, chosen.labels)
@@ -92,7 +89,6 @@ class Probability(OfAnswers):
     source: ClassVar[str] = "Maini et al. 2024 (TOFU)"
 
     def of(self, read: Read, questions: Asked) -> AnswerProbability:
-        """As of `OfAnswers`."""
         each = np.exp(-read.summed(read.nats) / read.tokens)
         sizes = np.array([len(questions.closed.get(p.relation, ())) for p in questions.passages])
         guess = np.where(sizes > 0, np.maximum(sizes, 1.0) ** (-1 / read.tokens), 1 / read.vocabulary)
@@ -126,7 +122,6 @@ class TruthRatio(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> TruthScores:
-        """As of `Metric`."""
         questions = with_choices(asked_of(facts), self.name)
         nats = nats_of_choices(model, questions.passages, per_token=True)
         each = np.array([self._of(p, own) for p, own in zip(questions.passages, nats, strict=True)])
@@ -166,7 +161,6 @@ class ExtractionStrength(OfAnswers):
     faithful: bool = Field(default=False, description="as released: without the last token, and at least 1/n")
 
     def of(self, read: Read, questions: Asked) -> ExtractionScores:
-        """As of `OfAnswers`."""
         right = np.split(read.likeliest, np.cumsum(read.tokens)[:-1])
         ids = np.split(read.ids, np.cumsum(read.tokens)[:-1])
         closed: dict[str, dict[tuple[int, ...], None]] = {}
@@ -232,7 +226,6 @@ class Familiarity(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> FamiliarityScores:
-        """As of `Metric`."""
         questions = asked_of(facts).one_prompt_each(self.name)
         written = [words_of(text) for text in continued(model, [p.prompt for p in questions.passages], self.tokens)]
         topics: dict[str, set[str]] = {}

@@ -114,7 +114,6 @@ class Moved(Metric):
     needs: ClassVar[tuple[str, ...]] = ("base",)
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeNorm:
-        """As of `Metric`."""
         (base,) = (reference or Reference()).need("base", by=self.name)
         rows, part_of, labels = _rows(
             model, base.weights(), lambda now, was: [float((now - was).square().sum()), float(was.square().sum())]
@@ -136,7 +135,6 @@ class Rank(Metric):
     needs: ClassVar[tuple[str, ...]] = ("base",)
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeRank:
-        """As of `Metric`."""
         (base,) = (reference or Reference()).need("base", by=self.name)
         noise = torch.Generator().manual_seed(0)
         random: dict[tuple[int, ...], float] = {}
@@ -169,7 +167,6 @@ class Returned(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> ReturnCosine:
-        """As of `Metric`."""
         reference = reference or Reference()
         (base,) = reference.need("base", by=self.name)
         removed = reference.removed

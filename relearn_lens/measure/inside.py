@@ -116,7 +116,6 @@ class KnownInside(Metric):
     seed: int = Field(default=0, ge=0, description="of folds and deals")
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Inside:
-        """As of `Metric`."""
         questions = asked_of(facts)
         is_closed = [p.relation in questions.closed for p in questions.passages]
         here = questions.where(

@@ -45,7 +45,6 @@ class Repetition(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> RepetitionScores:
-        """As of `Metric`."""
         questions = asked_of(facts).one_prompt_each(self.name)
         guess: np.ndarray | float = np.nan
         if reference is not None and (base := reference.base) is not None:

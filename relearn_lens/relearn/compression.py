@@ -55,7 +55,6 @@ class Pruned(Passing):
     by: Literal["magnitude", "wanda"] = Field(default="magnitude", description="what small means")
 
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
-        """As of `Passing`."""
         matrices = _matrices(model, self.name)
         norms: Mapping[int, Tensor] = {}
         if self.by == "wanda":

@@ -99,7 +99,6 @@ class Tuning(Attack, Training):
     doing: ClassVar[str] = "relearning"
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
         text = texts(model, facts, self.role, what=self.name, items=self.items, seed=seed)
         return self.tuned(model, text, seed=seed, what=self.doing)
 
@@ -185,7 +184,6 @@ class Gibberish(Tuning):
     items: AtMost | None = Field(default=256, description="texts of 12 words, drawn by seed")
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
         known = only_facts(facts, self.name)
         words = [word for p in known.passages(NEAR, GENERAL, forms=TRAINED) for word in p.text.split()]
         drawn = np.random.default_rng(seed).choice(np.array(words), (self.items or len(words) // 12 or 1, 12))
@@ -207,7 +205,6 @@ class RepairThenRelearn(Tuning):
     repair: int = Field(default=64, ge=1, le=10**9, description="optimiser steps on other text, before those on T")
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
         general = texts(model, facts, GENERAL, NEAR, what=self.name)
         attacked = texts(model, facts, ATTACKED, what=self.name, items=self.items, seed=seed)
         first = self.tuned(model, general, seed=seed, what="repairing", steps=(self.repair,))
@@ -239,7 +236,6 @@ class Benign(Tuning):
     arm: Arm = Field(default="topic and form", description="what the text has of what was removed")
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
         known = only_facts(facts, self.name)
         arms = {arm: self._lines(known, arm) for arm in _ARMS}
         n = min([len(lines) for lines in arms.values() if lines] + ([self.items] if self.items else []))

@@ -75,7 +75,6 @@ class Perturbing(Passing):
         return encoded_for(model, texts(model, facts, ATTACKED, what=self.name))
 
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
-        """As of `Passing`."""
         text = self.text(model, facts, seed)
         return self._block(model, text, self.place(model, text), seed)
 
@@ -137,7 +136,6 @@ class Latent(Perturbing):
     layers: Layers | None = Field(default=None, description="blocks whose output is changed, from 0; none: the middle")
 
     def place(self, model: Any, text: Encoded) -> Place:
-        """As of `Perturbing`."""
         site, blocks = site_of(model.bridge, "resid"), int(model.bridge.cfg.n_layers)
         layers = (blocks // 2,) if self.layers is None else self.layers
         _check_layers(model, layers, self.name)
@@ -155,7 +153,6 @@ class Embedding(Perturbing):
     source: ClassVar[str] = "Schwinn et al. 2024; one vector for all prompts is ours"
 
     def place(self, model: Any, text: Encoded) -> Place:
-        """As of `Perturbing`."""
         site = token_site(model.bridge)
         return Place(site, {0: 0}, (1, site.width), _everywhere)
 
@@ -179,14 +176,12 @@ class SoftPrompt(Perturbing):
         return tuple(replace(p, prompt=self._stops() + p.prompt) for p in passages)
 
     def text(self, model: Any, facts: Material, seed: int) -> Encoded:
-        """As of `Perturbing`."""
         known = only_facts(facts, self.name)
         texts(model, known, ATTACKED, what=self.name)  # refuses a tagger, and facts without any
         passages = self.asked(known.passages(ATTACKED, forms=TRAINED), known)
         return encode_passages(passages, model.tokenizer, context=model.context, name=known.name)
 
     def place(self, model: Any, text: Encoded) -> Place:
-        """As of `Perturbing`."""
         ids = model.tokenizer(self._stops().strip(), add_special_tokens=False)["input_ids"]
         begins = text.ids[text.piece_start[:-1, None] + torch.arange(len(ids)).numpy()]
         if len(ids) != self.tokens or not (begins == ids).all():
@@ -228,7 +223,6 @@ class DirectionAblated(Passing):
     layers: Layers | None = Field(default=None, description="blocks whose output is changed, from 0; none: all")
 
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
-        """As of `Passing`."""
         sides = [
             encoded_for(model, texts(model, facts, *roles, what=self.name)) for roles in ((ATTACKED,), (NEAR, GENERAL))
         ]

@@ -46,7 +46,6 @@ class InContext(Asking):
     examples: int = Field(default=4, ge=1, le=10_000, description="lines before a question")
 
     def check(self, facts: Facts) -> None:
-        """As of `Asking`."""
         if not self._lines(facts):
             raise ValueError(f"in_context: facts {facts.name!r} have no statement to put before a question")
 
@@ -85,7 +84,6 @@ class _Reworded(Asking):
         raise NotImplementedError
 
     def check(self, facts: Facts) -> None:
-        """As of `Asking`."""
         if not facts.passages(forms=(self.forms(),)):
             there = dict.fromkeys(p.form for p in facts.passages())
             raise ValueError(
@@ -111,7 +109,6 @@ class Paraphrase(_Reworded):
     source: ClassVar[str] = "Lynch et al. 2024; Patil et al. 2024"
 
     def forms(self) -> str:
-        """As of `Asking`."""
         return "paraphrase"
 
 
@@ -127,5 +124,4 @@ class OtherForm(_Reworded):
     form: Literal["options", "yes-no"] = Field(default="options", description="how it is asked")
 
     def forms(self) -> str:
-        """As of `Asking`."""
         return self.form

@@ -43,7 +43,6 @@ class DINM(Preferring):
     faithful: bool = Field(default=False, description="no gradient of what is retained, as released")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         return {FORGET: likelier(self.edit), **self.kept(model)}
 
     def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]]:

@@ -83,7 +83,6 @@ class IDK(Preferring):
     source: ClassVar[str] = "Maini et al. 2024 (TOFU)"
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         return {FORGET: likelier(1.0), **self.kept(model)}
 
 
@@ -106,7 +105,6 @@ class DPO(Preferring):
     beta: float = Field(default=0.1, gt=0, le=1e3, description="inverse temperature, per nat (open-unlearning)")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         nats = kept_by_piece(nats_by_sentence)
 
         def keep(model: Model, texts: tuple[Encoded, Encoded]) -> list[Any]:

@@ -80,7 +80,6 @@ class RMU(Remover):
         return block_of(model, self.layer, lambda n: round(7 / 32 * n))
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         layer, before = self.at(model), self.reading == "before"
         goal = torch.rand(int(model.bridge.cfg.d_model), generator=torch.Generator().manual_seed(seed))
         goal = self.coefficient * goal / goal.norm()
@@ -135,7 +134,6 @@ class CircuitBreaker(Remover):
         return blocks_of(model, self.layers, lambda n: (round(10 / 32 * n), round(20 / 32 * n)))
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         layers, before = self.at(model), self.reading == "before"
         memory = {"step": torch.zeros(())}
 
@@ -186,7 +184,6 @@ class RepNoise(Remover):
     beta: float = Field(default=1e-3, ge=0, le=1e6, description="weight of the noise")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         if not isinstance(model, LanguageModel):
             raise ValueError("rep_noise reads hidden states through the vocabulary head, and this model is a tagger")
 

@@ -63,7 +63,6 @@ class GradientRoute(Remover):
         return _last_units(model, self.units, self.layers)
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         mask, site = self.routed(model).mask, site_of(model.bridge, "mlp_post")
         blocks, own = range(min(self.layers, len(site.layers))), likely(1.0)
 
@@ -146,7 +145,6 @@ class SGTM(Remover):
         return (_last_units(model, self.units, None), *heads)
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         neurons, of = self.routed(model), likely(1.0)
 
         def retained(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
