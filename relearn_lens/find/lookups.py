@@ -18,6 +18,7 @@ from relearn_lens.neurons.sites import kept, site_of
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Passage
+from relearn_lens.text.facts.passages import grouped
 
 FOLDS = 5
 """Parts that the keys are cut into: each is told by a probe that was fitted to the others."""
@@ -105,10 +106,8 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
     """
     prompts = Prompts(model, passages, "logprob")
     at = np.array([tokens[-1] for tokens in subjects(prompts)])
-    keys_of: dict[tuple[str, str], set[str]] = {}
-    for p in passages:
-        keys_of.setdefault((p.relation, p.answer), set()).add(p.key)
-    common = {fact for fact, keys in keys_of.items() if len(keys) >= FOLDS}
+    by_answer = grouped(passages, lambda p: (p.relation, p.answer))
+    common = {fact for fact, each in by_answer.items() if len({p.key for p in each}) >= FOLDS}
     relations = {relation for relation, _ in common if len({a for r, a in common if r == relation}) > 1}
     rows = np.array([i for i, p in enumerate(passages) if p.relation in relations and (p.relation, p.answer) in common])
     if not len(rows):

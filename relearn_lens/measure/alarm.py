@@ -30,6 +30,7 @@ from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 from relearn_lens.text.facts import FORGET, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
+from relearn_lens.text.facts.passages import grouped
 
 FOLDS = 5
 """Parts that keys are dealt into: a probe is read on keys that it was not fitted to."""
@@ -380,10 +381,8 @@ def _one_each(facts: Facts, roles: Sequence[str], items: int, seed: int) -> list
     """A statement of each watched fact, then one of each retained one near by, as many as there is room for."""
 
     def statements(*of: str) -> list[Passage]:
-        first: dict[tuple[str, str], Passage] = {}
-        for p in facts.passages(*of, forms="statement"):
-            first.setdefault((p.key, p.relation), p)
-        return list(first.values())
+        by_fact = grouped(facts.passages(*of, forms="statement"), lambda p: (p.key, p.relation))
+        return [each[0] for each in by_fact.values()]
 
     if not (watched := statements(*roles)):
         raise ValueError(

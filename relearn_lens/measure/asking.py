@@ -62,16 +62,14 @@ class Asked:
         Raises:
             ValueError: no passage has a prompt.
         """
-        first: dict[tuple[str, str], int] = {}
-        for i, (p, place) in enumerate(zip(self.passages, self.places, strict=True)):
-            if p.prompt:
-                first.setdefault((p.key, place), i)
-        if not first:
+        prompts = [i for i, p in enumerate(self.passages) if p.prompt]
+        by_key = grouped(prompts, lambda i: (self.passages[i].key, self.places[i]))
+        if not by_key:
             raise ValueError(
                 f"{by} goes on from a prompt, and no passage of {self.facts.name!r} that is asked has one; ask in "
                 "forms that have"
             )
-        chosen = set(first.values())
+        chosen = {each[0] for each in by_key.values()}
         return self.where([i in chosen for i in range(len(self.passages))])
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -243,21 +244,12 @@ def track_facts(
     snapshots: dict[str, FactsSnapshot] = {} if before is None else {BASE: before}
     needs_removed = reference is not None and reference.removed is None and any(m.name == "returned" for m in made)
     start = model.copied() if keep_weights or needs_removed else {}
-
-    def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = FactsSnapshot(measured(model, questions, made, reference), at)
-        if on_measured:
-            on_measured(stage, snapshots[stage])
-
     if reference is not None and needs_removed:
         reference = replace(reference, removed=start)
-    take(REMOVED, None)
-    for checkpoint in checkpoints:
-        stage = checkpoint.stage
-        if stage in snapshots:
-            raise ValueError(f"two checkpoints are of stage {stage}; each stage needs a name of its own")
-        take(stage, checkpoint)
-        warn_of_twins(snapshots, stage, _same_losses)
+    followed(
+        snapshots, REMOVED, checkpoints, lambda at: FactsSnapshot(measured(model, questions, made, reference), at),
+        _same_losses, on_measured, ("stage", "a name"),
+    )  # fmt: skip
     ends = None
     if keep_weights:
         where = questions.where([place == HELD_OUT for place in questions.places])
@@ -273,15 +265,34 @@ def _same_losses(one: FactsSnapshot, other: FactsSnapshot) -> bool:
     return here is not None and there is not None and np.array_equal(here.sums(OVERALL), there.sums(OVERALL))
 
 
-def warn_of_twins(snapshots: Mapping[str, T], stage: str, same: Callable[[T, T], bool]) -> None:
-    """Warn if an earlier stage measured the same."""
-    for name, other in snapshots.items():
-        if name != stage and same(snapshots[stage], other):
-            warnings.warn(
-                f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
-                "weights; look whether they were loaded, or saved, as meant",
-                stacklevel=4,  # who called `track`
-            )
+def followed(
+    snapshots: dict[str, T],
+    first: str,
+    checkpoints: Iterable[Checkpoint],
+    take: Callable[[Checkpoint | None], T],
+    same: Callable[[T, T], bool],
+    on_measured: Callable[[str, T], object] | None,
+    by: tuple[str, str],
+) -> None:
+    """Take a snapshot now, as the stage `first`, and at every checkpoint; warn if two of them measure the same.
+
+    Raises:
+        ValueError: two checkpoints of one stage, which is told `by` what names stages.
+    """
+    for at in chain([None], checkpoints):
+        stage = first if at is None else at.stage
+        if stage in snapshots:
+            raise ValueError(f"two checkpoints are of {by[0]} {stage}; each stage needs {by[1]} of its own")
+        snapshots[stage] = take(at)
+        if on_measured:
+            on_measured(stage, snapshots[stage])
+        for name, other in snapshots.items():
+            if at is not None and name != stage and same(snapshots[stage], other):
+                warnings.warn(
+                    f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
+                    "weights; look whether they were loaded, or saved, as meant",
+                    stacklevel=4,  # who called `track`
+                )
 
 
 def _with_interval(scores: Scores, place: str) -> str:

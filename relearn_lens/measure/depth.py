@@ -113,15 +113,13 @@ class UnlearningDepth(Metric):
             )
         each = (weight * share)[known].sum(1) / weight[known].sum(1)
         whole = questions.where(known)
-        keys, labels, (total, count) = tabulated(whole.passages, whole.places, each, 1.0)
-        by_layer = [
-            tabulated(whole.passages, whole.places, share[known, i] * there[known, i], there[known, i].astype(float))[2]
-            for i in range(share.shape[1])
-        ]
+        keys, labels, (total, count, *by_layer) = tabulated(
+            whole.passages, whole.places, each, 1.0, *(share * there)[known].T, *there[known].T
+        )
         out = questions.where(~known).places
         return Depth(
             total, count, count.astype(np.int64), keys, labels, blocks_of(model).layers,
-            np.stack([sums for sums, _ in by_layer]), np.stack([n for _, n in by_layer]).astype(np.int64),
+            np.stack(by_layer[: share.shape[1]]), np.stack(by_layer[share.shape[1] :]).astype(np.int64),
             {place: out.count(place) for place in questions.names},
         )  # fmt: skip
 

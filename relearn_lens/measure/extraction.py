@@ -15,6 +15,7 @@ from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Referenc
 from relearn_lens.measure.keymeans import KeyMeans, means_of
 from relearn_lens.models.model import LanguageModel, reading
 from relearn_lens.text.facts import Facts, Passage
+from relearn_lens.text.facts.passages import grouped
 
 AT_ONCE = 64
 """Prompts that are gone on from together."""
@@ -163,10 +164,8 @@ class ExtractionStrength(OfAnswers):
     def of(self, read: Read, questions: Asked) -> ExtractionScores:
         right = np.split(read.likeliest, np.cumsum(read.tokens)[:-1])
         ids = np.split(read.ids, np.cumsum(read.tokens)[:-1])
-        closed: dict[str, dict[tuple[int, ...], None]] = {}
-        for p, tokens in zip(questions.passages, ids, strict=True):
-            if p.relation in questions.closed:
-                closed.setdefault(p.relation, {})[tuple(tokens.tolist())] = None
+        pairs = [(p.relation, tuple(tokens.tolist())) for p, tokens in zip(questions.passages, ids, strict=True)]
+        closed = {name: {tokens for relation, tokens in pairs if relation == name} for name in questions.closed}
         each = np.array([self.strength(of_answer) for of_answer in right])
         guess = np.array(
             [
@@ -228,22 +227,21 @@ class Familiarity(Metric):
     ) -> FamiliarityScores:
         questions = asked_of(facts).one_prompt_each(self.name)
         written = [words_of(text) for text in continued(model, [p.prompt for p in questions.passages], self.tokens)]
-        topics: dict[str, set[str]] = {}
-        for p in questions.facts.passages(forms="statement"):
-            topics.setdefault(p.key, set()).update(words_of(p.answer))
-        each, guess = np.full((2, len(written)), np.nan)
+        by_key = grouped(questions.facts.passages(forms="statement"), lambda p: p.key)
+        topics = {key: set[str]().union(*(words_of(p.answer) for p in each)) for key, each in by_key.items()}
         pairs = list(zip(questions.passages, questions.places, strict=True))
         keys_at = {place: dict.fromkeys(p.key for p, at in pairs if at == place) for place in questions.names}
-        for i, (p, place) in enumerate(pairs):
-            prompt = words_of(p.prompt)
 
-            def share(key: str, prompt: set[str] = prompt, i: int = i) -> float:
-                topic = topics.get(key, set()) - prompt
-                return len(topic & written[i]) / len(topic) if topic else np.nan
+        def share(key: str, prompt: str, text: set[str]) -> float:
+            topic = topics.get(key, set()) - words_of(prompt)
+            return len(topic & text) / len(topic) if topic else np.nan
 
-            each[i] = share(p.key)
-            others = [share(key) for key in keys_at[place] if key != p.key]
-            guess[i] = np.nanmean(others) if np.isfinite(others).any() else np.nan
+        each = np.array([share(p.key, p.prompt, text) for (p, _), text in zip(pairs, written, strict=True)])
+        of_others = [
+            [share(key, p.prompt, text) for key in keys_at[place] if key != p.key]
+            for (p, place), text in zip(pairs, written, strict=True)
+        ]
+        guess = np.array([np.nanmean(of) if np.isfinite(of).any() else np.nan for of in of_others])
         known = np.isfinite(each)
         if not known.any():
             raise ValueError(f"no answer of {questions.facts.name!r} has a word that its prompt does not hold")

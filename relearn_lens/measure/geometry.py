@@ -175,19 +175,18 @@ class Returned(Metric):
                 "returned compares with the weights right after removing, which were not given; `track` takes them at "
                 "its first stage, or pass reference=Reference(base=..., removed={name: value.clone() for ...})"
             )
-        before, entries = base.weights(), {}
         if (why := differs(removed, model.weights())) is not None:
             raise ValueError(f"the removed weights are of another model: {why}")
 
-        def row(now: Tensor, was: Tensor) -> list[float]:
-            return [float((now * was).sum()), float(now.square().sum()), float(was.square().sum())]
-
         updates = {name: value.float() - removed[name].float() for name, value in model.weights().items()}
-        back = {name: value.float() - removed[name].float() for name, value in before.items()}
-        rows, part_of, labels = _rows(model, back, row, of=updates)
-        for part in labels:
-            names = parts(model)[part]
-            entries[part] = sum(int(((updates[n] != 0) & (back[n] != 0)).sum()) for n in names)
+        back = {name: value.float() - removed[name].float() for name, value in base.weights().items()}
+        rows, part_of, labels = _rows(
+            model, back, lambda now, was: [float(x.sum()) for x in (now * was, now.square(), was.square())], of=updates
+        )
+        names = parts(model)
+        entries = {
+            part: sum(int(((updates[name] != 0) & (back[name] != 0)).sum()) for name in names[part]) for part in labels
+        }
         entries[OVERALL] = sum(entries.values())
         return ReturnCosine(rows, part_of, labels, entries)
 

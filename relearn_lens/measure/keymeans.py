@@ -107,9 +107,7 @@ def tabulated(
     row_of = {key: i for i, key in enumerate(dict.fromkeys(p.key for p in passages))}
     column_of = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     rows, places = [row_of[p.key] for p in passages], [column_of[label] for label in labels]
-    tables = []
-    for values in columns:
-        table = np.zeros((len(row_of), len(column_of)))
+    tables = np.zeros((len(columns), len(row_of), len(column_of)))
+    for table, values in zip(tables, columns, strict=True):
         np.add.at(table, (rows, places), values)
-        tables.append(table)
-    return tuple(row_of), tuple(column_of), tables
+    return tuple(row_of), tuple(column_of), list(tables)

@@ -480,22 +480,14 @@ def track_text(
         )
     validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
-
-    def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = measure_text(model, probe, concept, how, validation=validation, at=at, **measuring)
-        if on_measured:
-            on_measured(stage, snapshots[stage])
-
     if before is not None:
         _warn_of_unknown(before.scores)
-    take(PRUNED, None)
     start = model.copied() if keep_weights else None
-    for checkpoint in checkpoints:
-        stage = checkpoint.stage
-        if stage in snapshots:
-            raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
-        take(stage, checkpoint)
-        course.warn_of_twins(snapshots, stage, _same)
+    course.followed(
+        snapshots, PRUNED, checkpoints,
+        lambda at: measure_text(model, probe, concept, how, validation=validation, at=at, **measuring),
+        _same, on_measured, ("epoch", "an epoch"),
+    )  # fmt: skip
     path = Trajectory(snapshots, removed, arm, seed, concept, compare, by="" if removed is None else "prune")
     if start is not None:
 

@@ -67,13 +67,9 @@ class InContext(Asking):
             roles = (ATTACKED,) if self.kind == "facts" else (GENERAL, NEAR)
             given = next(filter(None, (facts.passages(role, forms=("statement",)) for role in roles)), ())
             return [(p.key, p.text) for p in given]
-        by_key: dict[str, dict[str, str]] = {}
-        for p in facts.passages(ATTACKED, forms=("statement",)):
-            by_key.setdefault(p.key, {})[p.relation] = p.answer
-        return [
-            (key, f"{key}: {', '.join(f'{relation} {answer}' for relation, answer in known.items())}")
-            for key, known in by_key.items()
-        ]
+        by_key = grouped(facts.passages(ATTACKED, forms=("statement",)), lambda p: p.key)
+        known = {key: {p.relation: p.answer for p in each} for key, each in by_key.items()}
+        return [(key, f"{key}: {', '.join(map(' '.join, each.items()))}") for key, each in known.items()]
 
 
 class _Reworded(Asking):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
@@ -41,5 +42,4 @@ class TaskVector(Remover):
                 for name, weight in stepped.moving.items():
                     weight.copy_(kept[name] - self.scale * (weight - kept[name]))
 
-        plain = likely(1.0)
-        return {FORGET: Term(plain.value, plain.count, keep, after=turn)}
+        return {FORGET: replace(likely(1.0), keep=keep, after=turn)}

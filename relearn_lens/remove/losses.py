@@ -244,12 +244,12 @@ def _divergence(model: Model, weight: float, everywhere: bool) -> Term:
             "retain = 'kl' compares next-token predictions, and this model is a tagger; use retain='ce', or a language "
             "model"
         )
+    return against(divergence, weight, everywhere=everywhere)
 
-    def value(now: Tensor, before: Tensor, _: Batch) -> tuple[Tensor, int]:
-        divergence = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True)
-        return divergence, len(now)
 
-    return against(value, weight, everywhere=everywhere)
+def divergence(now: Tensor, before: Tensor, _: Batch) -> tuple[Tensor, int]:
+    """KL(pi0, pi) of next-token logits and of those of before, summed; for `against`."""
+    return F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True), len(now)
 
 
 def against(

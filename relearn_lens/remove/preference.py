@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -107,9 +107,6 @@ class DPO(Preferring):
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
         nats = kept_by_piece(nats_by_sentence)
 
-        def keep(model: Model, texts: tuple[Encoded, Encoded]) -> list[Any]:
-            return [nats(model, text) for text in texts]
-
         def value(model: Model, batches: tuple[Batch, Batch], kept: Sequence[list[Tensor]]) -> tuple[Tensor, int]:
             rises = []
             for batch, before in zip(batches, kept, strict=True):
@@ -118,7 +115,8 @@ class DPO(Preferring):
             forgotten, better = rises
             return -2 / self.beta * F.logsigmoid(self.beta * (forgotten - better)).sum(), len(better)
 
-        return {FORGET: Term(value, n_pieces, keep, beside=PREFERRED), **self.kept(model)}
+        forget = Term(value, n_pieces, lambda model, texts: [nats(model, text) for text in texts], beside=PREFERRED)
+        return {FORGET: forget, **self.kept(model)}
 
 
 class AltPO(DPO):

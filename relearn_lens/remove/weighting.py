@@ -15,7 +15,7 @@ from relearn_lens.models.model import LanguageModel, Model, hidden
 from relearn_lens.models.training import Stepped
 from relearn_lens.remove.losses import Keeping
 from relearn_lens.remove.removal import FORGET, RETAIN, Remover, Removing, Term, n_subwords
-from relearn_lens.text.encoding import Batch, Encoded
+from relearn_lens.text.encoding import Batch
 
 
 class WGA(Keeping):
@@ -92,10 +92,7 @@ class CEU(Remover):
                 nats = nats[1:][batch.sentence.diff() == 0]
             return nats.sum(), len(nats)
 
-        def count(text: Encoded, pieces: object) -> int:
-            return n_subwords(text, pieces) - self.faithful * len(pieces)  # pyright: ignore[reportArgumentType]
-
-        return {FORGET: Term(value, count)}
+        return {FORGET: Term(value, lambda text, pieces: n_subwords(text, pieces) - self.faithful * len(pieces))}
 
 
 class PDU(Remover):
