@@ -16,9 +16,8 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from relearn_lens.measure.asking import Asked, Metric, Reference
-from relearn_lens.measure.evaluation import OVERALL, Label, Scores
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores, columns_of
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.names import meant
 from relearn_lens.neurons.weights import differs, parts
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import Facts
@@ -49,12 +48,8 @@ class OverWeights(Scores):
 
     def sums(self, label: Label) -> Float[np.ndarray, "weight statistic"]:
         """What the number is made from, of each weight of a part."""
-        names = self.labels if label == OVERALL else (label,) if isinstance(label, str) else label
-        if unknown := [name for name in names if name not in self.labels]:
-            raise ValueError(
-                f"no part {unknown[0]!r}; known: {', '.join(self.labels)}, {OVERALL}{meant(unknown[0], self.labels)}"
-            )
-        return self.table[[part in names for part in self.part_of]]
+        columns = columns_of(self.labels, label, "no part")
+        return self.table[[self.labels.index(part) in columns for part in self.part_of]]
 
 
 class ChangeNorm(OverWeights):
@@ -119,8 +114,7 @@ class Moved(Metric):
     needs: ClassVar[tuple[str, ...]] = ("base",)
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeNorm:
-        """As of `Metric`."""
-        (base,) = (reference or Reference()).need(model, "base", by=self.name)
+        (base,) = (reference or Reference()).need("base", by=self.name)
         rows, part_of, labels = _rows(
             model, base.weights(), lambda now, was: [float((now - was).square().sum()), float(was.square().sum())]
         )
@@ -141,8 +135,7 @@ class Rank(Metric):
     needs: ClassVar[tuple[str, ...]] = ("base",)
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeRank:
-        """As of `Metric`."""
-        (base,) = (reference or Reference()).need(model, "base", by=self.name)
+        (base,) = (reference or Reference()).need("base", by=self.name)
         noise = torch.Generator().manual_seed(0)
         random: dict[tuple[int, ...], float] = {}
 
@@ -174,9 +167,8 @@ class Returned(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> ReturnCosine:
-        """As of `Metric`."""
         reference = reference or Reference()
-        (base,) = reference.need(model, "base", by=self.name)
+        (base,) = reference.need("base", by=self.name)
         removed = reference.removed
         if removed is None:
             raise ValueError(

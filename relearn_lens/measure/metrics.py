@@ -20,7 +20,7 @@ from relearn_lens.measure.geometry import Moved, Rank, Returned
 from relearn_lens.measure.inside import KnownInside
 from relearn_lens.measure.utility import Repetition
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.names import unknown
+from relearn_lens.names import known_name
 
 METRICS: dict[str, type[Metric]] = {
     kind.name: kind
@@ -42,9 +42,7 @@ def metric_of(metric: str | Metric) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
-    if metric not in METRICS:
-        raise ValueError(unknown("metric", metric, METRICS))
-    return METRICS[metric]()
+    return METRICS[known_name("metric", metric, METRICS)]()
 
 
 def checked(metrics: Iterable[str | Metric], reference: Reference | None, model: LanguageModel) -> tuple[Metric, ...]:
@@ -59,7 +57,7 @@ def checked(metrics: Iterable[str | Metric], reference: Reference | None, model:
         raise ValueError(f"metrics need at least one, and each name once; got {names}")
     for metric in made:
         if metric.needs:
-            (reference or Reference()).need(model, *metric.needs, by=metric.name)
+            (reference or Reference()).need(*metric.needs, by=metric.name)
     if reference is not None and any(other is model for other in (reference.base, reference.never)):
         raise ValueError(
             "the reference is the model itself, which changes while it is trained; load the base and the twin as "

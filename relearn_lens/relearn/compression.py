@@ -55,7 +55,6 @@ class Pruned(Passing):
     by: Literal["magnitude", "wanda"] = Field(default="magnitude", description="what small means")
 
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
-        """As of `Passing`."""
         matrices = _matrices(model, self.name)
         norms: Mapping[int, Tensor] = {}
         if self.by == "wanda":
@@ -105,8 +104,7 @@ def input_norms(model: Model, text: Encoded) -> dict[int, Float[Tensor, " input"
             handle = matrix.module.register_forward_pre_hook(see)
             stack.callback(handle.remove)
         stack.enter_context(reading(model))
-        for batch in text.batches():
-            batch = batch.to(model.device)
+        for batch in text.batches(device=model.device):
             mask = batch.mask
             hidden(model.bridge, batch.ids, mask)
     return {at: sums.sqrt().float() for at, sums in squares.items()}

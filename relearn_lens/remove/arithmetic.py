@@ -33,8 +33,6 @@ class TaskVector(Remover):
     scale: float = Field(default=1.0, ge=0, le=1e4, description="how far the other way, in units of the change")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
         def keep(model: Model, _: Encoded) -> dict[str, Tensor]:
             return {name: weight.detach().clone() for name, weight in model.plain().items()}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relearn_lens.methods import Training
-from relearn_lens.models.model import LanguageModel, Model
+from relearn_lens.models.model import LanguageModel, Model, lent
 from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, train_
 from relearn_lens.remove.losses import NPO, GradDiff, Keeping, SimNPO, against
 from relearn_lens.remove.removal import (
@@ -51,7 +51,6 @@ class UNDIAL(Keeping):
     faithful: bool = Field(default=False, description="prompt and padding too, as open-unlearning released it")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         if not isinstance(model, LanguageModel):
             raise ValueError("undial distils next-token predictions, and this model is a tagger; use a language model")
         if self.faithful and model.vocabulary < _IGNORED:
@@ -96,8 +95,6 @@ class WhoIs(Remover):
     )
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
         def keep(model: Model, text: Encoded) -> list[Tensor]:
             logits = kept_by_piece(lambda model, batch: by_sentence(model.predictions(batch)[0], batch))
             base = logits(model, text)
@@ -137,7 +134,6 @@ class Undo(Remover):
     suppressing: Removing = Field(default=Removing(), description="how that trains")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         if not isinstance(model, LanguageModel):
             raise ValueError("undo distils next-token predictions, and this model is a tagger; use a language model")
 
@@ -180,14 +176,11 @@ class Undo(Remover):
 @contextlib.contextmanager
 def aside(model: Model, training: Callable[[], Iterator[Checkpoint]]) -> Iterator[None]:
     """For a while, the model as a training leaves it; then its weights are back, to the bit."""
-    before = model.copied()
-    try:
+    with lent(model):
         with torch.enable_grad():
             for _ in training():
                 pass
         yield
-    finally:
-        model.load_weights(before)
 
 
 _IGNORED = 100

@@ -21,8 +21,7 @@ from relearn_lens.methods import Method, Rate, Training
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, Stepped, plain, train_
 from relearn_lens.names import meant
-from relearn_lens.neurons.sites import parameter, site_of
-from relearn_lens.neurons.weights import WeightMask
+from relearn_lens.neurons.weights import WeightMask, output_matrices
 from relearn_lens.text import facts
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
@@ -168,13 +167,8 @@ def blocks_of(model: Model, wanted: tuple[int, ...] | None, usual: Callable[[int
 
 def written(model: Model, blocks: Iterable[int]) -> dict[str, Bool[Tensor, ...]]:
     """All of the MLPs' output matrices of some blocks, as entries that may move."""
-    writes = site_of(model.bridge, "mlp_post").writes
-    trained = {id(parameter(model.bridge, part)) for block in blocks for part in writes[block]}
-    return {
-        name: torch.ones_like(weight, dtype=torch.bool)
-        for name, weight in model.plain().items()
-        if id(weight) in trained
-    }
+    plain = model.plain()
+    return {name: torch.ones_like(plain[name], dtype=torch.bool) for name in output_matrices(model, blocks)}
 
 
 def n_pieces(_: Any, pieces: np.ndarray) -> int:

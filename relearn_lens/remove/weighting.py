@@ -35,7 +35,6 @@ class WGA(Keeping):
     gamma: float = Field(default=1.0, gt=0, le=1e6, description="weight of forgetting (open-unlearning)")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         return {FORGET: _ascent(lambda p: p**self.beta, self.gamma), **self.kept(model)}
 
 
@@ -62,7 +61,6 @@ class SatImp(Keeping):
     gamma: float = Field(default=0.1, gt=0, le=1e6, description="weight of forgetting")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         return {FORGET: _ascent(lambda p: p**self.beta1 * (1 - p) ** self.beta2, self.gamma), **self.kept(model)}
 
 
@@ -86,8 +84,6 @@ class CEU(Remover):
     faithful: bool = Field(default=False, description="leave out each sentence's first sub-word, as released")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
         def value(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
             logits, right = model.predictions(batch)
             target = logits.detach().scatter(1, right[:, None], -torch.inf).softmax(-1)
@@ -128,7 +124,6 @@ class PDU(Remover):
     faithful: bool = Field(default=False, description="flatten one position further on, as released")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         if self.faithful and not isinstance(model, LanguageModel):
             raise ValueError("faithful = True is about next-token predictions, and this model is a tagger")
         memory: dict[str, Tensor] = {"lambda": torch.tensor(self.start)}

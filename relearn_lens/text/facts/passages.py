@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from relearn_lens.files import digest_of
 from relearn_lens.names import meant
 from relearn_lens.text.corpus import Strings
 
+K = TypeVar("K")
 FORGET = ("forget_attacked", "forget_held_out")
 RETAIN = ("retain_near", "retain_general")
 ROLES = (*FORGET, *RETAIN, "never")
@@ -219,6 +220,14 @@ def halves(passages: Sequence[Passage], *, seed: int, attacked: float | int = 0.
         sizes[half] += len(each)
         half_of |= dict.fromkeys(each, half)
     return Halves(*(tuple(p for p in passages if half_of[p.key] == half) for half in (0, 1)))
+
+
+def grouped(passages: Iterable[Passage], of: Callable[[Passage], K]) -> dict[K, list[Passage]]:
+    """Passages by something of theirs, in their order."""
+    groups: dict[K, list[Passage]] = {}
+    for p in passages:
+        groups.setdefault(of(p), []).append(p)
+    return groups
 
 
 def refused(passages: Iterable[Passage], *, seed: int) -> tuple[Passage, ...]:
