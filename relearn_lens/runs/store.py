@@ -218,13 +218,9 @@ def load_run(folder: str | Path) -> Run:
 
 def _phase(event: Event) -> str:
     """The phase that ends with an event, as `seconds` names it."""
-    match event:
-        case Prepared():
-            return "prepare"
-        case ArmDone(trajectory=path):
-            return f"{path.arm}-{path.seed}"
-        case _:
-            return name_of(event)
+    if isinstance(event, Prepared):
+        return "prepare"
+    return name_of(event.trajectory if isinstance(event, ArmDone) else event)
 
 
 def _versions() -> dict[str, str]:
