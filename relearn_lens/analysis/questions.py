@@ -95,8 +95,7 @@ class Question:
     @property
     def falls_to_holm(self) -> bool:
         """Whether the verdict holds by itself, and not among the questions of its family."""
-        level = RULES["level"].value
-        return self.verdict in ("supported", "reversed") and (self.p_holm or 0.0) > 1 - level + 1e-12
+        return self.verdict in ("supported", "reversed") and (self.p_holm or 0.0) > 1 - RULES["level"].value + 1e-12
 
 
 def family(questions: Sequence[Question]) -> list[Question]:
@@ -302,10 +301,10 @@ def returns(seeds: Sequence[Back]) -> Question:
     if refused := _within_noise(key, asks, bar, np.subtract(had, start), "what there is to come back"):
         return refused
     test = _over((np.subtract(end, start) / np.subtract(had, start)).tolist(), bar)
-    beside: dict[str, float | str] = {}
-    for share in (0.5, 0.9):
-        each = [steps_to(one.concept, one.base.margin, share) for one in seeds]
-        beside[f"steps to {share:.0%}"] = ", ".join(map(str, each))
+    beside = {
+        f"steps to {share:.0%}": ", ".join(str(steps_to(one.concept, one.base.margin, share)) for one in seeds)
+        for share in (0.5, 0.9)
+    }
     says = (
         f"{test.effect.value:.0%} of the lost margin is back after {seeds[0].concept.steps[-1]} steps; half of the "
         f"base margin after {beside['steps to 50%']} and 90 % after {beside['steps to 90%']} steps"
@@ -328,7 +327,7 @@ def sooner(seeds: Sequence[Back]) -> Question:
     damage = [each.base.margin - each.concept.margin[0] for each in seeds]
     if refused := _within_noise(key, asks, bar, damage, "the damage"):
         return refused
-    gaps, ours, theirs, common = [], [], [], 0
+    ours, theirs, common = [], [], 0
     for each in seeds:
         assert each.never is not None
         steps = sorted(set(each.concept.steps) & set(each.never.steps))
@@ -338,11 +337,10 @@ def sooner(seeds: Sequence[Back]) -> Question:
         areas = [_mean_margin(curve, steps) / each.base.margin for curve in (each.concept, each.never)]
         ours.append(areas[0])
         theirs.append(areas[1])
-        gaps.append(areas[0] - areas[1])
     if same_end(ours, theirs, low=-math.inf):
         why = "both arms have all of the base margin from the first steps on"
         return _undecided(key, asks, bar, why, "measurements at earlier steps, or a lower learning rate")
-    test = _over(gaps, bar)
+    test = _over(np.subtract(ours, theirs).tolist(), bar)
     beside: dict[str, float | str] = {}
     for share in (0.5, 0.9):
         pairs = [
@@ -416,9 +414,7 @@ def where(seeds: Sequence[Grafts], at: str = "") -> Question:
     needed = {part: [1 - s.share(s.reverted[part]) for s in seeds] for part in parts}
     part = max(parts, key=lambda name: float(np.mean(enough[name])))
     control = [[s.share(max(table.values())) for table in s.controls.values()] for s in seeds]
-    alone = _against(enough[part], control, bar)
-    both = _both(alone, _over(needed[part], RULES["needed"].value))
-    is_enough, is_needed = alone.verdict, verdict_of(_over(needed[part], RULES["needed"].value).effect, bar)
+    alone, without = _against(enough[part], control, bar), _over(needed[part], RULES["needed"].value)
     says = (
         f"{part} alone brings back {np.mean(enough[part]):.0%} (control grafts at most {np.mean(control):.0%}), and "
         f"without it {np.mean(needed[part]):.0%} is lost"
@@ -427,13 +423,14 @@ def where(seeds: Sequence[Grafts], at: str = "") -> Question:
         ("supported", "supported"): f": it sits in {part}",
         ("supported", "not supported"): f": {part} is enough, and not needed",
         ("not supported", "supported"): f": no part is enough, and {part} is needed",
-    }.get((is_enough, is_needed), "")
+    }.get((alone.verdict, verdict_of(without.effect, bar)), "")
     beside = {
         f"{name} {kind}": float(np.mean(t[name]))
         for name in parts
         for kind, t in (("enough", enough), ("needed", needed))
     }
-    return _answer(key, asks, says, both, bar, "more training seeds, or a finer cut into parts", beside)
+    decide = "more training seeds, or a finer cut into parts"
+    return _answer(key, asks, says, _both(alone, without), bar, decide, beside)
 
 
 # --- in the same neurons, or others?
@@ -591,8 +588,7 @@ def _answer(
     key: str, asks: str, says: str, test: _Test, bar: float, decide: str, beside: Mapping[str, float | str]
 ) -> Question:
     """The question with its verdict."""
-    effect = test.effect
-    verdict = test.verdict
+    effect, verdict = test.effect, test.verdict
     if effect.interval is None:
         verdict, reach = "undecided", f" ({effect.over}: no interval)"
     else:

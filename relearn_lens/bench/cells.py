@@ -499,7 +499,7 @@ def read_cell(index: Mapping[str, Any], stages: Stages) -> Read:
             one = stage(name)
             sums = {key: value.numpy() for key, value in one.tensors.items()}
             steps = tuple(int(step) for step in one.numbers["steps"])
-            courses[column][rate] = Course(steps, sums["held_out"], sums["retained"], bool(one.numbers["diverged"]))
+            courses[column][rate] = Course(steps, sums["held_out"], sums["retained"])
             for kind, rows in (("grafts", parts), ("metrics", metrics)):
                 if one.numbers.get(kind):
                     rows[f"{column} {rate}".strip()] = one.numbers[kind]

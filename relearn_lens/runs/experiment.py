@@ -13,10 +13,10 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -58,7 +58,6 @@ from relearn_lens.runs.events import (
     Event,
     Grafted,
     GraftedAt,
-    Kept,
     Measured,
     Own,
     Paused,
@@ -88,11 +87,14 @@ from relearn_lens.runs.units import (
 from relearn_lens.runs.units import BASE as BASE_UNIT
 from relearn_lens.text.facts import from_concept
 
+if TYPE_CHECKING:
+    from relearn_lens.runs.folder import RunFolder
+
 EXAMPLES = 50
 """Neurons whose activations at a few sentences are kept: half of them cut, half of them carriers at the end."""
 
 
-def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Event]:
+def perform(experiment: Experiment, *, kept: RunFolder | None = None) -> Iterator[Event]:
     """Run an experiment, yielding every result as it comes.
 
     What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`, per arm
@@ -122,7 +124,7 @@ def units_of_run(ready: Prepared) -> list[Unit]:
     return [unit for seed in ready.experiment.seeds for unit in units_of(ready.experiment, seed, other=other)]
 
 
-def alone(ready: Prepared, unit: Unit, kept: Kept) -> Iterator[Event]:
+def alone(ready: Prepared, unit: Unit, kept: RunFolder) -> Iterator[Event]:
     """The events of one unit, all that it needs being kept: as they are in the whole run, to the bit."""
     seed = _Seed(ready, unit.seed, kept)
     needed = {each.name: each for each in units_of_run(ready) if each.seed == unit.seed}
@@ -144,7 +146,7 @@ class _Seed:
 
     ready: Prepared
     seed: int
-    kept: Kept | None
+    kept: RunFolder | None
     weighed: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict)
     """Weights that grafts are made from, where there is no folder to look them up in."""
     cuts: Cuts = field(init=False)
@@ -165,6 +167,13 @@ class _Seed:
     @property
     def experiment(self) -> Experiment:
         return self.ready.experiment
+
+    @property
+    def sever(self) -> Literal["out", "both", "gain", "writes"]:
+        """Which weights a cut zeroes."""
+        sever = self.experiment.prune.sever
+        assert sever != "auto"  # resolved() decided
+        return sever
 
     def unit(self, unit: Unit) -> Iterator[Event]:
         """The results of a unit, computed or as they were kept; those of the units that it needs come first."""
@@ -188,7 +197,7 @@ class _Seed:
             self.twin = self._measure("measuring the model that never had the concept")
             yield Measured("never", self.seed, BASE, self.twin)
         elif name in self.arms:
-            finished = self.kept.arm(name, self.seed, ready.site) if self.kept else None
+            finished = self.kept.arm(name, self.seed) if self.kept else None
             if finished is None or (name in COMPARED and self._lacks_weights):
                 finished = yield from self._arm(self.arms[name])
                 yield ArmDone(finished, ready.model.weights())
@@ -206,7 +215,7 @@ class _Seed:
     def _lacks_weights(self) -> bool:
         """Whether grafts, or what follows them, are to be made anew from arms that were finished, and whose weights are
         gone: then these arms are trained again, to the same bits."""
-        concept = self.kept.arm("concept", self.seed, self.ready.site) if self.kept else None
+        concept = self.kept.arm("concept", self.seed) if self.kept else None
         how = self.experiment
         if concept is None or how.grafts.skip or how.retrain.lora_rank:
             return False
@@ -219,10 +228,10 @@ class _Seed:
     def _base(self) -> Generator[Event, None, Base]:
         """The fine-tuned model of a seed, from the run folder if it is there."""
         model = self.ready.model
-        kept = self.kept.base(self.seed, self.ready.site) if self.kept else None
+        kept = self.kept.base(self.seed) if self.kept else None
         if kept:
             weights, snapshot = kept
-            model.load_weights({name: value.to(model.device) for name, value in weights.items()})
+            model.load_weights(weights)
         else:
             yield from self._finetune("base")
             snapshot = self._measure("measuring the base model")
@@ -247,7 +256,7 @@ class _Seed:
         with shared.locked(recipe):
             stage = shared.read(recipe) if resume is None else None
             if stage is not None:
-                model.load_weights({name: value.to(model.device) for name, value in stage.tensors.items()})
+                model.load_weights(stage.tensors)
                 return
             yield from self._trained(role, training, resume)
             shared.keep(recipe, {"role": role, "seed": self.seed}, model.weights())
@@ -288,8 +297,7 @@ class _Seed:
         if kept is None:
             return None
         at, weights, state = kept
-        model = self.ready.model
-        model.load_weights({key: value.to(model.device) for key, value in weights.items()})
+        self.ready.model.load_weights(weights)
         return at, state
 
     def _arm(self, arm: Arm) -> Generator[Event, None, Trajectory]:
@@ -302,7 +310,7 @@ class _Seed:
         # What was kept of adapters is added to the pruned base again; whole weights take its place.
         resume = (kept[0], kept[2]) if kept else None
         if kept and not how.lora_rank:
-            model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
+            model.load_weights(kept[1])
         else:
             model.load_weights(base.weights)
         first = base.snapshot
@@ -322,7 +330,7 @@ class _Seed:
             where = self._where(arm, cuts)
             removed = where if isinstance(where, Neurons) else None
             if kept:
-                model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
+                model.load_weights(kept[1])
             else:
                 self._remove(arm, where)
                 if not self.experiment.grafts.skip:
@@ -332,9 +340,8 @@ class _Seed:
         elif removed is None:  # nothing was taken away, so there is nothing new to measure
             snapshots[PRUNED] = first
         else:
-            assert prune.sever != "auto"  # resolved() decided
             if resume is None or how.lora_rank:
-                prune_(model, removed, sever=prune.sever)
+                prune_(model, removed, sever=self.sever)
             what = f"measuring the cut model ({name})"
             snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
         yield Measured(name, self.seed, PRUNED, snapshots[PRUNED])
@@ -494,10 +501,9 @@ class _Seed:
 
     def _cut_weights(self, base: Base, neurons: Neurons) -> dict[str, Tensor]:
         """Weights of the base model after a cut; the model holds them too."""
-        model, prune = self.ready.model, self.experiment.prune
-        assert prune.sever != "auto"
+        model = self.ready.model
         model.load_weights(base.weights)
-        prune_(model, placed(neurons, prune.embedding), sever=prune.sever)
+        prune_(model, placed(neurons, self.experiment.prune.embedding), sever=self.sever)
         return {name: value.detach().clone() for name, value in model.weights().items()}
 
     def _finer(self, made: Grafts) -> Parts:
@@ -505,9 +511,8 @@ class _Seed:
         how = self.experiment.grafts
         if how.within == "none" or (how.within == "first" and self.seed != self.experiment.seeds[0]):
             return {}
-        shares = {part: made.enough(part).value for part in made.parts if part != CUT}
-        known = {part: share for part, share in shares.items() if share == share}
-        return apart(self.ready.model, max(known, key=known.__getitem__), bands=how.bands) if known else {}
+        part = _most(made, [part for part in made.parts if part != CUT])
+        return apart(self.ready.model, part, bands=how.bands) if part else {}
 
     def _graft(self, stage: str, within: Parts | None = None) -> Grafts | None:
         model, how, prune = self.ready.model, self.experiment.grafts, self.experiment.prune
@@ -515,19 +520,18 @@ class _Seed:
         retrained = self._weights_at("concept", stage)
         if retrained is None:
             return None
-        assert prune.sever != "auto"
         controls = {}
-        for name in (name for name in COMPARED if name in done and name != "concept"):
-            if (end := self._weights_at(name, stage)) is not None:
+        for name in COMPARED:
+            end = self._weights_at(name, stage) if name in done and name != "concept" else None
+            if end is not None:
                 where = self.arms[name].where
                 controls[name] = (base.weights if where is None else self._cut_weights(base, cuts.sets[where]), end)
         cut = self._cut_weights(base, cuts.sets["concept"])
-        label = done["concept"].label
-        mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=prune.sever)
+        mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=self.sever)
         with progress.task(f"grafting (stage {stage})"):
             return grafts(
                 model, cut, retrained, self._outcomes, parts=within or parts(model, bands=how.bands), cut=mask,
-                controls=controls, cumulative=how.cumulative, label=label,
+                controls=controls, cumulative=how.cumulative, label=done["concept"].label,
                 max_memory=self.experiment.measure.max_memory,
             )  # fmt: skip
 
@@ -537,14 +541,12 @@ class _Seed:
         return {scores.margin.quantity: scores.margin, scores.metric: scores}  # pyright: ignore[reportAttributeAccessIssue]
 
     def _evaluated(self) -> Any:
-        ready = self.ready
-        tokens = self.experiment.measure.max_tokens
-        return evaluate(ready.model, ready.scored, concept=ready.concept, max_tokens=tokens)
+        ready, how = self.ready, self.experiment.measure
+        return evaluate(ready.model, ready.scored, concept=ready.concept, max_tokens=how.max_tokens)
 
     def _again(self, end: Mapping[str, Tensor], path: Trajectory) -> Again:
         """The first cut made again in the retrained model; and what carries the concept now, found, cut, retrained."""
-        model, prune = self.ready.model, self.experiment.prune
-        assert prune.sever != "auto"
+        model, prune, sever = self.ready.model, self.experiment.prune, self.sever
         old = self.cuts.sets["concept"]
         model.load_weights(end)
         drawn = [random_neurons(like=old, seed=draw_seed(self.seed, 1 + k)) for k in range(prune.control_draws)]
@@ -555,8 +557,8 @@ class _Seed:
             for neurons in (old, *drawn):
                 model.load_weights(end)
                 again = placed(neurons, prune.embedding)
-                prune_(model, again, sever=prune.sever)
-                with resumed(model, states, unchanged_before(model, WeightMask.of(model, again, sever=prune.sever))):
+                prune_(model, again, sever=sever)
+                with resumed(model, states, unchanged_before(model, WeightMask.of(model, again, sever=sever))):
                     after.append(self._evaluated())
                 progress.advance()
         rounds: list[Round] = []
@@ -565,7 +567,7 @@ class _Seed:
         for k in range(self.experiment.rounds):
             there = ~self._severed(ever)
             new = snapshot.saliency.top(min(len(old), len(there)), among=there)
-            prune_(model, placed(new, prune.embedding), sever=prune.sever)
+            prune_(model, placed(new, prune.embedding), sever=sever)
             cut = self._evaluated()
             course = self._course(f"retraining (round {k + 2})", path, "again", k)
             per_layer = (ever & there).mask.sum(1) / there.mask.sum(1).clamp(min=1)
@@ -591,9 +593,8 @@ class _Seed:
 
     def _severed(self, neurons: Neurons) -> Neurons:
         """Those of some cut neurons that the model as it is now does without: however salient, they carry nothing."""
-        prune = self.experiment.prune
-        assert prune.sever != "auto"
-        return severed(self.ready.model, neurons | placed(neurons, prune.embedding), sever=prune.sever)
+        where = neurons | placed(neurons, self.experiment.prune.embedding)
+        return severed(self.ready.model, where, sever=self.sever)
 
     def _blocked(self, held: str, end: Mapping[str, Tensor], path: Trajectory, grafted: Grafted) -> Blocked:
         """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
@@ -601,11 +602,10 @@ class _Seed:
         known_parts = parts(model, bands=self.experiment.grafts.bands)
         if held == "part":
             last = grafted.stages.get(path.stages[-1])
-            shares = {name: last.enough(name).value for name in last.parts if name in known_parts} if last else {}
-            known = {name: value for name, value in shares.items() if value == value}
-            if not known:
+            part = _most(last, known_parts) if last else None
+            if part is None:
                 return Blocked(self.seed, held, {})
-            mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=known_parts)
+            mask = WeightMask.of_parts(model, part, among=known_parts)
         else:
             model.load_weights(end)
             heirs = ~(self._severed(old) | old)
@@ -614,12 +614,9 @@ class _Seed:
             which = path[path.stages[-1]].saliency.top(min(len(old), len(heirs)), among=heirs)
             if held == "random":
                 which = random_neurons(like=which, seed=draw_seed(self.seed, 99), apart=which | old)
-            prune = self.experiment.prune
-            assert prune.sever != "auto"
-            mask = WeightMask.of(model, which, sever=prune.sever)
+            mask = WeightMask.of(model, which, sever=self.sever)
         self._cut_weights(self.base, old)
-        course = self._course(f"retraining ({held} held)", path, "retrain", only=~mask)
-        return Blocked(self.seed, held, course)
+        return Blocked(self.seed, held, self._course(f"retraining ({held} held)", path, "retrain", only=~mask))
 
     def _examples(self, path: Trajectory) -> Examples | None:
         """What the neurons that were cut, and those that carry the concept at the end, do at a few sentences' words."""
@@ -679,6 +676,13 @@ class _Seed:
         sentences = to_read(scored.corpus, ready.concept)
         guessed = guesses(ready.model, sentences, ready.concept) if sentences.n_sentences else None
         return replace(snapshot, guesses=guessed)
+
+
+def _most(made: Grafts, among: Collection[str]) -> str | None:
+    """The part that alone brings back most; None where that is known of none."""
+    shares = {part: made.enough(part).value for part in made.parts if part in among}
+    known = {part: share for part, share in shares.items() if share == share}
+    return max(known, key=known.__getitem__, default=None)
 
 
 def first_back(path: Trajectory) -> str | None:

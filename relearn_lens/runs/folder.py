@@ -37,7 +37,6 @@ from relearn_lens.files import as_json, read_json, read_tensors, write_tensors, 
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models import processes
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.neurons.sites import Site
 from relearn_lens.runs import archive, needs, settings, verify
 from relearn_lens.runs.events import (
     Again,
@@ -185,8 +184,10 @@ class RunFolder:
             case Prepared():
                 self.check_inputs(event.inputs)
                 self.check_room(event)
-            case Measured():
-                self.keep_stage(event)
+            case Measured():  # the base's is kept with the base
+                path = self._stage(event.arm, event.seed, event.stage)
+                if not path.exists():
+                    write_tensors(path, *archive.pack(event.snapshot))
             case Paused():
                 self.keep_state(event)
             case Weighed():
@@ -268,21 +269,11 @@ class RunFolder:
         self._keep(f"base-{base.seed}", base.snapshot)
         self._forget(f"base-{base.seed}")
 
-    def keep_stage(self, event: Measured) -> None:
-        """A measured stage of the arm under way. The base's is kept with the base."""
-        path = self._stage(event.arm, event.seed, event.stage)
-        if not path.exists():
-            write_tensors(path, *archive.pack(event.snapshot))
-
     def stages(self, arm: str, seed: int) -> dict[str, Snapshot]:
         """The stages of an unfinished arm that were measured."""
         prefix = f"{arm}-{seed}@"
-        snapshots = {}
-        for path in sorted((self.path / "stages").glob(f"{prefix}*.safetensors")):
-            if not self._is_here(path):
-                continue
-            snapshots[path.name.removeprefix(prefix).removesuffix(".safetensors")] = _unpacked(path)
-        return snapshots
+        paths = sorted((self.path / "stages").glob(f"{prefix}*.safetensors"))
+        return {path.stem.removeprefix(prefix): _unpacked(path) for path in paths if self._is_here(path)}
 
     def keep_state(self, event: Paused) -> None:
         """Where a training stands: enough to go on from. One file, replaced at every pause; a large one not before
@@ -296,8 +287,8 @@ class RunFolder:
             write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
             self._state_kept = time.monotonic()
         if self._keeps == "all":
-            weights = {name: value.cpu() for name, value in event.weights.items()}
-            write_tensors(self._weights(f"{event.training}@{at.stage}", event.seed), weights, {})
+            path = self._weights(f"{event.training}@{at.stage}", event.seed)
+            write_tensors(path, {name: value.cpu() for name, value in event.weights.items()}, {})
 
     def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
         """Checkpoint, weights and optimiser state of a training that was interrupted."""
@@ -326,10 +317,9 @@ class RunFolder:
     def _keeps(self) -> str:
         return str(self.manifest.get("settings", {}).get("keep", "none"))
 
-    def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
+    def base(self, seed: int) -> tuple[dict[str, Tensor], Snapshot] | None:
         """A seed's base model, if both its weights and its measurement are here."""
-        weights = self._weights("base", seed)
-        snapshot = self._kept(f"base-{seed}", Snapshot)
+        weights, snapshot = self._weights("base", seed), self._kept(f"base-{seed}", Snapshot)
         if snapshot is None or not self._is_here(weights):
             return None
         return read_tensors(weights)[0], snapshot
@@ -338,14 +328,13 @@ class RunFolder:
         """A finished arm."""
         path = arm.trajectory
         if self._keeps != "none" and arm.weights is not None:
-            tensors = {k: v.cpu() for k, v in arm.weights.items()}
-            write_tensors(self._weights(path.arm, path.seed), tensors, {})
+            write_tensors(self._weights(path.arm, path.seed), {k: v.cpu() for k, v in arm.weights.items()}, {})
         if arm.weights is not None or not self._tensors(f"{path.arm}-{path.seed}").exists():
             self._keep(f"{path.arm}-{path.seed}", path)
         self._forget(f"{path.arm}-{path.seed}")
         self._forget(f"{path.arm}-fine-{path.seed}")
 
-    def arm(self, name: str, seed: int, site: Site | None = None) -> Trajectory | None:
+    def arm(self, name: str, seed: int) -> Trajectory | None:
         """A finished arm, if it is here."""
         return self._kept(f"{name}-{seed}", Trajectory)
 

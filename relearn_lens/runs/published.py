@@ -170,17 +170,11 @@ def compare(run: Run) -> Comparison:
         Row("F1, overall", stage, "", _mean(arms, stage, lambda s: s.scores.value(OVERALL)), f1)
         for stage, f1 in zip((BASE, PRUNED, *RELEASE.epochs), variant.f1, strict=True)
     ]
-    for label, f1 in RELEASE.f1_after_pruning.items():
-        there = label in scores.labels
-        rows.append(
-            Row(
-                "F1 after pruning",
-                PRUNED,
-                label,
-                _mean(arms, PRUNED, lambda s, k=label: s.scores.value(k)) if there else None,
-                f1,
-            )
-        )
+    after = {
+        label: _mean(arms, PRUNED, lambda s, k=label: s.scores.value(k)) if label in scores.labels else None
+        for label in RELEASE.f1_after_pruning
+    }
+    rows += [Row("F1 after pruning", PRUNED, label, after[label], f1) for label, f1 in RELEASE.f1_after_pruning.items()]
     return Comparison(variant.name, differs(run, variant), (*rows, *_layer_rows(run.experiment, arms)))
 
 
@@ -220,15 +214,14 @@ def differs(run: Run, variant: Variant) -> tuple[str, ...]:
         "8 epochs in stages of 2",
     )
     unlike("every stage begins optimiser and learning rate anew:", made.retrain.restart, True)
-    for name, group, epochs in (("fine-tuning", made.finetune, 3), ("retraining", made.retrain, None)):
+    for name, group in (("fine-tuning", made.finetune), ("retraining", made.retrain)):
         unlike(f"{name} is at learning rate", f"{group.lr:g} in batches of {group.batch_size}", "2e-05 in batches of 8")
-        if epochs is not None:
-            unlike(f"{name} takes", f"{group.epochs:g} epochs", f"{epochs} epochs")
+        if name == "fine-tuning":
+            unlike(f"{name} takes", f"{group.epochs:g} epochs", "3 epochs")
     for name, value in PROTOCOLS["published"]["prune"].items():
         if name != "control":  # the random arm is not compared
             unlike(f"prune.{name} is", getattr(made.prune, name), value)
-    layers = run.arms["concept"][0].site.layers
-    unlike("the layers are", ", ".join(layers), ", ".join(RELEASE.layers))
+    unlike("the layers are", ", ".join(run.arms["concept"][0].site.layers), ", ".join(RELEASE.layers))
     return tuple(differences)
 
 

@@ -386,7 +386,7 @@ class Experiment(Method):
         return device
 
     @model_validator(mode="after")
-    def _task(self) -> Experiment:
+    def _fits_together(self) -> Experiment:
         if self.words and self.task == "tag":
             raise ValueError("words: a tagger needs a label for the concept; use task = 'next_token', or a label")
         if self.words and not isinstance(self.concept, str):
@@ -398,18 +398,10 @@ class Experiment(Method):
                 "prune.fraction = 'auto': the size of a cut is found by F1, which a language model does not have; give "
                 "a number, such as 0.01"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _adapters(self) -> Experiment:
         if self.keep == "all" and self.retrain.lora_rank is not None:
             raise ValueError(
                 "keep = 'all': with retrain.lora_rank an arm's weights are there at its end alone; use keep = 'last'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _own_arms(self) -> Experiment:
         for name in self.arm:
             if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) or name in {*ARMS, *_TAKEN}:
                 raise ValueError(
@@ -422,19 +414,11 @@ class Experiment(Method):
                 f"arm.{next(iter(self.arm))}: arms of one's own are retrained by their weights; leave out "
                 "retrain.lora_rank"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _probe(self) -> Experiment:
         if self.probe_concept is not None and self.probe_corpus is None:
             raise ValueError(
                 f"probe_concept = {self.probe_concept!r}: there is no probe_corpus whose label it could be; give "
                 "probe_corpus too, or the label as concept"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Experiment:
         for name, values in (("arms", self.arms), ("seeds", self.seeds), ("measure.what", self.measure.what)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} = {list(values)} names one twice")

@@ -18,16 +18,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from filelock import FileLock, Timeout
 
 from relearn_lens.files import as_json, read_json, write_whole
-from relearn_lens.runs.events import Event, Kept, Prepared
+from relearn_lens.runs.events import Event, Prepared
 from relearn_lens.runs.experiment import alone
 from relearn_lens.runs.needs import memory_mb, peak_rss_mb
 from relearn_lens.runs.units import Unit
+
+if TYPE_CHECKING:
+    from relearn_lens.runs.folder import RunFolder
 
 TURNS = "turns"
 """The part of a run folder in which the processes tell each other what they are at."""
@@ -54,7 +58,7 @@ def processes_for(ready: Prepared) -> int:
 class Turns:
     """Which of the processes at a run folder computes which unit."""
 
-    def __init__(self, folder: Path, kept: Kept, ready: Prepared, units: Sequence[Unit]):
+    def __init__(self, folder: Path, kept: RunFolder, ready: Prepared, units: Sequence[Unit]):
         self.kept, self.ready, self.units = kept, ready, units
         self.path = folder / TURNS
         self.path.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import safe_open
-from torch import Tensor
 
 from relearn_lens import sources
 from relearn_lens.files import LOCK, plain, sha256_of
@@ -187,34 +186,11 @@ def _hash(path: Path) -> str | None:
         return None
 
 
-# --- weights
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinite number; None where there is none."""
-    return next((k for k, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())), None)
-
-
-def _tensors(weights: str | Path | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(weights, Mapping):
-        yield from weights.items()
-        return
-    path = Path(weights)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{str(path)!r} holds no *.safetensors weights; give a folder or a file with some")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield name, opened.get_tensor(name)
-        except Exception as error:  # safetensors raises its own Rust errors
-            raise ValueError(f"{str(file)!r} is damaged ({error}); fetch or save it again") from error
-
-
 def _first_not_finite(path: Path) -> str | None:
     """The first tensor of a file with NaN or infinite numbers; nothing of a file that cannot be read."""
     try:
-        return next((name for name, value in _tensors(path) if not_finite({name: value})), None)
-    except ValueError:
+        with safe_open(path, framework="pt") as file:
+            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            return next((k for k, v in tensors if v.is_floating_point() and not bool(v.isfinite().all())), None)
+    except Exception:  # safetensors raises its own Rust errors
         return None
