@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -137,17 +138,14 @@ class Rank(Metric):
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeRank:
         (base,) = (reference or Reference()).need("base", by=self.name)
         noise = torch.Generator().manual_seed(0)
-        random: dict[tuple[int, ...], float] = {}
+        of_noise = cache(lambda shape: effective_rank(torch.randn(shape, generator=noise)))
 
         def row(now: Tensor, was: Tensor) -> list[float] | None:
             if now.ndim != 2 or 1 in now.shape:
                 return None
-            shape = tuple(now.shape)
-            if shape not in random:
-                random[shape] = effective_rank(torch.randn(shape, generator=noise))
             change = now - was
             weight = float(change.square().sum())
-            return [weight * effective_rank(change), weight, weight * random[shape]]
+            return [weight * effective_rank(change), weight, weight * of_noise(now.shape)]
 
         return ChangeRank(*_rows(model, base.weights(), row))
 

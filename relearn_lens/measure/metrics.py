@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
-from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, read_answers
+from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Reference, read_answers
 from relearn_lens.measure.depth import UnlearningDepth
 from relearn_lens.measure.evaluation import Scores
 from relearn_lens.measure.extraction import (
@@ -70,12 +71,10 @@ def measured(
     model: LanguageModel, questions: Asked, metrics: Iterable[Metric], reference: Reference | None = None
 ) -> dict[str, Scores]:
     """Each metric's scores by name; those of the tokens of answers from one reading."""
-    read: Read | None = None
-    scores: dict[str, Scores] = {}
-    for metric in metrics:
-        if isinstance(metric, OfAnswers):
-            read = read or read_answers(model, questions.passages)
-            scores[metric.name] = metric.of(read, questions)
-        else:
-            scores[metric.name] = metric(model, questions, reference=reference)
-    return scores
+    read = cache(lambda: read_answers(model, questions.passages))
+    return {
+        each.name: each.of(read(), questions)
+        if isinstance(each, OfAnswers)
+        else each(model, questions, reference=reference)
+        for each in metrics
+    }

@@ -112,12 +112,6 @@ class Plan:
     n_bytes: int
     """Most memory of the sums and of one batch's words, on the models' device."""
 
-    def __str__(self) -> str:
-        return (
-            f"{self.neurons_per_pass:,} neurons before with every neuron after per pass over the text, passes: "
-            f"{self.passes}, with at most {self.n_bytes / 2**20:,.0f} MiB beside the models."
-        )
-
 
 def compared_words(encoded: Encoded, concept: Concept | str | None) -> dict[Which, np.ndarray]:
     """Which words of a text are compared: `"all"` and, with a concept, those of `"concept"`.

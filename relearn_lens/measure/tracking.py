@@ -167,8 +167,7 @@ class Trajectory:
 
     def survivors(self) -> Neurons:
         """The neurons that were not pruned: what a matched comparison looks at on both sides."""
-        site = self.site
-        everything = Neurons(torch.ones(len(site.layers), site.width, dtype=torch.bool), site)
+        everything = Neurons(torch.ones(len(self.site.layers), self.site.width, dtype=torch.bool), self.site)
         return everything if self.removed is None else everything - self.removed
 
     def there(self, stage: str) -> Neurons:

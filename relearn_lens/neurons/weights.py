@@ -142,8 +142,7 @@ class WeightMask(Mapping[str, Tensor]):
     @property
     def share(self) -> float:
         """Share of all entries of the model that are in the set, 0 to 1."""
-        total = sum(self[name].numel() for name in self if name not in self.joint)
-        return self.n_entries / total
+        return self.n_entries / sum(self[name].numel() for name in self if name not in self.joint)
 
     def weights(self) -> list[str]:
         """Plain names of the weights that have an entry in the set."""

@@ -124,11 +124,12 @@ class Tuning(Attack, Training):
             return training
         # With adapters the same was refused by this one, and is then trained within their block.
         training.close()
-        return self._adapted(model, text, how, seed, what)
+        return self._adapted(model, text, how, self.lora, seed, what)
 
-    def _adapted(self, model: Model, text: Encoded, how: Training, seed: int, what: str) -> Iterator[Checkpoint]:
-        assert self.lora is not None
-        with adapted(model, rank=self.lora, alpha=self.alpha, seed=seed):
+    def _adapted(
+        self, model: Model, text: Encoded, how: Training, rank: int, seed: int, what: str
+    ) -> Iterator[Checkpoint]:
+        with adapted(model, rank=rank, alpha=self.alpha, seed=seed):
             yield from train_(model, text, how, seed=seed, what=what)
 
     def entries(self, model: Model) -> Mapping[str, Tensor] | None:

@@ -79,16 +79,6 @@ def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
             parts[role] = (term.weight * value, n)
         return parts
 
-    def kept(model: Model, texts: Mapping[str, Encoded]) -> dict[str, Any]:
-        return {role: term.keep(model, _with_beside(term, role, texts)) for role, term in terms.items() if term.keep}
-
-    def counts(texts: Mapping[str, Encoded], pieces: Mapping[str, np.ndarray]) -> dict[str, int]:
-        return {
-            role: term.count(_with_beside(term, role, texts), pieces[role])
-            for role, term in terms.items()
-            if term.count
-        }
-
     def after(model: Model, stepped: Stepped) -> None:
         for role, term in terms.items():
             if term.after:
@@ -99,9 +89,15 @@ def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
     if any(term.after for term in terms.values()):
         objective.after = after
     if any(term.keep for term in terms.values()):
-        objective.reference = kept
+        objective.reference = lambda model, texts: {
+            role: term.keep(model, _with_beside(term, role, texts)) for role, term in terms.items() if term.keep
+        }
     if all(term.count for term in terms.values()):
-        objective.counts = counts
+        objective.counts = lambda texts, pieces: {
+            role: term.count(_with_beside(term, role, texts), pieces[role])
+            for role, term in terms.items()
+            if term.count
+        }
     return objective
 
 
