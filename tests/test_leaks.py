@@ -229,7 +229,6 @@ def test_every_context_of_the_package_is_tried_here():
         "reported",
         "task",
         # Each beside its own tests.
-        "put_in",
         "_instead",
         "_block",
         "_from",

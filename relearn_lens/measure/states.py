@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
@@ -40,10 +40,9 @@ def last_of(model: LanguageModel, batch: Batch) -> Float[Tensor, "subword d_mode
     return hidden(model.bridge, batch.ids, batch.mask).flatten(0, 1)[batch.subword - 1]
 
 
-@contextlib.contextmanager
 def put_in(
     model: LanguageModel, batch: Batch, states: Mapping[str, Float[Tensor, "subword d_model"]]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """For a while, the outputs of the named blocks are these at the positions that predict the answers' tokens."""
     site = blocks_of(model)
 
@@ -55,8 +54,7 @@ def put_in(
         flat[batch.subword - 1] = state.to(flat)
         return flat.view_as(activations)
 
-    with streaming(model.bridge, site, replaced):
-        yield
+    return streaming(model.bridge, site, replaced)
 
 
 def check_alike(model: LanguageModel, other: LanguageModel, name: str) -> None:

@@ -426,8 +426,7 @@ class WordDraw:
         for name, words in zip(self.site.layers, self.drawn.unbind(1), strict=True):
             if not words.isfinite().all():
                 raise _not_finite(self.site, name)
-        of_each = (self.words, self.types, self.of_word, self.group)
-        words, types, of_word, group = (torch.from_numpy(a) for a in of_each)
+        words, types, of_word, group = map(torch.from_numpy, (self.words, self.types, self.of_word, self.group))
         return WordSample(self.drawn, words, types, of_word, group, self.names, self.site, self.seed)
 
 
