@@ -140,8 +140,9 @@ def flatness(model: LanguageModel, text: Encoded, shift: int = 0) -> Tensor:
     each = []
     for i in range(text.n_pieces):
         batch = text.batch(np.array([i]))
+        rows = model(batch.ids, batch.mask)[0]
         for position in batch.subword.tolist():
-            logits = model(batch.ids, batch.mask)[0][position - 1 + shift]
+            logits = rows[position - 1 + shift]
             each.append((logits.max() - logits.sum() / len(logits)) ** 2)
     return torch.stack(each).mean()
 
