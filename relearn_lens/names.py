@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import NoReturn, TypeVar
 
-T, N = TypeVar("T"), TypeVar("N")
+T = TypeVar("T")
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
@@ -41,7 +41,7 @@ def unknown(what: str, name: object, known: Iterable[str], near: str = "") -> st
     return f"unknown {what} {name!r}{near}{' Known' if near else '; known'}: {', '.join(known)}"
 
 
-def known_name(what: str, name: N, known: Iterable[object]) -> N:
+def known_name(what: str, name: T, known: Collection[object]) -> T:
     """A name that is one of those that are known.
 
     Raises:
@@ -52,7 +52,7 @@ def known_name(what: str, name: N, known: Iterable[object]) -> N:
     return name
 
 
-def existing(what: str, name: N, there: Collection[str]) -> N:
+def existing(what: str, name: T, there: Collection[str]) -> T:
     """A name of something that is there.
 
     Raises:

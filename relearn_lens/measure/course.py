@@ -156,7 +156,7 @@ class FactsTrajectory:
                 "step": at.step if at else 0, "tokens_seen": at.tokens_seen if at else 0,
             }  # fmt: skip
             table = snapshot.to_dataframe().assign(**when)
-            each.append(table[[*when, *table.columns.drop([*when])]])
+            each.append(table.reindex(columns=[*when, *table.columns.drop([*when])]))
         return pd.concat(each, ignore_index=True)
 
     def table(self, place: str = HELD_OUT, *, beside: Mapping[str, FactsTrajectory] | None = None) -> str:

@@ -13,7 +13,8 @@ from relearn_lens.files import digest_of
 from relearn_lens.names import meant
 from relearn_lens.text.corpus import Strings
 
-T, K = TypeVar("T"), TypeVar("K")
+T = TypeVar("T")
+K = TypeVar("K")
 FORGET = ("forget_attacked", "forget_held_out")
 RETAIN = ("retain_near", "retain_general")
 ROLES = (*FORGET, *RETAIN, "never")
