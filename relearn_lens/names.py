@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from types import ModuleType
 from typing import NoReturn, TypeVar
 
-T = TypeVar("T")
+T, N = TypeVar("T"), TypeVar("N")
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
@@ -39,6 +39,28 @@ def unknown(what: str, name: object, known: Iterable[str], near: str = "") -> st
     known = list(known)
     near = near or meant(name, known)
     return f"unknown {what} {name!r}{near}{' Known' if near else '; known'}: {', '.join(known)}"
+
+
+def known_name(what: str, name: N, known: Iterable[object]) -> N:
+    """A name that is one of those that are known.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if name not in known:
+        raise ValueError(unknown(what, name, map(str, known)))
+    return name
+
+
+def existing(what: str, name: N, there: Collection[str]) -> N:
+    """A name of something that is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in there:
+        raise ValueError(f"no {what} {name!r}; known: {', '.join(there) or 'none'}{meant(name, there)}")
+    return name
 
 
 class ByName(dict[str, T]):

@@ -133,8 +133,11 @@ def _drive(
     seconds: dict[str, float] = dict(folder.manifest.get("seconds", {})) if folder else {}
     phase_began = time.monotonic()
     events = perform(experiment, kept=folder)
+    is_read = folder is not None
     folder = folder if processes.is_first() else None  # one process writes
     for event in events:
+        if is_read:
+            processes.wait()  # what is kept now may take the place of what another process has yet to read
         passing = isinstance(event, Measured | Paused | Weighed | GraftedAt | SeedDone)
         if not passing:
             name = _phase(event)
