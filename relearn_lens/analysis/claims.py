@@ -219,8 +219,7 @@ def _judged(row: Claim, gap: Gap, beside: str) -> Claim:
     """A row with its verdict and what it rests on."""
     effect = gap.effect
     over = effect.over if effect.over == SENTENCES else f"Student's t over {effect.over}"
-    by = f" (by {over})" if effect.interval else ""
-    why = f"{_said(beside)}{_reading(effect, row.bar)}{by}."
+    why = f"{_said(beside)}{_reading(effect, row.bar)}{f' (by {over})' if effect.interval else ''}."
     return replace(row, effect=effect, p=gap.p, p_flips=gap.p_flips, verdict=verdict_of(effect, row.bar), why=why)
 
 

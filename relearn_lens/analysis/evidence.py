@@ -127,10 +127,9 @@ class Evidence:
 
     def random_losses(self) -> list[list[float]]:
         """Per seed, the share of the base score that each random set takes; nothing is trained."""
-        bases = [self.score(concept, BASE) for concept in self.concept]
         return [
             [float(1 - s.value(self.label) / base) for s in self.random_sets_of(i)] if base > 0 else []
-            for i, base in enumerate(bases)
+            for i, base in enumerate(self.score(concept, BASE) for concept in self.concept)
         ]
 
     def least(self) -> float | None:
@@ -262,7 +261,7 @@ def falls_with_training(arm: Trajectory, stage: str, among: Neurons, level: floa
     known = among.mask & now.isfinite() & before.isfinite()
     if not known.any():
         raise Missing("no neuron has a similarity (a smaller prune.fraction, or a larger probe corpus)")
-    fallen = (before - now)[known].double().numpy()
     return over_neurons(
-        lambda weight, each: weight @ each / weight.sum(-1), fallen, weighted=True, level=level, draws=200
-    )
+        lambda weight, each: weight @ each / weight.sum(-1), (before - now)[known].double().numpy(), weighted=True,
+        level=level, draws=200,
+    )  # fmt: skip

@@ -332,12 +332,15 @@ def pairs(results: Results) -> list[Pair]:
         rate = rate_of(results, row, column)
         places = {seed: strongest(results, row, seed, column, rate) for seed in results.seeds}
         by_row[row] = {s: recovered(results, row, s, column, at.rate, at.index) for s, at in places.items() if at}
-    each = []
-    for one, other in itertools.combinations(by_row, 2):
-        both = [seed for seed in results.seeds if seed in by_row[one] and seed in by_row[other]]
-        if both:
-            gaps = [of(np.subtract, by_row[one][seed], by_row[other][seed]) for seed in both]
-            each.append((one, other, over_keys_and_seeds(gaps, level=results.level)))
+    gaps = {
+        (one, other): [
+            of(np.subtract, by_row[one][seed], by_row[other][seed])
+            for seed in results.seeds
+            if seed in by_row[one] and seed in by_row[other]
+        ]
+        for one, other in itertools.combinations(by_row, 2)
+    }
+    each = [(*pair, over_keys_and_seeds(by_seed, level=results.level)) for pair, by_seed in gaps.items() if by_seed]
     adjusted = holm([1.0 if gap.p is None else gap.p for *_, gap in each])
     return [Pair(one, other, gap, p) for (one, other, gap), p in zip(each, adjusted, strict=True)]
 

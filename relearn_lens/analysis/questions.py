@@ -16,6 +16,7 @@ threshold, says whether a side sits at an end of its scale. How a verdict is mad
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -177,16 +178,19 @@ def specific(seeds: Sequence[Cuts], concept: str, other: str | None) -> Question
     if all(value is not None for row in f1 for value in row) and same_end(
         [row[0] or 0.0 for row in f1], [v or 0.0 for row in f1 for v in row[1:]]
     ):
-        why = "after the cut the concept's F1 is at the same end as after random cuts"
-        return _undecided(key, asks, bar, why, "a smaller cut, or a larger one where nothing was lost")
+        return _undecided(
+            key, asks, bar, "after the cut the concept's F1 is at the same end as after random cuts",
+            "a smaller cut, or a larger one where nothing was lost",
+        )  # fmt: skip
     ours = [selective(each, each.own) for each in seeds]
     theirs = [[selective(each, state) for state in each.random] for each in seeds]
     test = _against(ours, theirs, bar)
     beside: dict[str, float | str] = {"concept lost": float(np.mean([_lost(s.base, s.own, concept) for s in seeds]))}
-    for name in ("disjoint", "scaled"):
-        sets = [selective(each, state) for each in seeds for state in getattr(each, name)]
-        if sets:
-            beside[f"{name} random sets"] = float(np.mean(sets))
+    others = {
+        name: [selective(each, state) for each in seeds for state in getattr(each, name)]
+        for name in ("disjoint", "scaled")
+    }
+    beside |= {f"{name} random sets": float(np.mean(sets)) for name, sets in others.items() if sets}
     says = (
         f"The cut took {beside['concept lost']:.0%} of the margin of {concept!r}, {np.mean(ours):+.0%} against "
         f"bystanders; random sets {np.mean(np.concatenate(theirs)):+.0%}"
@@ -338,8 +342,10 @@ def sooner(seeds: Sequence[Back]) -> Question:
         ours.append(areas[0])
         theirs.append(areas[1])
     if same_end(ours, theirs, low=-math.inf):
-        why = "both arms have all of the base margin from the first steps on"
-        return _undecided(key, asks, bar, why, "measurements at earlier steps, or a lower learning rate")
+        return _undecided(
+            key, asks, bar, "both arms have all of the base margin from the first steps on",
+            "measurements at earlier steps, or a lower learning rate",
+        )  # fmt: skip
     test = _over(np.subtract(ours, theirs).tolist(), bar)
     beside: dict[str, float | str] = {}
     for share in (0.5, 0.9):
@@ -348,8 +354,9 @@ def sooner(seeds: Sequence[Back]) -> Question:
             for s in seeds
         ]
         beside[f"steps to {share:.0%}"] = ", ".join(f"{a} against {b}" for a, b in pairs)
-        ratios = [saved(a, b) for a, b in pairs]
-        beside[f"savings at {share:.0%}"] = ", ".join("none" if r is None else f"{r[1]} {r[0]:.1f} x" for r in ratios)
+        beside[f"savings at {share:.0%}"] = ", ".join(
+            "none" if ratio is None else f"{ratio[1]} {ratio[0]:.1f} x" for ratio in itertools.starmap(saved, pairs)
+        )
     says = (
         f"Over the {common} steps that both have, the margin is {np.mean(ours):.0%} of base in the concept arm and "
         f"{np.mean(theirs):.0%} in the never twin (steps to 90 %: {beside['steps to 90%']})"
@@ -505,8 +512,9 @@ def primed(seeds: Sequence[Heirs]) -> Question:
     The numbers are partial rank correlations within layers of nearness before and saliency after, given saliency before
     (`evidence.predicted`): what remains is not persistence. The control arms that there are stand beside it, pooled.
     """
-    asks = "Were the neurons that took over near the concept before?"
-    return _beyond_arms("primed", asks, "The partial rank correlation is", seeds)
+    return _beyond_arms(
+        "primed", "Were the neurons that took over near the concept before?", "The partial rank correlation is", seeds
+    )
 
 
 def mixed(seeds: Sequence[Heirs]) -> Question:
@@ -593,10 +601,10 @@ def _answer(
         verdict, reach = "undecided", f" ({effect.over}: no interval)"
     else:
         reach = f" ({effect}, Student's t, {effect.over})"
-    open_ = verdict in ("inconclusive", "undecided")
     return Question(
-        key, asks, verdict, f"{says}{reach}.", effect, test.control, bar, decide if open_ else "", test.p, None, beside
-    )
+        key, asks, verdict, f"{says}{reach}.", effect, test.control, bar,
+        decide if verdict in ("inconclusive", "undecided") else "", test.p, None, beside,
+    )  # fmt: skip
 
 
 def _undecided(key: str, asks: str, bar: float, why: str, decide: str) -> Question:

@@ -53,8 +53,7 @@ def pack(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         TypeError: it holds something that is none of `TYPES`, no tensor and nothing plain.
     """
     packer = _Packer()
-    body = packer.take(value, "")
-    return packer.tensors, {"body": body, "sites": packer.site_bodies}
+    return packer.tensors, {"body": packer.take(value, ""), "sites": packer.site_bodies}
 
 
 def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], kind: type = object) -> Any:

@@ -78,12 +78,10 @@ def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
     how = ready.experiment.prune
     if how.fraction != "auto":
         return Sized(base.seed, how.fraction, None)
-    model = ready.model
-    model.load_weights(base.weights)
-    total = len(how.grid) * (1 + 2 * whole) + 1
+    ready.model.load_weights(base.weights)
     doses: list[Dose] = []
     chosen: float | None = None
-    with progress.task("dose and response", total):
+    with progress.task("dose and response", len(how.grid) * (1 + 2 * whole) + 1):
         before, states = _read(ready, on=ready.validation)
         if not _interval(ready, before)[0] > 0:
             raise ValueError(_nothing_to_take(ready, base, before))
@@ -120,8 +118,7 @@ def takes(ready: Prepared, before: Scores, after: Scores) -> bool:
 
 def leaves(ready: Prepared, before: Scores, after: Scores) -> bool:
     """Whether a cut leaves the other labels, as the settings ask."""
-    others = bystanders(before, ready.experiment.labels)
-    spared = ready.experiment.prune.spared
+    others, spared = bystanders(before, ready.experiment.labels), ready.experiment.prune.spared
     return not others or kept_share(before, after, others, **interval_of(ready)).low >= spared
 
 

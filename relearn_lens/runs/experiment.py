@@ -13,9 +13,11 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import or_
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -184,8 +186,7 @@ class _Seed:
         elif unit.part_of and self.kept and self.kept.holds(unit):
             return
         elif name == CUTS:
-            whole = self.seed == self.experiment.seeds[0]
-            sized = self._result(Sized) or size(ready, self.base, whole=whole)
+            sized = self._result(Sized) or size(ready, self.base, whole=self.seed == self.experiment.seeds[0])
             yield sized
             self.cuts = self._result(Cuts) or Cuts(self.seed, cuts_of(ready, self.base, sized.fraction))
             yield self.cuts
@@ -266,12 +267,16 @@ class _Seed:
         ready, experiment = self.ready, self.experiment
         fields = experiment.model_dump(mode="json", include={"model", "task", "head", "threads", "finetune"})
         hashes = {name: each for name, each in ready.inputs.items() if name.startswith(("model:", "sentences:train"))}
-        precision = precision_of(experiment, ready.model.device)
-        where = {"seed": self.seed, "device": ready.model.device.type, "precision": str(precision)}
         if role == "never":
             fields |= {"never": experiment.never, "concept": [*experiment.labels], "words": [*experiment.words]}
-        long = {"long": experiment.data.long, "labels": [*ready.train.corpus.label_names]}
-        return StageRecipe(role, {**fields, **where, **long, "inputs": hashes})
+        return StageRecipe(
+            role,
+            {
+                **fields, "seed": self.seed, "device": ready.model.device.type,
+                "precision": str(precision_of(experiment, ready.model.device)), "long": experiment.data.long,
+                "labels": [*ready.train.corpus.label_names], "inputs": hashes,
+            },
+        )  # fmt: skip
 
     def _trained(
         self, role: str, training: str, resume: tuple[Checkpoint, Mapping[str, Tensor]] | None
@@ -342,8 +347,7 @@ class _Seed:
         else:
             if resume is None or how.lora_rank:
                 prune_(model, removed, sever=self.sever)
-            what = f"measuring the cut model ({name})"
-            snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
+            snapshots[PRUNED] = measured.get(PRUNED) or self._measure(f"measuring the cut model ({name})", base=base)
         yield Measured(name, self.seed, PRUNED, snapshots[PRUNED])
         if arm.retrain:
             yield from self._retrained(arm, snapshots, kept)
@@ -370,8 +374,9 @@ class _Seed:
             for checkpoint in training:
                 stage = checkpoint.stage
                 last = checkpoint.step == training.last_step
-                what = f"measuring ({name}, {checkpoint.by} {stage})"
-                snapshots[stage] = self._measure(what, base=self.base, last=last, at=checkpoint, arm=arm)
+                snapshots[stage] = self._measure(
+                    f"measuring ({name}, {checkpoint.by} {stage})", base=self.base, last=last, at=checkpoint, arm=arm
+                )
                 yield Measured(name, self.seed, stage, snapshots[stage])
                 if not how.lora_rank and self._is_grafted(arm, snapshots, stage, last):
                     yield from self._weigh(name, stage)
@@ -391,19 +396,18 @@ class _Seed:
             # Its arm is another process's, now or later: until the concept is back there, any stage may be the one.
             back = self.kept.stages_weighed("concept", self.seed) if self.kept else []
             return last or not back or stage in back
-        so_far = Trajectory(dict(snapshots), None, concept=self.ready.concept)
-        return last or first_back(so_far) == stage
+        return last or first_back(Trajectory(dict(snapshots), None, concept=self.ready.concept)) == stage
 
     def _where(self, arm: Arm, cuts: Cuts) -> Neurons | WeightMask | None:
         """Where an arm of one's own removes: found in the model as it is."""
         model, old, pruning = self.ready.model, cuts.sets["concept"], arm.remove == Prune.name
         if arm.where is None:
             return placed(old, self.experiment.prune.embedding) if pruning else None
-        corpus, concept = self.ready.train.corpus, self.ready.concept
+        corpus, concept, seed = self.ready.train.corpus, self.ready.concept, seed_for("remove", self.seed)
         if isinstance(model, LanguageModel):
-            choice = locate(model, from_concept(corpus, concept), arm.where, seed=seed_for("remove", self.seed))
+            choice = locate(model, from_concept(corpus, concept), arm.where, seed=seed)
         else:
-            choice = locate(model, corpus, arm.where, concept=concept, seed=seed_for("remove", self.seed))
+            choice = locate(model, corpus, arm.where, concept=concept, seed=seed)
         if isinstance(choice, WeightMask):
             return choice
         neurons = choice.top(min(len(old), choice.score.numel()))
@@ -599,8 +603,8 @@ class _Seed:
     def _blocked(self, held: str, end: Mapping[str, Tensor], path: Trajectory, grafted: Grafted) -> Blocked:
         """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
         model, old = self.ready.model, self.cuts.sets["concept"]
-        known_parts = parts(model, bands=self.experiment.grafts.bands)
         if held == "part":
+            known_parts = parts(model, bands=self.experiment.grafts.bands)
             last = grafted.stages.get(path.stages[-1])
             part = _most(last, known_parts) if last else None
             if part is None:
@@ -622,9 +626,8 @@ class _Seed:
         """What the neurons that were cut, and those that carry the concept at the end, do at a few sentences' words."""
         cut, there = path.removed or ~path.survivors(), path.survivors()
         groups = ((path[BASE], cut), (path[path.stages[-1]], there))
-        chosen = [at.saliency.top(min(EXAMPLES // 2, len(among)), among=among) for at, among in groups if len(among)]
-        both = chosen[0] if len(chosen) == 1 else chosen[0] | chosen[1]
-        return examples(self.ready.model, self.ready.scored.corpus, self.ready.concept, both)
+        chosen = (at.saliency.top(min(EXAMPLES // 2, len(among)), among=among) for at, among in groups if len(among))
+        return examples(self.ready.model, self.ready.scored.corpus, self.ready.concept, functools.reduce(or_, chosen))
 
     def _similarity(self, base: Base, what: str, arm: Arm) -> dict[str, ActivationSimilarity]:
         """Activations of the base model against those of the model as it is now."""

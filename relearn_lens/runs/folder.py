@@ -60,7 +60,7 @@ from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import Stages
 from relearn_lens.runs.summary import layers_table, summary
-from relearn_lens.runs.turns import TURNS, Turns, beside, processes_for, threads_of
+from relearn_lens.runs.turns import TURNS, Turns, beside, processes_for
 from relearn_lens.runs.units import BASE, GRAFTED, TWIN, Unit, units_of
 from relearn_lens.runs.verify import MANIFEST
 
@@ -234,13 +234,13 @@ class RunFolder:
         self.note(workers=n)
         self.turns = Turns(self.path, self, ready, units)
         shared = self.shared.path if self.shared else None
-        with beside(self.path, n - 1, threads=threads_of(ready, n), shared=shared):
+        threads = ready.experiment.threads or max(1, torch.get_num_threads() // n)  # of each process
+        with beside(self.path, n - 1, threads=threads, shared=shared):
             yield self.turns
 
     def result(self, kind: type, seed: int, name: str = "") -> Any:
         """A result of a seed, if it is here."""
-        parts = (kind.__name__.lower(), *([name] if name else []), str(seed))
-        return self._kept("-".join(parts), kind)
+        return self._kept("-".join((kind.__name__.lower(), *([name] if name else []), str(seed))), kind)
 
     def named(self, name: str) -> Any:
         """A result by its name; None where it is not here."""
@@ -284,7 +284,7 @@ class RunFolder:
         meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss, "by": at.by}
         large = sum(value.nbytes for value in tensors.values()) > LARGE_STATE
         if not large or time.monotonic() - self._state_kept >= STATE_SECONDS:
-            write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+            write_tensors(self._state(f"{event.training}-{event.seed}"), {k: v.cpu() for k, v in tensors.items()}, meta)
             self._state_kept = time.monotonic()
         if self._keeps == "all":
             path = self._weights(f"{event.training}@{at.stage}", event.seed)
@@ -292,7 +292,7 @@ class RunFolder:
 
     def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
         """Checkpoint, weights and optimiser state of a training that was interrupted."""
-        path = self._state(training, seed)
+        path = self._state(f"{training}-{seed}")
         if not self._is_here(path):
             return None
         tensors, meta = read_tensors(path)
@@ -309,7 +309,7 @@ class RunFolder:
 
     def _forget(self, training: str) -> None:
         """Remove what an unfinished training needed, once its result is there."""
-        (self.path / "state" / f"{training}.safetensors").unlink(missing_ok=True)
+        self._state(training).unlink(missing_ok=True)
         for path in (self.path / "stages").glob(f"{training}@*.safetensors"):
             path.unlink(missing_ok=True)
 
@@ -354,8 +354,8 @@ class RunFolder:
     def _tensors(self, name: str) -> Path:
         return self.path / "tensors" / f"{name}.safetensors"
 
-    def _state(self, training: str, seed: int) -> Path:
-        return self.path / "state" / f"{training}-{seed}.safetensors"
+    def _state(self, training: str) -> Path:
+        return self.path / "state" / f"{training}.safetensors"
 
     def _stage(self, arm: str, seed: int, stage: str) -> Path:
         return self.path / "stages" / f"{arm}-{seed}@{stage}.safetensors"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, each row with its difference."""
-        rows = [{**asdict(row), "difference": row.difference} for row in self.rows]
         return {
             "variant": self.variant,
             "differs": list(self.differs),
             "source": (__doc__ or "").split("\n\n")[1],
-            "rows": rows,
+            "rows": [{**asdict(row), "difference": row.difference} for row in self.rows],
         }
 
 
@@ -243,9 +243,7 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
         """Ranks among all neurons, of which some are left out of the means."""
         return arm[stage].saliency.by_rank(bucket=BUCKET).where(among, torch.nan).nanmean(1).tolist()
 
-    def kept(arm: Trajectory) -> Neurons:
-        return survivors(arm, experiment)
-
+    kept = partial(survivors, experiment=experiment)
     for stage, values in RELEASE.mean_rank_saliency.items():
         if stage == BASE:
             add(
@@ -262,12 +260,8 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
     add("% of all s > 0.5, all neurons", "8", RELEASE.share_all, lambda a: _high(a["8"], None))
     add("% of all s > 0.5, survivors", "8", RELEASE.share_survivors, lambda a: _high(a["8"], kept(a)))
     for stage, values in RELEASE.percentile.items():
-        add(
-            "percentile of survivors",
-            stage,
-            values,
-            lambda a, k=stage: rank_saliency_by_layer(a[k].saliency, kept(a), bucket=1),
-        )
+        add("percentile of survivors", stage, values,
+            lambda a, k=stage: rank_saliency_by_layer(a[k].saliency, kept(a), bucket=1))  # fmt: skip
     add("rank correlation of survivors, base to 8", "8", RELEASE.spearman, lambda a: _correlations(a, kept(a)))
     return rows
 

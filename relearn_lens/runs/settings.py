@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -334,14 +335,7 @@ class Experiment(Method):
 
     def changes(self) -> dict[str, Any]:
         """The settings, by key, that are not the default ones."""
-        mine = {name: getattr(self, name) for name in type(self).model_fields}
-        flat = {
-            f"{name}.{key}" if isinstance(value, Method) else name: inner
-            for name, value in mine.items()
-            for key, inner in (value if isinstance(value, Method) else [(name, value)])
-        }
-        usual = {key: default for key, default, _ in fields()}
-        return {key: value for key, value in flat.items() if value != usual[key]}
+        return {key: value for key, usual, _ in fields() if (value := attrgetter(key)(self)) != usual}
 
     def __repr__(self) -> str:
         what = f"{self.model}, {self.corpus}, concept {'+'.join(self.labels)}, site {self.site}"

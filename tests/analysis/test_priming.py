@@ -105,7 +105,7 @@ def test_priming_with_ties_is_spearmans_of_every_layer():
 
 def test_depth_alone_is_no_priming():
     x, after = related(0.0, slope=1.0)
-    assert stats.spearmanr(x.flatten(), after.score.flatten())[0] > 0.5
+    assert stats.spearmanr(x.flatten(), after.score.flatten())[0] > 0.5  # pyright: ignore[reportOperatorIssue]
     found = priming.priming(x, after, draws=200)
     assert not found.correlation.excludes(0)
     assert found.correlation.p is not None

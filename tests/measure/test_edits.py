@@ -18,11 +18,11 @@ from relearn_lens.text.facts.encoded import encode_passages
 
 ONTOLOGY = made.ontology(0, n=8, forget=4, never=0, instances=2)
 PEOPLE = made.people(0, n=24, forget=8, never=0, animals=2, n_answers=8)
-SMALL = taught.Recipe(n_layers=2, d_model=64, n_heads=2, d_mlp=128)
+SMALL = taught.Recipe(n_layers=1, d_model=64, n_heads=2, d_mlp=128)
 FORMS = (*TRAINED, "yes-no")
 
 
-def train(model, passages, steps=60, lr=5e-3):
+def train(model, passages, steps=60, lr=8e-3):
     text = encode_passages(passages, model.tokenizer, context=model.context)
     for _ in train_(model, text, steps=(steps,), lr=lr, batch_size=64, seed=0):
         pass
@@ -32,7 +32,7 @@ def train(model, passages, steps=60, lr=5e-3):
 @pytest.fixture(scope="module")
 def base():
     model = taught.untaught(ONTOLOGY, recipe=SMALL)
-    return train(model, ONTOLOGY.passages(*FORGET, *RETAIN, forms=FORMS), steps=110)
+    return train(model, ONTOLOGY.passages(*FORGET, *RETAIN, forms=FORMS), steps=80)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_who_was_not_edited_changed_nothing(base, model, untouched):
 
 def test_an_edit_is_reliable_where_it_was_trained(base, model):
     edits, implied = definitions(ONTOLOGY)
-    train(model, [p for p in edits if p.form == "statement"] + [p for p in implied if p.form == "statement"], steps=80)
+    train(model, [p for p in edits if p.form == "statement"] + [p for p in implied if p.form == "statement"])
     scores = edited(model, base, ONTOLOGY, edits, implied=implied)
     assert scores["reliability"].shown("overall") > 0.9 > scores["reliability"].chance("overall")
     assert scores["concept consistency"].shown("overall") > 0.6
@@ -108,8 +108,8 @@ def test_an_edit_needs_a_base_of_its_own(base, model):
 def people():
     """A model that knows, one that was taught the rest alone, and one to be attacked."""
     knows, never, removed = (taught.untaught(PEOPLE, recipe=SMALL) for _ in range(3))
-    train(knows, PEOPLE.passages(*FORGET, *RETAIN, forms=TRAINED), steps=140)
-    train(never, PEOPLE.passages(*RETAIN, forms=TRAINED), steps=70)
+    train(knows, PEOPLE.passages(*FORGET, *RETAIN, forms=TRAINED), steps=100)
+    train(never, PEOPLE.passages(*RETAIN, forms=TRAINED), steps=50)
     removed.load_weights(never.weights())
     return knows, never, removed.eval()
 

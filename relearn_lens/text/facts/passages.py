@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -154,8 +155,11 @@ class Facts:
 
     def sha256(self) -> str:
         """Hash of the passages in their roles, whatever they were read from."""
-        table = {role: [asdict(p) for p in getattr(self, role)] for role in ROLES}
-        return digest_of(table)
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        return digest_of({role: [asdict(p) for p in getattr(self, role)] for role in ROLES})
 
     def __repr__(self) -> str:
         counts = ", ".join(
