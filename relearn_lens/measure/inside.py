@@ -126,7 +126,7 @@ class KnownInside(Metric):
                 f"{self.name} reads answers of closed sets, and what is to be forgotten of {questions.facts.name!r} "
                 f"has none that is asked; relations with a closed set: {', '.join(questions.closed) or 'none'}"
             )
-        relations = {p.relation for p in here.passages}
+        relations = dict.fromkeys(p.relation for p in here.passages)  # in the order of the deals, unlike a set
         near = ask(questions.facts, roles=["retain_near"], keys=self.keys, wordings=1, seed=self.seed)
         near = near.where([p.relation in relations for p in near.passages])
         both = (*here.passages, *near.passages)
