@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "attacks": ["ATTACKS", "Point", "Strongest", "points", "strongest"],
         "compression": ["Pruned", "Quantised"],
         "finetuning": [
+            "PRESETS",
             "Benign",
             "FineTune",
             "General",

@@ -268,3 +268,18 @@ def _plain(model: Any, facts: Facts, lines: Sequence[str]) -> Encoded:
         raise ValueError("plain text without labels trains a language model, and this model is a tagger")
     passages = [Passage("", line, f"line {i}", "text", "text") for i, line in enumerate(lines)]
     return encode_passages(passages, model.tokenizer, context=model.context, name=facts.name)
+
+
+PRESETS: Mapping[str, FineTune | RetainOnly | General] = {
+    "lora-batch8": FineTune(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
+    "lora-batch64": FineTune(lora=16, alpha=32, lr=5e-5, batch_size=64, items=400, steps=(7,)),
+    "lora-n64": FineTune(lora=16, alpha=32, lr=1e-4, batch_size=8, items=64, steps=(16,)),
+    "full-n64": FineTune(lr=2e-5, batch_size=8, items=64, steps=(16,)),
+    "full-batch16": FineTune(lr=2e-5, batch_size=16, items=400, steps=(25,)),
+    "retain-lora-batch8": RetainOnly(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
+    "retain-lora-batch64": RetainOnly(lora=16, alpha=32, lr=5e-5, batch_size=64, items=400, steps=(7,)),
+    "retain-full": RetainOnly(lr=5e-5, batch_size=64, items=64, steps=(1,)),
+    "benign-lora": General(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
+}
+"""The fine-tuning attacks that Che et al. 2025 released: their rank, rate, batch and number of texts; steps are one
+pass, two where `items` is 64 and the batch 8. Rate (constant) and weight decay are as here, not as in theirs."""
