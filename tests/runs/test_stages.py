@@ -98,6 +98,7 @@ def test_runs_of_equal_recipe_train_their_base_and_twin_once(tmp_path, monkeypat
     )
     arms = {
         "arms": ["concept", "random", "never"], "grafts__skip": True, "measure__what": [], "retrain__steps": [2],
+        "data__validation_sentences": 20, "data__probe_sentences": 20,
     }  # fmt: skip
     shared = tmp_path / "shared"
 
