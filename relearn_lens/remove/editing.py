@@ -77,6 +77,7 @@ class Editor(LanguageModel):
         self.scale = nn.Parameter(torch.full((len(self.parts),), scale, device=model.device))
         self.register_buffer("moments", torch.zeros(len(self.parts), 2, site.width + d, device=model.device))
         self.moments[:, 1] = 1.0
+        self.training = model.training  # what training puts the parts of both back into
 
     def own(self) -> dict[str, Bool[Tensor, ...]]:
         """What trains: all of the network and of `scale`."""
