@@ -162,7 +162,7 @@ def test_nothing_is_computed_twice(benched, small, monkeypatch, untouched):
 
 
 def without(benched: benches.Benched, out: Path, cell: str) -> Path:
-    """A copy of the folder without some cells (`*[dt]@1`: gd and cut of seed 1) and their stages."""
+    """A copy of the folder without some cells (`*[dt]@1`: gd, cut of seed 1) and the stages that they are made of."""
     shutil.copytree(benched.folder, out)
     for path in (out / benches.CELLS).glob(f"{cell}.json"):
         index = json.loads(path.read_text())
