@@ -39,8 +39,7 @@ def turnover(before: Saliency, after: Saliency, k: int, among: Neurons | None = 
         ValueError: k out of range.
     """
     old, new = before.top(k, among=among), after.top(k, among=among)
-    kept = len(old & new)
-    return Turnover(1 - kept / k, 1 - k / count_of(before, among))
+    return Turnover(1 - len(old & new) / k, 1 - k / count_of(before, among))
 
 
 def heirs(before: Saliency, after: Saliency, k: int, among: Neurons | None = None) -> Neurons:

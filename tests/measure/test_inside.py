@@ -1,5 +1,7 @@
 """What probes read and what the model says: four states, held-out keys, and shuffled answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from relearn_lens.measure.inside import GONE, LUCKY, RETAINED, STATES, SUPPRESSE
 from relearn_lens.models import taught
 from relearn_lens.models.training import train_
 from relearn_lens.text import facts as made
-from relearn_lens.text.facts import FORGET, RETAIN, TRAINED
+from relearn_lens.text.facts import FORGET, RETAIN, ROLES, TRAINED, Facts
 from relearn_lens.text.facts.encoded import encode_passages
 
 FACTS = made.people(0, n=40, forget=12, never=0, animals=2, n_answers=8)
@@ -53,6 +55,33 @@ def test_who_knows_is_read_and_answers(model, untouched):
         assert scores.layer(scores.chosen).shown(place) == scores.shown(place)
         assert sum(scores.state(s).chance(place) for s in STATES) == pytest.approx(1)
     assert len(scores.items) == len(scores.states) == scores.support()["overall"]
+
+
+class Hashed(str):
+    """A text of a chosen hash: Python gives texts other ones in every process."""
+
+    number: int
+
+    def __new__(cls, text: str, number: int):
+        made = super().__new__(cls, text)
+        made.number = number
+        return made
+
+    def __hash__(self) -> int:
+        return self.number
+
+
+def test_it_is_the_same_whatever_hashes_texts_have(model):
+    names = list(dict.fromkeys(p.relation for p in FACTS.passages()))
+    assert len(names) > 1
+
+    def hashed(numbers: range) -> Facts:
+        name = dict(zip(names, map(Hashed, names, numbers), strict=True))
+        anew = {role: tuple(replace(p, relation=name[p.relation]) for p in getattr(FACTS, role)) for role in ROLES}
+        return replace(FACTS, **anew)
+
+    one, other = (KnownInside()(model, hashed(order)) for order in (range(len(names)), range(len(names), 0, -1)))
+    assert one.chance("overall") == other.chance("overall")
 
 
 def test_who_was_only_silenced_still_knows_inside(model):

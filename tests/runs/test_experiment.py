@@ -366,7 +366,7 @@ def test_every_arm_begins_from_the_same_weights(monkeypatch):
     monkeypatch.setattr(module, "retrain_", retrain)
     base, pruned = None, {}
     names = ("concept", "random", "unpruned")
-    for event in perform(tiny(prune__control_draws=0, arms=names, grafts__skip=True)):
+    for event in perform(tiny(prune__control_draws=0, arms=names, grafts__skip=True, measure__what=[])):
         if isinstance(event, Base):
             base = event
         if isinstance(event, ArmDone):
@@ -445,8 +445,8 @@ def test_protocol_is_carried_out_on_gpt2(tmp_path):
     for protocol in ("corrected", "published"):
         made = tiny(
             model=folder, site="resid", protocol=protocol, prune__fraction=0.5, prune__control_draws=1,
-            retrain__steps=(8,), measure__what=("top_words",), arms=("concept", "random", "unpruned"),
-            grafts__skip=True,
+            retrain__steps=(4,), measure__what=("top_words",), arms=("concept", "random", "unpruned"),
+            grafts__skip=True, measure__shuffles=2,
         )  # fmt: skip
         runs[protocol] = list(perform(made))
     for protocol, (sever, which) in {"corrected": ("writes", "most"), "published": ("gain", "least")}.items():
@@ -556,7 +556,7 @@ def test_together_keeps_blanks_and_notes():
 
 
 def test_same_settings_give_the_same_run(events):
-    again = arms_in(list(perform(tiny())))
+    again = arms_in(list(perform(tiny(grafts__skip=True))))  # which come after the arms
     for name, arm in arms_in(events).items():
         for stage in arm.stages:
             assert torch.equal(arm[stage].saliency.score, again[name][stage].saliency.score)
@@ -565,7 +565,7 @@ def test_same_settings_give_the_same_run(events):
 
 
 def test_leaving_an_arm_out_changes_nothing_in_the_others(events):
-    alone = list(perform(tiny(arms=("random", "never"), prune__control_draws=0)))
+    alone = list(perform(tiny(arms=("random", "never"), prune__control_draws=0, measure__what=[])))
     assert [event.arm for event in alone if isinstance(event, Weighed)] == ["never"]
     assert not [event for event in alone if isinstance(event, Grafted | Again)]
     for name, there in arms_in(alone).items():
@@ -574,7 +574,8 @@ def test_leaving_an_arm_out_changes_nothing_in_the_others(events):
 
 
 def test_seeds_are_runs_of_their_own(events):
-    both = list(perform(tiny(seeds=(0, 3), arms=("concept", "random"), prune__control_draws=0, grafts__skip=True)))
+    how = {"arms": ("concept", "random"), "prune__control_draws": 0, "grafts__skip": True, "measure__what": []}
+    both = list(perform(tiny(seeds=(0, 3), **how)))
     assert [e.seed for e in both if isinstance(e, Base)] == [0, 3]
     arms: dict[str, list[Any]] = {"concept": [], "random": []}
     for event in both:
@@ -604,7 +605,7 @@ def test_run_of_one_arm_has_its_axes(events):
 
 
 def test_all_neurons_can_be_pruned():
-    arms = arms_in(list(perform(tiny(prune__fraction=1, retrain__steps=(2,), grafts__skip=True))))
+    arms = arms_in(list(perform(tiny(prune__fraction=1, retrain__steps=(2,), grafts__skip=True, measure__shuffles=2))))
     assert len(arms["concept"].survivors()) == 0
     assert isinstance(arms["random"].removed, Neurons)
     assert arms["random"].removed == arms["concept"].removed

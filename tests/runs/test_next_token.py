@@ -155,9 +155,9 @@ def test_an_encoder_is_refused_before_any_training(bert_folder):
         list(perform(small(f"model={bert_folder}")))
 
 
-def test_the_twin_that_never_had_the_concept_can_be_the_only_arm(run):
+def test_the_twin_that_never_had_the_concept_can_be_the_only_arm(run, stages, tmp_path):
     """No token of the concept was in its loss, so it is worse than a model that had it, and only there."""
-    alone = store.run(small('arms=["never"]', "measure.what=[]", "grafts.skip=true"))
+    alone = store.run(small('arms=["never"]', "measure.what=[]", "grafts.skip=true"), tmp_path / "run", shared=stages)
     assert list(alone.arms) == ["never"]
     never, base = (each.arms[name][0]["base"].scores for each, name in ((alone, "never"), (run, "concept")))
     assert never.shown("place") > base.shown("place") + 0.5

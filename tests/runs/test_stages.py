@@ -40,7 +40,7 @@ def test_every_field_is_part_of_the_recipe(other):
 
 def test_versions_are_part_of_the_recipe(monkeypatch):
     before = RECIPE.digest
-    monkeypatch.setattr(stages_module.metadata, "version", lambda name: f"{name} 999")
+    monkeypatch.setattr(stages_module, "version", lambda name: f"{name} 999")
     assert StageRecipe(RECIPE.kind, RECIPE.fields).digest != before
 
 
@@ -98,6 +98,7 @@ def test_runs_of_equal_recipe_train_their_base_and_twin_once(tmp_path, monkeypat
     )
     arms = {
         "arms": ["concept", "random", "never"], "grafts__skip": True, "measure__what": [], "retrain__steps": [2],
+        "data__validation_sentences": 20, "data__probe_sentences": 20,
     }  # fmt: skip
     shared = tmp_path / "shared"
 

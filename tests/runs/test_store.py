@@ -27,6 +27,7 @@ from relearn_lens.runs.events import ArmDone, Base, Event, GraftedAt, Measured, 
 from relearn_lens.runs.experiment import perform
 from relearn_lens.runs.folder import RunFolder
 from relearn_lens.runs.presets import settings_of
+from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import ARMS, Experiment
 from relearn_lens.runs.store import load_run
 from tests.interruptions import difference
@@ -59,10 +60,10 @@ def replayed(made, monkeypatch) -> list[str]:
         for event in made[2]:
             match event:
                 case Base():
-                    if not (kept and kept.base(event.seed, event.snapshot.saliency.site)):
+                    if not (kept and kept.base(event.seed)):
                         done.append("base")
                 case Measured(stage="base", arm=arm):
-                    there = kept.arm(arm, 0, None) if kept else None
+                    there = kept.arm(arm, 0) if kept else None
                 case ArmDone(trajectory=path):
                     event = ArmDone(there, None) if there else (done.append(path.arm) or event)
                     there = None
@@ -516,11 +517,23 @@ def test_real_events_are_those_that_are_replayed(made, replayed):
     assert np.isfinite(made[0].arms["concept"][0]["16"].f1["place"])
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Run:
+    """A finished run of a few arms and steps; only read."""
+    how = tiny(
+        arms=("concept", "random", "never"), measure__what=[], retrain__steps=(8,), grafts__bands=1,
+        grafts__within="none",
+    )  # fmt: skip
+    return store.run(how, tmp_path_factory.mktemp("short") / "run")
+
+
 @pytest.mark.parametrize("name", ["grafted-0", "again-0"])
-def test_what_follows_the_arms_is_made_anew_from_arms_that_are_trained_again(folder, made, name):
+def test_what_follows_the_arms_is_made_anew_from_arms_that_are_trained_again(short, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(short.folder, folder)
     (folder / "tensors" / f"{name}.safetensors").unlink()
-    run = store.run(made[0].experiment, folder)
-    before = [made[0].grafted, made[0].again, *made[0].arms.values()]
+    run = store.run(short.experiment, folder)
+    before = [short.grafted, short.again, *short.arms.values()]
     for mine, first in zip([run.grafted, run.again, *run.arms.values()], before, strict=True):
         assert same(first[0], mine[0])
     assert json.loads((folder / "manifest.json").read_text())["complete"]
