@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class World:
     bases: tuple[Base, ...]
 
 
+@cache
 def world(sentences: int = 80) -> World:
     """The toy's text, and one base model per seed."""
     text = toy.corpus(sentences=sentences).split(seed=0)

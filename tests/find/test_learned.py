@@ -49,7 +49,7 @@ def test_the_planted_neurons_are_learnt_and_a_control_is_not():
     site = site_of(model.bridge, "mlp_post")
     own = Neurons.of(site, [("1", i) for i in LOOKED_UP])
     assert right(model, facts, *FORGET) == right(model, facts, "retain_near") == 1
-    saliency = LearnedMask(steps=100)(model, facts, seed=0)
+    saliency = LearnedMask(steps=50)(model, facts, seed=0)
     assert Neurons(saliency.score > 0, site) == own
     list(Prune()(model, None, WeightMask.of(model, saliency.top(4))))
     assert right(model, facts, *FORGET) < 0.5
@@ -99,4 +99,4 @@ def test_loss_and_gradient_by_hand():
 def test_what_cannot_go_alone_stays():
     """Where the same neurons answer to what stays, none is learnt."""
     model, facts = looked_up()
-    assert not bool((LearnedMask(steps=100)(model, facts).score > 0).any())
+    assert not bool((LearnedMask(steps=50)(model, facts).score > 0).any())

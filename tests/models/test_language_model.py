@@ -211,7 +211,7 @@ def test_prune_retrain_and_track(kind, corpus, untouched: Untouched):
     weights = {name: value.clone() for name, value in model.weights().items()}
     prune_(model, chosen)
     path = track(
-        model, text, PLACE, retrain_(model, text, epochs=20, every=10, lr=3e-3, batch_size=4, seed=1), before=base,
+        model, text, PLACE, retrain_(model, text, epochs=10, every=5, lr=6e-3, batch_size=4, seed=1), before=base,
         removed=chosen, site="mlp_post", arm="concept",
     )  # fmt: skip
     loss = [path[stage].scores.shown(path.label) for stage in path.stages]

@@ -24,6 +24,11 @@ def logits(model: Any, passages: Any) -> torch.Tensor:
         return model(batch.ids, batch.mask)[batch.mask.bool()]
 
 
+def without_padding(text: Any) -> list[np.ndarray]:
+    """The pieces of each length, which can be read together."""
+    return [np.flatnonzero(text.lengths == length) for length in np.unique(text.lengths)]
+
+
 def fitted(attack: Any, model: Any, facts: Any, **how: Any) -> Any:
     text = attack.text(model, facts, 0)
     return *attack.fitted(model, text, attack.place(model, text), **how), attack.place(model, text)
@@ -77,11 +82,11 @@ def test_the_cap_is_in_mean_norms_of_what_is_there(model, facts):
     attack = Latent(layers=(1,), steps=20, lr=1.0, cap=0.25)
     tensor, _, _ = fitted(attack, model, facts)
     text, sums, n = encode_facts(facts, "forget_attacked", tokenizer=model.tokenizer), 0.0, 0
-    for i in range(text.n_pieces):
+    for alike in without_padding(text):
         with torch.no_grad():
-            _, cache = model.bridge.run_with_cache(text.batch(np.array([i])).ids)
-        lengths = cache["blocks.1.hook_out"][0].norm(dim=-1)
-        sums, n = sums + float(lengths.sum()), n + len(lengths)
+            _, cache = model.bridge.run_with_cache(text.batch(alike).ids)
+        lengths = cache["blocks.1.hook_out"].norm(dim=-1)
+        sums, n = sums + float(lengths.sum()), n + lengths.numel()
     assert float(tensor.norm()) == pytest.approx(0.25 * sums / n, rel=1e-4)
 
 
@@ -149,11 +154,11 @@ def test_no_state_lies_along_the_direction(model, facts):
     means = []
     for text in sides:
         states = []
-        for i in range(text.n_pieces):
-            batch = text.batch(np.array([i]))
+        for alike in without_padding(text):
+            batch = text.batch(alike)
             with torch.no_grad():
                 _, cache = model.bridge.run_with_cache(batch.ids)
-            states.append(torch.stack([cache[hook][0][batch.subword - 1] for hook in site.hooks]))
+            states.append(torch.stack([cache[hook].flatten(0, 1)[batch.subword - 1] for hook in site.hooks]))
         means.append(torch.cat(states, 1).mean(1))
         torch.testing.assert_close(mean_states(model, text, site), means[-1], rtol=1e-4, atol=1e-6)
     directions = F.normalize(means[0] - means[1], dim=1)

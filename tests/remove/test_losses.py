@@ -23,12 +23,12 @@ from relearn_lens.text.facts import FORGET, REFUSALS, TRAINED, Facts, Passage, p
 from relearn_lens.text.facts.encoded import encode_facts, encode_passages
 from tests.families import lent_language_models
 
-BETTER = toy.corpus(sentences=7, seed=2)
+BETTER = toy.corpus(sentences=5, seed=2)
 
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, Corpus]:
-    return {"forget": toy.corpus(sentences=7), "retain": toy.corpus(sentences=5, seed=1), "preferred": BETTER}
+    return {"forget": toy.corpus(sentences=5), "retain": toy.corpus(sentences=4, seed=1), "preferred": BETTER}
 
 
 Make = Callable[[], LanguageModel]
@@ -389,7 +389,7 @@ def test_what_is_about_next_tokens_is_for_language_models(toy_model, texts, remo
 def test_invariance_by_finite_differences(texts):
     """The squared slope of the loss in a factor of all logits; the rest is what npo lowers."""
     model = toy.language_model()
-    batch = model.encode(texts["preferred"]).batch(np.arange(7))
+    batch = model.encode(texts["preferred"]).batch(np.arange(5))
 
     def loss(model: LanguageModel, factor: float) -> Tensor:
         logits, right = model.predictions(batch)

@@ -384,5 +384,6 @@ def test_an_average_in_16_bits_is_summed_in_float32(texts):
     name, seen = "trunk.layers.1.mlp.fc_out.weight", []
     for _ in GradDiff()(model, texts, **how):
         seen.append(model.weights()[name].float().clone())
-    list(GradDiff()(other, texts, **how | {"steps": (20,)}, step=Averaged(start=1, stride=1)))
+    how["steps"] = (20,)
+    list(GradDiff()(other, texts, **how, step=Averaged(start=1, stride=1)))
     torch.testing.assert_close(other.weights()[name], torch.stack(seen).mean(0).bfloat16(), atol=1e-6, rtol=2**-7)
