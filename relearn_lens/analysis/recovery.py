@@ -19,6 +19,7 @@ from relearn_lens.analysis.intervals import Estimate, estimate, over_seeds, over
 from relearn_lens.measure.course import REMOVED, FactsTrajectory
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
+from relearn_lens.names import told
 
 Arm = Trajectory | FactsTrajectory
 """Of facts, what is read is the first metric: `FactsTrajectory.by` chooses one."""
@@ -96,6 +97,7 @@ def start_of(arm: Arm) -> str:
     return REMOVED if REMOVED in arm.stages else PRUNED
 
 
+@told
 def recovery(
     arms: Sequence[Arm],
     label: Label,
@@ -121,6 +123,7 @@ def recovery(
     return Recovery(estimate(_made_good, label, to_be_had, pruned, now, **interval), damage, stage)
 
 
+@told
 def mean_share(arm: Arm, label: Label, unpruned: Arm | None = None) -> float:
     """Share of the damage made good, mean over the stages of retraining; see `recovery`, whose refusal comes first.
 
@@ -133,6 +136,7 @@ def mean_share(arm: Arm, label: Label, unpruned: Arm | None = None) -> float:
     return float(np.mean(_made_good([each.value(label) for each in had], pruned, now)))
 
 
+@told
 def first_stage_at(
     arms: Sequence[Arm],
     label: Label,
@@ -152,6 +156,7 @@ def first_stage_at(
     return None
 
 
+@told
 def speeds(
     arms: Sequence[Arm],
     label: Label,
@@ -198,6 +203,7 @@ def speeds(
     return Speeds({share: reached(share) for share in shares}, area, damage)
 
 
+@told
 def savings(
     relearn: Sequence[Arm],
     fresh: Sequence[Arm],

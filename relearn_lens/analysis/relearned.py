@@ -18,6 +18,7 @@ from relearn_lens.measure import bootstrap
 from relearn_lens.measure.course import HELD_OUT, FactsTrajectory
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE
+from relearn_lens.names import told
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Relearned:
         return f"at {self.stage}: {self.recovered} recovered ({self.brought} came back, the twin got {self.taught})"
 
 
+@told
 def relearned(
     paths: Sequence[FactsTrajectory],
     metric: str,
@@ -95,6 +97,7 @@ def relearned(
     return Relearned(stage, damage, brought, taught, net)
 
 
+@told
 def most_relearned(
     paths: Sequence[FactsTrajectory],
     metric: str,
@@ -121,6 +124,7 @@ def most_relearned(
     return max(each, key=size)
 
 
+@told
 def saved(
     paths: Sequence[FactsTrajectory],
     never: Sequence[FactsTrajectory],
@@ -149,6 +153,7 @@ def saved(
     return {share: ratio(one) for share, one in saving.saved.items()}
 
 
+@told
 def removal_score(
     forget: tuple[Scores, Scores],
     retain: tuple[Scores, Scores],

@@ -33,7 +33,7 @@ from relearn_lens.find.targets import check_target, concept_in, target_of
 from relearn_lens.methods import Attributing
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, bridge_of, encoded_for, hidden, reading, widest
-from relearn_lens.names import unknown
+from relearn_lens.names import told, unknown
 from relearn_lens.neurons.sites import Site, ordered, site_of, streaming, token_site
 from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept, concept_of
@@ -133,6 +133,7 @@ class Plan:
         )
 
 
+@told
 def attribute(
     model: Model,
     text: Corpus | Encoded,
@@ -187,6 +188,7 @@ def attribute(
     return run.attribution()
 
 
+@told
 def attribution_plan(
     model: Model,
     text: Corpus | Encoded,

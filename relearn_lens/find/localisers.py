@@ -15,7 +15,7 @@ from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.scored import AttributionPatching, ByScore
 from relearn_lens.find.tracing import CausalTracing
 from relearn_lens.models.model import Model, bridge_of
-from relearn_lens.names import unknown
+from relearn_lens.names import told, unknown
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
@@ -41,6 +41,7 @@ CONTROLS = (RandomNeurons.name, RandomMLPs.name, AllMLPs.name, Everything.name)
 """Those that do not look at what they are to find."""
 
 
+@told
 def locate(
     model: Model,
     text: Text | None,

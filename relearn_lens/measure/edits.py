@@ -13,6 +13,7 @@ from relearn_lens.measure.asking import read_answers
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
 from relearn_lens.models.model import LanguageModel
+from relearn_lens.names import told
 from relearn_lens.text.facts import RETAIN, TRAINED, Facts, Passage
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Edited:
         return "Edited(" + ", ".join(f"{name} {s.shown(OVERALL):.3f}" for name, s in self.scores.items()) + ")"
 
 
+@told
 def edited(
     model: LanguageModel,
     base: LanguageModel,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from relearn_lens import methods
+from relearn_lens import methods, names
 from relearn_lens.methods import Method, Rate
 from relearn_lens.relearn.attack import Attack, Material
 from relearn_lens.relearn.compression import Pruned, Quantised
@@ -44,6 +44,7 @@ class Point:
     """On what was to stay; higher is better, 0 is worst."""
 
 
+@names.told
 def points(
     attack: Attack,
     model: Any,
@@ -100,6 +101,7 @@ class Strongest:
         return f"Strongest({self.arm}, chosen on seed {self.chosen_on}{also}; {each}; within {loss})"
 
 
+@names.told
 def strongest(
     curves: Mapping[str, Mapping[int, Sequence[Point]]],
     removed: Mapping[int, Point],

@@ -19,7 +19,7 @@ from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
 from relearn_lens.methods import MAX_TOKENS
-from relearn_lens.names import unknown
+from relearn_lens.names import told, unknown
 from relearn_lens.text.corpus import Corpus, Strings, one_of
 
 LongSentences = Literal["split", "truncate", "error"]
@@ -232,6 +232,7 @@ class Encoded:
         return f"Encoded({self.corpus.name}: {self.n_pieces:,} pieces, {self.n_tokens:,} tokens)"
 
 
+@told
 def encode(
     corpus: Corpus,
     tokenizer: Any,
@@ -258,8 +259,11 @@ def encode(
             special token to open with.
     """
     corpus = one_of(corpus)
-    if hasattr(tokenizer, "tokenizer"):
-        raise ValueError(f"a tokenizer is wanted, got a {type(tokenizer).__name__}, which has one: give its .tokenizer")
+    if hasattr(tokenizer, "tokenizer") or not hasattr(tokenizer, "pad_token_id"):
+        has = (
+            ", which has one: give its .tokenizer" if hasattr(tokenizer, "tokenizer") else "; give a model's .tokenizer"
+        )
+        raise ValueError(f"a tokenizer is wanted, got a {type(tokenizer).__name__}{has}")
     if reading not in get_args(Reading):
         raise ValueError(unknown("reading", reading, get_args(Reading)))
     if long not in get_args(LongSentences):
