@@ -74,17 +74,14 @@ def alone(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout  # imports asyncio
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"another process is running into {str(folder)!r}; wait for it, or choose another folder with --out"
-        ) from None
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(folder / LOCK, timeout=0))
+        except Timeout:
+            raise BlockingIOError(
+                f"another process is running into {str(folder)!r}; wait for it, or choose another folder with --out"
+            ) from None
         yield
-    finally:
-        lock.release()
 
 
 LOCK = ".lock"

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -44,6 +44,28 @@ def unknown(what: str, name: object, known: Iterable[str], near: str = "") -> st
     known = list(known)
     near = near or meant(name, known)
     return f"unknown {what} {name!r}{near}{' Known' if near else '; known'}: {', '.join(known)}"
+
+
+def known_name(what: str, name: T, known: Collection[object]) -> T:
+    """A name that is one of those that are known.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if name not in known:
+        raise ValueError(unknown(what, name, map(str, known)))
+    return name
+
+
+def existing(what: str, name: T, there: Collection[str]) -> T:
+    """A name of something that is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in there:
+        raise ValueError(f"no {what} {name!r}; known: {', '.join(there) or 'none'}{meant(name, there)}")
+    return name
 
 
 class ByName(dict[str, T]):

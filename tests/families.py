@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from relearn_lens.models import toy
 from relearn_lens.models.export import export
-from relearn_lens.models.loading import load_tagger
-from relearn_lens.models.model import Tagger
+from relearn_lens.models.loading import load_language_model, load_tagger
+from relearn_lens.models.model import LanguageModel, Tagger
 from relearn_lens.neurons.sites import SITES, Neurons, Sever, parameter, site_of
 from relearn_lens.remove.ablation import ablated, held, prune_
 from tests.fixtures import CONTEXT, D_MLP, D_MODEL, LABELS, N_LAYERS, VOCAB, warmed
 from tests.made import Pool
-from tests.neurons.test_sites import DECODERS, IDS, MASK, decoder
+from tests.neurons.test_sites import DECODERS, IDS, MASK, decoder, save_decoder
 
 REAL = MASK.bool()
 # These two take more than they declare.
@@ -108,6 +108,26 @@ def _taggers(kind: str) -> Pool[Tagger]:
 def lent_tagger(kind: str) -> Tagger:
     """A small tagger of a family that other tests had before, as new; one at a time, for one test, without a folder."""
     return _taggers(kind).lend()()
+
+
+@cache
+def _language_models(kind: str) -> Pool[LanguageModel]:
+    def new() -> LanguageModel:
+        with tempfile.TemporaryDirectory() as folder:
+            save_decoder(kind, Path(folder))
+            return load_language_model(folder, device="cpu")
+
+    return Pool(new)
+
+
+def lent_language_models(kind: str) -> Callable[[], LanguageModel]:
+    """What makes small decoders as language models for one test, each another one that other tests had before."""
+    return _language_models(kind).lend()
+
+
+def lent_language_model(kind: str) -> LanguageModel:
+    """One of them alone."""
+    return lent_language_models(kind)()
 
 
 def some_of(tagger: Tagger, site: str, *, blocks_only: bool = False) -> Neurons:

@@ -86,6 +86,18 @@ HOOKS = ("hooks", "with_kwargs")
 """How the attributes of a module end that hold what is hooked to it, where they are dictionaries."""
 
 
+_NAMES: dict[tuple[type, int], list[str]] = {}
+"""By a module's class and how many attributes it has, those that hold hooks."""
+
+
+def _hooks(module: torch.nn.Module) -> list[int]:
+    """How many hooks each of a module's attributes holds."""
+    held = vars(module)
+    if (kind := (type(module), len(held))) not in _NAMES:
+        _NAMES[kind] = [name for name, value in held.items() if name.endswith(HOOKS) and isinstance(value, dict)]
+    return [len(held.get(name, ())) for name in _NAMES[kind]]
+
+
 class _Made(Generic[T]):
     """A model in eval mode, and what it was when it was made."""
 
@@ -113,12 +125,13 @@ class _Made(Generic[T]):
     def _now(self) -> tuple[list[Any], list[torch.Tensor]]:
         """What the model is beside its weights; and these."""
         roots: list[Any] = [self.model, self.model.bridge, self.model.bridge.original_model]
-        modules = dict.fromkeys(module for root in roots for module in root.modules())
+        modules: dict[Any, None] = {}
+        while roots:  # `modules()` would make up a name for each
+            if (module := roots.pop()) not in modules:
+                modules[module] = None
+                roots += [child for child in module._modules.values() if child is not None]
         inner = [[(name, id(child)) for name, child in module._modules.items()] for module in modules]
-        hooks = [
-            (id(module), *(len(v) for k, v in vars(module).items() if k.endswith(HOOKS) and isinstance(v, dict)))
-            for module in modules
-        ]
+        hooks = [(id(module), *_hooks(module)) for module in modules]
         every = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
         tensors = list({id(t): t for t in every}.values())
         kinds = [(id(t), t.dtype, t.shape, t.device) for t in tensors]

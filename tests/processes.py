@@ -8,6 +8,7 @@ made.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from relearn_lens.models.loading import load_language_model, load_tagger
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import finetune_
 from relearn_lens.runs import store
-from relearn_lens.runs.events import ArmDone, Paused
+from relearn_lens.runs.events import ArmDone, Paused, Prepared
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import build_corpus
@@ -88,6 +89,8 @@ def stopped_and_taken_up_again(how: Experiment, out: Path) -> int:
 
     def some(*args: Any, **settings: Any) -> Iterator[Any]:
         for event in whole(*args, **settings):
+            if isinstance(event, Prepared) and not processes.is_first():
+                time.sleep(0.2)  # what the first one keeps and removes meanwhile, this one has not looked at yet
             yield event
             if isinstance(event, Paused) or (isinstance(event, ArmDone) and event.weights is not None):
                 raise Stopped  # what this process made, and a run can go on from

@@ -17,13 +17,12 @@ from relearn_lens.measure.tracking import measure
 from relearn_lens.methods import Attributing
 from relearn_lens.models import gguf
 from relearn_lens.models.lora import adapted
-from relearn_lens.models.model import Model, checkpointed, computing, hidden, reading, seeded
+from relearn_lens.models.model import Model, checkpointed, computing, hidden, lent, only_training, reading, seeded
 from relearn_lens.models.toy import Toy
 from relearn_lens.models.training import finetune_
-from relearn_lens.neurons.sites import Neurons, site_of, streaming
+from relearn_lens.neurons.sites import Neurons, kept, site_of, streaming
 from relearn_lens.remove.ablation import ablated, held
 from relearn_lens.remove.distillation import aside
-from relearn_lens.remove.representations import looking
 from relearn_lens.remove.wrappers import moved
 from relearn_lens.runs import cuts
 from relearn_lens.text.concept import Concept
@@ -70,8 +69,10 @@ CONTEXTS: dict[str, Callable[[Toy], AbstractContextManager[Any]]] = {
     ),
     "recorded": lambda toy: recorded(toy.tagger, max_bytes=10**6),
     "resumed": lambda toy: resumed(toy.tagger, None, 1),
-    "looking": lambda toy: looking(toy.tagger, {"resid": (0,)}),
+    "kept": lambda toy: kept(toy.tagger.bridge, site_of(toy.tagger.bridge, "mlp_post"), layers=(0,)),
     "moved": lambda toy: moved([(weight, torch.ones_like(weight)) for weight in toy.tagger.parameters()], 0.5),
+    "lent": lambda toy: lent(toy.tagger),
+    "only_training": lambda toy: only_training((), toy.tagger.parameters()),
     "aside": lambda toy: aside(toy.tagger, lambda: finetune_(toy.tagger, toy.corpus, epochs=0.1, prior_bias=False)),
 }
 
@@ -204,7 +205,7 @@ def test_every_context_of_the_package_is_tried_here():
     }
     tried = {"ablated", "held", "streaming", "reading", "seeded", "computing", "checkpointed", "hooked", "_wardrobe"}
     tried |= {"_without", "quiet", "silent", "_learning", "_others_still", "adapted", "on"}
-    tried |= {"recorded", "resumed", "looking", "moved", "aside"}
+    tried |= {"recorded", "resumed", "kept", "moved", "lent", "only_training", "aside"}
     # What touches no model; _fused_attention is in test_models, where there is a model that has it.
     elsewhere = {
         "following",
@@ -227,15 +228,9 @@ def test_every_context_of_the_package_is_tried_here():
         "joined",
         "reported",
         "task",
-        "nothing_changed",
         # Each beside its own tests.
-        "kept",
-        "replaced",
-        "_lent",
-        "put_in",
         "_instead",
         "_block",
-        "_weights_still",
         "_from",
         "loaded",
         "quick_dropout",

@@ -587,7 +587,7 @@ def test_an_error_of_a_call_that_is_right_is_left_as_it_is():
     ("module", "table", "wrong", "near"),
     [
         ("measure.metrics", "METRICS", "acuracy", "accuracy"), ("relearn.attacks", "ATTACKS", "latnt", "latent"),
-        ("relearn.finetuning", "PRESETS", "ful-n64", "full-n64"), ("remove.removers", "REMOVERS", "nop", "npo"),
+        ("remove.removers", "REMOVERS", "nop", "npo"),
         ("remove.removers", "WRAPPERS", "sma", "sam"), ("remove.recipes", "RECIPES", "tou", "toy"),
         ("find.localisers", "LOCALISERS", "lokup", "lookup"), ("find.saliency", "SCORES", "dprim", "dprime"),
         ("find.targets", "TARGETS", "logt", "logit"), ("find.quadrature", "QUADRATURES", "rieman", "riemann"),

@@ -221,8 +221,7 @@ def _judged(row: Claim, gap: Gap, beside: str) -> Claim:
     """A row with its verdict and what it rests on."""
     effect = gap.effect
     over = effect.over if effect.over == SENTENCES else f"Student's t over {effect.over}"
-    by = f" (by {over})" if effect.interval else ""
-    why = f"{_said(beside)}{_reading(effect, row.bar)}{by}."
+    why = f"{_said(beside)}{_reading(effect, row.bar)}{f' (by {over})' if effect.interval else ''}."
     return replace(row, effect=effect, p=gap.p, p_flips=gap.p_flips, verdict=verdict_of(effect, row.bar), why=why)
 
 
@@ -236,14 +235,14 @@ def _said(text: str) -> str:
 
 def _reading(effect: Estimate, bar: float) -> str:
     """What the interval says, in words."""
-    match verdict_of(effect, bar):
-        case "supported":
-            return ": beyond the control by more than the bar"
-        case "reversed":
-            return ": beyond the control the other way"
-        case "not supported":
-            return ": the control shows the same"
-    return ": the interval reaches across the bar" if effect.interval else f"; {effect.over} has no interval"
+    if not effect.interval:
+        return f"; {effect.over} has no interval"
+    return {
+        "supported": ": beyond the control by more than the bar",
+        "reversed": ": beyond the control the other way",
+        "not supported": ": the control shows the same",
+        "inconclusive": ": the interval reaches across the bar",
+    }[verdict_of(effect, bar)]
 
 
 HALF_IN_NATS = math.log(2)
@@ -299,10 +298,9 @@ def _returns(run: Evidence) -> Claim:
     if run.unpruned:
         drift = np.mean([run.score(arm, run.last) - run.score(arm, BASE) for arm in run.unpruned])
         beside += f"; training on without pruning changed {run.quantity} by {drift:+.3f}, which is not counted as back"
-    why = f"{_said(beside)}; the claim's bar is {bar:.0%}."
     return Claim(
-        "C2", says, back.share, measures, bar, verdict_of(back.share, bar), why, back.share.value, control,
-        "random arm",
+        "C2", says, back.share, measures, bar, verdict_of(back.share, bar),
+        f"{_said(beside)}; the claim's bar is {bar:.0%}.", back.share.value, control, "random arm",
     )  # fmt: skip
 
 
@@ -365,14 +363,8 @@ def _late_before(run: Evidence) -> Claim:
     ks = [len(arm.removed) if arm.removed else arm.site.n_neurons // 2 for arm in run.concept]
     ours = [evidence.depth_of_top(base.saliency, k) for base, k in zip(bases, ks, strict=True)]
     if not all(base.shuffled for base in bases):
-        row = _unmeasured(
-            id,
-            says,
-            measures,
-            bar,
-            f"mean depth {np.mean(ours):.3f}, but no label shuffles to compare (measure.shuffles)",
-        )
-        return replace(row, concept=float(np.mean(ours)))
+        why = f"mean depth {np.mean(ours):.3f}, but no label shuffles to compare (measure.shuffles)"
+        return replace(_unmeasured(id, says, measures, bar, why), concept=float(np.mean(ours)))
     nulls = [[evidence.depth_of_top(s, k) for s in base.shuffled] for base, k in zip(bases, ks, strict=True)]
     gap = beside_control(ours, nulls, run.level)
     control = float(np.mean([np.mean(null) for null in nulls]))
@@ -397,13 +389,12 @@ def _earlier_as_published(run: Evidence) -> Claim:
     if unpruned := run.arms.get("unpruned"):
         control = float(np.mean([evidence.earlier_unmatched(arm, run.last) for arm in unpruned]))
         what += f"; training on without pruning moved it {abs(control):.3f} {'earlier' if control > 0 else 'later'}"
-    row = Claim(id, says, None, measures, bar, "inconclusive", f"{_said(what)}.", mean, control)
-    if control is not None:
-        row = replace(row, control_is="unpruned arm; it is not in the effect")
-    effect = over_seeds(ours, level=run.level)
-    if len(ours) < FEWEST_SEEDS:
-        return replace(row, effect=effect, why=f"{_said(what)}; {len(ours)} training seed(s).")
-    return replace(row, effect=effect, verdict=verdict_of(effect, bar))
+    effect, few = over_seeds(ours, level=run.level), len(ours) < FEWEST_SEEDS
+    return Claim(
+        id, says, effect, measures, bar, "inconclusive" if few else verdict_of(effect, bar),
+        f"{_said(what)}{f'; {len(ours)} training seed(s)' if few else ''}.", mean, control,
+        "" if control is None else "unpruned arm; it is not in the effect",
+    )  # fmt: skip
 
 
 def _earlier_matched(run: Evidence) -> Claim:

@@ -88,10 +88,8 @@ class Evidence:
 
     def unknown(self) -> str:
         """Why shares of the base score are not defined; empty if they are."""
-        base = [self.score(arm, BASE) for arm in (*self.concept, *self.random)]
-        return (
-            "" if all(score > 0 for score in base) else f"a base model has no {self.quantity} on {self.name!r} to lose"
-        )
+        known = all(self.score(arm, BASE) > 0 for arm in (*self.concept, *self.random))
+        return "" if known else f"a base model has no {self.quantity} on {self.name!r} to lose"
 
     def estimate(self, of: Callable[..., object], arms: Sequence[Trajectory], *stages: str) -> Estimate:
         """A function of the scores at some stages, over the seeds of an arm, with its interval."""
@@ -129,10 +127,9 @@ class Evidence:
 
     def random_losses(self) -> list[list[float]]:
         """Per seed, the share of the base score that each random set takes; nothing is trained."""
-        bases = [self.score(concept, BASE) for concept in self.concept]
         return [
             [float(1 - s.value(self.label) / base) for s in self.random_sets_of(i)] if base > 0 else []
-            for i, base in enumerate(bases)
+            for i, base in enumerate(self.score(concept, BASE) for concept in self.concept)
         ]
 
     def least(self) -> float | None:
@@ -165,19 +162,19 @@ def lost(base: object, pruned: object) -> object:
 
 def depth_of_top(saliency: Saliency, k: int) -> float:
     """Mean depth of the k most salient neurons, 0 the first layer and 1 the last."""
-    per_layer = saliency.top(k).mask.sum(1).double().numpy()
-    return float((per_layer * np.linspace(0, 1, len(per_layer))).sum() / k)
+    return _mean_depth(saliency.top(k).mask.sum(1).double().numpy())
+
+
+def _mean_depth(mass: np.ndarray) -> float:
+    """Of what each layer has, 0 the first layer and 1 the last."""
+    return float((mass * np.linspace(0, 1, len(mass))).sum() / mass.sum())
 
 
 def earlier_unmatched(arm: Trajectory, stage: str) -> float:
     """How much earlier rank saliency sits in a stage's survivors than in all base neurons, in shares of the depth."""
     by_stage = migration.saliency_by_layer(arm, "published")
-
-    def centre(by_layer: list[float]) -> float:
-        share = np.nan_to_num(np.array(by_layer))
-        return float((share * np.linspace(0, 1, len(share))).sum() / share.sum())
-
-    return centre(by_stage[BASE]) - centre(by_stage[stage])
+    base, later = (_mean_depth(np.nan_to_num(np.array(by_stage[each]))) for each in (BASE, stage))
+    return base - later
 
 
 _SIGNED = "some scores are below 0 or undefined, so they have no centre of mass (another score)"
@@ -196,7 +193,7 @@ def regained(arm: Trajectory, stage: str, among: Neurons) -> float:
         raise Missing(_SIGNED)
     now, cut = (arm[s].saliency.score.where(among.mask, 0.0).sum(1).double() for s in (stage, PRUNED))
     gain = (now - cut).clamp(min=0).numpy()
-    return float((gain * np.linspace(0, 1, len(gain))).sum() / gain.sum()) if gain.sum() > 0 else math.nan
+    return _mean_depth(gain) if gain.sum() > 0 else math.nan
 
 
 def predicted(arm: Trajectory, stage: str, among: Neurons, *, by_words: bool) -> float:
@@ -215,8 +212,9 @@ def predicted(arm: Trajectory, stage: str, among: Neurons, *, by_words: bool) ->
         raise Missing("fewer than three neurons have both numbers (a larger probe corpus)")
     if not by_words:
         now = replace(now, score=now.score - base.saliency.score)
-    given = base.saliency if by_words else None
-    return priming.priming(before, now, among, given=given, draws=2).correlation.value  # no interval needed
+    # No interval is needed.
+    primed = priming.priming(before, now, among, given=base.saliency if by_words else None, draws=2)
+    return primed.correlation.value
 
 
 def mixed(arm: Trajectory, stage: str, among: Neurons) -> float:
@@ -263,7 +261,7 @@ def falls_with_training(arm: Trajectory, stage: str, among: Neurons, level: floa
     known = among.mask & now.isfinite() & before.isfinite()
     if not known.any():
         raise Missing("no neuron has a similarity (a smaller prune.fraction, or a larger probe corpus)")
-    fallen = (before - now)[known].double().numpy()
     return over_neurons(
-        lambda weight, each: weight @ each / weight.sum(-1), fallen, weighted=True, level=level, draws=200
-    )
+        lambda weight, each: weight @ each / weight.sum(-1), (before - now)[known].double().numpy(), weighted=True,
+        level=level, draws=200,
+    )  # fmt: skip

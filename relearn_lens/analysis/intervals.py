@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -231,7 +231,7 @@ def paired(ours: Numbers, theirs: Numbers, *, level: float = 0.95) -> Estimate:
         n_resamples=FLIPS,
         rng=np.random.default_rng(0),
     )
-    return Estimate(mean.value, mean.low, mean.high, mean.over, float(test.pvalue), mean.n)
+    return replace(mean, p=float(test.pvalue))
 
 
 def over_seeds_and_neurons(each: Sequence[Estimate], *, level: float = 0.95) -> Estimate:

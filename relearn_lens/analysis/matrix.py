@@ -47,8 +47,6 @@ class Course:
     """Of the half that the attacker never had."""
     retained: Float[np.ndarray, "checkpoint kept 2"]
     """Of what was to stay."""
-    diverged: bool = False
-    """Whether the model was no longer finite after the last checkpoint."""
 
     def __post_init__(self) -> None:
         if not self.steps or len(self.held_out) != len(self.steps):
@@ -205,11 +203,8 @@ def over_keys_and_seeds(each: Sequence[Drawn], *, level: float = 0.95, seed: int
 
 def recovered(results: Results, row: str, seed: int, column: str, rate: str, index: int) -> Drawn:
     """What came back on one seed at one checkpoint, less what the twin gained there."""
-    cell = results.cells[row, seed]
-    number = _drawer(results, seed)
-    course = cell.courses[column][rate]
-    now, gap = number(course.held_out[index]), of(np.subtract, number(cell.base), number(cell.calibrated))
-    back = of(np.divide, of(np.subtract, now, number(course.held_out[0])), gap)
+    course = results.cells[row, seed].courses[column][rate]
+    back = _gained(results, row, seed, course, index)
     gain = twin_gain(results, row, seed, column, rate, course.steps[index])
     return back if gain is None else of(lambda b, g: b - np.maximum(g, 0.0), back, gain)
 
@@ -219,38 +214,43 @@ def twin_gain(results: Results, row: str, seed: int, column: str, rate: str, ste
     twin = results.cells.get((NEVER, seed))
     if twin is None or row == NEVER or rate not in twin.courses.get(column, {}):
         return None
-    course, cell, number = twin.courses[column][rate], results.cells[row, seed], _drawer(results, seed)
+    course = twin.courses[column][rate]
     # A twin whose training diverged before counts as what it was last.
     index = max(i for i, at in enumerate(course.steps) if at <= step)
-    gap = of(np.subtract, number(cell.base), number(cell.calibrated))
-    return of(np.divide, of(np.subtract, number(course.held_out[index]), number(course.held_out[0])), gap)
+    return _gained(results, row, seed, course, index)
+
+
+def _gained(results: Results, row: str, seed: int, course: Course, index: int) -> Drawn:
+    """What a course gained by a checkpoint, in shares of what was removed from the row's model."""
+    number = _drawer(results, seed)
+    gain = of(np.subtract, number(course.held_out[index]), number(course.held_out[0]))
+    return of(np.divide, gain, _gap(results, row, seed))
+
+
+def _gap(results: Results, row: str, seed: int) -> Drawn:
+    """What calibration left removed on one seed."""
+    cell, number = results.cells[row, seed], _drawer(results, seed)
+    return of(np.subtract, number(cell.base), number(cell.calibrated))
 
 
 def strongest(results: Results, row: str, seed: int, column: str, rate: str | None = None) -> At | None:
     """The checkpoint of an attack at which most is back on one seed, at one learning rate or any; None where no
     checkpoint is usable."""
-    best: tuple[float, At] | None = None
-    for name, course in results.cells[row, seed].courses[column].items():
-        if rate is not None and name != rate:
-            continue
-        for index in course.usable(results.bound):
-            value = _worth(results, row, seed, column, name, index)
-            if best is None or value > best[0]:
-                best = value, At(name, index)
-    return best[1] if best else None
+    courses = results.cells[row, seed].courses[column]
+    places = [At(name, i) for name in courses if rate in (None, name) for i in courses[name].usable(results.bound)]
+    return max(places, key=lambda at: _worth(results, row, seed, column, at), default=None)
 
 
-def _worth(results: Results, row: str, seed: int, column: str, rate: str, index: int) -> float:
+def _worth(results: Results, row: str, seed: int, column: str, at: At) -> float:
     """What the checkpoints of a model are compared by: their gaps are one, so no share has to be taken."""
-    cell = results.cells[row, seed]
-    course = cell.courses[column][rate]
-    gain = share(course.held_out[index].sum(0)) - share(course.held_out[0].sum(0))
+    course = results.cells[row, seed].courses[column][at.rate]
+    gain = share(course.held_out[at.index].sum(0)) - share(course.held_out[0].sum(0))
     twin = results.cells.get((NEVER, seed))
-    if twin is None or row == NEVER or rate not in twin.courses.get(column, {}):
+    if twin is None or row == NEVER or at.rate not in twin.courses.get(column, {}):
         return float(gain)
-    theirs = twin.courses[column][rate]
-    at = max(i for i, step in enumerate(theirs.steps) if step <= course.steps[index])
-    return float(gain - max(0.0, share(theirs.held_out[at].sum(0)) - share(theirs.held_out[0].sum(0))))
+    theirs = twin.courses[column][at.rate]
+    then = max(i for i, step in enumerate(theirs.steps) if step <= course.steps[at.index])
+    return float(gain - max(0.0, share(theirs.held_out[then].sum(0)) - share(theirs.held_out[0].sum(0))))
 
 
 def rate_of(results: Results, row: str, column: str) -> str | None:
@@ -274,12 +274,10 @@ def entry(results: Results, row: str, column: str) -> Entry:
     if not there:
         return Entry(row, column, rate, None, unmoved, None, "no checkpoint is usable")
     steps = tuple(results.cells[row, seed].courses[column][rate].steps[i] for seed, i in there)
-    each = [_drawer(results, seed)(results.cells[row, seed].courses[column][rate].held_out[i]) for seed, i in there]
-    answered = over_keys_and_seeds(each, level=results.level)
+    answered = _over(results, {seed: results.cells[row, seed].courses[column][rate].held_out[i] for seed, i in there})
     if row == NEVER:
         return Entry(row, column, rate, None, answered, None, "the twin never knew it", steps)
-    gap = removed_share(results, row)
-    if not gap.low > 0:
+    if not removed_share(results, row).low > 0:
         return Entry(row, column, rate, None, answered, None, "nothing is removed beyond noise", steps)
     back = [recovered(results, row, seed, column, rate, i) for seed, i in there]
     gains = [twin_gain(results, row, seed, column, rate, step) for (seed, _), step in zip(there, steps, strict=True)]
@@ -292,29 +290,24 @@ def entry(results: Results, row: str, column: str) -> Entry:
 
 def removed_share(results: Results, row: str) -> Estimate:
     """What the calibrated model no longer answers of what the base did, over keys and seeds."""
-    gaps = []
-    for seed in results.seeds:
-        cell, number = results.cells[row, seed], _drawer(results, seed)
-        gaps.append(of(np.subtract, number(cell.base), number(cell.calibrated)))
-    return over_keys_and_seeds(gaps, level=results.level)
+    return over_keys_and_seeds([_gap(results, row, seed) for seed in results.seeds], level=results.level)
 
 
 def left(results: Results, row: str) -> Estimate:
     """Share of the held-out passages that the calibrated model still answers, over keys and seeds."""
-    each = [_drawer(results, seed)(results.cells[row, seed].calibrated) for seed in results.seeds]
-    return over_keys_and_seeds(each, level=results.level)
+    return _over(results, {seed: results.cells[row, seed].calibrated for seed in results.seeds})
+
+
+def _over(results: Results, by_seed: Mapping[int, Sums]) -> Estimate:
+    """The share that is answered, over keys and seeds."""
+    return over_keys_and_seeds([_drawer(results, s)(sums) for s, sums in by_seed.items()], level=results.level)
 
 
 def column_of(results: Results, row: str) -> str | None:
     """The attack that brings most back on the seed that chooses; None where none is usable there."""
-    best: tuple[float, str] | None = None
-    for column in results.columns:
-        at = strongest(results, row, results.chooses, column)
-        if at is not None:
-            value = _worth(results, row, results.chooses, column, at.rate, at.index)
-            if best is None or value > best[0]:
-                best = value, column
-    return best[1] if best else None
+    places = {column: strongest(results, row, results.chooses, column) for column in results.columns}
+    usable = {column: at for column, at in places.items() if at is not None}
+    return max(usable, key=lambda column: _worth(results, row, results.chooses, column, usable[column]), default=None)
 
 
 def verdict(entry: Entry) -> str:
@@ -339,12 +332,15 @@ def pairs(results: Results) -> list[Pair]:
         rate = rate_of(results, row, column)
         places = {seed: strongest(results, row, seed, column, rate) for seed in results.seeds}
         by_row[row] = {s: recovered(results, row, s, column, at.rate, at.index) for s, at in places.items() if at}
-    each = []
-    for one, other in itertools.combinations(by_row, 2):
-        both = [seed for seed in results.seeds if seed in by_row[one] and seed in by_row[other]]
-        if both:
-            gaps = [of(np.subtract, by_row[one][seed], by_row[other][seed]) for seed in both]
-            each.append((one, other, over_keys_and_seeds(gaps, level=results.level)))
+    gaps = {
+        (one, other): [
+            of(np.subtract, by_row[one][seed], by_row[other][seed])
+            for seed in results.seeds
+            if seed in by_row[one] and seed in by_row[other]
+        ]
+        for one, other in itertools.combinations(by_row, 2)
+    }
+    each = [(*pair, over_keys_and_seeds(by_seed, level=results.level)) for pair, by_seed in gaps.items() if by_seed]
     adjusted = holm([1.0 if gap.p is None else gap.p for *_, gap in each])
     return [Pair(one, other, gap, p) for (one, other, gap), p in zip(each, adjusted, strict=True)]
 
@@ -356,25 +352,25 @@ def ranking(results: Results) -> Ranking | None:
     """
     if len(results.rows) < 3:
         return None
-    by_draw: dict[str, list[np.ndarray]] = {"removed": [], "calibrated": []}
-    values: dict[str, list[float]] = {"removed": [], "calibrated": []}
-    for what in by_draw:
-        for row in results.rows:
-            each = [_drawer(results, seed)(getattr(results.cells[row, seed], what)) for seed in results.seeds]
-            values[what].append(float(np.mean([one.value for one in each])))
-            by_draw[what].append(np.mean([one.draws for one in each], axis=0))
-    before, after = np.array(values["removed"]), np.array(values["calibrated"])
-    taus = np.array([_tau(one, other) for one, other in zip(*(np.array(by_draw[k]).T for k in by_draw), strict=True)])
-    known = taus[np.isfinite(taus)]
-    tau = _tau(before, after)
-    over = f"draws of keys, {len(results.seeds)} seeds"
-    ends = (math.nan, math.nan)
+
+    def answered(what: str) -> tuple[np.ndarray, np.ndarray]:
+        """By row, and by draw and row: means over seeds."""
+        each = [
+            [_drawer(results, seed)(getattr(results.cells[row, seed], what)) for seed in results.seeds]
+            for row in results.rows
+        ]
+        by_draw = np.array([np.mean([one.draws for one in seeds], axis=0) for seeds in each]).T
+        return np.array([np.mean([one.value for one in seeds]) for seeds in each]), by_draw
+
+    (before, ones), (after, others) = answered("removed"), answered("calibrated")
+    taus = np.array([_tau(one, other) for one, other in zip(ones, others, strict=True)])
+    known, tau = taus[np.isfinite(taus)], _tau(before, after)
+    low = high = math.nan
     if len(known) and math.isfinite(tau):
-        low, high = np.quantile(known, [(1 - results.level) / 2, (1 + results.level) / 2])
-        ends = float(low), float(high)
+        low, high = np.quantile(known, [(1 - results.level) / 2, (1 + results.level) / 2]).tolist()
     return Ranking(
         dict(zip(results.rows, before.tolist(), strict=True)), dict(zip(results.rows, after.tolist(), strict=True)),
-        Estimate(tau, *ends, over, n=len(results.rows)),
+        Estimate(tau, low, high, f"draws of keys, {len(results.seeds)} seeds", n=len(results.rows)),
     )  # fmt: skip
 
 
@@ -387,11 +383,7 @@ def curve(results: Results, row: str, column: str, rate: str) -> list[tuple[int,
     """Share of the held-out half answered at every step that all reported seeds have."""
     courses = {seed: results.cells[row, seed].courses[column][rate] for seed in results.seeds}
     steps = [s for s in courses[results.seeds[0]].steps if all(s in course.steps for course in courses.values())]
-    points = []
-    for step in steps:
-        each = [_drawer(results, seed)(c.held_out[c.steps.index(step)]) for seed, c in courses.items()]
-        points.append((step, over_keys_and_seeds(each, level=results.level)))
-    return points
+    return [(step, _over(results, {s: c.held_out[c.steps.index(step)] for s, c in courses.items()})) for step in steps]
 
 
 class Components(NamedTuple):
@@ -419,21 +411,17 @@ def components(results: Results) -> Components | None:
         for column in results.columns
         for rate in results.cells[results.rows[0], results.seeds[0]].courses.get(column, {})
     ]
-    table = []
-    for row, seed in models:
-        courses = results.cells[row, seed].courses
-        line = []
-        for column, rate in attacks:
-            course = courses.get(column, {}).get(rate)
-            line.append(math.nan if course is None else float(np.max(share(course.held_out.sum(1)))))
-        table.append(line)
-    whole = np.array(table)
+
+    def most(model: tuple[str, int], column: str, rate: str) -> float:
+        course = results.cells[model].courses.get(column, {}).get(rate)
+        return math.nan if course is None else float(np.max(share(course.held_out.sum(1))))
+
+    whole = np.array([[most(model, *attack) for attack in attacks] for model in models])
     keep = np.asarray(np.isfinite(whole).all(1))
     whole = whole[keep]
     if whole.shape[0] < 4 or whole.shape[1] < 3:
         return None
-    centred = whole - whole.mean(0)
-    left, singular, right = np.linalg.svd(centred, full_matrices=False)
+    left, singular, right = np.linalg.svd(whole - whole.mean(0), full_matrices=False)
     total = float((singular**2).sum())
     if total < 1e-12:
         return None

@@ -78,9 +78,7 @@ def rank_saliency_by_layer(
 
 def score_by_layer(saliency: Saliency, among: Neurons | None = None) -> list[float]:
     """Mean score of each layer in the score's unit; NaN for a layer without any of the given neurons."""
-    score = saliency.score
-    if among is not None:
-        score = score.where(among.mask, torch.nan)
+    score = saliency.score if among is None else saliency.score.where(among.mask, torch.nan)
     return score.nanmean(1).tolist()
 
 
@@ -108,8 +106,6 @@ class Shift:
     base: float
     """Centre of mass of the score over layers, 0 the first layer and 1 the last."""
     later: float
-    stage: str
-    selection: Selection
 
     @property
     def moved(self) -> float:
@@ -130,7 +126,7 @@ def shift(arm: Trajectory, stage: str, selection: Selection = "matched", *, amon
         ValueError: a score below 0 or not finite.
     """
     before, later = sides(arm.matched() if among is None else among, arm.survivors(), selection)
-    return Shift(centre(arm[BASE].saliency, before), centre(arm[stage].saliency, later), stage, selection)
+    return Shift(centre(arm[BASE].saliency, before), centre(arm[stage].saliency, later))
 
 
 @dataclass(frozen=True)

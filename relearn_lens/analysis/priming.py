@@ -4,7 +4,7 @@ Turnover and heirs compare the top of two rankings. For priming
 
 1. ranks are taken within each layer, so that a predictor and a score that both grow with depth do not look related;
 2. Spearman's correlation of the two over the neurons, or what is left of it given a third (saliency before: without
-   that, a neuron that merely stays what it was looks primed); AUROC of telling heirs from the others of their layer;
+   that, a neuron that merely stays what it was looks primed);
 3. interval by drawing neurons anew within their layer; p-value by shuffling the predictor within its layer.
 """
 
@@ -41,8 +41,7 @@ def turnover(before: Saliency, after: Saliency, k: int, among: Neurons | None = 
         ValueError: k out of range.
     """
     old, new = before.top(k, among=among), after.top(k, among=among)
-    kept = len(old & new)
-    return Turnover(1 - kept / k, 1 - k / count_of(before, among))
+    return Turnover(1 - len(old & new) / k, 1 - k / count_of(before, among))
 
 
 @told
@@ -66,13 +65,8 @@ class Priming:
 
     correlation: Estimate
     """Spearman's correlation with saliency after, -1 to 1; 0 if unrelated."""
-    auroc: Estimate | None
-    """Chance that an heir had more of the predictor than another neuron (of its layer), 0 to 1; 0.5 if unrelated. None
-    without heirs, or without others."""
-    heirs: int
     neurons: int
     """Neurons compared: those given whose predictor and score are numbers."""
-    within_layer: bool
 
 
 @told
@@ -81,25 +75,20 @@ def priming(
     after: Saliency,
     among: Neurons | None = None,
     *,
-    before: Saliency | None = None,
     given: Saliency | None = None,
-    k: int | None = None,
-    within_layer: bool = True,
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
 ) -> Priming:
     """Whether a predictor from before pruning foretells saliency after retraining, over the given neurons (survivors).
 
-    With `before` (saliency at base) the AUROC is of the heirs: those that entered the top `k` (by default a tenth of
-    the neurons) against those in the top at neither time. With `within_layer` neurons are only compared with neurons
-    of their own layer. With `given` (saliency at base, usually) the correlation is the partial one: of what the ranks
-    of `given` leave of the ranks of both sides. Any lasting property of a neuron makes a correlation, so it is evidence
-    of priming only above that of a control arm; and the interval is over neurons of one model, which are not
-    independent.
+    Neurons are only compared with neurons of their own layer. With `given` (saliency at base, usually) the correlation
+    is the partial one: of what the ranks of `given` leave of the ranks of both sides. Any lasting property of a neuron
+    makes a correlation, so it is evidence of priming only above that of a control arm; and the interval is over neurons
+    of one model, which are not independent.
 
     Raises:
-        ValueError: fewer than three neurons to compare, or k out of range.
+        ValueError: fewer than three neurons to compare.
     """
     x = predictor.score if isinstance(predictor, Saliency) else predictor
     if x.shape != after.score.shape:
@@ -112,7 +101,7 @@ def priming(
     n = int(mask.sum())
     if n < 3:
         raise ValueError(f"priming needs at least 3 neurons that have a predictor and a score, found {n}")
-    layer = mask.nonzero()[:, 0].numpy() if within_layer else np.zeros(n, dtype=int)
+    layer = mask.nonzero()[:, 0].numpy()
     then, now = x[mask].double().numpy(), after.score[mask].double().numpy()
     third = [] if given is None else [given.score[mask].double().numpy()]
     below = [_below(values, layer) for values in (then, now, *third)]
@@ -138,36 +127,7 @@ def priming(
 
     a, b = (side[0] for side in ranks(np.ones((1, n))))
     correlated = over_neurons(correlation, then, groups=layer, weighted=True, level=level, draws=draws, seed=seed)
-    correlated = replace(correlated, p=_shuffled(a, b, layer, draws, seed))
-    if before is None:
-        return Priming(correlated, None, 0, n, within_layer)
-
-    chosen = Neurons(mask, after.site)
-    k = max(1, round(n / 10)) if k is None else k
-    new = heirs(before, after, k, chosen).mask[mask].numpy()
-    rest = ~before.top(k, among=chosen).mask[mask].numpy()  # the others who could have become heirs
-    auroc = _auroc(then[rest], new[rest], layer[rest], level=level, draws=draws, seed=seed)
-    return Priming(correlated, auroc, int(new.sum()), n, within_layer)
-
-
-def _auroc(
-    x: np.ndarray, heir: np.ndarray, layer: np.ndarray, *, level: float, draws: int, seed: int
-) -> Estimate | None:
-    """Share of pairs of an heir and another of its layer in which the heir has more, ties half."""
-    below = _below(x, layer)
-
-    def chance(weight: np.ndarray, *_: np.ndarray) -> np.ndarray:
-        other = weight * ~heir
-        won = (weight * heir * below(other)).sum(-1)
-        pairs = (weight * heir * _total(other, layer)).sum(-1)
-        return np.divide(won, pairs, out=np.full(len(weight), np.nan), where=pairs > 0)
-
-    one = np.ones((1, len(x)))
-    if not len(x) or np.isnan(chance(one)).all():
-        return None
-    auroc = over_neurons(chance, x, groups=layer, weighted=True, level=level, draws=draws, seed=seed)
-    centred = (below(one) - _total(one, layer) / 2)[0]
-    return replace(auroc, p=_shuffled(centred, heir.astype(float), layer, draws, seed))
+    return Priming(replace(correlated, p=_shuffled(a, b, layer, draws, seed)), n)
 
 
 def _total(weight: np.ndarray, layer: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ threshold, says whether a side sits at an end of its scale. How a verdict is mad
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,8 +96,7 @@ class Question:
     @property
     def falls_to_holm(self) -> bool:
         """Whether the verdict holds by itself, and not among the questions of its family."""
-        level = RULES["level"].value
-        return self.verdict in ("supported", "reversed") and (self.p_holm or 0.0) > 1 - level + 1e-12
+        return self.verdict in ("supported", "reversed") and (self.p_holm or 0.0) > 1 - RULES["level"].value + 1e-12
 
 
 def family(questions: Sequence[Question]) -> list[Question]:
@@ -178,16 +178,19 @@ def specific(seeds: Sequence[Cuts], concept: str, other: str | None) -> Question
     if all(value is not None for row in f1 for value in row) and same_end(
         [row[0] or 0.0 for row in f1], [v or 0.0 for row in f1 for v in row[1:]]
     ):
-        why = "after the cut the concept's F1 is at the same end as after random cuts"
-        return _undecided(key, asks, bar, why, "a smaller cut, or a larger one where nothing was lost")
+        return _undecided(
+            key, asks, bar, "after the cut the concept's F1 is at the same end as after random cuts",
+            "a smaller cut, or a larger one where nothing was lost",
+        )  # fmt: skip
     ours = [selective(each, each.own) for each in seeds]
     theirs = [[selective(each, state) for state in each.random] for each in seeds]
     test = _against(ours, theirs, bar)
     beside: dict[str, float | str] = {"concept lost": float(np.mean([_lost(s.base, s.own, concept) for s in seeds]))}
-    for name in ("disjoint", "scaled"):
-        sets = [selective(each, state) for each in seeds for state in getattr(each, name)]
-        if sets:
-            beside[f"{name} random sets"] = float(np.mean(sets))
+    others = {
+        name: [selective(each, state) for each in seeds for state in getattr(each, name)]
+        for name in ("disjoint", "scaled")
+    }
+    beside |= {f"{name} random sets": float(np.mean(sets)) for name, sets in others.items() if sets}
     says = (
         f"The cut took {beside['concept lost']:.0%} of the margin of {concept!r}, {np.mean(ours):+.0%} against "
         f"bystanders; random sets {np.mean(np.concatenate(theirs)):+.0%}"
@@ -302,10 +305,10 @@ def returns(seeds: Sequence[Back]) -> Question:
     if refused := _within_noise(key, asks, bar, np.subtract(had, start), "what there is to come back"):
         return refused
     test = _over((np.subtract(end, start) / np.subtract(had, start)).tolist(), bar)
-    beside: dict[str, float | str] = {}
-    for share in (0.5, 0.9):
-        each = [steps_to(one.concept, one.base.margin, share) for one in seeds]
-        beside[f"steps to {share:.0%}"] = ", ".join(map(str, each))
+    beside = {
+        f"steps to {share:.0%}": ", ".join(str(steps_to(one.concept, one.base.margin, share)) for one in seeds)
+        for share in (0.5, 0.9)
+    }
     says = (
         f"{test.effect.value:.0%} of the lost margin is back after {seeds[0].concept.steps[-1]} steps; half of the "
         f"base margin after {beside['steps to 50%']} and 90 % after {beside['steps to 90%']} steps"
@@ -328,7 +331,7 @@ def sooner(seeds: Sequence[Back]) -> Question:
     damage = [each.base.margin - each.concept.margin[0] for each in seeds]
     if refused := _within_noise(key, asks, bar, damage, "the damage"):
         return refused
-    gaps, ours, theirs, common = [], [], [], 0
+    ours, theirs, common = [], [], 0
     for each in seeds:
         assert each.never is not None
         steps = sorted(set(each.concept.steps) & set(each.never.steps))
@@ -338,11 +341,12 @@ def sooner(seeds: Sequence[Back]) -> Question:
         areas = [_mean_margin(curve, steps) / each.base.margin for curve in (each.concept, each.never)]
         ours.append(areas[0])
         theirs.append(areas[1])
-        gaps.append(areas[0] - areas[1])
     if same_end(ours, theirs, low=-math.inf):
-        why = "both arms have all of the base margin from the first steps on"
-        return _undecided(key, asks, bar, why, "measurements at earlier steps, or a lower learning rate")
-    test = _over(gaps, bar)
+        return _undecided(
+            key, asks, bar, "both arms have all of the base margin from the first steps on",
+            "measurements at earlier steps, or a lower learning rate",
+        )  # fmt: skip
+    test = _over(np.subtract(ours, theirs).tolist(), bar)
     beside: dict[str, float | str] = {}
     for share in (0.5, 0.9):
         pairs = [
@@ -350,8 +354,9 @@ def sooner(seeds: Sequence[Back]) -> Question:
             for s in seeds
         ]
         beside[f"steps to {share:.0%}"] = ", ".join(f"{a} against {b}" for a, b in pairs)
-        ratios = [saved(a, b) for a, b in pairs]
-        beside[f"savings at {share:.0%}"] = ", ".join("none" if r is None else f"{r[1]} {r[0]:.1f} x" for r in ratios)
+        beside[f"savings at {share:.0%}"] = ", ".join(
+            "none" if ratio is None else f"{ratio[1]} {ratio[0]:.1f} x" for ratio in itertools.starmap(saved, pairs)
+        )
     says = (
         f"Over the {common} steps that both have, the margin is {np.mean(ours):.0%} of base in the concept arm and "
         f"{np.mean(theirs):.0%} in the never twin (steps to 90 %: {beside['steps to 90%']})"
@@ -416,9 +421,7 @@ def where(seeds: Sequence[Grafts], at: str = "") -> Question:
     needed = {part: [1 - s.share(s.reverted[part]) for s in seeds] for part in parts}
     part = max(parts, key=lambda name: float(np.mean(enough[name])))
     control = [[s.share(max(table.values())) for table in s.controls.values()] for s in seeds]
-    alone = _against(enough[part], control, bar)
-    both = _both(alone, _over(needed[part], RULES["needed"].value))
-    is_enough, is_needed = alone.verdict, verdict_of(_over(needed[part], RULES["needed"].value).effect, bar)
+    alone, without = _against(enough[part], control, bar), _over(needed[part], RULES["needed"].value)
     says = (
         f"{part} alone brings back {np.mean(enough[part]):.0%} (control grafts at most {np.mean(control):.0%}), and "
         f"without it {np.mean(needed[part]):.0%} is lost"
@@ -427,13 +430,14 @@ def where(seeds: Sequence[Grafts], at: str = "") -> Question:
         ("supported", "supported"): f": it sits in {part}",
         ("supported", "not supported"): f": {part} is enough, and not needed",
         ("not supported", "supported"): f": no part is enough, and {part} is needed",
-    }.get((is_enough, is_needed), "")
+    }.get((alone.verdict, verdict_of(without.effect, bar)), "")
     beside = {
         f"{name} {kind}": float(np.mean(t[name]))
         for name in parts
         for kind, t in (("enough", enough), ("needed", needed))
     }
-    return _answer(key, asks, says, both, bar, "more training seeds, or a finer cut into parts", beside)
+    decide = "more training seeds, or a finer cut into parts"
+    return _answer(key, asks, says, _both(alone, without), bar, decide, beside)
 
 
 # --- in the same neurons, or others?
@@ -508,8 +512,9 @@ def primed(seeds: Sequence[Heirs]) -> Question:
     The numbers are partial rank correlations within layers of nearness before and saliency after, given saliency before
     (`evidence.predicted`): what remains is not persistence. The control arms that there are stand beside it, pooled.
     """
-    asks = "Were the neurons that took over near the concept before?"
-    return _beyond_arms("primed", asks, "The partial rank correlation is", seeds)
+    return _beyond_arms(
+        "primed", "Were the neurons that took over near the concept before?", "The partial rank correlation is", seeds
+    )
 
 
 def mixed(seeds: Sequence[Heirs]) -> Question:
@@ -591,16 +596,15 @@ def _answer(
     key: str, asks: str, says: str, test: _Test, bar: float, decide: str, beside: Mapping[str, float | str]
 ) -> Question:
     """The question with its verdict."""
-    effect = test.effect
-    verdict = test.verdict
+    effect, verdict = test.effect, test.verdict
     if effect.interval is None:
         verdict, reach = "undecided", f" ({effect.over}: no interval)"
     else:
         reach = f" ({effect}, Student's t, {effect.over})"
-    open_ = verdict in ("inconclusive", "undecided")
     return Question(
-        key, asks, verdict, f"{says}{reach}.", effect, test.control, bar, decide if open_ else "", test.p, None, beside
-    )
+        key, asks, verdict, f"{says}{reach}.", effect, test.control, bar,
+        decide if verdict in ("inconclusive", "undecided") else "", test.p, None, beside,
+    )  # fmt: skip
 
 
 def _undecided(key: str, asks: str, bar: float, why: str, decide: str) -> Question:

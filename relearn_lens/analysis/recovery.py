@@ -35,7 +35,6 @@ class Recovery:
     """None when the damage is within noise: then there is nothing to recover from."""
     damage: Estimate
     """F1 lost by pruning: base minus pruned."""
-    stage: str
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def recovery(
     to_be_had = [had for (had,) in _to_be_had(arms, unpruned, (stage,))]
     damage = estimate(np.subtract, label, base, pruned, **interval)
     if not damage.low > 0 or (unpruned and not estimate(np.subtract, label, to_be_had, pruned, **interval).low > 0):
-        return Recovery(None, damage, stage)
-    return Recovery(estimate(_made_good, label, to_be_had, pruned, now, **interval), damage, stage)
+        return Recovery(None, damage)
+    return Recovery(estimate(_made_good, label, to_be_had, pruned, now, **interval), damage)
 
 
 @told
@@ -149,11 +148,9 @@ def first_stage_at(
 
     None where there is none, and where the damage is within noise: then nothing was lost that could come back.
     """
-    for stage in retraining_stages(arms[0]):
-        back = recovery(arms, label, stage, unpruned=unpruned, **interval).share
-        if back is not None and back.value >= share - 1e-9:
-            return stage
-    return None
+    stages = retraining_stages(arms[0])
+    shares = ((stage, recovery(arms, label, stage, unpruned=unpruned, **interval).share) for stage in stages)
+    return next((stage for stage, back in shares if back is not None and back.value >= share - 1e-9), None)
 
 
 @told
@@ -345,8 +342,6 @@ def _reach(f1: np.ndarray, when: np.ndarray, target: Any) -> np.ndarray:
 def _mean_over(values: np.ndarray, when: np.ndarray, end: float | None = None) -> Any:
     """Mean of a curve `[stage, ...]` over time by trapezoids, from its start to `end` (by default its last stage)."""
     end = float(when[-1]) if end is None else end
-    inside = when < end
-    k = int(inside.sum())  # the first stage that is not before the end
+    k = int((when < end).sum())  # the first stage that is not before the end
     last = values[k - 1] + (end - when[k - 1]) / (when[k] - when[k - 1]) * (values[k] - values[k - 1])
-    cut = np.concatenate([values[:k], last[None]])
-    return trapezoid(cut, np.append(when[:k], end), axis=0) / (end - when[0])
+    return trapezoid(np.concatenate([values[:k], last[None]]), np.append(when[:k], end), axis=0) / (end - when[0])

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relearn_lens.analysis.intervals import Estimate, over_seeds, over_sentences
-from relearn_lens.analysis.recovery import retraining_stages, savings, start_of
-from relearn_lens.measure import bootstrap
+from relearn_lens.analysis.recovery import savings, start_of
 from relearn_lens.measure.course import HELD_OUT, FactsTrajectory
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE
@@ -97,34 +96,6 @@ def relearned(
     return Relearned(stage, damage, brought, taught, net)
 
 
-@told
-def most_relearned(
-    paths: Sequence[FactsTrajectory],
-    metric: str,
-    *,
-    never: Sequence[FactsTrajectory] | None = None,
-    place: Label = HELD_OUT,
-    **interval,
-) -> Relearned:
-    """`relearned` at the stage where it is most: the number of an attack. Choosing the stage favours the attack, its
-    interval does not count that in.
-
-    Raises:
-        ValueError: as `relearned`; or no stage of training.
-    """
-    stages = retraining_stages(paths[0]) if paths else ()
-    if not stages:
-        raise ValueError("the number of an attack is its most over its checkpoints, and these paths have none")
-    each = [relearned(paths, metric, stage, never=never, place=place, **interval) for stage in stages]
-
-    def size(one: Relearned) -> float:
-        share = one.recovered or one.brought
-        return -math.inf if share is None else share.value
-
-    return max(each, key=size)
-
-
-@told
 def saved(
     paths: Sequence[FactsTrajectory],
     never: Sequence[FactsTrajectory],
@@ -151,53 +122,6 @@ def saved(
         return Estimate(1 / (1 - one.value), low, high, one.over, n=one.n)
 
     return {share: ratio(one) for share, one in saving.saved.items()}
-
-
-@told
-def removal_score(
-    forget: tuple[Scores, Scores],
-    retain: tuple[Scores, Scores],
-    *,
-    places: tuple[Label, Label] = (HELD_OUT, "retain_near"),
-    chance: float | None = None,
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Estimate | None:
-    """[(W0 - W) - (U0 - U)] / (W0 - W_chance): 1 is best, 0 untouched. W is the score on what is forgotten, U on what
-    is retained, each (before, after). Keys of the two places are drawn apart. None where what could be removed, W0 less
-    chance, is within noise.
-
-    Source: Che et al. 2025, unlearning score.
-
-    Raises:
-        ValueError: before and after of other keys.
-    """
-    drawn, values = [], []
-    for pair, place, apart in zip((forget, retain), places, (0, 1), strict=True):
-        sums = [scores.sums(place) for scores in pair]
-        if len(sums[0]) != len(sums[1]):
-            raise ValueError(
-                f"before and after must be of the same keys at {place}, got {len(sums[0])} and {len(sums[1])}"
-            )
-        weights = bootstrap.weights(len(sums[0]), draws, seed + apart)
-        values.append([scores.value(place) for scores in pair])
-        drawn.append([scores.of_sums(weights @ each) for scores, each in zip(pair, sums, strict=True)])
-    guess = chance
-    if guess is None:
-        # What a guess shows, on the scale of values: both are affine in each other.
-        at, one = forget[0].displayed(0.0), forget[0].displayed(1.0)
-        guess = (forget[0].chance(places[0]) - at) / (one - at)
-
-    def score(w0, w, u0, u):
-        return _share((w0 - w) - (u0 - u), w0 - guess)
-
-    spread = np.quantile(drawn[0][0], [(1 - level) / 2, (1 + level) / 2])
-    if not spread[0] > guess:
-        return None
-    value = float(score(*values[0], *values[1]))
-    low, high, how = bootstrap.ends(value, np.asarray(score(*drawn[0], *drawn[1])), None, level)
-    return Estimate(value, low, high, f"keys of both places ({how})", n=len(forget[0].sums(places[0])))
 
 
 def _share(part, whole):

@@ -135,10 +135,12 @@ def _where(arms: Mapping[str, Sequence[Trajectory]], last: str, level: float) ->
     n = len(concept)
     trained = [arm for side in arms.values() for arm in side if last in arm.stages]
     if not all(is_mass(arm[stage].saliency) for arm in trained for stage in (BASE, last)):
-        kind = concept[0][BASE].saliency.kind
-        return f"Where it went cannot be said of the score {kind!r}: some of its values are below 0 or undefined."
+        return (
+            f"Where it went cannot be said of the score {concept[0][BASE].saliency.kind!r}: some of its values are "
+            "below 0 or undefined."
+        )
     # On the very same neurons in every control: see `shift` for what choosing survivors does by itself.
-    own = np.array([shift(arm, last).moved for arm in concept])
+    mine = float(np.mean([shift(arm, last).moved for arm in concept]))
     clear = []
     controls: dict[str, float] = {}
     for name in (name for name in ("random", "unpruned") if name in arms):
@@ -149,20 +151,17 @@ def _where(arms: Mapping[str, Sequence[Trajectory]], last: str, level: float) ->
         ours = np.array([shift(c, last, among=s).moved for c, s in zip(concept, shared, strict=True)])
         controls[name] = float(theirs.mean())
         clear.append(beside_control(ours, [[float(v)] for v in theirs], level).effect.excludes(0))
-    mine = float(own.mean())
     if not np.isfinite(mine):
         return "No neuron survived, so there is nowhere for the concept to have moved."
-    way = "later" if mine > 0 else "earlier"
     text = (
         f"Among the neurons that survived, the concept's saliency moved by {abs(mine):.3f} of the model's depth "
-        f"towards {way} layers"
+        f"towards {'later' if mine > 0 else 'earlier'} layers"
         if abs(mine) >= 0.0005
         else "Among the neurons that survived, the concept's saliency stayed at its depth"
     )
     if not controls:
         return f"{text}; without a control arm this is not evidence of a move."
     beside = " and ".join(f"{value:+.3f} in the {name} arm" for name, value in controls.items())
-    beside = f"the same neurons: {beside}"
     if any(value * mine > 0 and abs(value) >= abs(mine) / 2 for value in controls.values()):
         verdict = "a control moved the same way at least half as far, so this is not specific to pruning the concept"
     elif n < FEWEST_SEEDS:
@@ -173,7 +172,7 @@ def _where(arms: Mapping[str, Sequence[Trajectory]], last: str, level: float) ->
             if all(clear)
             else f"the difference from the controls is within noise over {n} seeds"
         )
-    return f"{text} ({beside}): {verdict}."
+    return f"{text} (the same neurons: {beside}): {verdict}."
 
 
 def _half(arms: Sequence[Trajectory], label: Label, unpruned: Sequence[Trajectory] | None, **interval) -> str:

@@ -104,7 +104,7 @@ def audit(
         ValueError: a system prompt for a tokenizer without a chat template; an original that does not know the facts,
             or models that are no copies of one architecture; before any training.
     """
-    work = _Work(model, facts, original, never, seed, _Beside(facts.sha256(), seed, kept))
+    work = _Work(model, facts, original, never, seed, kept)
     framed = framing(model, system)
     with progress.task("asking"):
         work.ask(framed)
@@ -123,35 +123,29 @@ def audit(
     )  # fmt: skip
 
 
-class _Beside:
-    """What is measured of models beside the audited one, once where it is kept."""
-
-    def __init__(self, facts: str, seed: int, kept: dict[Any, Any] | None):
-        self.facts, self.seed, self.kept = facts, seed, kept
-
-    def __call__(self, model: LanguageModel, what: Any, measure: Callable[[], Any]) -> Any:
-        if self.kept is None:
-            return measure()
-        key = what, weights_sha256(model), self.facts, self.seed
-        if key not in self.kept:
-            self.kept[key] = measure()
-        return self.kept[key]
-
-
 class _Work:
     """One audit under way: what is measured of the model, and of those beside it."""
 
     def __init__(
         self, model: LanguageModel, facts: Facts, original: LanguageModel | None, never: LanguageModel | None,
-        seed: int, beside: _Beside,
+        seed: int, kept: dict[Any, Any] | None,
     ):  # fmt: skip
         self.model, self.facts, self.original, self.never = model, facts, original, never
-        self.seed, self.beside, self.closed = seed, beside, facts.answers()
+        self.seed, self.kept, self.closed = seed, kept, facts.answers()
         self.statements = drawn(facts, FORGET, "statement", seed)
         self.held_out, self.retained = (drawn(facts, each, "statement", seed) for each in ((HELD_OUT,), RETAIN))
         self.values: dict[str, Any] = {}
         """By field of `Evidence`."""
         self.numbers: dict[str, Interval] = {}
+
+    def beside(self, model: LanguageModel, what: Any, measure: Callable[[], Any]) -> Any:
+        """What is measured of a model beside the audited one, once where it is kept."""
+        if self.kept is None:
+            return measure()
+        key = what, weights_sha256(model), self.facts.sha256(), self.seed
+        if key not in self.kept:
+            self.kept[key] = measure()
+        return self.kept[key]
 
     def accuracy(self, of: LanguageModel, passages: Sequence[Passage]) -> AnswerAccuracy:
         return answer(of, passages, closed=self.closed).accuracy
@@ -213,12 +207,11 @@ class _Work:
         self.values["inside"], self.values["inside_chance"] = known.value(OVERALL), known.chance(OVERALL)
         self.values["by_layer"] = {name: known.layer(name).value(OVERALL) for name in known.layers}
         self.note("inside", known)
-        n = len(known.states)
         items = [
             {"prompt": p.prompt, "answer": p.answer, "key": p.key, "state": state}
             for p, state in zip(known.items, known.states, strict=True)
         ]
-        return {state: known.states.count(state) / n for state in STATES}, items
+        return {state: known.states.count(state) / len(known.states) for state in STATES}, items
 
     def relearn(self, rates: Sequence[float], steps: Sequence[int]) -> tuple[dict[str, Any], float, dict[str, Tensor]]:
         """`_relearned` of the model, and at its rate of the twin."""
@@ -269,13 +262,9 @@ def framing(model: LanguageModel, system: str | None) -> Framed | None:
         )
 
     def put(passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        out = []
-        for p in passages:
-            turns = [{"role": "system", "content": system}, {"role": "user", "content": p.prompt}]
-            out.append(
-                replace(p, prompt=tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-            )
-        return tuple(out)
+        turns = [[{"role": "system", "content": system}, {"role": "user", "content": p.prompt}] for p in passages]
+        texts = (tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in turns)
+        return tuple(replace(p, prompt=text) for p, text in zip(passages, texts, strict=True))
 
     put([Passage("", "x", "x")])  # a template that takes no system turn says so before any work
     return put
@@ -309,11 +298,8 @@ def alike(model: LanguageModel, forgotten: Sequence[Passage], retained: Sequence
             by_layer, _ = states_of(model, batch)
             for name, states in by_layer.items():
                 kept.setdefault(name, []).append(states[batch.first].float().cpu())
-        out = {}
-        for name, parts_ in kept.items():
-            unit = torch.nn.functional.normalize(torch.cat(parts_), dim=1)
-            out[name] = float(unit.mean(0).norm())
-        return out
+        units = {name: torch.nn.functional.normalize(torch.cat(each), dim=1) for name, each in kept.items()}
+        return {name: float(unit.mean(0).norm()) for name, unit in units.items()}
 
     here, there = spread(forgotten), spread(retained)
     return max(here[name] - there[name] for name in here)
@@ -325,11 +311,8 @@ def of_weights(model: LanguageModel, original: LanguageModel | None) -> dict[str
     blocks = {name: value for name, value in mine.items() if value.ndim == 2 and any(c.isdigit() for c in name)}
     total = sum(value.numel() for value in blocks.values())
     if original is None:
-        zeroed = 0
-        for value in blocks.values():
-            nothing = value == 0
-            rows, columns = nothing.all(1), nothing.all(0)
-            zeroed += int((rows[:, None] | columns[None]).sum())
+        nothing = (value == 0 for value in blocks.values())
+        zeroed = sum(int((zero.all(1)[:, None] | zero.all(0)[None]).sum()) for zero in nothing)
         return {"zeroed": zeroed / max(total, 1)}
     theirs = {name: value.float() for name, value in original.weights().items() if value.is_floating_point()}
     if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in mine):
@@ -376,26 +359,23 @@ def _relearned(
                 raise
         finally:
             model.load_weights(start)
-        every = [one.value(OVERALL) for one, _ in scores]
-        best_scores = scores[when][0]
         curve: dict[str, Any] = {
             "at": at[when],
-            "all_steps": at, "all": every,
-            "interval": (best_scores.shown(OVERALL), *best_scores.interval(OVERALL)),
+            "all_steps": at, "all": [one.value(OVERALL) for one, _ in scores],
+            "interval": (scores[when][0].shown(OVERALL), *scores[when][0].interval(OVERALL)),
         }  # fmt: skip
         if best is None or top > best[0]:
             best = top, curve, rate, weights
     assert best is not None
-    return best[1], best[2], best[3]
+    return best[1:]
 
 
 def _where(
     model: LanguageModel, relearned: Mapping[str, Tensor], known: Callable[[], AnswerAccuracy]
 ) -> list[dict[str, Any]]:
     """By part: what it alone, taken from the relearned model, brings back; the model is put back."""
-    start = model.copied()
-    blocks = len(model.bridge.blocks)
-    grafted = grafts(model, start, relearned, lambda _: {"accuracy": known()}, parts=parts(model, bands=min(blocks, 6)))
+    moved = parts(model, bands=min(len(model.bridge.blocks), 6))
+    grafted = grafts(model, model.copied(), relearned, lambda _: {"accuracy": known()}, parts=moved)
     return [
         {"part": part, "enough": grafted.enough(part).value, "needed": grafted.needed(part).value}
         for part in grafted.parts

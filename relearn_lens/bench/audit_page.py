@@ -17,8 +17,8 @@ def lines(name: str, done: Audit) -> list[str]:
     e, n = done.evidence, done.numbers
     out = [f"{name}: {done.verdict.kind}"[:80], *_wrapped(f"  {done.verdict.why}")]
     out.append(f"most of it that anything reaches: {e.reached:.2f}")
-    shares = [f"{_short(n['answers'])} as taught"]
-    shares += [f"{_short(n[key])} {key}" for key in ("without the prompt", "reworded") if key in n]
+    answers = {"answers": "as taught", "without the prompt": "without the prompt", "reworded": "reworded"}
+    shares = [f"{_short(n[key])} {says}" for key, says in answers.items() if key in n]
     out += _wrapped(f"answers {'; '.join(shares)}; chance {e.chance:.2f}; what stays {e.retained:.2f}")
     if "extraction" in n:
         others = [f"{key.split()[-1]} {value[0]:.2f}" for key, value in n.items() if key.startswith("extraction of")]
@@ -65,9 +65,7 @@ def lines(name: str, done: Audit) -> list[str]:
         out += _wrapped("came back in " + ", ".join(f"{g['part']} ({g['enough']:.2f} alone)" for g in top))
     if done.states:
         out += _wrapped("items: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in done.states.items()))
-    for missing in done.verdict.missing:
-        out += _wrapped(f"not given: {missing}")
-    return out[:25]
+    return [*out, *(line for missing in done.verdict.missing for line in _wrapped(f"not given: {missing}"))][:25]
 
 
 def _short(value: Interval) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from relearn_lens.analysis import matrix
@@ -54,52 +55,50 @@ def _digits(value: float, sign: bool = False) -> str:
 
 def entries(results: Results) -> dict[str, dict[str, Entry]]:
     """By row (the twin last) and column."""
-    rows = [*results.rows, *([NEVER] if results.twin else [])]
-    return {row: {column: matrix.entry(results, row, column) for column in results.columns} for row in rows}
+    return {
+        row: {column: matrix.entry(results, row, column) for column in results.columns}
+        for row in [*results.rows, *([NEVER] if results.twin else [])]
+    }
 
 
 def lines(benched: Benched) -> list[str]:
     """What is printed: verdicts first, then the matrix, ranks and pairs; at most 25 lines of 80 columns."""
     bench, results = benched.bench, benched.results
-    out = []
-    if results is None:
-        out.append("no remover is complete in every seed")
-    else:
-        table = entries(results)
-        seeds = ",".join(map(str, results.seeds))
-        out.append(f"{bench.facts}, model {bench.model}: of the half the attacker never had (seeds {seeds})")
+    out = ["no remover is complete in every seed"]
+    if results is not None:
+        table, seeds = entries(results), ",".join(map(str, results.seeds))
+        out = [f"{bench.facts}, model {bench.model}: of the half the attacker never had (seeds {seeds})"]
         out += [verdict_line(results, row, table) for row in results.rows[:7]]
         if len(results.rows) > 7:
             out.append(f"... and {len(results.rows) - 7} more removers in {benched.folder.name}/summary.json")
         width = max(map(len, table)) + 1
         columns = list(results.columns)[: max(1, (80 - width - 22) // 16)]
-        out.append(
-            "".join([f"{'':{width}}{'moved':>5} {'left':<16}", *(f"{name[:15]:<16}" for name in columns)]).rstrip()
-        )
+        cells = [["", "moved", "left", *(name[:15] for name in columns)]]
         for row in [*results.rows[:7], *([NEVER] if results.twin else [])]:
             moved = sum(results.cells[row, s].moved for s in results.seeds) / len(results.seeds)
-            left = short(matrix.left(results, row))
-            cells = [short(table[row][c].recovery if row != NEVER else table[row][c].left) for c in columns]
-            moved_text = "" if row == NEVER else f"{moved:.2f}"
-            out.append(
-                "".join([f"{row:{width}}{moved_text:>5} {left:<16}", *(f"{cell:<16}" for cell in cells)]).rstrip()
-            )
-        out.append("moved: share of the removal kept at equal ability; left: answered there; then")
+            shown = [table[row][c].left if row == NEVER else table[row][c].recovery for c in columns]
+            number = "" if row == NEVER else f"{moved:.2f}"
+            cells.append([row, number, *map(short, (matrix.left(results, row), *shown))])
+        out += [
+            "".join([f"{row:{width}}{moved:>5} ", *(f"{cell:<16}" for cell in rest)]).rstrip()
+            for row, moved, *rest in cells
+        ]
         beside = "never: what it answers" if results.twin else "no twin: nothing is recovered"
-        out.append(f"the share back, less the twin's gain ({beside})")
-        out += _ranking_lines(results)
+        out += [
+            "moved: share of the removal kept at equal ability; left: answered there; then",
+            f"the share back, less the twin's gain ({beside})",
+            *_ranking_lines(results),
+        ]
     if benched.failed:
-        first = next(iter(benched.failed.items()))
-        out.append(f"{len(benched.failed)} failed, such as {first[0]}: {first[1]}"[:80])
+        name, error = next(iter(benched.failed.items()))
+        out.append(f"{len(benched.failed)} failed, such as {name}: {error}"[:80])
     return out
 
 
 def _ranking_lines(results: Results) -> list[str]:
     out = []
-    ranking = matrix.ranking(results)
-    if ranking is not None:
-        tau = ranking.tau
-        says = "no order on one side" if math.isnan(tau.value) else short(tau)
+    if ranking := matrix.ranking(results):
+        says = "no order on one side" if math.isnan(ranking.tau.value) else short(ranking.tau)
         out.append(f"ranks before and after calibration: Kendall's tau {says}")
     differences = matrix.pairs(results)
     apart = [pair for pair in differences if pair.p_holm < 0.05]
@@ -131,12 +130,7 @@ def verdict_line(results: Results, row: str, table: dict[str, dict[str, Entry]])
 
 
 def _plain(estimate: Estimate | None) -> dict[str, Any] | None:
-    if estimate is None:
-        return None
-    return {
-        "value": estimate.value, "low": estimate.low, "high": estimate.high, "over": estimate.over, "p": estimate.p,
-        "n": estimate.n,
-    }  # fmt: skip
+    return None if estimate is None else asdict(estimate)
 
 
 def chosen(benched: Benched, of: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,15 +182,15 @@ def summary(benched: Benched) -> dict[str, Any]:
     table = entries(results)
     rows: dict[str, Any] = {}
     for row, by_column in table.items():
-        cells = {seed: results.cells[row, seed] for seed in bench.every_seed}
+        cells = {str(seed): results.cells[row, seed] for seed in bench.every_seed}
         column = matrix.column_of(results, row) if row != NEVER else None
         rows[row] = {
             "verdict": None if column is None else matrix.verdict(by_column[column]),
             "strongest": column,
             "left": _plain(matrix.left(results, row)),
-            "moved": {str(seed): cell.moved for seed, cell in cells.items()},
-            "kept": {str(seed): cell.kept_calibrated for seed, cell in cells.items()},
-            "kept_before_calibration": {str(seed): cell.kept_removed for seed, cell in cells.items()},
+            "moved": {seed: cell.moved for seed, cell in cells.items()},
+            "kept": {seed: cell.kept_calibrated for seed, cell in cells.items()},
+            "kept_before_calibration": {seed: cell.kept_removed for seed, cell in cells.items()},
             "attacks": {
                 name: {
                     "rate": entry.rate, "recovery": _plain(entry.recovery), "answers": _plain(entry.left),
@@ -240,15 +234,14 @@ def render(benched: Benched) -> str:
     pictures |= {f"curves-{column}": draw(plots.bench_curves, results, column) for column in results.columns}
     pictures["ranks"] = draw(plots.bench_ranks, results)
     about = f"{next(iter(bench.columns))} at the rate chosen for each remover, seed {bench.seeds[0]}"
-    parts = chosen(benched, benched.parts)
-    pictures["parts"] = draw(plots.bench_parts, results, parts, f"{about}; intervals over keys")
+    over_keys = f"{about}; intervals over keys"
+    pictures["parts"] = draw(plots.bench_parts, results, chosen(benched, benched.parts), over_keys)
     metrics = {row: tracked(each) for row, each in chosen(benched, benched.metrics).items()}
     for name in dict.fromkeys(name for each in metrics.values() for name in each):
         by_row = {row: each[name] for row, each in metrics.items() if "whole" in each.get(name, {})}
-        pictures[f"metric-{name}"] = draw(plots.bench_metric, results, by_row, name, f"{about}; intervals over keys")
+        pictures[f"metric-{name}"] = draw(plots.bench_metric, results, by_row, name, over_keys)
         pictures[f"layers-{name}"] = draw(plots.bench_layers, results, by_row, name, about)
     pictures["components"] = draw(plots.bench_components, results)
-    differences = matrix.pairs(results)
     return report.page(
         "bench.html.j2",
         title=f"What comes back: {bench.facts}, {bench.model}",
@@ -258,7 +251,7 @@ def render(benched: Benched) -> str:
         matrix=matrix_table(results, table),
         pairs=(
             ["", "against", "difference", "p (Holm)"],
-            [[p.one, p.other, short(p.difference, sign=True), f"{p.p_holm:.3f}"] for p in differences],
+            [[p.one, p.other, short(p.difference, sign=True), f"{p.p_holm:.3f}"] for p in matrix.pairs(results)],
         ),
         limits=limits(benched),
         bound=f"{100 * results.bound:g} %",
@@ -273,13 +266,11 @@ def render(benched: Benched) -> str:
 def matrix_table(results: Results, table: dict[str, dict[str, Entry]]) -> tuple[list[str], list[list[str]]]:
     """Every number of the matrix as a table."""
     header = ["", "attack", "rate", "back", "answers", "twin's gain", "left before", "steps", ""]
-    rows = []
-    for row, by_column in table.items():
-        for column, entry in by_column.items():
-            rows.append(
-                [
-                    row, column, entry.rate, short(entry.recovery), short(entry.left), short(entry.twin, sign=True),
-                    short(matrix.left(results, row)), ", ".join(map(str, entry.steps)), entry.why,
-                ]
-            )  # fmt: skip
-    return header, rows
+    return header, [
+        [
+            row, column, entry.rate, short(entry.recovery), short(entry.left), short(entry.twin, sign=True),
+            short(matrix.left(results, row)), ", ".join(map(str, entry.steps)), entry.why,
+        ]
+        for row, by_column in table.items()
+        for column, entry in by_column.items()
+    ]  # fmt: skip

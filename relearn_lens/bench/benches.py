@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from relearn_lens.analysis.matrix import NEVER, Results
 from relearn_lens.bench import engines
@@ -34,9 +34,6 @@ from relearn_lens.bench.sweeps import check_engine, performed
 from relearn_lens.files import alone, as_json, check_folder, digest_of, read_json, write_whole
 from relearn_lens.names import told
 from relearn_lens.runs import needs
-
-if TYPE_CHECKING:
-    from relearn_lens.runs.stages import Stages
 
 ASKED, SUMMARY, PAGE, TASKS, LOGS, STAGES, CELLS = (
     "bench.toml", "summary.json", "report.html", "tasks", "logs", "stages", "cells",
@@ -83,9 +80,8 @@ def planned(bench: Bench) -> list[str]:
 
     check(bench)
     rows, seeds = _rows(bench), bench.every_seed
-    jobs = len(seeds) * -(-len(rows) // ROWS_A_JOB)
+    jobs, cells = len(seeds) * -(-len(rows) // ROWS_A_JOB), len(rows) * len(seeds)
     courses = sum(max(1, len(column.rates)) for column in bench.columns.values())
-    cells = len(rows) * len(seeds)
     out = [
         f"model: {bench.model}", f"facts: {bench.facts}",
         f"seeds: {_joined(bench.seeds)}; rates are chosen on {bench.chooses}",
@@ -106,8 +102,7 @@ def planned(bench: Bench) -> list[str]:
     copies = 4 + 2 * bool({"depth", "returned", "moved", "rank"} & set(bench.metrics))
     memory = sum(needs.removal_mb(shape, moving=shape.parameters, batch=32, longest=longest).values())
     memory += math.ceil(copies * shape.bytes / 2**20)
-    kept = len(bench.rows) + 2 * (bench.teach is not None)
-    disk = math.ceil(len(seeds) * kept * shape.bytes / 2**20)
+    disk = math.ceil(len(seeds) * (len(bench.rows) + 2 * (bench.teach is not None)) * shape.bytes / 2**20)
     return [*out, f"memory: about {memory:,} MB for each job at a time; disk: about {disk:,} MB"]
 
 
@@ -159,8 +154,10 @@ def run(
                 name = f"seed {seed}: {', '.join(rows)}"
                 task = folder / TASKS / f"{seed}-{'-'.join(rows)}.json"
                 write_whole(task, as_json({"bench": bench.model_dump(mode="json"), "rows": rows, "seed": seed}))
-                log = folder / LOGS / f"{task.stem}.log"
-                jobs.append(engines.Job(name, task, folder, log, bench.device, bench.threads, verb=VERB, work=_on_ray))
+                jobs.append(engines.Job(
+                    name, task, folder, folder / LOGS / f"{task.stem}.log", bench.device, bench.threads, verb=VERB,
+                    work=_on_ray,
+                ))  # fmt: skip
         failed = performed(jobs, folder, on, processes, tell) if jobs else {}
         return gathered(bench, folder, failed, time.monotonic() - begin)
 
@@ -206,9 +203,11 @@ def perform(task: Path, folder: Path, *, say: Callable[[str], object] = print) -
 
 def _key(bench: Bench, row: str, seed: int) -> str:
     """Hash of all that a cell depends on."""
-    values = bench.model_dump(mode="json", exclude={"rows", "seeds", "draws"})
-    values["first"] = bench.seeds[0]  # where parts are moved
-    values["row"] = bench.rows[row].model_dump(mode="json") if row in bench.rows else None
+    values = {
+        **bench.model_dump(mode="json", exclude={"rows", "seeds", "draws"}),
+        "first": bench.seeds[0],  # where parts are moved
+        "row": bench.rows[row].model_dump(mode="json") if row in bench.rows else None,
+    }
     return digest_of([values, seed])[:32]
 
 
@@ -227,7 +226,7 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
     from relearn_lens.bench.cells import read_cell
     from relearn_lens.runs.stages import Stages
 
-    stages: Stages = Stages(folder / STAGES)
+    stages = Stages(folder / STAGES)
     wrong, cells, parts, metrics = dict(failed), {}, {}, {}
     for row in _rows(bench):
         for seed in bench.every_seed:
@@ -242,13 +241,11 @@ def gathered(bench: Bench, folder: Path, failed: Mapping[str, str], seconds: flo
                 for where, each in own.items():
                     by_rate.setdefault(where, {})[row] = each
     whole = tuple(row for row in bench.rows if all((row, seed) in cells for seed in bench.every_seed))
-    results = None
-    if whole:
-        twin = all((NEVER, seed) in cells for seed in bench.every_seed)
-        results = Results(
-            {at: cell for at, cell in cells.items() if twin or at[0] != NEVER}, whole, tuple(bench.columns),
-            bench.seeds, bench.chooses, bench.bound, bench.draws, twin=twin,
-        )  # fmt: skip
+    twin = all((NEVER, seed) in cells for seed in bench.every_seed)
+    results = None if not whole else Results(
+        {at: cell for at, cell in cells.items() if twin or at[0] != NEVER}, whole, tuple(bench.columns), bench.seeds,
+        bench.chooses, bench.bound, bench.draws, twin=twin,
+    )  # fmt: skip
     benched = Benched(folder, bench, results, parts, metrics, wrong, seconds)
     write_whole(folder / SUMMARY, as_json(bench_page.summary(benched)))
     if results is not None:

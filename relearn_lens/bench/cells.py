@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel, computing
 from relearn_lens.models.training import train_
 from relearn_lens.names import unknown
-from relearn_lens.neurons.sites import Neurons
+from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.neurons.weights import parts
 from relearn_lens.relearn.attack import Attack
 from relearn_lens.relearn.attacks import ATTACKS
@@ -58,15 +58,13 @@ def check(bench: Bench) -> None:
         ValueError: all of them, one line each.
     """
     wrong = []
-    kinds: tuple[tuple[str, Mapping[str, Any], Callable[[Bench, Any], Any]], ...] = (
-        ("rows", bench.rows, _recipe), ("columns", bench.columns, _attacks),
-    )  # fmt: skip
-    for kind, named, make in kinds:
-        for name, each in named.items():
-            try:
-                make(bench, each)  # pyright: ignore[reportArgumentType]
-            except ValueError as error:
-                wrong.append(f"{kind}.{name}: {error}")
+    made = {f"rows.{name}": partial(_recipe, bench, row) for name, row in bench.rows.items()}
+    made |= {f"columns.{name}": partial(_attacks, bench, column) for name, column in bench.columns.items()}
+    for name, make in made.items():
+        try:
+            make()
+        except ValueError as error:
+            wrong.append(f"{name}: {error}")
     try:
         metrics = [metric_of(name) for name in bench.metrics]
     except ValueError as error:
@@ -113,6 +111,8 @@ class Work:
     bench: Bench
     seed: int
     stages: Stages
+    _kept: dict[Any, Any] = field(default_factory=dict)
+    """What metrics measured of the models that they compare with."""
 
     @cached_property
     def _subject(self) -> removals.Subject:
@@ -161,8 +161,8 @@ class Work:
         def train() -> tuple[dict[str, Any], Weights]:
             self.model.load_weights(start)
             text = encode_facts(self.facts, *roles, tokenizer=self.model.tokenizer, context=self.model.context)
-            how = Training(**teach.model_dump())
-            (end,) = list(train_(self.model, text, how, seed=self.seed, what=f"teaching ({name})"))[-1:]
+            training = Training(**teach.model_dump())
+            *_, end = train_(self.model, text, training, seed=self.seed, what=f"teaching ({name})")
             return {"loss": end.loss, "steps": end.step}, self.model.weights()
 
         try:
@@ -176,8 +176,10 @@ class Work:
 
     @property
     def _common(self) -> dict[str, Any]:
-        where = {"device": self.model.device.type, "precision": self.bench.precision, "threads": self.bench.threads}
-        return {"seed": self.seed, **where}
+        bench = self.bench
+        return {
+            "seed": self.seed, "device": self.model.device.type, "precision": bench.precision, "threads": bench.threads,
+        }  # fmt: skip
 
     @cached_property
     def _held_out(self) -> tuple[Passage, ...]:
@@ -205,8 +207,10 @@ class Work:
 
     def cell(self, name: str) -> dict[str, Any]:
         """Everything of one row; gives the folders of its stages."""
-        asks = {"held_out": _hash(self._held_out), "retained": _hash(self._retained)}
-        common = {"facts": self.facts.sha256(), **asks, **self._common}
+        common = {
+            "facts": self.facts.sha256(), "held_out": _hash(self._held_out), "retained": _hash(self._retained),
+            **self._common,
+        }  # fmt: skip
         at_base = self._made("asked", {**common, "weights": self._sha(self.base)}, lambda: self._asked(self.base))
         index: dict[str, Any] = {"row": name, "seed": self.seed, "base": self._name(at_base[0])}
         neurons: Neurons | None = None
@@ -224,13 +228,14 @@ class Work:
             self.model.load_weights(stage.tensors)
             mixed_(self.model, self.base, mixed.numbers["moved"])
             start, origin = self.model.copied(), calibrated.digest
-        index["courses"] = {}
-        for column, how in self.bench.columns.items():
-            held = neurons if name != NEVER and self.bench.rows[name].held else None
-            index["courses"][column] = {
+        held = neurons if name != NEVER and self.bench.rows[name].held else None
+        index["courses"] = {
+            column: {
                 rate: self._name(self._attacked(start, origin, column, rate, attack, held, common, name)[0])
                 for rate, attack in _attacks(self.bench, how).items()
             }
+            for column, how in self.bench.columns.items()
+        }
         return index
 
     def _sha(self, weights: Weights) -> str:
@@ -274,24 +279,19 @@ class Work:
                     steps += 0 if math.isnan(pause.loss) else pause.step
             weights = self.model.copied()
             numbers, tensors = self._asked(weights)
-            masks = {f"cut.{k}": neurons.mask for k, neurons in enumerate(cut)}
-            site = cut[0].site.name if cut else None
-            return {**numbers, "steps": steps, "site": site}, {
-                **_prefixed("asked.", tensors),
-                **_prefixed("", masks),
-                **_prefixed("w.", weights),
+            return {**numbers, "steps": steps, "site": cut[0].site.name if cut else None}, {
+                **{f"asked.{name}": value for name, value in tensors.items()},
+                **{f"cut.{k}": neurons.mask for k, neurons in enumerate(cut)},
+                **{f"w.{name}": value for name, value in weights.items()},
             }
 
         recipe, stage = self._made("removed", {**common, "weights": self._sha(self.base), "how": says}, remove)
         weights = {name[2:]: value for name, value in stage.tensors.items() if name.startswith("w.")}
         answers = {name[6:]: value for name, value in stage.tensors.items() if name.startswith("asked.")}
         neurons = None
-        masks = [value for name, value in stage.tensors.items() if name.startswith("cut.")]
+        masks = [value.bool() for name, value in stage.tensors.items() if name.startswith("cut.")]
         if masks:
-            from relearn_lens.neurons.sites import site_of
-
-            site = site_of(self.model.bridge, str(stage.numbers["site"]))
-            neurons = Neurons(torch.stack([mask.bool() for mask in masks]).any(0), site)
+            neurons = Neurons(torch.stack(masks).any(0), site_of(self.model.bridge, str(stage.numbers["site"])))
         return recipe, Stage({**stage.numbers, "asked": answers}, weights), neurons
 
     def _repaired(self, row: Row) -> None:
@@ -314,13 +314,8 @@ class Work:
             best = calibrate(self.model, self.base, ability, tau=bench.tau, points=bench.points)
             mixed_(self.model, self.base, best.share)
             numbers, tensors = self._asked(self.model.copied())
-            return {
-                **numbers,
-                "moved": best.share,
-                "kept": best.score,
-                "base": best.base,
-                "removed": best.removed,
-            }, tensors
+            searched = {"moved": best.share, "kept": best.score, "base": best.base, "removed": best.removed}
+            return {**numbers, **searched}, tensors
 
         fields = {**common, "from": removed.digest, "tau": bench.tau, "points": bench.points}
         return self._made("calibrated", fields, search)
@@ -365,8 +360,8 @@ class Work:
                 numbers: dict[str, Any] = {"steps": steps, "diverged": diverged, "metrics": read}
                 if best is not None:
                     numbers["grafts"] = self._grafts(start, best[1])
-            tensors = {"held_out": np.stack(held_out), "retained": np.stack(retained)}
-            return numbers, {name: torch.from_numpy(value) for name, value in tensors.items()}
+            sums = {"held_out": held_out, "retained": retained}
+            return numbers, {name: torch.from_numpy(np.stack(each)) for name, each in sums.items()}
 
         fields = {**common, "from": origin, "how": how, "grafted": [bench.bound, bench.bands] if grafted else None}
         if metrics:
@@ -393,7 +388,7 @@ class Work:
         reference = None
         if any(metric.needs for metric in made):
             twin = self._never_model if any(NEVER in metric.needs for metric in made) else None
-            reference = Reference(self._base_model, twin, start, self._reference_kept)
+            reference = Reference(self._base_model, twin, start, self._kept)
         once = tuple({(p.key, p.relation): p for p in self._held_out}.values())
         questions = Asked(self.facts, once, (HELD_OUT,) * len(once))
         rows: Rows = []
@@ -410,23 +405,18 @@ class Work:
                 each += [(layer, scores.layer(layer), OVERALL) for layer in layered]  # pyright: ignore[reportAttributeAccessIssue]
             elif scores.over == "weights":
                 each += [(part, scores, part) for part in scores.labels]
-            for layer, of, label in each:
-                low, high = of.interval(label)
-                rows.append(
-                    {
-                        "metric": name, "unit": scores.unit, "step": step, "layer": layer, "value": of.shown(label),
-                        "low": low, "high": high, "chance": of.chance(label),
-                    }
-                )  # fmt: skip
+            rows += [
+                {
+                    "metric": name, "unit": scores.unit, "step": step, "layer": layer, "value": of.shown(label),
+                    **dict(zip(("low", "high"), of.interval(label), strict=True)), "chance": of.chance(label),
+                }
+                for layer, of, label in each
+            ]  # fmt: skip
         return rows
 
     @cached_property
     def _base_sha(self) -> str:
         return self._sha(self.base)
-
-    @cached_property
-    def _reference_kept(self) -> dict[Any, Any]:
-        return {}
 
     @cached_property
     def _base_model(self) -> LanguageModel:
@@ -453,17 +443,15 @@ class Work:
             self.model, start, end, lambda _: {"accuracy": self._known(self._held_out)},
             parts=parts(self.model, bands=bands),
         )  # fmt: skip
-        rows = []
-        for part in grafted.parts:
-            enough, needed = grafted.enough(part), grafted.needed(part)
-            rows.append(
-                {
-                    "part": part, "enough": enough.value, "enough_low": enough.low, "enough_high": enough.high,
-                    "needed": needed.value, "needed_low": needed.low, "needed_high": needed.high,
-                    "refused": enough.refused,
-                }
-            )  # fmt: skip
-        return rows
+        shares = {part: (grafted.enough(part), grafted.needed(part)) for part in grafted.parts}
+        return [
+            {
+                "part": part, "enough": enough.value, "enough_low": enough.low, "enough_high": enough.high,
+                "needed": needed.value, "needed_low": needed.low, "needed_high": needed.high,
+                "refused": enough.refused,
+            }
+            for part, (enough, needed) in shares.items()
+        ]  # fmt: skip
 
 
 class Read(NamedTuple):
@@ -490,19 +478,17 @@ def read_cell(index: Mapping[str, Any], stages: Stages) -> Read:
         return kept
 
     base, removed, calibrated = (stage(index[key]) for key in ("base", "removed", "calibrated"))
-    courses: dict[str, dict[str, Course]] = {}
-    parts: dict[str, Rows] = {}
-    metrics: dict[str, Rows] = {}
-    for column, rates in index["courses"].items():
-        courses[column] = {}
-        for rate, name in rates.items():
-            one = stage(name)
-            sums = {key: value.numpy() for key, value in one.tensors.items()}
-            steps = tuple(int(step) for step in one.numbers["steps"])
-            courses[column][rate] = Course(steps, sums["held_out"], sums["retained"], bool(one.numbers["diverged"]))
-            for kind, rows in (("grafts", parts), ("metrics", metrics)):
-                if one.numbers.get(kind):
-                    rows[f"{column} {rate}".strip()] = one.numbers[kind]
+    attacked = {column: {rate: stage(name) for rate, name in by.items()} for column, by in index["courses"].items()}
+
+    def course(one: Stage) -> Course:
+        steps = tuple(int(step) for step in one.numbers["steps"])
+        return Course(steps, one.tensors["held_out"].numpy(), one.tensors["retained"].numpy())
+
+    courses = {column: {rate: course(one) for rate, one in by.items()} for column, by in attacked.items()}
+
+    def rows_of(kind: str) -> dict[str, Rows]:
+        each = {f"{column} {rate}".strip(): one for column, by in attacked.items() for rate, one in by.items()}
+        return {name: one.numbers[kind] for name, one in each.items() if one.numbers.get(kind)}
 
     def sums_of(of: Stage, key: str) -> np.ndarray:
         return of.tensors[key if key in of.tensors else f"asked.{key}"].numpy()
@@ -516,7 +502,7 @@ def read_cell(index: Mapping[str, Any], stages: Stages) -> Read:
         sums_of(calibrated, "held_out"), kept, removed_kept, calibrated_kept,
         moved=float(index["moved"]), courses=courses, chance=float(base.numbers["chance"]),
     )  # fmt: skip
-    return Read(cell, parts, metrics)
+    return Read(cell, rows_of("grafts"), rows_of("metrics"))
 
 
 def drawn(facts: Facts, roles: Sequence[str], keys: int, wordings: int, seed: int) -> tuple[Passage, ...]:
@@ -539,7 +525,3 @@ def drawn(facts: Facts, roles: Sequence[str], keys: int, wordings: int, seed: in
 
 def _hash(passages: Sequence[Passage]) -> str:
     return sha256_of("\n".join(p.text for p in passages))
-
-
-def _prefixed(prefix: str, tensors: Weights) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": value for name, value in tensors.items()}

@@ -67,7 +67,7 @@ class Job:
     @property
     def arguments(self) -> list[str]:
         """What follows `relearn-lens` on its command line."""
-        shared = [] if self.shared is None else ["--shared", str(self.shared)]
+        shared = ["--shared", str(self.shared)] if self.shared else []
         return [self.verb, str(self.settings), "--out", str(self.folder), *shared]
 
 
@@ -234,8 +234,7 @@ def on_ray(jobs: Sequence[Job], *, shared: Path) -> Generator[Done, None, None]:
         def hand_over(job: Job) -> None:
             # max_calls: a process of its own for every run.
             options = {**needs[job.name], "max_retries": 0, "max_calls": 1, "name": f"relearn-lens {job.name}"}
-            task = ray.remote(**options)(_perform)
-            pending[task.remote(job, os.getcwd())] = job, time.monotonic()
+            pending[ray.remote(**options)(_perform).remote(job, os.getcwd())] = job, time.monotonic()
 
         try:
             for job in jobs:
@@ -244,7 +243,6 @@ def on_ray(jobs: Sequence[Job], *, shared: Path) -> Generator[Done, None, None]:
                 ready, _ = ray.wait(list(pending), timeout=5)
                 for ref in ready:
                     job, began = pending.pop(ref)
-                    error = None
                     try:
                         error = ray.get(ref)
                     except ray.exceptions.RayTaskError as failed:  # not by the run: the task itself could not begin
@@ -320,10 +318,8 @@ def _check_nodes(ray: Any, shared: Path) -> None:
     wrong = []
     try:
         look = ray.remote(num_cpus=0, max_retries=3)(_look)
-        node_of = {}
-        for node in _alive(ray):
-            there = on_node(node_id=node["NodeID"], soft=False)
-            node_of[look.options(scheduling_strategy=there).remote(str(token))] = node
+        there = [(on_node(node_id=node["NodeID"], soft=False), node) for node in _alive(ray)]
+        node_of = {look.options(scheduling_strategy=on).remote(str(token)): node for on, node in there}
         for ref, node in node_of.items():
             name = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
             try:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from relearn_lens.remove.calibration import calibrate, mixed_
 from relearn_lens.remove.recipes import RECIPES, recipe, values_of
 from relearn_lens.remove.removers import REMOVERS, WRAPPERS
 from relearn_lens.runs import removals
+from relearn_lens.runs.store import versions
 
 BASE, NEVER = "base", "never"
 TAU, POINTS = 0.95, 64
@@ -84,19 +87,12 @@ def cells(folder: str | Path, seeds: Sequence[int], only: Sequence[str] = (), *,
     """
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be some numbers from 0, each once; got {list(seeds)}")
-    chosen = names(only)
-    return _cells(Path(folder), seeds, chosen, kept)
+    return _cells(Path(folder), seeds, names(only), kept)
 
 
 def _cells(folder: Path, seeds: Sequence[int], chosen: Sequence[str], kept: bool) -> Iterator[Cell]:
     for seed in seeds:
-        made: list[removals.Subject] = []
-
-        def subject(seed: int = seed, made: list[removals.Subject] = made) -> removals.Subject:
-            if not made:
-                made.append(removals.subject(removals.TAUGHT, "people", seed=seed))
-            return made[0]
-
+        subject = functools.cache(partial(removals.subject, removals.TAUGHT, "people", seed=seed))
         base = None
         for name in (BASE, NEVER, *chosen):
             path, settings = folder / f"{name}-{seed}.json", _settings(name, seed)
@@ -109,10 +105,8 @@ def _cells(folder: Path, seeds: Sequence[int], chosen: Sequence[str], kept: bool
 
 
 def _settings(name: str, seed: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"tau": TAU, "points": POINTS, "seed": seed, "versions": removals.versions()}
-    if name not in (BASE, NEVER):
-        settings |= removals.fields_of(recipe(KIND, name))
-    return settings
+    fields = {} if name in (BASE, NEVER) else removals.fields_of(recipe(KIND, name))
+    return {"tau": TAU, "points": POINTS, "seed": seed, "versions": versions(), **fields}
 
 
 def _kept(path: Path, name: str, seed: int, settings: dict[str, Any]) -> Cell | None:
@@ -127,8 +121,7 @@ def _made(
     path: Path, name: str, seed: int, settings: dict[str, Any], subject: removals.Subject, base: Cell | None
 ) -> Cell:
     values = _of_twin(subject, name) if base is None or name == NEVER else _of_remover(subject, name, base)
-    values = {"name": name, "digest": digest_of(settings), "settings": settings, **values}
-    content = as_json(values)
+    content = as_json({"name": name, "digest": digest_of(settings), "settings": settings, **values})
     write_whole(path, content)
     return Cell(name, seed, json.loads(content), False)
 

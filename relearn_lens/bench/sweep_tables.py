@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from relearn_lens.analysis import story
-from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.measure.evaluation import Scores
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
 from relearn_lens.runs.results import Run
@@ -76,31 +75,29 @@ class Pool:
         mine = {seed: arm[stage].scores for seed, arm in sorted(arms.items())}
         one = next(iter(mine.values()))
         score = story.estimate(np.asarray, label, list(mine.values()), **how)
+        low, high = sorted((one.displayed(score.low), one.displayed(score.high)))
         row: dict[str, Any] = {
             "concept": story.name_of(next(iter(arms.values()))), "arm": name, "stage": stage, "seeds": len(mine),
             "metric": one.metric, "unit": one.unit, "score": one.displayed(score.value),
-            **_ends("", score, one), "over": score.over, "random": None, "unpruned": None,
+            "low": low, "high": high, "over": score.over, "random": None, "unpruned": None,
             **dict.fromkeys(("difference", "difference_low", "difference_high", "difference_over")), "control": "",
         }  # fmt: skip
         for control in ("random", "unpruned"):
             if name != control and control in self.arms:
-                theirs = [arm[stage].scores.shown(label) for arm in self.arms[control].values()]
-                row[control] = float(np.mean(theirs))
+                row[control] = float(np.mean([arm[stage].scores.shown(label) for arm in self.arms[control].values()]))
         if name in ("random", "unpruned") or stage == BASE:  # the base is the same model in every arm
             return row
         random = {seed: arm[stage].scores for seed, arm in self.arms.get("random", {}).items() if seed in mine}
         if not random:
-            row["control"] = NO_CONTROL
-            return row
+            return {**row, "control": NO_CONTROL}
         seeds = sorted(random)
         gap = story.estimate(np.subtract, label, [mine[s] for s in seeds], [random[s] for s in seeds], **how)
         sign = one.displayed(1.0) - one.displayed(0.0)  # a loss falls where the value rises
-        ends = sorted((sign * gap.low, sign * gap.high))
-        row |= {
-            "difference": sign * gap.value, "difference_low": ends[0], "difference_high": ends[1],
+        low, high = sorted((sign * gap.low, sign * gap.high))
+        return row | {
+            "difference": sign * gap.value, "difference_low": low, "difference_high": high,
             "difference_over": gap.over, "control": f"random, {len(seeds)} seed{'s' * (len(seeds) > 1)} of both",
         }  # fmt: skip
-        return row
 
     def together(self) -> Run | None:
         """The setting as one run, of the seeds that all its arms have; None if there are none."""
@@ -112,12 +109,6 @@ class Pool:
         return Run(settings, {name: [arms[seed] for seed in seeds] for name, arms in self.arms.items()})
 
 
-def _ends(prefix: str, of: Estimate, scores: Scores) -> dict[str, float]:
-    """The ends of an interval in the number that people read."""
-    low, high = sorted((scores.displayed(of.low), scores.displayed(of.high)))
-    return {f"{prefix}low": low, f"{prefix}high": high}
-
-
 def pool_key(run_settings: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> str:
     """What cells must have in common to be one experiment: every setting but arms and seeds, and the same inputs."""
     kept = {name: value for name, value in run_settings.items() if name not in SPREAD}
@@ -126,19 +117,21 @@ def pool_key(run_settings: Mapping[str, Any], inputs: Mapping[str, Any] | None) 
 
 def cell_rows(cell: str, values: Mapping[str, Any], run: Run) -> list[dict[str, Any]]:
     """One for each arm, seed and stage of a cell; intervals over sentences, so within one training."""
-    rows = []
-    for name, arms in run.arms.items():
-        for arm in arms:
-            for stage, snapshot in arm.snapshots.items():
-                scores = snapshot.scores
-                how = {"level": run.interval["level"], "n": run.interval["draws"]}
-                low, high = sorted(scores.interval(run.label, **how))
-                rows.append(
-                    {"cell": cell, **{k: v for k, v in values.items() if k not in SPREAD}, "arm": name,
-                     "seed": arm.seed, "stage": stage, "metric": scores.metric, "score": scores.shown(run.label),
-                     "low": low, "high": high}
-                )  # fmt: skip
-    return rows
+    swept = {key: value for key, value in values.items() if key not in SPREAD}
+
+    def row(arm: str, seed: int, stage: str, scores: Scores) -> dict[str, Any]:
+        low, high = sorted(scores.interval(run.label, level=run.interval["level"], n=run.interval["draws"]))
+        return {
+            "cell": cell, **swept, "arm": arm, "seed": seed, "stage": stage, "metric": scores.metric,
+            "score": scores.shown(run.label), "low": low, "high": high,
+        }  # fmt: skip
+
+    return [
+        row(name, arm.seed, stage, snapshot.scores)
+        for name, arms in run.arms.items()
+        for arm in arms
+        for stage, snapshot in arm.snapshots.items()
+    ]
 
 
 def beside(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
@@ -166,9 +159,7 @@ def cell_text(value: Any) -> str:
 
 def printed(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table that is printed: base once, right after pruning, and the last stage of each arm."""
-    last: dict[str, str] = {}
-    for row in rows:
-        last[_setting(row, keys) + row["arm"]] = row["stage"]
+    last = {_setting(row, keys) + row["arm"]: row["stage"] for row in rows}
     metrics = sorted({row["metric"] for row in rows})
     shown, based = [], set()
     for row in rows:

@@ -49,6 +49,7 @@ from relearn_lens.names import meant, told
 from relearn_lens.runs import needs
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import Experiment, are_of
+from relearn_lens.runs.verify import MANIFEST
 
 if TYPE_CHECKING:
     from relearn_lens.bench.sweep_tables import Pool
@@ -231,10 +232,9 @@ def _experiment(values: Mapping[str, Any], given: Mapping[str, Any]) -> Experime
 
 def _name(choices: Sequence[Choice]) -> str:
     """The name of a cell, from its own values alone: more values or cells beside it do not change it."""
-    parts = []
-    for name, given in choices:
-        parts += [name] if name else [f"{key}={_slug(value)}" for key, value in given.items()]
-    whole = ",".join(parts)
+    whole = ",".join(
+        name or ",".join(f"{key}={_slug(value)}" for key, value in given.items()) for name, given in choices
+    )
     return whole if len(whole) <= _LONGEST else f"{whole[: _LONGEST - 9]}-{files.sha256_of(whole)[:6]}"
 
 
@@ -249,14 +249,13 @@ def _slug(value: Any) -> str:
 
 def _told(problems: Mapping[str, Sequence[str]], total: int) -> str:
     """Every error once, with the cells it is in."""
-    lines = []
-    for line, names in problems.items():
+
+    def where(names: Sequence[str]) -> str:
         if len(names) == total:
-            lines.append(f"every cell: {line}")
-        elif len(names) == 1:
-            lines.append(f"cell {names[0]}: {line}")
-        else:
-            lines.append(f"{len(names)} cells, such as {names[0]}: {line}")
+            return "every cell"
+        return f"cell {names[0]}" if len(names) == 1 else f"{len(names)} cells, such as {names[0]}"
+
+    lines = [f"{where(names)}: {line}" for line, names in problems.items()]
     more = len(lines) - _MOST_LINES
     return "\n".join(lines[:_MOST_LINES] + ([f"and {more} more"] if more > 0 else []))
 
@@ -326,13 +325,12 @@ def run(
             for cell in sweep.cells:
                 _remove(folder / cell.name)
         _check_cells(folder, sweep)
-        todo = [cell for cell in sweep.cells if not _is_complete(folder / cell.name)]
+        todo = [cell for cell in sweep.cells if not _manifest(folder / cell.name).get("complete")]
         if tell:
             for cell in sweep.cells:
                 if cell not in todo:
                     tell(cell.name, "complete", None)
-        failed = _perform(sweep, todo, folder, on, workers, tell) if todo else {}
-        return _gathered(sweep, folder, failed)
+        return _gathered(sweep, folder, _perform(sweep, todo, folder, on, workers, tell) if todo else {})
 
 
 def _perform(
@@ -346,11 +344,10 @@ def _perform(
         settings = folder / SETTINGS / f"{cell.name}.toml"
         files.write_whole(settings, cell.experiment.to_toml().encode())
         need = needs.estimate(cell.experiment)
-        job = engines.Job(
+        jobs.append(engines.Job(
             cell.name, settings, folder / cell.name, folder / LOGS / f"{cell.name}.log", cell.experiment.device,
             cell.experiment.threads, need.memory_mb if need else None, folder / SHARED,
-        )  # fmt: skip
-        jobs.append(job)
+        ))  # fmt: skip
     failed = performed(jobs, folder, on, workers, tell)
     if not failed:
         shutil.rmtree(folder / SHARED, ignore_errors=True)
@@ -395,8 +392,6 @@ def stoppable() -> Iterator[None]:
 
 def _remove(cell: Path) -> None:
     """Remove a cell's run, if it is one and nobody is running into it."""
-    from relearn_lens.runs.verify import MANIFEST
-
     if (cell / MANIFEST).is_file():
         with files.alone(cell):
             shutil.rmtree(cell)
@@ -404,24 +399,15 @@ def _remove(cell: Path) -> None:
 
 def _manifest(cell: Path) -> dict[str, Any]:
     """A cell's manifest; empty where it has none, or one that cannot be read (its own run will say so)."""
-    from relearn_lens.runs.verify import MANIFEST
-
     with contextlib.suppress(OSError, ValueError):
         return files.read_json(cell / MANIFEST)
     return {}
 
 
-def _is_complete(cell: Path) -> bool:
-    return bool(_manifest(cell).get("complete"))
-
-
 def _check_cells(folder: Path, sweep: Sweep) -> None:
     """Refuse to go on where cells hold runs with other settings, all of them at once."""
-    other = []
-    for cell in sweep.cells:
-        there = _manifest(folder / cell.name)
-        if there.get("inputs") and not are_of(there.get("settings"), cell.experiment):
-            other.append(cell.name)
+    there = [(cell, _manifest(folder / cell.name)) for cell in sweep.cells]
+    other = [c.name for c, one in there if one.get("inputs") and not are_of(one.get("settings"), c.experiment)]
     if other:
         raise ValueError(
             f"{str(folder)!r} holds {len(other)} run(s) with other settings than the file says now, such as "
@@ -451,26 +437,25 @@ def _gathered(sweep: Sweep, folder: Path, failed: Mapping[str, str]) -> Swept:
         rows += tables.cell_rows(cell.name, values, result)
         seconds[cell.name] = round(sum(result.manifest.get("seconds", {}).values()), 1)
         key = tables.pool_key(result.experiment.model_dump(mode="json"), result.manifest.get("inputs"))
-        pool = pools.setdefault(key, tables.Pool({key: values[key] for key in keys}))
-        pool.add(cell.name, result)
-    cells = {
-        cell.name: {
-            "swept": {key: cell.value(key) for key in sweep.keys},
-            "ended": "failed" if cell.name in ended else "complete",
-            "error": ended.get(cell.name),
-            "log": f"{LOGS}/{cell.name}.log",
+        pools.setdefault(key, tables.Pool({key: values[key] for key in keys})).add(cell.name, result)
+    summary = files.plain(
+        {
+            "swept": list(sweep.keys),
+            "cells": {
+                cell.name: {
+                    "swept": {key: cell.value(key) for key in sweep.keys},
+                    "ended": "failed" if cell.name in ended else "complete",
+                    "error": ended.get(cell.name),
+                    "log": f"{LOGS}/{cell.name}.log",
+                }
+                for cell in sweep.cells
+            },
+            "table": [row for pool in pools.values() for row in pool.rows()],
+            "settings": [_said(pool) for pool in pools.values()],
+            "notes": [note for pool in pools.values() for note in pool.notes],
+            "seconds": seconds,
         }
-        for cell in sweep.cells
-    }
-    summary = {
-        "swept": list(sweep.keys),
-        "cells": cells,
-        "table": [row for pool in pools.values() for row in pool.rows()],
-        "settings": [_said(pool) for pool in pools.values()],
-        "notes": [note for pool in pools.values() for note in pool.notes],
-        "seconds": seconds,
-    }
-    summary = files.plain(summary)
+    )
     if rows:
         files.write_whole(folder / CELLS, tables.beside(rows, keys).to_parquet(index=False))
     files.write_whole(folder / SUMMARY, files.as_json(summary))

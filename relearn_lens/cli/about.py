@@ -35,8 +35,8 @@ def presets(
 
     groups: dict[str, list[list[str]]] = {}
     for key, default, says in fields():
-        name = key.rpartition(".")[0] or "run"  # what the whole run has, such as its model
-        groups.setdefault(name, []).append([key, short(default), says])
+        # What the whole run has, such as its model, is of the group "run".
+        groups.setdefault(key.rpartition(".")[0] or "run", []).append([key, short(default), says])
     if group is not None and group not in groups:
         raise ValueError(unknown("group of settings", group, groups))
     if group is None:
@@ -52,14 +52,7 @@ def sources() -> None:
     from relearn_lens import sources
 
     rows = [
-        [
-            s.name,
-            s.kind,
-            f"{s.size / 1e6:.0f} MB",
-            "yes" if sources.is_cached(s.name) else "no",
-            s.licence,
-            s.summary,
-        ]
+        [s.name, s.kind, f"{s.size / 1e6:.0f} MB", "yes" if sources.is_cached(s.name) else "no", s.licence, s.summary]
         for s in sources.SOURCES.values()
     ]
     print_table("sources", ["name", "kind", "archive", "in cache", "licence", "what it is"], rows)
@@ -113,20 +106,16 @@ def doctor() -> None:
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")
-    rows.append(["devices", ", ".join(devices), ""])
     cache = sources.cache_dir()
     room = next(p for p in (cache, *cache.parents) if p.exists())
-    rows.append(["cache", str(cache), ""])
-    rows.append(["", f"{shutil.disk_usage(room).free / 1e9:.0f} GB free", "RELEARN_LENS_CACHE moves it"])
+    rows += [
+        ["devices", ", ".join(devices), ""],
+        ["cache", str(cache), ""],
+        ["", f"{shutil.disk_usage(room).free / 1e9:.0f} GB free", "RELEARN_LENS_CACHE moves it"],
+    ]
     for name in sources.SOURCES:
-        there = sources.is_cached(name)
-        rows.append(
-            [
-                f"source {name}",
-                "in cache" if there else "not fetched",
-                "" if there else f"relearn-lens fetch {name}",
-            ]
-        )
+        state = ["in cache", ""] if sources.is_cached(name) else ["not fetched", f"relearn-lens fetch {name}"]
+        rows.append([f"source {name}", *state])
     print_table("doctor", ["what", "found", "note"], rows, piped=80)
     rows = needs.doctor_rows(has_gpu=torch.cuda.is_available() or torch.backends.mps.is_available())
     has, free = rows[0][2], rows[0][4]  # the same for each

@@ -148,8 +148,7 @@ def reproduce(
         _reproduced(table, scale, out)
         return
     if name is None:
-        papers = [protocol.paper_of(each) for each in protocol.PAPERS]
-        rows = [[p.name, p.title, p.source, ", ".join(p.scales)] for p in papers]
+        rows = [[p.name, p.title, p.source, ", ".join(p.scales)] for p in map(protocol.paper_of, protocol.PAPERS)]
         print_table("papers; relearn-lens reproduce NAME", ["name", "title", "source", "scales"], rows, piped=80)
         return
     folder = out or Path("runs/reproduce")
@@ -188,12 +187,10 @@ def _reproduced(folder: Path, scale: Literal["toy", "real"], out: Path | None) -
 
     results, missing = protocol.gathered(folder, scale=scale)
     real = protocol.gathered(folder, scale="real")[0] if scale == "toy" and out else []
-    page = None
-    if out is not None:
-        before = out.read_text(encoding="utf-8") if out.exists() else ""
-        page = tables.rewritten(before, results, missing, real)
+    before = out.read_text(encoding="utf-8") if out and out.exists() else ""
+    page = tables.rewritten(before, results, missing, real) if out else ""  # says what is wrong before it prints
     print(tables.short_table(results), end="")
-    if out is not None and page is not None:
+    if out:
         out.write_text(page, encoding="utf-8")
     for line in missing:
         print(f"not here: {line}", file=sys.stderr)

@@ -103,8 +103,7 @@ class Following:
                 self.say(brief.head(f"{scores.metric} of {'+'.join(experiment.labels)}", stages, by))
             case events.Measured(arm=arm, stage=stage, snapshot=snapshot):
                 self.arms.setdefault(arm, {})[stage] = snapshot.scores
-                line = brief.rows_of(self.arms, other, experiment.labels, stages)[arm]
-                self.live.update(Group(line, self.bar))
+                self.live.update(Group(brief.rows_of(self.arms, other, experiment.labels, stages)[arm], self.bar))
             case events.ArmDone(trajectory=path):
                 self.arms[path.arm] = {stage: path[stage].scores for stage in path.stages}
                 self.live.update(self.bar)

@@ -61,13 +61,13 @@ def print_layers(result: Run) -> None:
 
 def print_story(result: Run) -> None:
     """What happened by the rankings, and what the run took."""
-    numbers, manifest = result.numbers, result.manifest
+    numbers, seconds = result.numbers, result.manifest.get("seconds") or {}
     if numbers.overlap is not None:
         print_prose(f"The random arm shares {100 * numbers.overlap:.0f} % of its neurons with the concept arm.")
     print()
     print_prose(numbers.what_happened)
-    seconds = manifest.get("seconds") or {}
-    print(f"\n{sum(seconds.values()):.0f} s, peak memory {manifest.get('peak_rss_mb')} MB; folder {result.folder}")
+    memory = result.manifest.get("peak_rss_mb")
+    print(f"\n{sum(seconds.values()):.0f} s, peak memory {memory} MB; folder {result.folder}")
 
 
 def print_findings(result: Run) -> None:
@@ -97,8 +97,7 @@ def print_claims(result: Run) -> None:
     """The paper's claims, beside their controls."""
     from relearn_lens.show import tables
 
-    claims = result.numbers.claims
-    if claims:
+    if claims := result.numbers.claims:
         print()
         header, rows = tables.claims_rows(claims)
         shown = [k for k, name in enumerate(header) if name not in ("claim", "concept", "control")]

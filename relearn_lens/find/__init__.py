@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "circuits": ["Faithfulness", "PathPatching", "Paths", "faithfulness", "path_patching"],
         "controls": ["AllMLPs", "Everything", "RandomMLPs", "RandomNeurons", "equal_control"],
         "layers": ["Distance", "LayerDistance", "layer_distance"],
-        "localisers": ["CONTROLS", "LOCALISERS", "chosen", "locate"],
+        "localisers": ["LOCALISERS", "locate"],
         "learned": ["LearnedMask"],
         "lookups": ["Lookup", "LookupProbe", "lookup_probe"],
         "patching": ["Pairs", "contrasted"],

@@ -32,8 +32,17 @@ from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.targets import check_target, concept_in, target_of
 from relearn_lens.methods import Attributing
 from relearn_lens.models import processes
-from relearn_lens.models.model import LanguageModel, Model, bridge_of, encoded_for, hidden, reading, widest
-from relearn_lens.names import told, unknown
+from relearn_lens.models.model import (
+    LanguageModel,
+    Model,
+    bridge_of,
+    encoded_for,
+    hidden,
+    only_training,
+    reading,
+    widest,
+)
+from relearn_lens.names import known_name, told
 from relearn_lens.neurons.sites import Site, ordered, site_of, streaming, token_site
 from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept, concept_of
@@ -239,8 +248,8 @@ class _Run:
         bridge_of(model)  # says what is none
         rule = how.quadrature
         for what, name, known in (("form", form, get_args(Form)), ("quadrature", rule, QUADRATURES)):
-            if not callable(name) and name not in known:
-                raise ValueError(unknown(what, name, known))
+            if not callable(name):
+                known_name(what, name, known)
         self.model, self.concept, self.max_bytes = model, concept.name, how.max_bytes
         self.form = cast(Form, form)
         self.steps = how.steps
@@ -269,21 +278,14 @@ class _Run:
     def hooked(self) -> Iterator[None]:
         """For a while: the model reads, its weights need no gradient, and the hooks are in place."""
         model, bridge = self.model, self.model.bridge
-        weights = {id(p): p for part in (model, bridge.original_model) for p in part.parameters()}.values()
-        flags = [(weight, weight.requires_grad) for weight in weights]
-        try:
+        with (
             # Frozen weights cost neither their gradients nor the inputs that those would be made from.
-            for weight, _ in flags:
-                weight.requires_grad_(False)
-            with (
-                reading(model),
-                streaming(bridge, token_site(bridge), self._tokens),
-                streaming(bridge, self.site, self._layer, units=True),
-            ):
-                yield
-        finally:
-            for weight, flag in flags:
-                weight.requires_grad_(flag)
+            only_training((), (*model.parameters(), *bridge.original_model.parameters())),
+            reading(model),
+            streaming(bridge, token_site(bridge), self._tokens),
+            streaming(bridge, self.site, self._layer, units=True),
+        ):
+            yield
 
     def plan(self) -> tuple[Plan, list[tuple[np.ndarray, int]]]:
         """The plan, and the chunks: pieces and how many steps of them go into one pass."""

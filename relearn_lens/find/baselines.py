@@ -33,8 +33,7 @@ def baseline_of(model: Model, baseline: Baseline) -> tuple[str, Float[Tensor, " 
 
     with reading(model):
         if baseline == "mean":
-            sums = [vectors(ids).sum(0) for ids in torch.arange(rows).split(8192)]
-            return baseline, torch.stack(sums).sum(0) / rows
+            return baseline, torch.stack([vectors(ids).sum(0) for ids in torch.arange(rows).split(8192)]).sum(0) / rows
         if baseline == "zero":
             return baseline, torch.zeros_like(vectors([0])[0])
         for name in tokens if baseline == "auto" else {baseline} & set(tokens):

@@ -15,20 +15,9 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, pairs_of
-from relearn_lens.find.patching import (
-    Kept,
-    Pairs,
-    Prompts,
-    Readout,
-    kept,
-    mean_by_length,
-    refusal,
-    replaced,
-    shares,
-    units_of,
-)
+from relearn_lens.find.patching import Pairs, Prompts, Readout, mean_by_length, refusal, shares, units_of
 from relearn_lens.models.model import LanguageModel, Model, reading
-from relearn_lens.neurons.sites import Neurons, Site, component_site, site_of
+from relearn_lens.neurons.sites import Kept, Neurons, Site, component_site, kept, site_of, streaming
 from relearn_lens.neurons.weights import WeightMask, same_site
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Passage
@@ -46,7 +35,6 @@ class PathPatching(Localiser):
     name: ClassVar[str] = "path_patching"
     formula: ClassVar[str] = "(F_clean - F_patched) / (F_clean - F_corrupt), along one path"
     source: ClassVar[str] = "Wang et al. 2023; Guo et al. 2024"
-    gives: ClassVar[str] = "weights"
 
     keep: Literal["mlps", "heads", "both"] = Field(default="mlps", description="whose weights are given")
     threshold: float = Field(default=0.02, ge=0, le=1e3, description="size of the effect above which a part is kept")
@@ -167,16 +155,16 @@ def _direct(
     f_clean, f_corrupt, patched = np.zeros(n), np.zeros(n), np.zeros((len(site.layers), site.width, n))
     for group in clean.groups():
         batch = clean.batch(group)
-        with kept(model, site) as own:
+        with kept(model.bridge, site, units=True) as own:
             f_clean[group] = clean.values(batch).cpu()
-        with kept(model, site) as other:
+        with kept(model.bridge, site, units=True) as other:
             f_corrupt[group] = corrupt.values(corrupt.batch(group)).cpu()
         progress.advance(2 * len(group))
         for block in range(len(site.layers)):
             for head in range(site.width):
                 x = own[block].clone()
                 x[..., units_of(site, head)] = other[block][..., units_of(site, head)]
-                with replaced(model, site, _as({**own, block: x})):
+                with streaming(model.bridge, site, _as({**own, block: x}), units=True):
                     patched[block, head, group] = clean.values(batch).cpu()
                 progress.advance(len(group))
     return f_clean, f_corrupt, patched
@@ -193,23 +181,23 @@ def _through(
     senders = int(receivers.any(1).nonzero().max()) if receivers.any() else 0  # no head comes after the other MLPs
     for group in clean.groups():
         batch = clean.batch(group)
-        with kept(model, site) as own:
+        with kept(model.bridge, site, units=True) as own:
             clean.values(batch)
-        with kept(model, mlps) as other:
+        with kept(model.bridge, mlps) as other:
             corrupt.values(corrupt.batch(group))
         for block in range(senders):
             # What heads would have gathered is seen before they are held.
             with (
-                kept(model, site) as gathered,
-                replaced(model, site, _as(own)),
-                replaced(model, mlps, _as({block: other[block]})),
+                kept(model.bridge, site, units=True) as gathered,
+                streaming(model.bridge, site, _as(own), units=True),
+                streaming(model.bridge, mlps, _as({block: other[block]})),
             ):
                 clean.values(batch)
 
             def received(layer: int, x: Tensor, block: int = block, gathered: Kept = gathered) -> Tensor | None:
                 return torch.where(units[layer], gathered[layer], x) if layer > block else None
 
-            with replaced(model, site, received):
+            with streaming(model.bridge, site, received, units=True):
                 patched[block, group] = clean.values(batch).cpu()
         progress.advance(2 * len(site.layers) * len(group))
     return patched
@@ -272,7 +260,11 @@ def faithfulness(
             values = np.zeros(len(prompts.passages))
             for group in prompts.groups():
                 mean = means[int(prompts.lengths[group[0]])]
-                with contextlib.nullcontext() if mask is None else replaced(model, site, _at_mean(mask, mean, site)):
+                with (
+                    contextlib.nullcontext()
+                    if mask is None
+                    else streaming(model.bridge, site, _at_mean(mask, mean, site), units=True)
+                ):
                     values[group] = prompts.values(prompts.batch(group)).cpu()
             outcomes[name] = values
     whole, circuit, empty = (outcomes[name] for name in ("whole", "circuit", "empty"))

@@ -45,7 +45,8 @@ class RandomNeurons(Localiser):
         # Layers take turns in an order of their own, so that what does not divide evenly falls where it may.
         turn = torch.randperm(len(site.layers), generator=generator)[:, None] / len(site.layers)
         score = 1 - (place + turn) / site.width
-        return Saliency(score.float(), self.name, "share of the layer drawn later", _about(text, concept), site)
+        about = concept.name if concept else text.name if isinstance(text, Facts) else "nothing"
+        return Saliency(score.float(), self.name, "share of the layer drawn later", about, site)
 
 
 class RandomMLPs(Localiser):
@@ -54,7 +55,6 @@ class RandomMLPs(Localiser):
     name: ClassVar[str] = "random_mlps"
     formula: ClassVar[str] = "MLPs of blocks drawn uniformly"
     source: ClassVar[str] = "control"
-    gives: ClassVar[str] = "weights"
 
     blocks: int | None = Field(default=None, ge=1, le=10_000, description="how many; none: a third of all, rounded up")
 
@@ -77,7 +77,6 @@ class AllMLPs(Localiser):
     name: ClassVar[str] = "all_mlps"
     formula: ClassVar[str] = "MLPs of all blocks"
     source: ClassVar[str] = "control"
-    gives: ClassVar[str] = "weights"
 
     def __call__(
         self, model: Model, text: Text | None = None, *, concept: Concept | None = None, seed: int = 0
@@ -92,17 +91,12 @@ class Everything(Localiser):
     name: ClassVar[str] = "everything"
     formula: ClassVar[str] = "all weights"
     source: ClassVar[str] = "control"
-    gives: ClassVar[str] = "weights"
 
     def __call__(
         self, model: Model, text: Text | None = None, *, concept: Concept | None = None, seed: int = 0
     ) -> WeightMask:
         """As of `Localiser`; the text is not read."""
         return ~WeightMask.none(model)
-
-
-def _about(text: Text | None, concept: Concept | None) -> str:
-    return concept.name if concept else text.name if isinstance(text, Facts) else "nothing"
 
 
 def equal_control(model: Model, where: Neurons | WeightMask, *, seed: int = 0) -> Neurons | WeightMask:

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
-from relearn_lens.find.patching import Prompts, kept
+from relearn_lens.find.patching import Prompts
 from relearn_lens.models.model import LanguageModel, Model, reading
-from relearn_lens.neurons.sites import component_site, ordered, parameter, site_of
-from relearn_lens.neurons.weights import WeightMask
+from relearn_lens.neurons.sites import component_site, kept, ordered
+from relearn_lens.neurons.weights import WeightMask, output_matrices
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Passage, refused
 
@@ -30,7 +30,6 @@ class LayerDistance(Localiser):
     name: ClassVar[str] = "layer_distance"
     formula: ClassVar[str] = "argmax_l |h_l(answer) - h_l(refusal)| / |h_l|"
     source: ClassVar[str] = "Wang et al. 2024 (DINM)"
-    gives: ClassVar[str] = "weights"
 
     normalised: bool = Field(default=True, description="divide by the length of the hidden states (ours)")
     against: Literal["refusal", "choice"] = Field(
@@ -39,7 +38,6 @@ class LayerDistance(Localiser):
     layers: int = Field(default=1, ge=1, le=10_000, description="blocks taken, those of the largest distance")
 
     def __call__(self, model: Model, text: Text | None, *, concept: Concept | None = None, seed: int = 0) -> WeightMask:
-        """As of `Localiser`."""
         model, facts = language_model(model, self.name), facts_of(text, concept, name=self.name, seed=seed)
         passages = statements(facts)
         if self.against == "refusal":
@@ -54,8 +52,8 @@ class LayerDistance(Localiser):
         by_layer = distance.normalised if self.normalised else distance.raw
         if self.layers > len(by_layer):
             raise ValueError(f"layers = {self.layers}: this model has {len(by_layer)} blocks")
-        best = ordered(by_layer)[: self.layers].tolist()
-        return output_matrices(model, best)
+        best = output_matrices(model, ordered(by_layer)[: self.layers].tolist())
+        return WeightMask.of_parts(model, "output matrices", among={"output matrices": best})
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,7 @@ def _answer_states(prompts: Prompts) -> Float[Tensor, "block passage d_model"]:
     """The hidden state after every block, mean over the tokens of each answer; float32 on the CPU."""
     model, site = prompts.model, component_site(prompts.model.bridge, "resid")
     states = torch.zeros(len(site.layers), len(prompts.passages), site.width)
-    with reading(model), kept(model, site) as activations:
+    with reading(model), kept(model.bridge, site) as activations:
         for group in prompts.groups():
             batch = prompts.batch(group)
             prompts.values(batch)
@@ -94,11 +92,3 @@ def _answer_states(prompts: Prompts) -> Float[Tensor, "block passage d_model"]:
                 sums = torch.zeros(len(group), site.width, device=x.device).index_add(0, batch.sentence, answers)
                 states[layer, group] = (sums / count).cpu()
     return states
-
-
-def output_matrices(model: Model, blocks: list[int]) -> WeightMask:
-    """All of the MLPs' output matrices of some blocks."""
-    site = site_of(model.bridge, "mlp_post")
-    trained = {id(parameter(model.bridge, part)) for block in blocks for part in site.writes[block]}
-    names = tuple(name for name, weight in model.plain().items() if id(weight) in trained)
-    return WeightMask.of_parts(model, "output matrices", among={"output matrices": names})

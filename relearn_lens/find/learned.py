@@ -50,7 +50,6 @@ class LearnedMask(Localiser):
     batch_size: int = Field(default=32, ge=1, le=10**5, description="passages of each text per step")
 
     def __call__(self, model: Model, text: Text | None, *, concept: Concept | None = None, seed: int = 0) -> Saliency:
-        """As of `Localiser`."""
         model, facts = language_model(model, self.name), facts_of(text, concept, name=self.name, seed=seed)
         near, general = statements(facts, "retain_near"), facts.passages("retain_general", forms=TRAINED)
         site = site_of(model.bridge, "mlp_post")
@@ -70,7 +69,9 @@ class LearnedMask(Localiser):
         with reading(model), seeded(seed, model.device), progress.task("learning a mask", self.steps):
             for step in range(self.steps):
                 with torch.enable_grad():
-                    loss = self.loss(model, site, s, [_drawn(text, self.batch_size, rng) for text in texts], texts)
+                    loss = self.loss(
+                        model, site, s, [rng.permutation(text.n_pieces)[: self.batch_size] for text in texts], texts
+                    )
                     loss = loss + (self.sparsity if 2 * step < self.steps else self.later) * s.sigmoid().mean()
                 (s.grad,) = torch.autograd.grad(loss, [s])
                 adam.param_groups[0]["lr"] = self.lr * min(1.0, (step + 1) / warmup)
@@ -103,7 +104,3 @@ class LearnedMask(Localiser):
                 before = model.predictions(batch)[0].log_softmax(-1)
             total = total + (before.exp() * (before - logs)).sum(-1).mean()
         return total
-
-
-def _drawn(text: EncodedPassages, n: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.permutation(text.n_pieces)[:n]

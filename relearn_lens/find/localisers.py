@@ -15,8 +15,7 @@ from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.scored import AttributionPatching, ByScore
 from relearn_lens.find.tracing import CausalTracing
 from relearn_lens.models.model import Model, bridge_of
-from relearn_lens.names import told, unknown
-from relearn_lens.neurons.sites import Neurons
+from relearn_lens.names import known_name, told
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
 
@@ -37,8 +36,6 @@ LOCALISERS: dict[str, type[Localiser]] = {
     )
 }
 """Localisers by name. Each has `name`, `formula`, `source`, `gives` and, with unit and origin, `model_fields`."""
-CONTROLS = (RandomNeurons.name, RandomMLPs.name, AllMLPs.name, Everything.name)
-"""Those that do not look at what they are to find."""
 
 
 @told
@@ -68,17 +65,4 @@ def localiser_of(localiser: str | Localiser, **fields: Any) -> Localiser:
     """
     if not isinstance(localiser, str):
         return methods.of(type(localiser), localiser, fields)
-    if localiser not in LOCALISERS:
-        raise ValueError(unknown("localiser", localiser, LOCALISERS))
-    return methods.of(LOCALISERS[localiser], None, fields)
-
-
-def chosen(where: Saliency | WeightMask, *, fraction: float = 0.05) -> Neurons | WeightMask:
-    """What a remover is given: the highest fraction of a saliency's neurons, or a mask as it is.
-
-    Neurons are pruned; a training takes their weights, `WeightMask.of(model, neurons)`.
-
-    Raises:
-        ValueError: a fraction out of range.
-    """
-    return where.top(fraction=fraction) if isinstance(where, Saliency) else where
+    return methods.of(LOCALISERS[known_name("localiser", localiser, LOCALISERS)], None, fields)

@@ -28,8 +28,8 @@ class Localiser(Method):
     formula: ClassVar[str]
     """What is measured. h_l: the hidden state after block l; a: an activation; p: the probability of the answer."""
     source: ClassVar[str]
-    gives: ClassVar[str]
-    """`"neurons"` (a `Saliency`) or `"weights"` (a `WeightMask`)."""
+    gives: ClassVar[str] = "weights"
+    """`"weights"` (a `WeightMask`), or `"neurons"` (a `Saliency`)."""
 
     def __call__(
         self, model: Model, text: Text | None, *, concept: Concept | None = None, seed: int = 0

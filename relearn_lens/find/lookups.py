@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor
 
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, statements
-from relearn_lens.find.patching import Prompts, kept, subjects
+from relearn_lens.find.patching import Prompts, subjects
 from relearn_lens.models.model import LanguageModel, Model, reading
-from relearn_lens.neurons.sites import site_of
+from relearn_lens.neurons.sites import kept, site_of
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Passage
+from relearn_lens.text.facts.passages import grouped
 
 FOLDS = 5
 """Parts that the keys are cut into: each is told by a probe that was fitted to the others."""
@@ -37,7 +38,6 @@ class Lookup(Localiser):
     name: ClassVar[str] = "lookup"
     formula: ClassVar[str] = "blocks over which a probe of h_l at the subject's last token rises"
     source: ClassVar[str] = "Guo et al. 2024"
-    gives: ClassVar[str] = "weights"
 
     first: float = Field(default=0.1, ge=0, lt=1, description="share of the rise before the first of the blocks")
     last: float = Field(default=0.9, gt=0, le=1, description="share of the rise after the last of them")
@@ -105,11 +105,9 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
         ValueError: no relation has two answers that belong to `FOLDS` keys each; and as `Prompts` and `subjects`.
     """
     prompts = Prompts(model, passages, "logprob")
-    at = subjects(prompts).last
-    keys_of: dict[tuple[str, str], set[str]] = {}
-    for p in passages:
-        keys_of.setdefault((p.relation, p.answer), set()).add(p.key)
-    common = {fact for fact, keys in keys_of.items() if len(keys) >= FOLDS}
+    at = np.array([tokens[-1] for tokens in subjects(prompts)])
+    by_answer = grouped(passages, lambda p: (p.relation, p.answer))
+    common = {fact for fact, each in by_answer.items() if len({p.key for p in each}) >= FOLDS}
     relations = {relation for relation, _ in common if len({a for r, a in common if r == relation}) > 1}
     rows = np.array([i for i, p in enumerate(passages) if p.relation in relations and (p.relation, p.answer) in common])
     if not len(rows):
@@ -133,7 +131,7 @@ def lookup_probe(model: LanguageModel, passages: tuple[Passage, ...], *, seed: i
 def _states(prompts: Prompts, at: np.ndarray) -> Float[Tensor, "layer passage d_model"]:
     model, site = prompts.model, site_of(prompts.model.bridge, "resid")
     states = torch.zeros(len(site.layers), len(prompts.passages), site.width)
-    with reading(model), kept(model, site) as activations:
+    with reading(model), kept(model.bridge, site) as activations:
         for group in prompts.groups():
             prompts.values(prompts.batch(group))
             for layer, x in activations.items():

@@ -6,10 +6,9 @@ through the model in groups of equal length, without padding. One number says wh
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,11 +19,12 @@ from torch.nn import functional as F
 
 from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models.model import LanguageModel, hidden
-from relearn_lens.names import unknown
-from relearn_lens.neurons.sites import Site, streaming
+from relearn_lens.names import known_name
+from relearn_lens.neurons.sites import Site, kept
 from relearn_lens.text.encoding import Batch
 from relearn_lens.text.facts import Passage
 from relearn_lens.text.facts.encoded import encode_passages
+from relearn_lens.text.facts.passages import grouped
 
 Readout = str | Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A name in `READOUTS`, or a function of its own with the signature of theirs."""
@@ -76,8 +76,8 @@ class Prompts:
         self.encoded = encode_passages(self.passages, model.tokenizer, context=model.context)
         if metric == "auto":
             metric = "logit_difference" if all(len(p.choices) == 2 for p in passages) else "logprob"
-        if isinstance(metric, str) and metric not in READOUTS:
-            raise ValueError(unknown("metric", metric, ["auto", *READOUTS]))
+        if isinstance(metric, str):
+            known_name("metric", metric, ["auto", *READOUTS])
         self.metric, self.unit = READOUTS[metric] if isinstance(metric, str) else (metric, "")
         self.name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
         self.rivals = self._rivals() if self.name == "logit_difference" else None
@@ -134,27 +134,6 @@ def _first_scored(scored: Bool[np.ndarray, " token"], start: np.ndarray) -> Int[
     return np.array([begin + int(scored[begin:end].argmax()) for begin, end in pairwise(start)])
 
 
-Kept = dict[int, Tensor]
-"""By layer of a site: activations of all its units, `[passage token unit]`."""
-
-
-@contextlib.contextmanager
-def kept(model: LanguageModel, site: Site) -> Iterator[Kept]:
-    """For a while, keep what passes by a site, all units of it; the last pass's."""
-    activations: Kept = {}
-    with streaming(model.bridge, site, lambda layer, x: activations.update({layer: x.detach()}), units=True):
-        yield activations
-
-
-@contextlib.contextmanager
-def replaced(
-    model: LanguageModel, site: Site, of: Callable[[int, Float[Tensor, "passage token unit"]], Tensor | None]
-) -> Iterator[None]:
-    """For a while, `of(layer, activations)` stands in their place where it gives any."""
-    with streaming(model.bridge, site, of, units=True):
-        yield
-
-
 def units_of(site: Site, neuron: int) -> slice:
     """The units of one neuron of a site."""
     return slice(neuron * site.size, (neuron + 1) * site.size)
@@ -174,17 +153,13 @@ def contrasted(
     """
     pairs: list[tuple[Passage, Passage]] = []
     if others:
-        waiting: dict[tuple[str, str, str], list[Passage]] = {}
-        for p in reversed(others):
-            waiting.setdefault((p.key, p.relation, p.answer), []).append(p)
+        waiting = grouped(reversed(others), lambda p: (p.key, p.relation, p.answer))
         for p in passages:
             if there := waiting.get((p.key, p.relation, p.answer)):
                 pairs.append((p, there.pop()))
     else:
         rng = np.random.default_rng(seed)
-        alike: dict[tuple[str, str], list[Passage]] = {}
-        for p in passages:
-            alike.setdefault((p.template, p.relation), []).append(p)
+        alike = grouped(passages, lambda p: (p.template, p.relation))
         for p in passages:
             if there := [q for q in alike[p.template, p.relation] if q.answer != p.answer]:
                 pairs.append((p, there[int(rng.integers(len(there)))]))
@@ -222,21 +197,8 @@ class Pairs:
         self.n_left_out = len(passages) - len(same)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """Where a passage's prompt names its key: flat positions by passage, special tokens counted."""
-
-    tokens: tuple[np.ndarray, ...]
-    """By passage: all tokens of it."""
-
-    @property
-    def last(self) -> Int[np.ndarray, " passage"]:
-        """The last token of it."""
-        return np.array([tokens[-1] for tokens in self.tokens])
-
-
-def subjects(prompts: Prompts) -> Subject:
-    """Where every passage's prompt names its key.
+def subjects(prompts: Prompts) -> list[Int[np.ndarray, " token"]]:
+    """Where every passage's prompt names its key: by passage, the places of its tokens, special tokens counted.
 
     Raises:
         ValueError: a prompt does not.
@@ -256,7 +218,7 @@ def subjects(prompts: Prompts) -> Subject:
         spans = [span.span() for span in _named(p)]
         inside = [i for i, (a, b) in enumerate(offsets) if any(a < end and b > begin for begin, end in spans)]
         tokens.append(np.array(inside, dtype=np.int64) + first)
-    return Subject(tuple(tokens))
+    return tokens
 
 
 def _named(passage: Passage) -> list[re.Match[str]]:
@@ -267,7 +229,7 @@ def _named(passage: Passage) -> list[re.Match[str]]:
 def mean_by_length(prompts: Prompts, site: Site) -> Mapping[int, Float[Tensor, "layer token unit"]]:
     """The mean activation of every unit of a site at each position, over the passages of each length."""
     sums: dict[int, Tensor] = {}
-    with kept(prompts.model, site) as activations:
+    with kept(prompts.model.bridge, site, units=True) as activations:
         for group in prompts.groups():
             prompts.values(prompts.batch(group))
             total = torch.stack([activations[layer].float().sum(0) for layer in range(len(site.layers))])

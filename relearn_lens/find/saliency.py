@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from relearn_lens.find.probes import Quality, elastic_net, k_sparse
 from relearn_lens.methods import MAX_TOKENS, MEMORY, SAMPLE_WORDS, megabytes
 from relearn_lens.models.model import Model, bridge_of
-from relearn_lens.names import told, unknown
+from relearn_lens.names import known_name, told
 from relearn_lens.neurons.sites import Neurons, Site, ordered, site_of
 from relearn_lens.neurons.streaming import (
     ROUNDING,
@@ -396,9 +396,7 @@ def saliency(
     """
     how = score_of(score, contrast)
     given = vars(gathered) if isinstance(gathered, Gathered) else {_need(gathered): gathered}
-    thing = given.get(how.needs)
-    if thing is None and how.needs == "words":
-        thing = given.get("histograms")
+    thing = given.get(how.needs) or (given.get("histograms") if how.needs == "words" else None)
     if thing is None:
         there = [repr(need) for need in get_args(Needs) if given.get(need) is not None]
         raise ValueError(
@@ -473,13 +471,10 @@ def score_of(score: str | Score | Callable, contrast: str = "rest") -> Score:
     Raises:
         ValueError: the score or the contrast is not known.
     """
-    if contrast not in get_args(Contrast):
-        raise ValueError(unknown("contrast", contrast, get_args(Contrast)))
+    known_name("contrast", contrast, get_args(Contrast))
     if isinstance(score, Score):
         return score
     if callable(score):
         name = getattr(score, "__name__", "score")
         return Score(name, "", (score.__doc__ or "").strip(), score)
-    if score not in SCORES:
-        raise ValueError(unknown("score", score, SCORES))
-    return SCORES[score]
+    return SCORES[known_name("score", score, SCORES)]

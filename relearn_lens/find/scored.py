@@ -46,7 +46,6 @@ class ByScore(Localiser):
         return score_of(score).name
 
     def __call__(self, model: Model, text: Text | None, *, concept: Concept | None = None, seed: int = 0) -> Saliency:
-        """As of `Localiser`."""
         if isinstance(text, Corpus) and concept is not None:
             encoded = model.encode(text)
         else:
@@ -62,7 +61,6 @@ class _Before(EncodedPassages):
     """Passages that are read on the tokens from which their answers are predicted."""
 
     def batch(self, pieces: np.ndarray) -> Batch:
-        """As of `EncodedPassages`."""
         batch = super().batch(pieces)
         return replace(batch, read=batch.read - 1)
 
@@ -100,7 +98,6 @@ class AttributionPatching(Localiser):
     )
 
     def __call__(self, model: Model, text: Text | None, *, concept: Concept | None = None, seed: int = 0) -> Saliency:
-        """As of `Localiser`."""
         model, facts = language_model(model, self.name), facts_of(text, concept, name=self.name, seed=seed)
         pairs = pairs_of(model, facts, self.contrast, self.metric, seed)
         site = site_of(model.bridge, self.site)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from relearn_lens.models.model import LanguageModel, Model, Tagger
-from relearn_lens.names import unknown
+from relearn_lens.names import known_name
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import OUTSIDE, Corpus
 
@@ -68,9 +68,7 @@ def target_of(target: str | Target | Callable, model: Model | None = None) -> Ta
         return Target(getattr(target, "__name__", "target"), "", (target.__doc__ or "").strip(), target)
     if target == "auto":
         return TARGETS["logprob" if isinstance(model, LanguageModel) else "margin"]
-    if target not in TARGETS:
-        raise ValueError(unknown("target", target, ["auto", *TARGETS]))
-    return TARGETS[target]
+    return TARGETS[known_name("target", target, ["auto", *TARGETS])]
 
 
 def concept_in(

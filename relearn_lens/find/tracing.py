@@ -15,9 +15,18 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.localising import Localiser, Text, facts_of, language_model, some_blocks, statements
-from relearn_lens.find.patching import Kept, Prompts, Subject, kept, refusal, replaced, shares, subjects
+from relearn_lens.find.patching import Prompts, refusal, shares, subjects
 from relearn_lens.models.model import LanguageModel, Model, reading
-from relearn_lens.neurons.sites import Component, component_site, ordered, token_site, token_vectors
+from relearn_lens.neurons.sites import (
+    Component,
+    Kept,
+    component_site,
+    kept,
+    ordered,
+    streaming,
+    token_site,
+    token_vectors,
+)
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.facts import Passage
@@ -37,7 +46,6 @@ class CausalTracing(Localiser):
     name: ClassVar[str] = "causal_tracing"
     formula: ClassVar[str] = "(p_patched - p_corrupt) / (p_clean - p_corrupt)"
     source: ClassVar[str] = "Meng et al. 2022"
-    gives: ClassVar[str] = "weights"
 
     component: Component = Field(default="mlp", description="what is put back: mlp, attn, or resid (the hidden state)")
     at: At = Field(default="last", description="at which tokens: the subject's last, all of the subject, or every")
@@ -106,7 +114,7 @@ def causal_tracing(
     where = subjects(prompts)
     sites = [component_site(model.bridge, component) for component in components]
     tokens, blocks = token_site(model.bridge), range(int(model.bridge.cfg.n_layers))
-    ids = [prompts.encoded.batch(np.array([i])).ids[0, span] for i, span in enumerate(where.tokens)]
+    ids = [prompts.encoded.batch(np.array([i])).ids[0, span] for i, span in enumerate(where)]
     with reading(model):
         spread = float(token_vectors(model.bridge, torch.cat(ids).to(model.device)).float().std())
     generator = torch.Generator().manual_seed(seed)
@@ -119,20 +127,20 @@ def causal_tracing(
             batch = prompts.batch(group)
             shape = (*batch.ids.shape, 1)
             with contextlib.ExitStack() as stack:
-                clean = [stack.enter_context(kept(model, site)) for site in sites]
+                clean = [stack.enter_context(kept(model.bridge, site)) for site in sites]
                 p_clean[group] = prompts.values(batch).exp().cpu()
             back = _positions(where, group, shape, at).to(model.device)
             for noise in noises:
                 added = torch.zeros(*batch.ids.shape, tokens.width)
                 for row, i in enumerate(group):
-                    added[row, where.tokens[i]] = noise[i]
+                    added[row, where[i]] = noise[i]
                 added = added.to(model.device)
-                with replaced(model, tokens, lambda _, x, added=added: (x.float() + added).to(x.dtype)):
+                with streaming(model.bridge, tokens, lambda _, x, added=added: (x.float() + added).to(x.dtype)):
                     p_corrupt[group] += prompts.values(batch).exp().cpu().numpy() / draws
                     progress.advance(len(group))
                     for s, site in enumerate(sites):
                         for block in blocks:
-                            with replaced(model, site, _restoring(clean[s], back, block, window)):
+                            with streaming(model.bridge, site, _restoring(clean[s], back, block, window)):
                                 p_patched[s, block, group] += prompts.values(batch).exp().cpu().numpy() / draws
                             progress.advance(len(group))
     gap = p_clean - p_corrupt
@@ -141,10 +149,12 @@ def causal_tracing(
     return Traces(effect, tuple(components), float(p_clean.mean()), float(p_corrupt.mean()), len(passages), refused)
 
 
-def _positions(where: Subject, group: np.ndarray, shape: tuple[int, ...], at: At) -> Bool[Tensor, "passage token 1"]:
+def _positions(
+    where: Sequence[np.ndarray], group: np.ndarray, shape: tuple[int, ...], at: At
+) -> Bool[Tensor, "passage token 1"]:
     back = torch.full(shape, at == "every")
     for row, i in enumerate(group):
-        tokens = where.tokens[i]
+        tokens = where[i]
         back[row, tokens[-1:] if at == "last" else tokens] = True
     return back
 

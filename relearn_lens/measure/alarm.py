@@ -30,6 +30,7 @@ from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 from relearn_lens.text.facts import FORGET, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
+from relearn_lens.text.facts.passages import grouped
 
 FOLDS = 5
 """Parts that keys are dealt into: a probe is read on keys that it was not fitted to."""
@@ -291,7 +292,11 @@ class ReturnAlarm(TrainerCallback):
                         "facts are answered by a language model, and this model is a tagger; give (corpus, concept) "
                         "in their place"
                     )
-                self._text = _of_facts(self._passages, self.about, self.roles, self._tokenizer(model), _context(model))
+                tokenizer = self.tokenizer or getattr(model, "tokenizer", None)
+                if tokenizer is None:
+                    raise ValueError("the tokenizer of this model is not known; give it as tokenizer=")
+                context = getattr(model, "context", None) or getattr(model.config, "max_position_embeddings", None)
+                self._text = _of_facts(self._passages, self.about, self.roles, tokenizer, context)
             else:
                 if not isinstance(model, Model):
                     raise ValueError(
@@ -300,12 +305,6 @@ class ReturnAlarm(TrainerCallback):
                     )
                 self._text = _of_concept(*self.about, model, self.items, self.seed)
         return self._text
-
-    def _tokenizer(self, model: Any) -> Any:
-        tokenizer = self.tokenizer or getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("the tokenizer of this model is not known; give it as tokenizer=")
-        return tokenizer
 
     def _update(self, model: Any) -> float | None:
         if self.base is None:
@@ -349,8 +348,7 @@ class _Watched:
         nats, right = np.zeros(n), np.ones(n)
         states: Tensor | None = None
         with reading(model):
-            for batch in self.encoded.batches():
-                batch = batch.to(next(model.parameters()).device)
+            for batch in self.encoded.batches(device=next(model.parameters()).device):
                 layers, logits, target = _outputs(model, batch)
                 items = np.array([self.item_of.get(word, -1) for word in batch.word_of.tolist()])
                 known = items >= 0
@@ -358,13 +356,10 @@ class _Watched:
                 np.add.at(nats, items[known], loss[known])
                 wrong = (logits.argmax(-1) != target).cpu().numpy()
                 right[items[wrong & known]] = 0
-                first = np.unique(items, return_index=True)
-                at = [(item, i) for item, i in zip(*first, strict=True) if item >= 0]
+                which, first = np.unique(items, return_index=True)
                 if states is None:
                     states = torch.zeros(len(layers), n, layers.shape[-1])
-                if at:
-                    which, where = map(list, zip(*at, strict=True))
-                    states[:, which] = layers[:, where].float().cpu()
+                states[:, which[which >= 0]] = layers[:, first[which >= 0]].float().cpu()
         assert states is not None
         return states, nats, right
 
@@ -388,21 +383,17 @@ def _outputs(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 def _one_each(facts: Facts, roles: Sequence[str], items: int, seed: int) -> list[Passage]:
     """A statement of each watched fact, then one of each retained one near by, as many as there is room for."""
-    chosen: dict[tuple[str, str], Passage] = {}
-    for role in roles:
-        for p in facts.passages(role, forms=("statement",)):
-            chosen.setdefault((p.key, p.relation), p)
-    watched = list(chosen.values())
-    if not watched:
+
+    def statements(*of: str) -> list[Passage]:
+        by_fact = grouped(facts.passages(*of, forms="statement"), lambda p: (p.key, p.relation))
+        return [each[0] for each in by_fact.values()]
+
+    if not (watched := statements(*roles)):
         raise ValueError(
             f"facts {facts.name!r} have no statement in {' or '.join(roles)}, so there is nothing to watch"
         )
-    near: dict[tuple[str, str], Passage] = {}
-    for p in facts.passages("retain_near", forms=("statement",)):
-        near.setdefault((p.key, p.relation), p)
-    rng = np.random.default_rng(seed)
+    rng, others = np.random.default_rng(seed), statements("retain_near")
     watched = [watched[i] for i in np.sort(rng.permutation(len(watched))[: max(1, items // 2)])]
-    others = list(near.values())
     others = [others[i] for i in np.sort(rng.permutation(len(others))[: items - len(watched)])]
     shared = {(p.relation, p.answer) for p in others}
     if not any((p.relation, p.answer) in shared for p in watched):
@@ -486,10 +477,6 @@ def _probe(fit: Tensor, test: Tensor, one_hot: Tensor) -> Iterator[Float[Tensor,
         width = train.shape[1]
         kernel = train @ train.T / width + STRENGTH * torch.eye(len(train), dtype=torch.float64)
         yield (other @ train.T / width @ torch.linalg.solve(kernel, target.double())).float()
-
-
-def _context(model: Any) -> int | None:
-    return model.context if isinstance(model, Model) else getattr(model.config, "max_position_embeddings", None)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:

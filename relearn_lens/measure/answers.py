@@ -12,7 +12,7 @@ from beartype import beartype as typechecker
 from jaxtyping import Float, Int, jaxtyped
 
 from relearn_lens.measure.asking import Read, read_answers
-from relearn_lens.measure.keymeans import KeyMeans, tabulated
+from relearn_lens.measure.keymeans import KeyMeans, means_of, tabulated
 from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.names import told
@@ -26,11 +26,6 @@ class AnswerAccuracy(KeyMeans):
     metric: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "share answered right, 0 to 1"
     quantity: ClassVar[str] = "accuracy"
-
-    @property
-    def right(self) -> Float[np.ndarray, "key label"]:
-        """How many passages are answered right."""
-        return self.total
 
 
 @jaxtyped(typechecker=typechecker)
@@ -51,11 +46,6 @@ class AnswerLoss(KeyMeans):
     tokens: Int[np.ndarray, "key label"]
     vocabulary: int
     """Number of tokens that a uniform guess chooses from."""
-
-    @property
-    def nats(self) -> Float[np.ndarray, "key label"]:
-        """Summed over the tokens of the answers."""
-        return self.total
 
     @property
     def weight(self) -> Float[np.ndarray, "key label"]:
@@ -108,7 +98,7 @@ def answered(read: Read, labels: Sequence[str], closed: Mapping[str, Sequence[st
     n, nats, vocabulary = read.tokens, read.summed(read.nats), read.vocabulary
     keys, names, sums = tabulated(
         read.passages, labels, read.right.astype(float), is_closed / sizes, nats,
-        np.where(is_closed, np.log(sizes), n * math.log(vocabulary)), n.astype(float), np.ones(len(n)),
+        np.where(is_closed, np.log(sizes), n * math.log(vocabulary)), n.astype(float), 1.0,
     )  # fmt: skip
     right, guessed, nats, guessed_nats, n, count = sums
     count, n = count.astype(np.int64), n.astype(np.int64)
@@ -141,21 +131,19 @@ def choose(
             f"{len(without)} of {len(passages)} passages have no choices, such as {without[0].prompt[:60]!r} of form "
             f"{without[0].form!r}; pass only forms that have (statement, paraphrase, options, yes-no of made facts)"
         )
-    read = read_answers(
-        model, [replace(p, answer=choice) for p in passages for choice in p.choices], max_tokens=max_tokens
-    )
-    nats = read.summed(read.nats)
-    if per_token:
-        nats = nats / read.tokens
-    sizes = np.array([len(p.choices) for p in passages])
-    starts = np.cumsum(sizes) - sizes
-    best = np.minimum.reduceat(nats, starts)
-    tied = np.add.reduceat((nats == np.repeat(best, sizes)).astype(float), starts)
-    own = nats[starts + np.array([p.choices.index(p.answer) for p in passages])]
-    keys, names, (right, guessed, count) = tabulated(
-        passages, labels or [p.relation for p in passages], (own == best) / tied, 1 / sizes, np.ones(len(sizes))
-    )
-    return AnswerAccuracy(right, guessed, count.astype(np.int64), keys, names)
+    best = [nats == nats.min() for nats in nats_of_choices(model, passages, per_token, max_tokens)]
+    each = np.array([of[p.choices.index(p.answer)] / of.sum() for p, of in zip(passages, best, strict=True)])
+    return means_of(AnswerAccuracy, passages, each, 1 / np.array([len(of) for of in best]), labels)
+
+
+def nats_of_choices(
+    model: LanguageModel, passages: Sequence[Passage], per_token: bool = False, max_tokens: int = MAX_TOKENS
+) -> list[Float[np.ndarray, " choice"]]:
+    """Nats of every choice of each passage, summed over its tokens or their mean."""
+    every = [replace(p, answer=choice) for p in passages for choice in p.choices]
+    read = read_answers(model, every, max_tokens=max_tokens)
+    nats = read.summed(read.nats) / (read.tokens if per_token else 1)
+    return np.split(nats, np.cumsum([len(p.choices) for p in passages])[:-1])
 
 
 @told

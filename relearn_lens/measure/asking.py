@@ -6,9 +6,10 @@ A *place* is a role of the facts in the wordings that were taught (`"forget_held
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from relearn_lens.text.corpus import Strings
 from relearn_lens.text.encoding import Batch
 from relearn_lens.text.facts import FORGET, RETAIN, ROLES, TRAINED, Facts, Passage
 from relearn_lens.text.facts.encoded import EncodedPassages, encode_passages
+from relearn_lens.text.facts.passages import grouped
 
 REWORDED = ", reworded"
 """What follows a role in the name of the place of wordings that were never taught."""
@@ -53,8 +55,7 @@ class Asked:
 
     def where(self, keep: Sequence[bool] | np.ndarray) -> Asked:
         """Some of the passages."""
-        pairs = [pair for pair, kept in zip(zip(self.passages, self.places, strict=True), keep, strict=True) if kept]
-        return Asked(self.facts, tuple(p for p, _ in pairs), tuple(place for _, place in pairs))
+        return Asked(self.facts, tuple(compress(self.passages, keep)), tuple(compress(self.places, keep)))
 
     def one_prompt_each(self, by: str) -> Asked:
         """One passage with a prompt of each key and place.
@@ -62,16 +63,14 @@ class Asked:
         Raises:
             ValueError: no passage has a prompt.
         """
-        first: dict[tuple[str, str], int] = {}
-        for i, (p, place) in enumerate(zip(self.passages, self.places, strict=True)):
-            if p.prompt:
-                first.setdefault((p.key, place), i)
-        if not first:
+        prompts = [i for i, p in enumerate(self.passages) if p.prompt]
+        by_key = grouped(prompts, lambda i: (self.passages[i].key, self.places[i]))
+        if not by_key:
             raise ValueError(
                 f"{by} goes on from a prompt, and no passage of {self.facts.name!r} that is asked has one; ask in "
                 "forms that have"
             )
-        chosen = set(first.values())
+        chosen = {each[0] for each in by_key.values()}
         return self.where([i in chosen for i in range(len(self.passages))])
 
     def __repr__(self) -> str:
@@ -109,11 +108,8 @@ def ask(
             chosen = tuple(among[i] for i in sorted(drawn))
         number = {key: i for i, key in enumerate(chosen)}
         for ending, names in forms.items():
-            by_fact: dict[tuple[str, str], list[Passage]] = {}
-            for p in facts.passages(role, forms=names):
-                if p.key in number:
-                    by_fact.setdefault((p.key, p.relation), []).append(p)
-            for (key, _), each in by_fact.items():
+            here = (p for p in facts.passages(role, forms=names) if p.key in number)
+            for (key, _), each in grouped(here, lambda p: (p.key, p.relation)).items():
                 n = len(each) if wordings is None else min(wordings, len(each))
                 taken = [each[(number[key] * n + i) % len(each)] for i in range(n)]
                 passages += taken
@@ -163,10 +159,8 @@ def read_answers(
     Raises:
         ValueError: no passage, as `encode_passages`; or a loss that is not finite.
     """
-    if isinstance(passages, EncodedPassages):
-        encoded = passages
-    else:
-        encoded = encode_passages(passages, model.tokenizer, context=model.context)
+    is_encoded = isinstance(passages, EncodedPassages)
+    encoded = passages if is_encoded else encode_passages(passages, model.tokenizer, context=model.context)
     tokens = _Tokens(model, encoded)
     stream(model, encoded, (), readers=[tokens], max_tokens=max_tokens)
     passage = encoded.word_of[encoded.scored].astype(np.int64)
@@ -215,7 +209,13 @@ class Reference:
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What metrics computed of these models alone, so that the next checkpoint need not."""
 
-    def need(self, model: LanguageModel, *names: str, by: str) -> tuple[LanguageModel, ...]:
+    def once(self, what: Hashable, of: Callable[[], Any]) -> Any:
+        """What `of` gives, which is called the first time alone."""
+        if what not in self.kept:
+            self.kept[what] = of()
+        return self.kept[what]
+
+    def need(self, *names: str, by: str) -> tuple[LanguageModel, ...]:
         """The named models.
 
         Raises:
@@ -257,7 +257,6 @@ class OfAnswers(Metric):
         raise NotImplementedError
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Scores:
-        """As of `Metric`."""
         questions = asked_of(facts)
         return self.of(read_answers(model, questions.passages), questions)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from relearn_lens import progress
 from relearn_lens.measure.answers import answer, choose
@@ -19,14 +19,11 @@ from relearn_lens.measure.course import HELD_OUT
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.inside import KnownInside
 from relearn_lens.measure.keymeans import KeyMeans
-from relearn_lens.models.model import LanguageModel
+from relearn_lens.models.model import LanguageModel, lent
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.names import meant, told
+from relearn_lens.names import existing, told
 from relearn_lens.text.facts import FORGET, RETAIN, TRAINED, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Attack = Callable[[LanguageModel], Iterable[Checkpoint]]
 """Trains a model that it is given and stands still to be measured; the weights are put back afterwards."""
@@ -60,26 +57,21 @@ class Battery:
     rows: tuple[Row, ...]
 
     def __getitem__(self, test: str) -> tuple[Row, ...]:
-        if not (rows := tuple(row for row in self.rows if row.test == test)):
-            known = dict.fromkeys(row.test for row in self.rows)
-            raise ValueError(f"no test {test!r}; known: {', '.join(known)}{meant(test, known)}")
-        return rows
+        existing("test", test, dict.fromkeys(row.test for row in self.rows))
+        return tuple(row for row in self.rows if row.test == test)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each test and way of it: value with interval over keys, chance, unit, and of base and twin."""
-        import pandas as pd
-
-        table = []
-        for row in self.rows:
-            low, high = row.scores.interval(OVERALL)
-            table.append(
-                {
-                    "test": row.test, "how": row.how, "value": row.scores.shown(OVERALL), "low": low, "high": high,
-                    "chance": row.scores.chance(OVERALL), "keys": len(row.scores.keys), "unit": row.scores.unit,
-                    "base": np.nan if row.base is None else row.base.shown(OVERALL),
-                    "never": np.nan if row.never is None else row.never.shown(OVERALL),
-                }
-            )  # fmt: skip
+        table = [
+            {
+                "test": row.test, "how": row.how, "value": row.scores.shown(OVERALL),
+                **dict(zip(("low", "high"), row.scores.interval(OVERALL), strict=True)),
+                "chance": row.scores.chance(OVERALL), "keys": len(row.scores.keys), "unit": row.scores.unit,
+                "base": np.nan if row.base is None else row.base.shown(OVERALL),
+                "never": np.nan if row.never is None else row.never.shown(OVERALL),
+            }
+            for row in self.rows
+        ]  # fmt: skip
         return pd.DataFrame(table)
 
     def __repr__(self) -> str:
@@ -114,7 +106,7 @@ def battery(
     base, never = (reference.base, reference.never) if reference is not None else (None, None)
     closed = facts.answers()
     questions = ask(facts, roles=[HELD_OUT], keys=keys, wordings=1, seed=seed)
-    chosen = set(dict.fromkeys(p.key for p in questions.passages))
+    chosen = {p.key for p in questions.passages}
     statements = [p for p, place in zip(questions.passages, questions.places, strict=True) if place == HELD_OUT]
     reworded = [p for p, place in zip(questions.passages, questions.places, strict=True) if place != HELD_OUT]
     if not statements:
@@ -134,8 +126,7 @@ def battery(
         if reworded:
             add("other forms", "paraphrase", answers(reworded))
         for test, form in (("other forms", "options"), ("downstream", "yes-no")):
-            passages = [p for p in facts.passages(HELD_OUT, forms=form) if p.key in chosen and p.choices]
-            if passages:
+            if passages := [p for p in facts.passages(HELD_OUT, forms=form) if p.key in chosen and p.choices]:
                 add(test, form, lambda m, passages=passages: choose(m, passages))
         for sentence in jailbreaks:
             add("jailbreaks", sentence, answers(fitting(model, statements, sentence)))
@@ -166,18 +157,11 @@ def most(model: LanguageModel, attack: Attack, of: Callable[[LanguageModel], Key
     Raises:
         ValueError: the attack has no checkpoint.
     """
-    before = model.copied()
-    best: KeyMeans | None = None
-    try:
-        for _ in attack(model):
-            scores = of(model)
-            if best is None or scores.value(OVERALL) > best.value(OVERALL):
-                best = scores
-    finally:
-        model.load_weights(before)
-    if best is None:
+    with lent(model):
+        scores = [of(model) for _ in attack(model)]
+    if not scores:
         raise ValueError("an attack came to no checkpoint, so nothing was measured; let it yield at least one")
-    return best
+    return max(scores, key=lambda each: each.value(OVERALL))
 
 
 def prefixed(passage: Passage, text: str) -> Passage:

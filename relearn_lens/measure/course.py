@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
-from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Reference, ask
+from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Reference, asked_of
 from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.metrics import USUAL, checked, measured, metric_of
 from relearn_lens.models.model import LanguageModel, Model
@@ -19,9 +21,6 @@ from relearn_lens.models.training import Checkpoint
 from relearn_lens.names import ByName, told
 from relearn_lens.text import markup
 from relearn_lens.text.facts import FORGET, Facts
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BASE, REMOVED = "base", "removed"
 """Names of the stages before and right after something is taken out; later stages are named by their training."""
@@ -61,19 +60,16 @@ class FactsSnapshot:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for every metric and place: what people read, its interval, chance, unit, passages, and over what."""
-        import pandas as pd
-
-        rows = []
-        for name, scores in self.metrics.items():
-            support = scores.support()
-            for place in scores.labels:
-                (low, high), over = scores.interval(place), f"{len(scores.sums(place))} {scores.over}"
-                rows.append(
-                    {
-                        "metric": name, "place": place, "shown": scores.shown(place), "low": low, "high": high,
-                        "chance": scores.chance(place), "unit": scores.unit, "over": over, "support": support[place],
-                    }
-                )  # fmt: skip
+        rows = [
+            {
+                "metric": name, "place": place, "shown": scores.shown(place),
+                **dict(zip(("low", "high"), scores.interval(place), strict=True)),
+                "chance": scores.chance(place), "unit": scores.unit,
+                "over": f"{len(scores.sums(place))} {scores.over}", "support": scores.support()[place],
+            }
+            for name, scores in self.metrics.items()
+            for place in scores.labels
+        ]  # fmt: skip
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -153,8 +149,6 @@ class FactsTrajectory:
 
     def to_dataframe(self) -> pd.DataFrame:
         """`FactsSnapshot.to_dataframe` of every stage, with arm, seed, stage, epoch, step and tokens seen."""
-        import pandas as pd
-
         each: list[pd.DataFrame] = []
         for stage, snapshot in self.snapshots.items():
             at = snapshot.at
@@ -162,10 +156,8 @@ class FactsTrajectory:
                 "arm": self.arm, "seed": self.seed, "stage": stage, "epoch": at.epoch if at else 0.0,
                 "step": at.step if at else 0, "tokens_seen": at.tokens_seen if at else 0,
             }  # fmt: skip
-            table = snapshot.to_dataframe()
-            for i, (name, value) in enumerate(when.items()):
-                table.insert(i, name, value)
-            each.append(table)
+            table = snapshot.to_dataframe().assign(**when)
+            each.append(table.reindex(columns=[*when, *table.columns.drop([*when])]))
         return pd.concat(each, ignore_index=True)
 
     def table(self, place: str = HELD_OUT, *, beside: Mapping[str, FactsTrajectory] | None = None) -> str:
@@ -188,10 +180,8 @@ class FactsTrajectory:
     def __repr__(self) -> str:
         """The first metric at every place, then every metric where recovery is read."""
         first = next(iter(self.snapshots.values())).scores
-        rows = [["stage", *first.labels]]
-        for stage, snapshot in self.snapshots.items():
-            rows.append([stage, *(_with_interval(snapshot.scores, place) for place in first.labels)])
-        rows.append(["chance", *(_short(first.chance(place)) for place in first.labels)])
+        chance = ["chance", *(_short(first.chance(place)) for place in first.labels)]
+        rows = [["stage", *first.labels], *self._rows(first.labels), chance]
         removed = f"; {self.removed}" if self.removed else ""
         what = f"{first.metric} ({first.unit}), intervals over {first.over}"
         head = f"{self.arm or 'arm'}, seed {self.seed}{removed}: {what}"
@@ -200,13 +190,11 @@ class FactsTrajectory:
 
     def _repr_html_(self) -> str:
         first = next(iter(self.snapshots.values())).scores
-        rows = [
-            [stage, *(_with_interval(snapshot.scores, place) for place in first.labels)]
-            for stage, snapshot in self.snapshots.items()
-        ]
-        return markup.box(
-            f"{self.arm or 'arm'}: {first.metric}, {first.unit}", markup.table(["stage", *first.labels], rows)
-        )
+        table = markup.table(["stage", *first.labels], self._rows(first.labels))
+        return markup.box(f"{self.arm or 'arm'}: {first.metric}, {first.unit}", table)
+
+    def _rows(self, places: Sequence[str]) -> list[list[str]]:
+        return [[stage, *(_with_interval(s.scores, place) for place in places)] for stage, s in self.snapshots.items()]
 
 
 @told
@@ -227,8 +215,7 @@ def measure_facts(
         ValueError: an unknown metric, one whose reference is missing, or as `ask` and the metrics.
     """
     made = checked(metrics, reference, model)
-    questions = ask(facts) if isinstance(facts, Facts) else facts
-    return FactsSnapshot(measured(model, questions, made, reference), at)
+    return FactsSnapshot(measured(model, asked_of(facts), made, reference), at)
 
 
 @told
@@ -256,25 +243,16 @@ def track_facts(
         ValueError: as `measure_facts`; or two checkpoints of one stage.
     """
     made = checked(metrics, reference, model)
-    questions = ask(facts) if isinstance(facts, Facts) else facts
+    questions = asked_of(facts)
     snapshots: dict[str, FactsSnapshot] = {} if before is None else {BASE: before}
     needs_removed = reference is not None and reference.removed is None and any(m.name == "returned" for m in made)
     start = model.copied() if keep_weights or needs_removed else {}
-
-    def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = FactsSnapshot(measured(model, questions, made, reference), at)
-        if on_measured:
-            on_measured(stage, snapshots[stage])
-
     if reference is not None and needs_removed:
         reference = replace(reference, removed=start)
-    take(REMOVED, None)
-    for checkpoint in checkpoints:
-        stage = checkpoint.stage
-        if stage in snapshots:
-            raise ValueError(f"two checkpoints are of stage {stage}; each stage needs a name of its own")
-        take(stage, checkpoint)
-        warn_of_twins(snapshots, stage, _same_losses)
+    followed(
+        snapshots, REMOVED, checkpoints, lambda at: FactsSnapshot(measured(model, questions, made, reference), at),
+        _same_losses, on_measured, ("stage", "a name"),
+    )  # fmt: skip
     ends = None
     if keep_weights:
         where = questions.where([place == HELD_OUT for place in questions.places])
@@ -290,15 +268,34 @@ def _same_losses(one: FactsSnapshot, other: FactsSnapshot) -> bool:
     return here is not None and there is not None and np.array_equal(here.sums(OVERALL), there.sums(OVERALL))
 
 
-def warn_of_twins(snapshots: Mapping[str, T], stage: str, same: Callable[[T, T], bool]) -> None:
-    """Warn if an earlier stage measured the same."""
-    for name, other in snapshots.items():
-        if name != stage and same(snapshots[stage], other):
-            warnings.warn(
-                f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
-                "weights; look whether they were loaded, or saved, as meant",
-                stacklevel=4,  # who called `track`
-            )
+def followed(
+    snapshots: dict[str, T],
+    first: str,
+    checkpoints: Iterable[Checkpoint],
+    take: Callable[[Checkpoint | None], T],
+    same: Callable[[T, T], bool],
+    on_measured: Callable[[str, T], object] | None,
+    by: tuple[str, str],
+) -> None:
+    """Take a snapshot now, as the stage `first`, and at every checkpoint; warn if two of them measure the same.
+
+    Raises:
+        ValueError: two checkpoints of one stage, which is told `by` what names stages.
+    """
+    for at in chain([None], checkpoints):
+        stage = first if at is None else at.stage
+        if stage in snapshots:
+            raise ValueError(f"two checkpoints are of {by[0]} {stage}; each stage needs {by[1]} of its own")
+        snapshots[stage] = take(at)
+        if on_measured:
+            on_measured(stage, snapshots[stage])
+        for name, other in snapshots.items():
+            if at is not None and name != stage and same(snapshots[stage], other):
+                warnings.warn(
+                    f"stages {name!r} and {stage!r} measure the same to the bit, so these checkpoints hold the same "
+                    "weights; look whether they were loaded, or saved, as meant",
+                    stacklevel=4,  # who called `track`
+                )
 
 
 def _with_interval(scores: Scores, place: str) -> str:

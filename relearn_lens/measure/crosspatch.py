@@ -4,11 +4,12 @@ the other, and what each head does at each of them."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.stats import spearmanr
@@ -16,15 +17,12 @@ from torch import Tensor
 
 from relearn_lens import progress
 from relearn_lens.find.circuits import HEADS, path_patching
-from relearn_lens.find.patching import Kept, Prompts, Readout, kept, refusal, replaced, shares, units_of
-from relearn_lens.models.model import LanguageModel, reading, wearing
-from relearn_lens.names import meant, told
-from relearn_lens.neurons.sites import Neurons, Site, component_site, site_of
+from relearn_lens.find.patching import Prompts, Readout, refusal, shares, units_of
+from relearn_lens.models.model import LanguageModel, lent, reading, wearing
+from relearn_lens.names import existing, told
+from relearn_lens.neurons.sites import Kept, Neurons, Site, component_site, kept, site_of, streaming
 from relearn_lens.neurons.weights import differs
 from relearn_lens.text.facts import Passage
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Weights = Mapping[str, Tensor]
 
@@ -88,29 +86,34 @@ def cross_patch(
         ValueError: weights of another model, low-rank adapters, or as `find.patching.Prompts`; before any work.
     """
     prompts = Prompts(model, passages, metric)
-    _check(model, {"into": into, "source": source})
+    a, b = _steady(model, {"into": into, "source": source})
     heads = site_of(model.bridge, HEADS)
     wholes = [component_site(model.bridge, "mlp"), component_site(model.bridge, "resid")]
     blocks, n = range(len(heads.layers)), len(prompts.passages)
     f_a, f_b = np.zeros(n), np.zeros(n)
     by_head, by_whole = np.zeros((len(blocks), heads.width, n)), np.zeros((2, len(blocks), n))
-    a, b = _steady(model, into), _steady(model, source)
-    with _lent(model), progress.task("cross-patching", n * (2 + heads.n_neurons + 2 * len(blocks))):
+    with (
+        lent(model),
+        reading(model),
+        progress.task("cross-patching", n * (2 + heads.n_neurons + 2 * len(blocks))),
+    ):
         for group in prompts.groups():
             batch = prompts.batch(group)
             model.load_weights(b)
             with contextlib.ExitStack() as stack:
-                theirs, *others = (stack.enter_context(kept(model, site)) for site in (heads, *wholes))
+                theirs, *others = (
+                    stack.enter_context(kept(model.bridge, site, units=True)) for site in (heads, *wholes)
+                )
                 f_b[group] = prompts.values(batch).cpu()
             model.load_weights(a)
             f_a[group] = prompts.values(batch).cpu()
             progress.advance(2 * len(group))
             for block in blocks:
                 for head in range(heads.width):
-                    with replaced(model, heads, _head_as(theirs, heads, block, head)):
+                    with streaming(model.bridge, heads, _head_as(theirs, heads, block, head), units=True):
                         by_head[block, head, group] = prompts.values(batch).cpu()
                 for i, (site, other) in enumerate(zip(wholes, others, strict=True)):
-                    with replaced(model, site, lambda at, _, x=other[block], b=block: x if at == b else None):
+                    with streaming(model.bridge, site, lambda at, _, x=other[block], b=block: x if at == b else None):
                         by_whole[i, block, group] = prompts.values(batch).cpu()
                 progress.advance((heads.width + 2) * len(group))
     gap = f_b - f_a
@@ -157,9 +160,7 @@ class HeadRoles:
         Raises:
             ValueError: no such stage.
         """
-        if stage not in self.stages:
-            raise ValueError(f"no stage {stage!r}; known: {', '.join(self.stages)}{meant(stage, self.stages)}")
-        return self.effect[self.stages.index(stage)]
+        return self.effect[self.stages.index(existing("stage", stage, self.stages))]
 
     def top(self, stage: str, k: int) -> Neurons:
         """The `k` heads of the largest effect, in size, at one stage."""
@@ -175,8 +176,6 @@ class HeadRoles:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for every stage and head, with the effect and its unit."""
-        import pandas as pd
-
         rows = [
             {"stage": stage, "block": block, "head": head, "effect": float(effect), "unit": self.unit}
             for stage, by_block in zip(self.stages, self.effect, strict=True)
@@ -209,11 +208,10 @@ def head_roles(
     """
     if not stages:
         raise ValueError("there are no stages to read heads at; give at least one: {name: weights}")
-    _check(model, stages)
-    steady = {name: _steady(model, weights) for name, weights in stages.items()}
+    steady = _steady(model, stages)
     paths = []
-    with _lent(model):
-        for weights in steady.values():
+    with lent(model), reading(model):
+        for weights in steady:
             model.load_weights(weights)
             paths.append(path_patching(model, passages, corrupt, metric=metric))
     return HeadRoles(
@@ -222,26 +220,19 @@ def head_roles(
     )  # fmt: skip
 
 
-def _check(model: LanguageModel, given: Mapping[str, Weights]) -> None:
+def _steady(model: LanguageModel, given: Mapping[str, Weights]) -> list[Weights]:
+    """Weights that do not move with the model's own.
+
+    Raises:
+        ValueError: they are of another model, or this one has low-rank adapters.
+    """
     if wearing(model.bridge):
         raise ValueError("this model has low-rank adapters now; patch when the block of `adapted` has ended")
-    for name, weights in given.items():
-        if (why := differs(model.weights(), weights)) is not None:
-            raise ValueError(f"the weights {name!r} are of another model: {why}")
-
-
-def _steady(model: LanguageModel, weights: Weights) -> Weights:
-    """Weights that do not move with the model's own."""
     live = model.weights()
-    return {n: w.clone() if w.data_ptr() == live[n].data_ptr() else w for n, w in weights.items()}
-
-
-@contextlib.contextmanager
-def _lent(model: LanguageModel) -> Iterator[None]:
-    """For a while, a model whose weights may be replaced; it reads."""
-    own = model.copied()
-    try:
-        with reading(model):
-            yield
-    finally:
-        model.load_weights(own)
+    for name, weights in given.items():
+        if (why := differs(live, weights)) is not None:
+            raise ValueError(f"the weights {name!r} are of another model: {why}")
+    return [
+        {n: w.clone() if w.data_ptr() == live[n].data_ptr() else w for n, w in weights.items()}
+        for weights in given.values()
+    ]

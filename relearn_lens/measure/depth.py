@@ -13,9 +13,9 @@ from pydantic import Field
 from relearn_lens.measure.asking import Asked, Metric, Reference, asked_of
 from relearn_lens.measure.evaluation import Label
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
-from relearn_lens.measure.states import block_names, check_alike, last_of, nats_of, put_in, states_of
+from relearn_lens.measure.states import blocks_of, check_alike, last_of, nats_of, put_in, states_of
 from relearn_lens.models.model import LanguageModel, reading
-from relearn_lens.names import meant
+from relearn_lens.names import existing
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import FORGET, Facts
 from relearn_lens.text.facts.encoded import EncodedPassages, encode_passages
@@ -56,9 +56,7 @@ class Depth(LayerDepth):
         Raises:
             ValueError: there is no such layer.
         """
-        if name not in self.layers:
-            raise ValueError(f"no layer {name!r}; known: {', '.join(self.layers)}{meant(name, self.layers)}")
-        i = self.layers.index(name)
+        i = self.layers.index(existing("layer", name, self.layers))
         count = self.layer_passages[i]
         return LayerDepth(self.layer_total[i], count.astype(float), count, self.keys, self.labels)
 
@@ -91,9 +89,8 @@ class UnlearningDepth(Metric):
     faithful: bool = Field(default=False, description="the last layer after the final norm, as released")
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Depth:
-        """As of `Metric`."""
         reference = reference or Reference()
-        base, never = reference.need(model, "base", "never", by=self.name)
+        base, never = reference.need("base", "never", by=self.name)
         check_alike(model, base, "base")
         check_alike(model, never, "never")
         questions = asked_of(facts)
@@ -103,10 +100,7 @@ class UnlearningDepth(Metric):
                 f"depth is of what was forgotten, and none of {', '.join(FORGET)} is asked; ask in these roles"
             )
         encoded = encode_passages(questions.passages, model.tokenizer, context=model.context)
-        kept = ("depth", self.faithful, questions.passages)
-        if kept not in reference.kept:
-            reference.kept[kept] = self._taken(base, never, encoded)
-        s1 = reference.kept[kept]
+        s1 = reference.once(("depth", self.faithful, questions.passages), lambda: self._taken(base, never, encoded))
         s2 = self._taken(base, model, encoded)
         there = s1 > self.least
         share = np.divide(s2, s1, out=np.zeros_like(s1), where=there).clip(0, 1)
@@ -119,16 +113,13 @@ class UnlearningDepth(Metric):
             )
         each = (weight * share)[known].sum(1) / weight[known].sum(1)
         whole = questions.where(known)
-        n = np.ones(len(each))
-        keys, labels, (total, count) = tabulated(whole.passages, whole.places, each, n)
-        by_layer = [
-            tabulated(whole.passages, whole.places, share[known, i] * there[known, i], there[known, i].astype(float))[2]
-            for i in range(share.shape[1])
-        ]
+        keys, labels, (total, count, *by_layer) = tabulated(
+            whole.passages, whole.places, each, 1.0, *(share * there)[known].T, *there[known].T
+        )
         out = questions.where(~known).places
         return Depth(
-            total, count, count.astype(np.int64), keys, labels, block_names(model),
-            np.stack([sums for sums, _ in by_layer]), np.stack([n for _, n in by_layer]).astype(np.int64),
+            total, count, count.astype(np.int64), keys, labels, blocks_of(model).layers,
+            np.stack(by_layer[: share.shape[1]]), np.stack(by_layer[share.shape[1] :]).astype(np.int64),
             {place: out.count(place) for place in questions.names},
         )  # fmt: skip
 
@@ -136,7 +127,7 @@ class UnlearningDepth(Metric):
         self, base: LanguageModel, source: LanguageModel, encoded: EncodedPassages
     ) -> Float[np.ndarray, "passage layer"]:
         """log p of the base less log p of the base with the source's states at each layer, mean per answer token."""
-        layers = block_names(base)
+        layers = blocks_of(base).layers
         taken = np.zeros((len(encoded.passages), len(layers)))
         tokens = np.bincount(encoded.word_of[encoded.scored], minlength=len(encoded.passages))
         with reading(base):

@@ -5,6 +5,7 @@ A tagger is judged by the F1 of its spans, a language model by its loss on the c
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -116,20 +117,23 @@ def as_html(scores: Scores) -> str:
     return markup.table(["label", scores.unit, f"95 % interval over {scores.over}", "of"], rows)
 
 
-def _columns(labels: Strings, label: Label) -> list[int]:
-    """The columns of some labels."""
-    names = (label,) if isinstance(label, str) else label
+def columns_of(labels: Strings, label: Label, lacking: str = "no scores of label") -> list[int]:
+    """The columns of some labels, or of all.
+
+    Raises:
+        ValueError: there is no such label; begins with what is `lacking`.
+    """
+    names = labels if label == OVERALL else (label,) if isinstance(label, str) else label
     if unknown := [name for name in names if name not in labels]:
         raise ValueError(
-            f"no scores of label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}"
-            f"{meant(unknown[0], [*labels, OVERALL])}"
+            f"{lacking} {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}{meant(unknown[0], [*labels, OVERALL])}"
         )
     return [labels.index(name) for name in names]
 
 
 def _totals(total: np.ndarray, count: np.ndarray, labels: Strings, label: Label) -> np.ndarray:
     """Two sums of each sentence for a label, where the columns are the labels, then overall."""
-    columns = [len(labels)] if label == OVERALL else _columns(labels, label)
+    columns = [len(labels)] if label == OVERALL else columns_of(labels, label)
     return np.stack([total[:, columns].sum(1), count[:, columns].sum(1).astype(float)], 1)
 
 
@@ -221,7 +225,7 @@ class SpanScores(Scores):
 
     def counts_of(self, label: Label) -> Int[np.ndarray, "sentence 3"]:
         """Right, predicted and true spans of each sentence for a label or several together."""
-        return self.counts.sum(1) if label == OVERALL else self.counts[:, _columns(self.labels, label)].sum(1)
+        return self.counts[:, columns_of(self.labels, label)].sum(1)
 
     def sums(self, label: Label) -> Float[np.ndarray, "sentence statistic"]:
         """`counts_of`, as floats."""
@@ -317,8 +321,12 @@ def judge_of(model: Model, encoded: Encoded, concept: Concept | str | None = Non
     Raises:
         ValueError: as `evaluate`.
     """
-    _check_labels(model, encoded.corpus)
     if isinstance(model, Tagger):
+        if unknown := sorted(set(encoded.corpus.label_names) - set(model.label_names)):
+            raise ValueError(
+                f"corpus {encoded.corpus.name!r} has labels {unknown} that the tagger does not know; it was made for "
+                f"{', '.join(model.label_names)}"
+            )
         return Tags(model, encoded)
     if not isinstance(model, LanguageModel) or concept is None:
         raise ValueError(
@@ -372,15 +380,6 @@ class Losses:
 
         labels = (*(classes.names[k] for k in named), OTHERS)
         return TokenLoss(by_sentence(self.nats), by_sentence(self.tokens), labels, self.model.vocabulary)
-
-
-def _check_labels(model: Model, corpus: Corpus) -> None:
-    """Refuse a text with a label that a tagger does not know."""
-    if isinstance(model, Tagger) and (unknown := sorted(set(corpus.label_names) - set(model.label_names))):
-        raise ValueError(
-            f"corpus {corpus.name!r} has labels {unknown} that the tagger does not know; it was made for "
-            f"{', '.join(model.label_names)}"
-        )
 
 
 def predict(
@@ -460,11 +459,9 @@ def _labels_of(tags: Strings) -> Strings:
 def score_spans(corpus: Corpus, predicted: Int[np.ndarray, " word"], tags: tuple[str, ...]) -> SpanScores:
     """Strict span scores of predicted word tags against a corpus's labels."""
     labels = _labels_of(tags)
-    true, guess = [], []
-    for i in range(corpus.n_sentences):
-        span = slice(corpus.start[i], corpus.start[i + 1])
-        true.append(bio([corpus.label_names[k] for k in corpus.label[span]], corpus.begins[span].tolist()))
-        guess.append([tags[k] for k in predicted[span]])
+    spans = [slice(first, last) for first, last in itertools.pairwise(corpus.start)]
+    true = [bio([corpus.label_names[k] for k in corpus.label[at]], corpus.begins[at].tolist()) for at in spans]
+    guess = [[tags[k] for k in predicted[at]] for at in spans]
     evaluator = Evaluator(true, guess, tags=list(labels), loader="list")
     evaluator.strategies = {"strict": evaluator.strategies["strict"]}  # the other three are read by nobody
     strict = evaluator.evaluate()
@@ -475,8 +472,8 @@ def score_spans(corpus: Corpus, predicted: Int[np.ndarray, " word"], tags: tuple
     counts = np.zeros((corpus.n_sentences, len(labels), 3), dtype=np.int64)
     for i, (there, here) in enumerate(zip(evaluator.true, evaluator.pred, strict=True)):
         there, here = ({(e.label, e.start, e.end) for e in side} for side in (there, here))
-        for k, spans in enumerate((there & here, here, there)):
-            for label, _, _ in spans:
+        for k, side in enumerate((there & here, here, there)):
+            for label, _, _ in side:
                 counts[i, labels.index(label), k] += 1
 
     def each(metric: str) -> dict[str, float]:

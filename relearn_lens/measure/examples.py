@@ -47,8 +47,7 @@ def examples(model: Model, text: Corpus, concept: Concept, neurons: Neurons, *, 
         return None
     read = _Words(neurons, chosen.n_words)
     stream(model, encoded_for(model, chosen), [read], site=neurons.site)
-    spans = zip(chosen.start[:-1].tolist(), chosen.start[1:].tolist(), strict=True)
-    words = tuple(tuple(chosen.vocab[w] for w in chosen.word[first:last]) for first, last in spans)
+    words = tuple(tuple(word.text for word in sentence) for sentence in chosen)
     return Examples(tuple(map(str, neurons)), words, read.values)
 
 

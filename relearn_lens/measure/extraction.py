@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -11,11 +10,12 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 
-from relearn_lens.measure.answers import AnswerAccuracy, AnswerLoss, answered, choose
-from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, asked_of, read_answers
-from relearn_lens.measure.keymeans import KeyMeans, tabulated
+from relearn_lens.measure.answers import AnswerAccuracy, AnswerLoss, answered, choose, nats_of_choices
+from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, asked_of
+from relearn_lens.measure.keymeans import KeyMeans, means_of
 from relearn_lens.models.model import LanguageModel, reading
 from relearn_lens.text.facts import Facts, Passage
+from relearn_lens.text.facts.passages import grouped
 
 AT_ONCE = 64
 """Prompts that are gone on from together."""
@@ -30,7 +30,6 @@ class Accuracy(OfAnswers):
     source: ClassVar[str] = "usual"
 
     def of(self, read: Read, questions: Asked) -> AnswerAccuracy:
-        """As of `OfAnswers`."""
         return answered(read, questions.places, questions.closed).accuracy
 
 
@@ -43,7 +42,6 @@ class Loss(OfAnswers):
     source: ClassVar[str] = "usual"
 
     def of(self, read: Read, questions: Asked) -> AnswerLoss:
-        """As of `OfAnswers`."""
         return answered(read, questions.places, questions.closed).loss
 
 
@@ -67,7 +65,6 @@ class Choice(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> ChoiceAccuracy:
-        """As of `Metric`."""
         questions = with_choices(asked_of(facts), self.name)
         chosen = choose(model, questions.passages, per_token=self.per_token, labels=questions.places)
         return ChoiceAccuracy(chosen.total, chosen.guessed, chosen.passages, chosen.keys, chosen.labels)
@@ -93,11 +90,10 @@ class Probability(OfAnswers):
     source: ClassVar[str] = "Maini et al. 2024 (TOFU)"
 
     def of(self, read: Read, questions: Asked) -> AnswerProbability:
-        """As of `OfAnswers`."""
         each = np.exp(-read.summed(read.nats) / read.tokens)
         sizes = np.array([len(questions.closed.get(p.relation, ())) for p in questions.passages])
         guess = np.where(sizes > 0, np.maximum(sizes, 1.0) ** (-1 / read.tokens), 1 / read.vocabulary)
-        return AnswerProbability(*summed(questions, each, guess))
+        return means_of(AnswerProbability, questions.passages, each, guess, questions.places)
 
 
 class TruthScores(KeyMeans):
@@ -127,15 +123,10 @@ class TruthRatio(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> TruthScores:
-        """As of `Metric`."""
         questions = with_choices(asked_of(facts), self.name)
-        every = [replace(p, answer=choice) for p in questions.passages for choice in p.choices]
-        read = read_answers(model, every)
-        nats = np.split(
-            read.summed(read.nats) / read.tokens, np.cumsum([len(p.choices) for p in questions.passages])[:-1]
-        )
+        nats = nats_of_choices(model, questions.passages, per_token=True)
         each = np.array([self._of(p, own) for p, own in zip(questions.passages, nats, strict=True)])
-        return TruthScores(*summed(questions, each, np.zeros(len(each))))
+        return means_of(TruthScores, questions.passages, each, 0.0, questions.places)
 
     def _of(self, passage: Passage, nats: Float[np.ndarray, " choice"]) -> float:
         right = passage.choices.index(passage.answer)
@@ -171,13 +162,10 @@ class ExtractionStrength(OfAnswers):
     faithful: bool = Field(default=False, description="as released: without the last token, and at least 1/n")
 
     def of(self, read: Read, questions: Asked) -> ExtractionScores:
-        """As of `OfAnswers`."""
         right = np.split(read.likeliest, np.cumsum(read.tokens)[:-1])
         ids = np.split(read.ids, np.cumsum(read.tokens)[:-1])
-        closed: dict[str, dict[tuple[int, ...], None]] = {}
-        for p, tokens in zip(questions.passages, ids, strict=True):
-            if p.relation in questions.closed:
-                closed.setdefault(p.relation, {})[tuple(tokens.tolist())] = None
+        pairs = [(p.relation, tuple(tokens.tolist())) for p, tokens in zip(questions.passages, ids, strict=True)]
+        closed = {name: {tokens for relation, tokens in pairs if relation == name} for name in questions.closed}
         each = np.array([self.strength(of_answer) for of_answer in right])
         guess = np.array(
             [
@@ -185,7 +173,7 @@ class ExtractionStrength(OfAnswers):
                 for p, tokens in zip(questions.passages, ids, strict=True)
             ]
         )
-        return ExtractionScores(*summed(questions, each, guess))
+        return means_of(ExtractionScores, questions.passages, each, guess, questions.places)
 
     def strength(self, likeliest: Sequence[bool] | np.ndarray) -> float:
         """Of one answer, by whether each of its tokens is the likeliest after all before it."""
@@ -237,29 +225,28 @@ class Familiarity(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> FamiliarityScores:
-        """As of `Metric`."""
         questions = asked_of(facts).one_prompt_each(self.name)
         written = [words_of(text) for text in continued(model, [p.prompt for p in questions.passages], self.tokens)]
-        topics: dict[str, set[str]] = {}
-        for p in questions.facts.passages(forms="statement"):
-            topics.setdefault(p.key, set()).update(words_of(p.answer))
-        each, guess = np.full((2, len(written)), np.nan)
+        by_key = grouped(questions.facts.passages(forms="statement"), lambda p: p.key)
+        topics = {key: set[str]().union(*(words_of(p.answer) for p in each)) for key, each in by_key.items()}
         pairs = list(zip(questions.passages, questions.places, strict=True))
         keys_at = {place: dict.fromkeys(p.key for p, at in pairs if at == place) for place in questions.names}
-        for i, (p, place) in enumerate(pairs):
-            prompt = words_of(p.prompt)
 
-            def share(key: str, prompt: set[str] = prompt, i: int = i) -> float:
-                topic = topics.get(key, set()) - prompt
-                return len(topic & written[i]) / len(topic) if topic else np.nan
+        def share(key: str, prompt: str, text: set[str]) -> float:
+            topic = topics.get(key, set()) - words_of(prompt)
+            return len(topic & text) / len(topic) if topic else np.nan
 
-            each[i] = share(p.key)
-            others = [share(key) for key in keys_at[place] if key != p.key]
-            guess[i] = np.nanmean(others) if np.isfinite(others).any() else np.nan
+        each = np.array([share(p.key, p.prompt, text) for (p, _), text in zip(pairs, written, strict=True)])
+        of_others = [
+            [share(key, p.prompt, text) for key in keys_at[place] if key != p.key]
+            for (p, place), text in zip(pairs, written, strict=True)
+        ]
+        guess = np.array([np.nanmean(of) if np.isfinite(of).any() else np.nan for of in of_others])
         known = np.isfinite(each)
         if not known.any():
             raise ValueError(f"no answer of {questions.facts.name!r} has a word that its prompt does not hold")
-        return FamiliarityScores(*summed(questions.where(known), each[known], guess[known]))
+        questions = questions.where(known)
+        return means_of(FamiliarityScores, questions.passages, each[known], guess[known], questions.places)
 
 
 def words_of(text: str) -> set[str]:
@@ -330,13 +317,3 @@ def with_choices(questions: Asked, by: str) -> Asked:
             "leave this metric out"
         )
     return chosen
-
-
-def summed(
-    questions: Asked, each: np.ndarray, guess: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
-    """What `KeyMeans` is made from, of one number per passage and what a guess would have there."""
-    keys, labels, (total, guessed, count) = tabulated(
-        questions.passages, questions.places, each, guess, np.ones(len(each))
-    )
-    return total, guessed, count.astype(np.int64), keys, labels

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -16,9 +17,8 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from relearn_lens.measure.asking import Asked, Metric, Reference
-from relearn_lens.measure.evaluation import OVERALL, Label, Scores
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores, columns_of
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.names import meant
 from relearn_lens.neurons.weights import differs, parts
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import Facts
@@ -49,12 +49,8 @@ class OverWeights(Scores):
 
     def sums(self, label: Label) -> Float[np.ndarray, "weight statistic"]:
         """What the number is made from, of each weight of a part."""
-        names = self.labels if label == OVERALL else (label,) if isinstance(label, str) else label
-        if unknown := [name for name in names if name not in self.labels]:
-            raise ValueError(
-                f"no part {unknown[0]!r}; known: {', '.join(self.labels)}, {OVERALL}{meant(unknown[0], self.labels)}"
-            )
-        return self.table[[part in names for part in self.part_of]]
+        columns = columns_of(self.labels, label, "no part")
+        return self.table[[self.labels.index(part) in columns for part in self.part_of]]
 
 
 class ChangeNorm(OverWeights):
@@ -119,8 +115,7 @@ class Moved(Metric):
     needs: ClassVar[tuple[str, ...]] = ("base",)
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeNorm:
-        """As of `Metric`."""
-        (base,) = (reference or Reference()).need(model, "base", by=self.name)
+        (base,) = (reference or Reference()).need("base", by=self.name)
         rows, part_of, labels = _rows(
             model, base.weights(), lambda now, was: [float((now - was).square().sum()), float(was.square().sum())]
         )
@@ -141,20 +136,16 @@ class Rank(Metric):
     needs: ClassVar[tuple[str, ...]] = ("base",)
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> ChangeRank:
-        """As of `Metric`."""
-        (base,) = (reference or Reference()).need(model, "base", by=self.name)
+        (base,) = (reference or Reference()).need("base", by=self.name)
         noise = torch.Generator().manual_seed(0)
-        random: dict[tuple[int, ...], float] = {}
+        of_noise = cache(lambda shape: effective_rank(torch.randn(shape, generator=noise)))
 
         def row(now: Tensor, was: Tensor) -> list[float] | None:
             if now.ndim != 2 or 1 in now.shape:
                 return None
-            shape = tuple(now.shape)
-            if shape not in random:
-                random[shape] = effective_rank(torch.randn(shape, generator=noise))
             change = now - was
             weight = float(change.square().sum())
-            return [weight * effective_rank(change), weight, weight * random[shape]]
+            return [weight * effective_rank(change), weight, weight * of_noise(now.shape)]
 
         return ChangeRank(*_rows(model, base.weights(), row))
 
@@ -174,28 +165,26 @@ class Returned(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> ReturnCosine:
-        """As of `Metric`."""
         reference = reference or Reference()
-        (base,) = reference.need(model, "base", by=self.name)
+        (base,) = reference.need("base", by=self.name)
         removed = reference.removed
         if removed is None:
             raise ValueError(
                 "returned compares with the weights right after removing, which were not given; `track` takes them at "
                 "its first stage, or pass reference=Reference(base=..., removed={name: value.clone() for ...})"
             )
-        before, entries = base.weights(), {}
         if (why := differs(removed, model.weights())) is not None:
             raise ValueError(f"the removed weights are of another model: {why}")
 
-        def row(now: Tensor, was: Tensor) -> list[float]:
-            return [float((now * was).sum()), float(now.square().sum()), float(was.square().sum())]
-
         updates = {name: value.float() - removed[name].float() for name, value in model.weights().items()}
-        back = {name: value.float() - removed[name].float() for name, value in before.items()}
-        rows, part_of, labels = _rows(model, back, row, of=updates)
-        for part in labels:
-            names = parts(model)[part]
-            entries[part] = sum(int(((updates[n] != 0) & (back[n] != 0)).sum()) for n in names)
+        back = {name: value.float() - removed[name].float() for name, value in base.weights().items()}
+        rows, part_of, labels = _rows(
+            model, back, lambda now, was: [float(x.sum()) for x in (now * was, now.square(), was.square())], of=updates
+        )
+        names = parts(model)
+        entries = {
+            part: sum(int(((updates[name] != 0) & (back[name] != 0)).sum()) for name in names[part]) for part in labels
+        }
         entries[OVERALL] = sum(entries.values())
         return ReturnCosine(rows, part_of, labels, entries)
 

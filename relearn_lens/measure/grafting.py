@@ -7,12 +7,14 @@ after the cut, loses it again. And which neurons: those found in the retrained m
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from functools import partial, reduce
+from typing import Any, TypeVar, overload
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -22,14 +24,11 @@ from relearn_lens.measure.prefixes import States, recorded, resumed, unchanged_b
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, wearing
-from relearn_lens.names import meant, told
+from relearn_lens.names import existing, told
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, differs
 from relearn_lens.neurons.weights import parts as parts_of
 from relearn_lens.text import markup
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CUT = "cut"
 """The part that the entries of the cut are: what they bring back was regrown in place."""
@@ -110,27 +109,17 @@ class Grafts:
         return max((share for share in shares if not math.isnan(share)), default=math.nan)
 
     def _known(self, outcome: str | None) -> str:
-        outcome = outcome or self.outcomes[0]
-        if outcome not in self.cut:
-            raise ValueError(
-                f"no outcome {outcome!r}; known: {', '.join(self.outcomes)}{meant(outcome, self.outcomes)}"
-            )
-        return outcome
+        return existing("outcome", outcome or self.outcomes[0], self.outcomes)
 
     def _of(self, by_name: Mapping[str, _T], name: str, what: str = "part") -> _T:
-        if name not in by_name:
-            raise ValueError(f"no {what} {name!r}; known: {', '.join(by_name) or 'none'}{meant(name, by_name)}")
-        return by_name[name]
-
-    def _drawn(self, of: Outcomes, outcome: str) -> np.ndarray | None:
-        given = of[outcome]
-        return given.resampled(self.label) if isinstance(given, Scores) else None
+        return by_name[existing(what, name, by_name)]
 
     def _share(self, low: Outcomes, high: Outcomes, outcome: str | None) -> Share:
         """What lies between two outcomes, as a share of what came back."""
         outcome = self._known(outcome)
         cut, retrained = (self.value(of, outcome) for of in (self.cut, self.retrained))
-        drawn = [self._drawn(of, outcome) for of in (self.cut, self.retrained, low, high)]
+        given = (of[outcome] for of in (self.cut, self.retrained, low, high))
+        drawn = [each.resampled(self.label) if isinstance(each, Scores) else None for each in given]
         gap = retrained - cut
         noise = self.noise if outcome == self.outcomes[0] else 0.0
         between = f"{outcome} is {cut:.3g} after the cut and {retrained:.3g} after retraining"
@@ -150,8 +139,6 @@ class Grafts:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for every part and outcome: both interventions, their shares with intervals, and every control."""
-        import pandas as pd
-
         rows = []
         for outcome in self.outcomes:
             for part in self.parts:
@@ -315,10 +302,10 @@ def grafts_between(
         for name, (start, end) in ends.items():
             added = partial(_added, started, start, end)
             by_control[name] = {part: moving.moved(mask, started, added, states) for part, mask in kept.items()}
-            of_whole[name] = moving.moved(_union(kept), started, added, states)
+            of_whole[name] = moving.moved(reduce(operator.or_, kept.values()), started, added, states)
         for i, part in enumerate(names := list(whole) if cumulative else []):
             for curve, within in ((up, names[: i + 1]), (down, names[i:])):
-                mask = _union({name: whole[name] for name in within})
+                mask = reduce(operator.or_, (whole[name] for name in within))
                 curve[part] = moving.moved(mask, started, ended.__getitem__, states)
         del states  # before those of the other end are kept
         at_end, states = moving.whole(ended)
@@ -411,13 +398,6 @@ def _masks(model: Model, parts: Parts, cut: WeightMask | None) -> tuple[dict[str
     if CUT in parts:
         raise ValueError(f"a part is named {CUT!r}, which is the name of the cut's own entries; name it otherwise")
     return {part: mask - cut for part, mask in whole.items()} | {CUT: cut}, whole
-
-
-def _union(masks: Mapping[str, WeightMask]) -> WeightMask:
-    first, *others = masks.values()
-    for other in others:
-        first = first | other
-    return first
 
 
 def share_old(new: Neurons, old: Neurons) -> float:

@@ -34,10 +34,9 @@ def guesses(model: Model, text: Corpus, concept: Concept, *, k: int = 3) -> Gues
         guessed = [(tag[2:] or OUTSIDE,) for tag in (model.tags[i] for i in predict(model, encoded))]
     elif isinstance(model, LanguageModel):
         with reading(model):
-            for batch in encoded.batches():
-                here = batch.to(model.device)
-                at = here.subword[here.first]
-                logits = model(here.ids, here.mask).flatten(0, 1)[at - 1]
+            for batch in encoded.batches(device=model.device):
+                at = batch.subword[batch.first]
+                logits = model(batch.ids, batch.mask).flatten(0, 1)[at - 1]
                 best = logits.topk(k).indices.cpu().tolist()
                 for word, tokens in zip(batch.words.tolist(), best, strict=True):
                     if classes.carries[classes.of_word[word]]:

@@ -13,9 +13,9 @@ from pydantic import Field
 from relearn_lens.measure.answers import AnswerAccuracy
 from relearn_lens.measure.asking import Asked, Metric, Reference, ask, asked_of
 from relearn_lens.measure.keymeans import KeyMeans, tabulated
-from relearn_lens.measure.states import block_names, states_of
+from relearn_lens.measure.states import blocks_of, states_of
 from relearn_lens.models.model import LanguageModel, reading
-from relearn_lens.names import meant
+from relearn_lens.names import existing
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import FORGET, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
@@ -66,9 +66,7 @@ class Inside(InsideAccuracy):
         Raises:
             ValueError: there is no such layer.
         """
-        if name not in self.layers:
-            raise ValueError(f"no layer {name!r}; known: {', '.join(self.layers)}{meant(name, self.layers)}")
-        total = self.layer_total[self.layers.index(name)]
+        total = self.layer_total[self.layers.index(existing("layer", name, self.layers))]
         return InsideAccuracy(total, self.guessed, self.passages, self.keys, self.labels)
 
     @property
@@ -83,8 +81,7 @@ class Inside(InsideAccuracy):
         Raises:
             ValueError: there is no such state.
         """
-        if name not in STATES:
-            raise ValueError(f"no state {name!r}; known: {', '.join(STATES)}{meant(name, STATES)}")
+        existing("state", name, STATES)
         each = np.array([state == name for state in self.states], dtype=float)
         _, _, (total,) = tabulated(self.items, self.places, each)
         read = np.divide(self.guessed, self.passages, out=np.zeros(self.total.shape), where=self.passages > 0)
@@ -119,7 +116,6 @@ class KnownInside(Metric):
     seed: int = Field(default=0, ge=0, description="of folds and deals")
 
     def __call__(self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None) -> Inside:
-        """As of `Metric`."""
         questions = asked_of(facts)
         is_closed = [p.relation in questions.closed for p in questions.passages]
         here = questions.where(
@@ -150,14 +146,13 @@ class KnownInside(Metric):
                 predicted = _held_out(states[rows, layer], np.stack([y, *dealt]), folds[rows], len(answers), self.ridge)
                 right[layer, rows] = predicted[0] == y
                 by_chance[layer, rows] = (predicted[1:] == y).mean(0)
-        layers = block_names(model)
+        layers = blocks_of(model).layers
         # What is retained says which layer to read, never what was forgotten.
         best = int(right[:, n:].mean(1).argmax())
         inside, predicted = right[best, :n], outside[:n]
         state = np.where(inside, np.where(predicted, RETAINED, SUPPRESSED), np.where(predicted, LUCKY, GONE))
-        one = np.ones(n)
         keys, labels, (total, guessed, out, count, *by_layer) = tabulated(
-            here.passages, here.places, inside.astype(float), by_chance[best, :n], predicted.astype(float), one,
+            here.passages, here.places, inside.astype(float), by_chance[best, :n], predicted.astype(float), 1.0,
             *right[:, :n].astype(float),
         )  # fmt: skip
         return Inside(
@@ -181,7 +176,7 @@ def _read(
             )  # fmt: skip
             starts = np.searchsorted(answers_encoded.word_of[answers_encoded.scored], np.arange(len(answers)))
             first[relation] = np.unique(answers_encoded.ids[answers_encoded.scored][starts])
-    layers = block_names(model)
+    layers = blocks_of(model).layers
     width = int(model.bridge.cfg.d_model)
     states = np.zeros((len(passages), len(layers), width), dtype=np.float32)
     outside = np.zeros(len(passages), dtype=bool)

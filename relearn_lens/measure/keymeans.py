@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from beartype import beartype as typechecker
 from jaxtyping import Float, Int, jaxtyped
 
-from relearn_lens.measure.evaluation import OVERALL, Label, Scores, mean_of_sums
-from relearn_lens.names import meant
+from relearn_lens.measure.evaluation import OVERALL, Label, Scores, columns_of, mean_of_sums
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.facts import Passage
+
+K = TypeVar("K", bound="KeyMeans")
 
 
 @jaxtyped(typechecker=typechecker)
@@ -56,7 +57,7 @@ class KeyMeans(Scores):
 
     def chance(self, label: Label) -> float:
         """The mean of a guess that knows what may be an answer and nothing of the key."""
-        columns = _columns(self.labels, label)
+        columns = self._columns(label)
         # Where there is no passage of a label nobody has to guess.
         guessed = np.where(self.passages[:, columns] > 0, self.guessed[:, columns], 0.0).sum()
         return self.displayed(float(self.of_sums(np.array([guessed, self.weight[:, columns].sum()]))))
@@ -68,12 +69,12 @@ class KeyMeans(Scores):
 
     def keys_of(self, label: Label = OVERALL) -> tuple[str, ...]:
         """The keys that have passages of a label."""
-        there = np.flatnonzero(self.passages[:, _columns(self.labels, label)].sum(1))
+        there = np.flatnonzero(self.passages[:, self._columns(label)].sum(1))
         return tuple(self.keys[i] for i in there)
 
     def sums(self, label: Label) -> Float[np.ndarray, "key statistic"]:
         """Total and weight of each key of a label."""
-        columns = _columns(self.labels, label)
+        columns = self._columns(label)
         there = self.passages[:, columns].any(1)
         return np.stack([self.total[:, columns].sum(1), self.weight[:, columns].sum(1)], 1)[there]
 
@@ -81,28 +82,32 @@ class KeyMeans(Scores):
         """The mean; NaN where there is no passage."""
         return mean_of_sums(sums)
 
+    def _columns(self, label: Label) -> list[int]:
+        return columns_of(self.labels, label, "no passage has the label")
+
+
+def means_of(
+    kind: type[K],
+    passages: Sequence[Passage],
+    each: np.ndarray,
+    guess: np.ndarray | float = np.nan,
+    labels: Sequence[str] | None = None,
+) -> K:
+    """Scores of a kind, of one number per passage and what a guess would have there; labelled by relation unless
+    `labels` are given, one name per passage."""
+    names = labels or [p.relation for p in passages]
+    keys, distinct, (total, guessed, count) = tabulated(passages, names, each, guess, 1.0)
+    return kind(total, guessed, count.astype(np.int64), keys, distinct)
+
 
 def tabulated(
-    passages: Sequence[Passage], labels: Sequence[str], *columns: np.ndarray
+    passages: Sequence[Passage], labels: Sequence[str], *columns: np.ndarray | float
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[Float[np.ndarray, "key label"]]]:
     """Keys, labels, and sums over passages by key and label of one number (or NaN) per passage."""
     row_of = {key: i for i, key in enumerate(dict.fromkeys(p.key for p in passages))}
     column_of = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     rows, places = [row_of[p.key] for p in passages], [column_of[label] for label in labels]
-    tables = []
-    for values in columns:
-        table = np.zeros((len(row_of), len(column_of)))
+    tables = np.zeros((len(columns), len(row_of), len(column_of)))
+    for table, values in zip(tables, columns, strict=True):
         np.add.at(table, (rows, places), values)
-        tables.append(table)
-    return tuple(row_of), tuple(column_of), tables
-
-
-def _columns(labels: Strings, label: Label) -> list[int]:
-    """The columns of some labels, or of all."""
-    names = labels if label == OVERALL else (label,) if isinstance(label, str) else label
-    if unknown := [name for name in names if name not in labels]:
-        raise ValueError(
-            f"no passage has the label {unknown[0]!r}; known: {', '.join(labels)}, {OVERALL}"
-            f"{meant(unknown[0], [*labels, OVERALL])}"
-        )
-    return [labels.index(name) for name in names]
+    return tuple(row_of), tuple(column_of), list(tables)

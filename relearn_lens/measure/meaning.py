@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.topwords import TopWords, is_dead
 from relearn_lens.measure.vectors import WordVectors, look_up
-from relearn_lens.names import told, unknown
+from relearn_lens.names import known_name, told
 from relearn_lens.neurons.sites import Neuron, Neurons
 from relearn_lens.neurons.streaming import ClassStats
 from relearn_lens.text.concept import Concept, concept_of
@@ -45,8 +45,7 @@ def concept_similarity(
         ValueError: an unknown `nulls`, top words of different sites, or vectors of another shape than word by d.
     Source: Lo et al. 2024.
     """
-    if nulls not in get_args(Nulls):
-        raise ValueError(unknown("nulls", nulls, get_args(Nulls)))
+    known_name("nulls", nulls, get_args(Nulls))
     _same_site(before, now)
     words = tuple(dict.fromkeys(before.vocab + now.vocab))
     table = look_up(vectors, words).double()

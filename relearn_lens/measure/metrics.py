@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
-from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Read, Reference, read_answers
+from relearn_lens.measure.asking import Asked, Metric, OfAnswers, Reference, read_answers
 from relearn_lens.measure.depth import UnlearningDepth
 from relearn_lens.measure.evaluation import Scores
 from relearn_lens.measure.extraction import (
@@ -20,7 +21,7 @@ from relearn_lens.measure.geometry import Moved, Rank, Returned
 from relearn_lens.measure.inside import KnownInside
 from relearn_lens.measure.utility import Repetition
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.names import unknown
+from relearn_lens.names import known_name
 
 METRICS: dict[str, type[Metric]] = {
     kind.name: kind
@@ -42,9 +43,7 @@ def metric_of(metric: str | Metric) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
-    if metric not in METRICS:
-        raise ValueError(unknown("metric", metric, METRICS))
-    return METRICS[metric]()
+    return METRICS[known_name("metric", metric, METRICS)]()
 
 
 def checked(metrics: Iterable[str | Metric], reference: Reference | None, model: LanguageModel) -> tuple[Metric, ...]:
@@ -59,7 +58,7 @@ def checked(metrics: Iterable[str | Metric], reference: Reference | None, model:
         raise ValueError(f"metrics need at least one, and each name once; got {names}")
     for metric in made:
         if metric.needs:
-            (reference or Reference()).need(model, *metric.needs, by=metric.name)
+            (reference or Reference()).need(*metric.needs, by=metric.name)
     if reference is not None and any(other is model for other in (reference.base, reference.never)):
         raise ValueError(
             "the reference is the model itself, which changes while it is trained; load the base and the twin as "
@@ -72,12 +71,10 @@ def measured(
     model: LanguageModel, questions: Asked, metrics: Iterable[Metric], reference: Reference | None = None
 ) -> dict[str, Scores]:
     """Each metric's scores by name; those of the tokens of answers from one reading."""
-    read: Read | None = None
-    scores: dict[str, Scores] = {}
-    for metric in metrics:
-        if isinstance(metric, OfAnswers):
-            read = read or read_answers(model, questions.passages)
-            scores[metric.name] = metric.of(read, questions)
-        else:
-            scores[metric.name] = metric(model, questions, reference=reference)
-    return scores
+    read = cache(lambda: read_answers(model, questions.passages))
+    return {
+        each.name: each.of(read(), questions)
+        if isinstance(each, OfAnswers)
+        else each(model, questions, reference=reference)
+        for each in metrics
+    }

@@ -28,10 +28,8 @@ class _Pass:
 
     given: list[Tensor]
     """What the first block got: hidden states, masks, positions."""
-    outputs: list[Tensor] = field(default_factory=list)
-    """Of every block, in order; none where there was no room."""
-    empty: list[tuple[None, ...] | None] = field(default_factory=list)
-    """What stood beside it where it was in a tuple; None where it was alone."""
+    outputs: list[Tensor | tuple[Tensor | None, ...]] = field(default_factory=list)
+    """Of every block, in order, alone or in a tuple with nothing; none where there was no room."""
 
 
 @dataclass(eq=False)
@@ -58,31 +56,25 @@ def recorded(model: Model, *, max_bytes: int) -> Iterator[States]:
         here[0] = _Pass(given)
 
     def end(i: int, output: Any) -> None:
-        at, state, rest = here[0], output, None
-        if isinstance(output, tuple) and output:
-            state, *rest = output
+        at, packed = here[0], isinstance(output, tuple)
+        state, *rest = output if packed and output else [output]
         # A block that gives more than hidden states, or is called twice or out of turn, is not known well enough.
-        alone = isinstance(state, Tensor) and not any(each is not None for each in rest or ())
+        alone = isinstance(state, Tensor) and not any(each is not None for each in rest)
         states.whole &= alone and at is not None and len(at.outputs) == i
         if not states.whole or at is None:
             return
-        at.outputs.append(state.clone())
-        at.empty.append(None if rest is None else (None,) * len(rest))
+        at.outputs.append((state.clone(), *rest) if packed else state.clone())
         states.n_bytes += state.nbytes
         if i + 1 == len(blocks):
             states.n_bytes += sum(tensor.nbytes for tensor in at.given)
             # An empty pass keeps the number of those that follow.
             states.passes.append(at if states.n_bytes <= states.max_bytes else _Pass([]))
 
-    handles = [blocks[0].register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [
-        block.register_forward_hook(lambda _, __, output, i=i: end(i, output)) for i, block in enumerate(blocks)
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(blocks[0].register_forward_pre_hook(begin, with_kwargs=True).remove)
+        for i, block in enumerate(blocks):
+            stack.callback(block.register_forward_hook(lambda _, __, output, i=i: end(i, output)).remove)
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -107,8 +99,7 @@ def resumed(model: Model, states: States | None, start: int) -> Iterator[None]:
             at[0] = kept if kept is not None and kept.outputs and _same(kept.given, _tensors((args, kwargs))) else None
         if at[0] is None or torch.is_grad_enabled():
             return computes[i](*args, **kwargs)
-        state, rest = at[0].outputs[i], at[0].empty[i]
-        return state if rest is None else (state, *rest)
+        return at[0].outputs[i]
 
     try:
         for i, block in enumerate(blocks[:start]):

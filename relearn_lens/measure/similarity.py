@@ -32,7 +32,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens import names, progress
 from relearn_lens.methods import MAX_TOKENS, MEMORY, megabytes
-from relearn_lens.models.model import Model, bridge_of, encoded_for, hidden, reading, widest
+from relearn_lens.models.model import Model, bridge_of, encoded_for, hidden, lent, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
 from relearn_lens.neurons.streaming import word_means
 from relearn_lens.text.concept import Concept, concept_of
@@ -83,7 +83,12 @@ class ActivationSimilarity:
 
     def above_chance(self, neurons: Neurons | None = None) -> float:
         """Share of neurons (constant ones left out) whose best match is above `chance_high`: 0.05 is chance."""
-        mask = ~self.best.isnan() if neurons is None else ~self.best.isnan() & _mask(self, neurons)
+        if neurons is not None and neurons.site != self.site:
+            raise ValueError(
+                f"these neurons are of site {neurons.site.name!r} of a model with {neurons.site.n_neurons:,} of them, "
+                f"the similarity of {self.site.name!r} with {self.site.n_neurons:,}; give neurons of its own site"
+            )
+        mask = ~self.best.isnan() if neurons is None else ~self.best.isnan() & neurons.mask
         return float((self.best[mask].abs() > self.chance_high).float().mean())
 
     def __repr__(self) -> str:
@@ -106,12 +111,6 @@ class Plan:
     """No batch has more."""
     n_bytes: int
     """Most memory of the sums and of one batch's words, on the models' device."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.neurons_per_pass:,} neurons before with every neuron after per pass over the text, passes: "
-            f"{self.passes}, with at most {self.n_bytes / 2**20:,.0f} MiB beside the models."
-        )
 
 
 def compared_words(encoded: Encoded, concept: Concept | str | None) -> dict[Which, np.ndarray]:
@@ -352,23 +351,9 @@ def _result(which: Which, parts: Sequence[_Part], site: Site) -> ActivationSimil
     cka = (torch.stack([part.cross for part in parts]).sum(0) / within[0].outer(within[1])).clamp(max=1).float()
     chance, high = float(parts[0].chance.nanmean()), float(parts[0].chance.nanquantile(0.95))
     n = parts[0].n_words
-    return ActivationSimilarity(same, best, layer, neuron, _flow(layer, at >= 0), cka, chance, high, which, n, site)
-
-
-def _flow(best_layer: Tensor, among: Tensor) -> Tensor:
-    """Share of each layer's matches in each layer, over the neurons that have one."""
-    valid = among & (best_layer >= 0)
-    hits = torch.stack([(valid & (best_layer == layer)).sum(1) for layer in range(len(best_layer))], 1)
-    return hits / rearrange(valid.sum(1), "l -> l 1")
-
-
-def _mask(similarity: ActivationSimilarity, neurons: Neurons) -> Tensor:
-    if neurons.site != similarity.site:
-        raise ValueError(
-            f"these neurons are of site {neurons.site.name!r} of a model with {neurons.site.n_neurons:,} of them, the "
-            f"similarity of {similarity.site.name!r} with {similarity.site.n_neurons:,}; give neurons of its own site"
-        )
-    return neurons.mask
+    hits = torch.stack([(layer == k).sum(1) for k in range(len(layer))], 1)
+    flow = hits / rearrange((layer >= 0).sum(1), "l -> l 1")
+    return ActivationSimilarity(same, best, layer, neuron, flow, cka, chance, high, which, n, site)
 
 
 def _plan(site: Site, encoded: Encoded, groups: int, max_bytes: int, max_tokens: int) -> Plan:
@@ -430,9 +415,6 @@ def _wardrobe(before: object, after: Model | TransformerBridge) -> Iterator[Call
     if not isinstance(before, Mapping) or not isinstance(after, Model):
         yield lambda side: None
         return
-    own = after.copied()
-    after.load_weights(before)  # refuses another model's weights before anything is run
-    try:
+    with lent(after) as own:
+        after.load_weights(before)  # refuses another model's weights before anything is run
         yield lambda side: after.load_weights(before if side == "before" else own)
-    finally:
-        after.load_weights(own)

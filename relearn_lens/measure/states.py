@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from relearn_lens.models.model import LanguageModel, hidden, reading
-from relearn_lens.neurons.sites import Site, site_of, streaming
+from relearn_lens.neurons.sites import Site, component_site, streaming
 from relearn_lens.text.encoding import Batch
-
-EMBED = "embed"
 
 
 def blocks_of(model: LanguageModel) -> Site:
-    """Where the states of blocks are: the outputs of all, without the embedding."""
-    return site_of(model.bridge, "resid")
-
-
-def block_names(model: LanguageModel) -> tuple[str, ...]:
-    """The names of the blocks, from the input to the output."""
-    return tuple(name for name in blocks_of(model).layers if name != EMBED)
+    """Where the states of blocks are: the outputs of all, from the input to the output, without the embedding."""
+    return component_site(model.bridge, "resid")
 
 
 def states_of(
@@ -31,15 +24,15 @@ def states_of(
 ) -> tuple[dict[str, Float[Tensor, "subword d_model"]], Float[Tensor, "subword d_model"]]:
     """The output of every block, by name, and the last hidden state (after the final norm), at the positions that
     predict the answers' tokens of a batch."""
-    kept: dict[str, Tensor] = {}
+    by_block: dict[str, Tensor] = {}
     site = blocks_of(model)
 
     def keep(layer: int, activations: Tensor) -> None:
-        kept[site.layers[layer]] = activations.flatten(0, 1)[batch.subword - 1]
+        by_block[site.layers[layer]] = activations.flatten(0, 1)[batch.subword - 1]
 
     with reading(model), streaming(model.bridge, site, keep):
         last = last_of(model, batch)
-    return {name: state for name, state in kept.items() if name != EMBED}, last
+    return by_block, last
 
 
 def last_of(model: LanguageModel, batch: Batch) -> Float[Tensor, "subword d_model"]:
@@ -47,10 +40,9 @@ def last_of(model: LanguageModel, batch: Batch) -> Float[Tensor, "subword d_mode
     return hidden(model.bridge, batch.ids, batch.mask).flatten(0, 1)[batch.subword - 1]
 
 
-@contextlib.contextmanager
 def put_in(
     model: LanguageModel, batch: Batch, states: Mapping[str, Float[Tensor, "subword d_model"]]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """For a while, the outputs of the named blocks are these at the positions that predict the answers' tokens."""
     site = blocks_of(model)
 
@@ -62,8 +54,7 @@ def put_in(
         flat[batch.subword - 1] = state.to(flat)
         return flat.view_as(activations)
 
-    with streaming(model.bridge, site, replaced):
-        yield
+    return streaming(model.bridge, site, replaced)
 
 
 def check_alike(model: LanguageModel, other: LanguageModel, name: str) -> None:
@@ -72,7 +63,7 @@ def check_alike(model: LanguageModel, other: LanguageModel, name: str) -> None:
     Raises:
         ValueError: other layers, another width, or another vocabulary.
     """
-    mine, theirs = ((len(block_names(each)), blocks_of(each).width, each.vocabulary) for each in (model, other))
+    mine, theirs = ((len(blocks_of(each).layers), blocks_of(each).width, each.vocabulary) for each in (model, other))
     if mine != theirs:
         raise ValueError(
             f"the model {name!r} has {theirs[0]} blocks of width {theirs[1]} and {theirs[2]:,} tokens, this one has "

@@ -7,7 +7,7 @@ neuron stands in `meaning.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,27 +73,6 @@ class TopWords:
         )
 
 
-@dataclass(frozen=True)
-class TopWordsPlan:
-    """What `top_words` is about to do."""
-
-    n_neurons: int
-    n_types: int
-    passes: int
-    """Passes over the text, all together."""
-    tables: int
-    """Of them those that fill a table."""
-    table_bytes: int
-    """Size of the largest table."""
-
-    def __str__(self) -> str:
-        means = "one for the means and " if self.passes > self.tables else ""
-        return (
-            f"top words of {self.n_neurons:,} neurons over {self.n_types:,} word types: {self.passes} pass(es) over "
-            f"the text, {means}{self.tables} with a table of {self.table_bytes / 2**20:,.1f} MiB"
-        )
-
-
 class WordSums:
     """Collects the sum of |activation - mean| over the occurrences of each word type, for some neurons of a site."""
 
@@ -142,7 +121,6 @@ def top_words(
     keep: float | int = 0.1,
     max_memory: float | int = MEMORY,
     max_tokens: int = MAX_TOKENS,
-    on_plan: Callable[[TopWordsPlan], object] | None = None,
 ) -> TopWords:
     """The words that drive each neuron most: up to `k` word types whose value is above `keep`.
 
@@ -152,8 +130,7 @@ def top_words(
 
     `stats` are class statistics of the same model, text and site, of whatever classes; they save a pass. The table of
     word types by neurons takes 4 bytes a cell and never more than `max_memory` MB: what does not fit is done in
-    further passes over the text. `on_plan` is called with a `TopWordsPlan` before the first one. Memory depends
-    on the text's word types, not on its length.
+    further passes over the text. Memory depends on the text's word types, not on its length.
 
     Raises:
         ValueError: `k` or `keep` out of range, a `max_memory` that cannot hold one neuron, an unknown site, or `stats`
@@ -182,11 +159,7 @@ def top_words(
             f"max_memory={max_memory:g} MB cannot hold the {len(types):,} word types of {corpus.name!r} for one "
             f"neuron; give at least {4 * len(types) / 2**20:.2g}"
         )
-    tables = -(-place.n_neurons // fits)
-    size = -(-place.n_neurons // tables)  # the passes share the neurons evenly
-    if on_plan:
-        passes = tables + (stats is None)
-        on_plan(TopWordsPlan(place.n_neurons, len(types), passes, tables, 4 * len(types) * size))
+    size = -(-place.n_neurons // -(-place.n_neurons // fits))  # the passes share the neurons evenly
 
     if stats is None:
         one = Classes(("all words",), np.zeros(corpus.n_words, dtype=np.int64), np.array([True]))

@@ -171,8 +171,7 @@ class Trajectory:
 
     def survivors(self) -> Neurons:
         """The neurons that were not pruned: what a matched comparison looks at on both sides."""
-        site = self.site
-        everything = Neurons(torch.ones(len(site.layers), site.width, dtype=torch.bool), site)
+        everything = Neurons(torch.ones(len(self.site.layers), self.site.width, dtype=torch.bool), self.site)
         return everything if self.removed is None else everything - self.removed
 
     def there(self, stage: str) -> Neurons:
@@ -197,25 +196,22 @@ class Trajectory:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per stage and label: epoch, step, tokens seen, loss in training (nats per sub-word), and F1,
         precision, recall of a tagger, or the loss of a language model on the label's tokens (`nats_per_token`)."""
-        rows = []
-        for stage, snapshot in self.snapshots.items():
-            scores, at = snapshot.scores, snapshot.at
-            support = scores.support()
-            for label in (*scores.labels, OVERALL):
-                rows.append(
-                    {
-                        "arm": self.arm,
-                        "seed": self.seed,
-                        "stage": stage,
-                        "epoch": at.epoch if at else 0.0,
-                        "step": at.step if at else 0,
-                        "tokens_seen": at.tokens_seen if at else 0,
-                        "loss": at.loss if at else float("nan"),
-                        "label": label,
-                        **_columns(scores, label),
-                        "support": support[label],
-                    }
-                )
+        rows = [
+            {
+                "arm": self.arm,
+                "seed": self.seed,
+                "stage": stage,
+                "epoch": snapshot.at.epoch if snapshot.at else 0.0,
+                "step": snapshot.at.step if snapshot.at else 0,
+                "tokens_seen": snapshot.at.tokens_seen if snapshot.at else 0,
+                "loss": snapshot.at.loss if snapshot.at else float("nan"),
+                "label": label,
+                **_columns(snapshot.scores, label),
+                "support": snapshot.scores.support()[label],
+            }
+            for stage, snapshot in self.snapshots.items()
+            for label in (*snapshot.scores.labels, OVERALL)
+        ]
         return pd.DataFrame(rows)
 
     def to_xarray(self) -> xr.Dataset:
@@ -259,9 +255,8 @@ class Trajectory:
             there = self.there(stage)
             best = next(iter(snapshot.saliency.top(1, among=there))) if len(there) else "none is left"
             rows.append([stage, *(f"{value:.3f}" for value in snapshot.shown.values()), best])
-        removed = f"removed by {self.by}" if self.by else "nothing pruned"
-        if self.removed is not None:
-            removed = f"{len(self.removed):,} neurons pruned"
+        otherwise = f"removed by {self.by}" if self.by else "nothing pruned"
+        removed = otherwise if self.removed is None else f"{len(self.removed):,} neurons pruned"
         return markup.box(f"{self!r}; {removed}", markup.table(header, rows))
 
 
@@ -492,22 +487,14 @@ def track_text(
         raise ValueError(f"removed= is the set that was pruned, Neurons.of(site, ...), got a {type(removed).__name__}")
     validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
-
-    def take(stage: str, at: Checkpoint | None) -> None:
-        snapshots[stage] = measure_text(model, probe, concept, how, validation=validation, at=at, **measuring)
-        if on_measured:
-            on_measured(stage, snapshots[stage])
-
     if before is not None:
         _warn_of_unknown(before.scores)
-    take(PRUNED, None)
     start = model.copied() if keep_weights else None
-    for checkpoint in checkpoints:
-        stage = checkpoint.stage
-        if stage in snapshots:
-            raise ValueError(f"two checkpoints are of epoch {stage}; each stage needs an epoch of its own")
-        take(stage, checkpoint)
-        course.warn_of_twins(snapshots, stage, _same)
+    course.followed(
+        snapshots, PRUNED, checkpoints,
+        lambda at: measure_text(model, probe, concept, how, validation=validation, at=at, **measuring),
+        _same, on_measured, ("epoch", "an epoch"),
+    )  # fmt: skip
     path = Trajectory(snapshots, removed, arm, seed, concept, compare, by="" if removed is None else "prune")
     if start is not None:
 

@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from relearn_lens.measure.asking import Asked, Metric, Reference, asked_of
-from relearn_lens.measure.extraction import continued, summed
-from relearn_lens.measure.keymeans import KeyMeans
+from relearn_lens.measure.extraction import continued
+from relearn_lens.measure.keymeans import KeyMeans, means_of
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.text.facts import Facts
 
@@ -45,16 +45,13 @@ class Repetition(Metric):
     def __call__(
         self, model: LanguageModel, facts: Facts | Asked, *, reference: Reference | None = None
     ) -> RepetitionScores:
-        """As of `Metric`."""
         questions = asked_of(facts).one_prompt_each(self.name)
-        base = reference.base if reference is not None else None
-        guess = np.full(len(questions.passages), np.nan)
-        if base is not None:
-            kept = (self.name, self.n, self.tokens, questions.passages)
-            if kept not in reference.kept:  # pyright: ignore[reportOptionalMemberAccess]
-                reference.kept[kept] = self._new(base, questions)  # pyright: ignore[reportOptionalMemberAccess]
-            guess = reference.kept[kept]  # pyright: ignore[reportOptionalMemberAccess]
-        return RepetitionScores(*summed(questions, self._new(model, questions), guess))
+        guess: np.ndarray | float = np.nan
+        if reference is not None and (base := reference.base) is not None:
+            guess = reference.once(
+                (self.name, self.n, self.tokens, questions.passages), lambda: self._new(base, questions)
+            )
+        return means_of(RepetitionScores, questions.passages, self._new(model, questions), guess, questions.places)
 
     def _new(self, model: LanguageModel, questions: Asked) -> np.ndarray:
         """The share of new n-grams of each text, written to its end or to so many tokens."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from relearn_lens.models import taught
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.taught import Course, Lesson, Recipe
-from relearn_lens.names import unknown
+from relearn_lens.names import known_name
 from relearn_lens.text import facts as made
 from relearn_lens.text.facts import FORGET, Facts, Passage
 
@@ -71,9 +71,7 @@ def load(
     Raises:
         ValueError: an unknown poison, recipes of different sizes, or too few sentences for all names.
     """
-    forms = ("wrong-name", "duplicated")
-    if poison not in forms:
-        raise ValueError(unknown("poison", poison, forms))
+    known_name("poison", poison, ("wrong-name", "duplicated"))
     recipe, again = (replace(r, seed=seed) for r in (recipe or RECIPE, again or replace(AGAIN, **_sizes(recipe))))
     if _sizes(recipe) != _sizes(again):
         raise ValueError(f"one model has one size: recipe has {_sizes(recipe)}, again {_sizes(again)}")

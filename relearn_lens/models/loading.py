@@ -27,7 +27,7 @@ from relearn_lens.models.folders import check_folder, check_plain, check_tokeniz
 from relearn_lens.models.gguf import dequantised, quiet, silent
 from relearn_lens.models.heads import TrainedHead, trained_head
 from relearn_lens.models.model import LanguageModel, Tagger, seeded
-from relearn_lens.names import meant, told, unknown
+from relearn_lens.names import known_name, meant, told
 
 Head = Literal["trained", "fresh"]
 """Whether a tagger keeps what fits of the head that a model was trained with."""
@@ -58,8 +58,7 @@ def load_tagger(
             family that has no adapter; a trained head with none of these labels, or without names.
         OSError: the name is neither a folder nor to be had from the hub.
     """
-    if head not in get_args(Head):
-        raise ValueError(unknown("head", head, get_args(Head)))
+    known_name("head", head, get_args(Head))
     trained = None
     if isinstance(model, TransformerBridge):
         bridge = model

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from relearn_lens.models.model import Adapted, Model, Tagger, bridge_of, n_wrappers, plain_name, seeded, wearing
-from relearn_lens.names import unknown
+from relearn_lens.models.model import (
+    Adapted,
+    Model,
+    Tagger,
+    bridge_of,
+    n_wrappers,
+    only_training,
+    plain_name,
+    seeded,
+    wearing,
+)
+from relearn_lens.names import known_name
 
 Where = Literal["attention", "mlp", "all"]
 """Which matrices of a block get adapters."""
@@ -61,37 +71,32 @@ def adapted(
             f"{len(held)} matrices that would get adapters have a masked gradient, such as {held[0]}: neurons are held "
             "there, and an adapter would change them all the same; leave `held`, or choose another `where`"
         )
-    plain, trains = model.plain(), [(p, p.requires_grad) for p in model.parameters()]
-    homes = _homes(model, list(layers.values()))
+    plain, homes = model.plain(), _homes(model, list(layers.values()))
     wrapped: list[Any] = []
-    try:
-        with seeded(seed):
-            for kind in (nn.Linear, Conv1D):
-                group: Any = nn.ModuleList([layer for layer in layers.values() if isinstance(layer, kind)])
-                if len(group):
-                    names, scale = [str(i) for i in range(len(group))], cast(Any, alpha)
-                    how = LoraConfig(
-                        r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=names, fan_in_fan_out=kind is Conv1D
-                    )
-                    inject_adapter_in_model(how, group)
-                    wrapped += group
-        for layer in wrapped:
-            if layer.weight.dtype in (torch.bfloat16, torch.float16):
-                for part in (layer.lora_A, layer.lora_B):
-                    part.float()
-        for parameter, _ in trains:
-            parameter.requires_grad_(False)
-        if isinstance(model, Tagger):
-            model.head.requires_grad_(True)
-        _wear(homes, {id(layer.get_base_layer()): layer for layer in wrapped})
-        with Adapted(plain, _changes(plain, wrapped)).on(model.bridge):
-            yield
-    finally:
-        for layer in wrapped:
-            layer.merge()
-        _wear(homes, {id(layer): layer for layer in layers.values()})
-        for parameter, requires_grad in trains:
-            parameter.requires_grad_(requires_grad)
+    with only_training(model.head.parameters() if isinstance(model, Tagger) else (), model.parameters()):
+        try:
+            with seeded(seed):
+                for kind in (nn.Linear, Conv1D):
+                    group: Any = nn.ModuleList([layer for layer in layers.values() if isinstance(layer, kind)])
+                    if len(group):
+                        names, scale = [str(i) for i in range(len(group))], cast(Any, alpha)
+                        how = LoraConfig(
+                            r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=names,
+                            fan_in_fan_out=kind is Conv1D,
+                        )  # fmt: skip
+                        inject_adapter_in_model(how, group)
+                        wrapped += group
+            for layer in wrapped:
+                if layer.weight.dtype in (torch.bfloat16, torch.float16):
+                    for part in (layer.lora_A, layer.lora_B):
+                        part.float()
+            _wear(homes, {id(layer.get_base_layer()): layer for layer in wrapped})
+            with Adapted(plain, _changes(plain, wrapped)).on(model.bridge):
+                yield
+        finally:
+            for layer in wrapped:
+                layer.merge()
+            _wear(homes, {id(layer): layer for layer in layers.values()})
 
 
 def adapter_weights(model: Model) -> dict[str, Tensor]:
@@ -116,8 +121,7 @@ def load_adapter_weights(model: Model, weights: Mapping[str, Tensor]) -> None:
 
 def _layers(model: Model, where: Where | str) -> dict[str, Any]:
     """The linear layers of the blocks that get adapters, each once, by a name that the bridge has for it."""
-    if where not in get_args(Where):
-        raise ValueError(unknown("where", where, get_args(Where)))
+    known_name("where", where, get_args(Where))
     modules: dict[int, tuple[str, nn.Module]] = {}
     joint: set[int] = set()
     for name, module in model.bridge.blocks.named_modules(remove_duplicate=False):

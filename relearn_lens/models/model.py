@@ -7,7 +7,7 @@ train. Under a tagger the vocabulary head is never computed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -500,6 +500,29 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         elif kind == "mps":
             torch.mps.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def lent(model: Model) -> Iterator[dict[str, Tensor]]:
+    """For a while, weights that may be replaced or trained; then those of now, which it gives, are back to the bit."""
+    own = model.copied()
+    try:
+        yield own
+    finally:
+        model.load_weights(own)
+
+
+@contextlib.contextmanager
+def only_training(those: Iterable[nn.Parameter], among: Iterable[nn.Parameter]) -> Iterator[None]:
+    """For a while, of some parameters only those need a gradient."""
+    flags, trains = [(p, p.requires_grad) for p in among], {id(p) for p in those}
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in trains)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from relearn_lens import methods, progress
 from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
 from relearn_lens.models.dropout import quick_dropout
-from relearn_lens.models.model import Model, Tagger, bridge_of, checkpointed, reading, seeded
+from relearn_lens.models.model import Model, Tagger, bridge_of, checkpointed, only_training, reading, seeded
 from relearn_lens.names import meant, told
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
@@ -268,13 +268,15 @@ def train_(
             f"this training pauses at steps {', '.join(map(str, pauses))}, so it cannot go on from step "
             f"{resume[0].step}; resume with the settings, the text and the seed that it began with"
         )
-    loop = _Loop(model, encoded, how, objective, step, _entries(model, only), seed, pauses, per_epoch, what, reference)
-    loop.beside = dict(beside or {})
-    loop.memory = getattr(objective, "memory", loop.memory)
+    loop = _Loop(
+        model, encoded, how, objective, step, _entries(model, only), seed, pauses, per_epoch, what, reference,
+        beside=dict(beside or {}), memory=getattr(objective, "memory", {}),
+    )  # fmt: skip
     if resume is not None:
         loop.after = resume[0]
         state = {name: value.clone() for name, value in resume[1].items()}
-        loop.memory.update({name: state.pop(f"{_MEMORY}.{name}") for name in _remembered(state)})
+        remembered = [name for name in state if name.startswith(f"{_MEMORY}.")]
+        loop.memory.update({name.removeprefix(f"{_MEMORY}."): state.pop(name) for name in remembered})
         if state and not how.restart:
             loop.resume(state)
     return Checkpoints(loop, how)
@@ -308,10 +310,6 @@ def finetune_(
 
 
 _MEMORY = "memory"
-
-
-def _remembered(state: Mapping[str, Tensor]) -> list[str]:
-    return [name.removeprefix(f"{_MEMORY}.") for name in state if name.startswith(f"{_MEMORY}.")]
 
 
 def _name(objective: Objective) -> str:
@@ -717,26 +715,21 @@ class _Batch:
 def _learning(model: Model, moving: Collection[nn.Parameter], sparse: Collection[nn.Embedding] = ()) -> Iterator[None]:
     """Training mode for a while, in which nothing else needs a gradient, and that of some embeddings is sparse; a step
     that fails (out of memory, say) leaves neither mode nor gradients behind."""
-    mode, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    trains = {id(p) for p in moving}
+    mode = model.training
     try:
         model.train()
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in trains)
         for embedding in sparse:
             embedding.sparse = True
-        with quick_dropout():
+        with only_training(moving, model.parameters()), quick_dropout():
             yield
     except BaseException:
-        for parameter, _ in flags:
+        for parameter in model.parameters():
             parameter.grad = None
         raise
     finally:
         model.train(mode)
         for embedding in sparse:
             embedding.sparse = False
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _with_state(optimizer: torch.optim.AdamW, state: Mapping[str, Tensor]) -> torch.optim.AdamW:

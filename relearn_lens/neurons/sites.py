@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.names import meant, told, unknown
+from relearn_lens.names import known_name, meant, told
 from relearn_lens.text import markup
 
 Sever = Literal["out", "both", "gain", "writes"]
@@ -99,8 +99,6 @@ class _Plan(NamedTuple):
     embed_writes: tuple[Slice, ...] = ()
     embed_gains: tuple[Slice, ...] = ()
     embed_writers: tuple[Slice, ...] = ()
-    tokens: str = "embed"
-    """Component that turns token ids into vectors, before positions are added and anything is normalised."""
 
 
 def _linear(component: str, axis: int) -> tuple[Slice, ...]:
@@ -227,9 +225,7 @@ def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     """
     if isinstance(site, Site):
         return site
-    if site not in SITES:
-        raise ValueError(unknown("site", site, SITES))
-    plan = _family(bridge)[site]
+    plan = _family(bridge)[known_name("site", site, SITES)]
     size = int(getattr(bridge.cfg, plan.size)) if plan.size else 1
     width = int(getattr(bridge.cfg, plan.width))
     blocks = range(int(bridge.cfg.n_layers))
@@ -278,9 +274,9 @@ def token_site(bridge: TransformerBridge) -> Site:
     Raises:
         ValueError: the model family is not known.
     """
-    component = _family(bridge)["resid"].tokens
-    weight = parameter(bridge, Slice(component, "weight", 1))  # narrower than the hidden states in a small ELECTRA
-    return Site("tokens", ("tokens",), (f"{component}.hook_out",), weight.shape[1], ((),), ((),))
+    _family(bridge)  # says which are known
+    weight = parameter(bridge, Slice("embed", "weight", 1))  # narrower than the hidden states in a small ELECTRA
+    return Site("tokens", ("tokens",), ("embed.hook_out",), weight.shape[1], ((),), ((),))
 
 
 Component = Literal["attn", "mlp", "resid"]
@@ -306,7 +302,7 @@ def component_site(bridge: TransformerBridge, component: Component) -> Site:
 
 def token_vectors(bridge: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """What the token embedding gives for some token ids, as `token_site` sees it."""
-    return _component(bridge, _family(bridge)["resid"].tokens)(ids[None])[0]
+    return _component(bridge, "embed")(ids[None])[0]
 
 
 def parameter(bridge: TransformerBridge, part: Slice) -> nn.Parameter:
@@ -557,3 +553,22 @@ def streaming(
 
     with bridge.hooks(fwd_hooks=[(name, hook_for(i)) for i, name in enumerate(site.hooks)]):
         yield
+
+
+Kept = dict[int, Tensor]
+"""By layer of a site: its activations, `[sentence token neuron]`, or of all units."""
+
+
+@contextlib.contextmanager
+def kept(
+    bridge: TransformerBridge, site: Site, *, layers: Collection[int] | None = None, units: bool = False
+) -> Iterator[Kept]:
+    """For a while, keep what passes by a site, or by some of its layers; of several passes the last one's."""
+    activations: Kept = {}
+
+    def keep(layer: int, x: Tensor) -> None:
+        if layers is None or layer in layers:
+            activations[layer] = x
+
+    with streaming(bridge, site, keep, units=units):
+        yield activations

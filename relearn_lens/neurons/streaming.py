@@ -116,8 +116,7 @@ def word_means(activations: Float[Tensor, "sentence token neuron"], batch: Batch
 class ClassStats:
     """Count, mean and summed squared deviation of every neuron over the words of every class.
 
-    Activations are in the model's own units. Two of them over different words merge exactly, so statistics can be
-    gathered in batches or processes.
+    Activations are in the model's own units.
     """
 
     count: Int[Tensor, " class"]
@@ -132,21 +131,6 @@ class ClassStats:
     def variance(self) -> Float[Tensor, "class layer neuron"]:
         """Population variance within each class."""
         return self.m2 / rearrange(self.count.clamp(min=1), "c -> c 1 1")
-
-    def merge(self, other: ClassStats) -> ClassStats:
-        """Statistics over the words of both. Source: Chan, Golub, LeVeque 1979, pairwise update."""
-        if (self.class_names, self.site) != (other.class_names, other.site):
-            raise ValueError("statistics of different classes or sites cannot be merged")
-        count = self.count + other.count
-        share = rearrange(other.count.double() / count.clamp(min=1), "c -> c 1 1")
-        delta = other.mean - self.mean
-        return ClassStats(
-            count,
-            self.mean + delta * share,
-            self.m2 + other.m2 + delta.square() * share * rearrange(self.count, "c -> c 1 1"),
-            self.class_names,
-            self.site,
-        )
 
     def pooled(self, which: Bool[Tensor, " class"]) -> Float[Tensor, "layer neuron"]:
         """Mean over the words of several classes together."""
@@ -182,9 +166,8 @@ class ClassSums:
         # Each labelling has rows of its own in the sums.
         self.of_word = [torch.from_numpy(np.asarray(of_word)) for of_word in (classes.of_word, *relabelled)]
         self.count = torch.zeros(len(self.of_word), len(self.names), dtype=torch.int64)
-        self.first: list[Tensor | None] = [None] * len(site.layers)
-        self.second: list[Tensor | None] = [None] * len(site.layers)
-        self.shift: list[Tensor | None] = [None] * len(site.layers)
+        self.sums: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        """By layer: the shift, and sums of what is left of words and of its squares."""
         self.member: Tensor
 
     def begin(self, batch: Batch) -> None:
@@ -196,14 +179,10 @@ class ClassSums:
 
     def add(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """Add one layer's words to the sums of their classes."""
-        if self.shift[layer] is None:
-            self.shift[layer] = processes.agreed(words.mean(0))
+        if layer not in self.sums:
             zero = torch.zeros(len(self.member), self.site.width, dtype=widest(words.device), device=words.device)
-            self.first[layer], self.second[layer] = zero, zero.clone()
-        first, second, shift = self.first[layer], self.second[layer], self.shift[layer]
-        assert first is not None
-        assert second is not None
-        assert shift is not None
+            self.sums[layer] = processes.agreed(words.mean(0)), zero, zero.clone()
+        shift, first, second = self.sums[layer]
         words = words - shift
         first += self.member @ words
         second += self.member @ words.square()
@@ -211,18 +190,12 @@ class ClassSums:
     def together(self) -> None:
         """Sum counts and sums over the processes; all took their sums after the first one's shift."""
         processes.sum_(self.count)
-        processes.sum_many_(t for sums in (self.first, self.second) for t in sums if t is not None)
-
-    def stats(self) -> ClassStats:
-        """The statistics under the labels themselves, on the CPU in float64."""
-        return self.all()[0]
+        processes.sum_many_(each for _, *sums in self.sums.values() for each in sums)
 
     def all(self) -> list[ClassStats]:
-        """The statistics under the labels themselves, then under each relabelling."""
-        first, second, shift = (
-            torch.stack([t for t in tensors if t is not None], dim=-2).cpu().double()
-            for tensors in (self.first, self.second, self.shift)
-        )
+        """The statistics under the labels themselves, then under each relabelling; on the CPU in float64."""
+        by_layer = zip(*(self.sums[layer] for layer in range(len(self.site.layers))), strict=True)
+        shift, first, second = (torch.stack(each, dim=-2).cpu().double() for each in by_layer)
         for name, sums in zip(self.site.layers, second.unbind(1), strict=True):
             if not sums.isfinite().all():
                 raise _not_finite(self.site, name)
@@ -253,13 +226,6 @@ class Histograms:
     site: Site
 
     @property
-    def edges(self) -> Float[Tensor, "layer neuron boundary"]:
-        """Activations at the boundaries between bins, ascending; one fewer than there are bins."""
-        half = (self.counts.shape[-1] - 1) / 2
-        u = (torch.arange(self.counts.shape[-1] - 1, dtype=torch.float64) + 0.5 - half) / half
-        return (self.centre[..., None].double() + self.scale[..., None].double() * u / (1 - u.abs())).float()
-
-    @property
     def auroc(self) -> Float[Tensor, "layer neuron"]:
         """Chance that a concept word has the higher activation than another word, ties counting half. float64.
 
@@ -282,37 +248,19 @@ class Histograms:
         counts = self.counts.double()
         return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
-    def merge(self, other: Histograms) -> Histograms:
-        """Histograms over the words of both.
-
-        Raises:
-            ValueError: their sites or bins differ.
-        """
-        if (self.site, self.counts.shape) != (other.site, other.counts.shape) or not (
-            torch.equal(self.centre, other.centre) and torch.equal(self.scale, other.scale)
-        ):
-            raise ValueError(
-                "histograms of different sites or bins cannot be merged; collect the second with the bins of the "
-                "first, BinCounts(..., like=first)"
-            )
-        return Histograms(self.counts + other.counts, self.centre, self.scale, self.site)
-
 
 class BinCounts:
     """Collects `Histograms`: one count per layer and batch over (neuron, bin), and one over the concept's words.
 
     The bins of a neuron are fixed by at most 256 words of the first batch (their median, and their mean distance from
-    it). The first batch holds the longest sentences, and may not be like the others: see `Histograms.auroc_error`. With
-    `like`, bins are those of other histograms, which then merge. Memory is O(layers x neurons x bins).
+    it). The first batch holds the longest sentences, and may not be like the others: see `Histograms.auroc_error`.
+    Memory is O(layers x neurons x bins).
 
     Raises:
-        ValueError: the number of bins is not odd (the centre needs a bin), or `like` is of another site.
+        ValueError: the number of bins is not odd (the centre needs a bin).
     """
 
-    def __init__(self, site: Site, classes: Classes, *, bins: int = 127, like: Histograms | None = None):
-        if like is not None and like.site != site:
-            raise ValueError(f"like= is of {like.site.name}, and this pass is over {site.name}; sites must be the same")
-        bins = bins if like is None else like.counts.shape[-1]
+    def __init__(self, site: Site, classes: Classes, *, bins: int = 127):
         if bins < 3 or bins % 2 == 0:
             raise ValueError(f"bins must be an odd number of at least 3, got {bins}")
         self.site, self.bins = site, bins
@@ -320,34 +268,25 @@ class BinCounts:
         size = (len(site.layers), site.width * bins)
         self.all = torch.zeros(size, dtype=torch.int32)
         self.concept = torch.zeros(size, dtype=torch.int32)
-        self.centre: list[Tensor | None] = [None] * len(site.layers)
-        self.scale: list[Tensor | None] = [None] * len(site.layers)
-        if like is not None:
-            self.centre, self.scale = list(like.centre), list(like.scale)
+        self.scales: dict[int, tuple[Tensor, Tensor]] = {}
+        """By layer: centre and scale of the bins."""
         self.not_finite = [False] * len(site.layers)
         self.rows: Tensor
-        self.first_bin: Tensor | None = None
+        self.first_bin = torch.arange(site.width, dtype=torch.int32) * bins
         self.place = torch.empty(0, dtype=torch.int32)
 
     def begin(self, batch: Batch) -> None:
         """Which words of the batch are the concept's."""
         device = batch.words.device
         self.rows = self.is_concept[batch.words.cpu()].nonzero()[:, 0].to(device)
-        if self.first_bin is None:
-            self.first_bin = torch.arange(self.site.width, dtype=torch.int32, device=device) * self.bins
-            self.all, self.concept = self.all.to(device), self.concept.to(device)
-            self.centre, self.scale = (
-                [t if t is None else t.to(device) for t in tensors] for tensors in (self.centre, self.scale)
-            )
+        self.first_bin, self.all, self.concept = (t.to(device) for t in (self.first_bin, self.all, self.concept))
 
     def add(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """Count one layer's words."""
-        if self.centre[layer] is None:
-            self.centre[layer], self.scale[layer] = map(processes.agreed, _centre_and_scale(words))
-        centre, scale, first_bin = self.centre[layer], self.scale[layer], self.first_bin
-        assert centre is not None
-        assert scale is not None
-        assert first_bin is not None
+        if layer not in self.scales:
+            centre, scale = _centre_and_scale(words)
+            self.scales[layer] = processes.agreed(centre), processes.agreed(scale)
+        centre, scale = self.scales[layer]
         if len(self.place) < len(words):
             self.place = torch.empty(words.shape, dtype=torch.int32, device=words.device)
         place, half = self.place[: len(words)], (self.bins - 1) / 2
@@ -360,7 +299,9 @@ class BinCounts:
             if not u.sum().isfinite():
                 self.not_finite[layer] = True
                 return
-            into.copy_(u.add_(half + 0.5)).add_(first_bin)  # the conversion cuts off the fraction, so 0.5 more rounds
+            into.copy_(u.add_(half + 0.5)).add_(
+                self.first_bin
+            )  # the conversion cuts off the fraction, so 0.5 more rounds
         size = self.all.shape[1]
         self.all[layer] += torch.bincount(place.flatten(), minlength=size)
         self.concept[layer] += torch.bincount(place[self.rows].flatten(), minlength=size)
@@ -381,7 +322,8 @@ class BinCounts:
             if bad:
                 raise _not_finite(self.site, name)
         counts = torch.stack([self.concept, self.all - self.concept]).cpu()
-        centre, scale = (torch.stack([t for t in ts if t is not None]).cpu() for ts in (self.centre, self.scale))
+        by_layer = zip(*(self.scales[layer] for layer in range(len(self.site.layers))), strict=True)
+        centre, scale = (torch.stack(each).cpu() for each in by_layer)
         return Histograms(counts.view(2, *centre.shape, self.bins), centre, scale, self.site)
 
 
@@ -431,22 +373,13 @@ class WordDraw:
 
     Half are drawn from the concept's words and half from the others; where one side has too few, all of it is taken and
     the other side fills up. Words that the context cut off are never drawn. The draw depends on the text, `n` and
-    `seed`, not on the model or the batches. Memory is n x layers x neurons values of `dtype`, on the CPU.
+    `seed`, not on the model or the batches. Memory is n x layers x neurons values in float32, on the CPU.
 
     Raises:
         ValueError: n is below 2.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        encoded: Encoded,
-        classes: Classes,
-        n: int = SAMPLE_WORDS,
-        seed: int = 0,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ):
+    def __init__(self, site: Site, encoded: Encoded, classes: Classes, n: int = SAMPLE_WORDS, seed: int = 0):
         if n < 2:
             raise ValueError(f"a sample needs at least 2 words, one on each side, got n={n}")
         self.site, self.names, self.seed = site, classes.names, seed
@@ -466,7 +399,7 @@ class WordDraw:
         self.group = np.searchsorted(encoded.corpus.start, self.words, side="right").astype(np.int64) - 1
         self.slot_of = np.full(encoded.corpus.n_words, -1, dtype=np.int64)
         self.slot_of[self.words] = np.arange(len(self.words))
-        self.drawn = torch.zeros(len(self.words), len(site.layers), site.width, dtype=dtype)
+        self.drawn = torch.zeros(len(self.words), len(site.layers), site.width)
         self.rows: Tensor
         self.slots: Tensor
 
@@ -479,7 +412,7 @@ class WordDraw:
     def add(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """Keep one layer's drawn words."""
         if len(self.slots):
-            self.drawn[self.slots, layer] = words[self.rows].to("cpu", self.drawn.dtype)
+            self.drawn[self.slots, layer] = words[self.rows].cpu()
 
     def together(self) -> None:
         """Take the words that other processes read; here they are still 0."""
@@ -494,8 +427,7 @@ class WordDraw:
         for name, words in zip(self.site.layers, self.drawn.unbind(1), strict=True):
             if not words.isfinite().all():
                 raise _not_finite(self.site, name)
-        of_each = (self.words, self.types, self.of_word, self.group)
-        words, types, of_word, group = (torch.from_numpy(a) for a in of_each)
+        words, types, of_word, group = map(torch.from_numpy, (self.words, self.types, self.of_word, self.group))
         return WordSample(self.drawn, words, types, of_word, group, self.names, self.site, self.seed)
 
 
@@ -512,7 +444,7 @@ def class_stats(
     place = site_of(bridge_of(model), site)
     sums = ClassSums(place, classes)
     stream(model, encoded, [sums], site=place, max_tokens=max_tokens)
-    return sums.stats()
+    return sums.all()[0]
 
 
 def _not_finite(site: Site, layer: str) -> ValueError:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model, bridge_of, wearing
-from relearn_lens.names import meant, told, unknown
+from relearn_lens.names import known_name, meant, told
 from relearn_lens.neurons.sites import Members, Neurons, Sever, Site, parameter, site_of
 from relearn_lens.neurons.streaming import ROUNDING
 
@@ -145,8 +145,7 @@ class WeightMask(Mapping[str, Tensor]):
     @property
     def share(self) -> float:
         """Share of all entries of the model that are in the set, 0 to 1."""
-        total = sum(self[name].numel() for name in self if name not in self.joint)
-        return self.n_entries / total
+        return self.n_entries / sum(self[name].numel() for name in self if name not in self.joint)
 
     def weights(self) -> list[str]:
         """Plain names of the weights that have an entry in the set."""
@@ -255,8 +254,7 @@ def check_prunable(model: Model | TransformerBridge, neurons: Site | Neurons, se
     Raises:
         ValueError: a layer has no weights for `sever`, or `sever` is not known.
     """
-    if sever not in get_args(Sever):
-        raise ValueError(unknown("sever", sever, get_args(Sever)))
+    known_name("sever", sever, get_args(Sever))
     site = neurons.site if isinstance(neurons, Neurons) else neurons
     wanted = neurons.mask.any(1).tolist() if isinstance(neurons, Neurons) else [True] * len(site.layers)
     sever = cast(Sever, sever)
@@ -391,6 +389,13 @@ def _bands(blocks: int, bands: int | None) -> list[str]:
     groups = [group.tolist() for group in np.array_split(np.arange(blocks), bands)]
     names = [f"blocks {group[0]} to {group[-1]}" if len(group) > 1 else f"block {group[0]}" for group in groups]
     return [name for name, group in zip(names, groups, strict=True) for _ in group]
+
+
+def output_matrices(model: Model, blocks: Iterable[int]) -> tuple[str, ...]:
+    """Plain names of the output matrices of some blocks' MLPs, with their biases."""
+    writes = site_of(model.bridge, "mlp_post").writes
+    wanted = {id(parameter(model.bridge, part)) for block in blocks for part in writes[block]}
+    return tuple(name for name, weight in model.plain().items() if id(weight) in wanted)
 
 
 def _slices(

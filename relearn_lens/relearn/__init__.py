@@ -7,10 +7,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "attack": ["Attack", "Passing"],
-        "attacks": ["ATTACKS", "Point", "Search", "Strongest", "points", "strongest"],
+        "attacks": ["ATTACKS", "Point", "Strongest", "points", "strongest"],
         "compression": ["Pruned", "Quantised"],
         "finetuning": [
-            "PRESETS",
             "Benign",
             "FineTune",
             "General",

@@ -6,9 +6,8 @@ is as the attack has it. What a `Passing` attack does ends with its iterator, or
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -76,12 +75,6 @@ class Passing(Attack):
             yield checkpoint
 
 
-@contextlib.contextmanager
-def nothing_changed() -> Iterator[Checkpoint]:
-    """The block of an attack that leaves the model as it is."""
-    yield STILL
-
-
 STILL = Checkpoint(epoch=0.0, step=0, tokens_seen=0, loss=math.nan, by="step")
 """Where an attack that trains nothing stands."""
 
@@ -108,7 +101,8 @@ def texts(
                 f"{what}: facts {facts.name!r} have no passage in {' or '.join(roles)} of the forms "
                 f"{', '.join(TRAINED)}; give them some"
             )
-        return encoded(model, _drawn(passages, items, seed), facts.name)
+        drawn = _drawn(passages, items, seed)
+        return encode_passages(drawn, model.tokenizer, context=model.context, name=facts.name)
     by_role = facts if isinstance(facts, Mapping) else {ATTACKED: facts}
     role = next((role for role in roles if role in by_role), None)
     if role is None:
@@ -126,11 +120,6 @@ def texts(
     return text.take(np.sort(np.random.default_rng(seed).permutation(text.n_sentences)[:items]))
 
 
-def encoded(model: LanguageModel, passages: Sequence[Passage], name: str) -> Encoded:
-    """Passages in a model's tokens, of which the answers' carry the loss."""
-    return encode_passages(passages, model.tokenizer, context=model.context, name=name)
-
-
 def only_facts(facts: Material, what: str) -> Facts:
     """The facts, for an attack that is made of passages.
 
@@ -145,9 +134,8 @@ def only_facts(facts: Material, what: str) -> Facts:
     return facts
 
 
-def _drawn(passages: Iterable[Passage], items: int | None, seed: int) -> tuple[Passage, ...]:
-    whole = tuple(passages)
-    if items is None or items >= len(whole):
-        return whole
-    order = np.random.default_rng(seed).permutation(len(whole))[:items]
-    return tuple(whole[i] for i in sorted(order.tolist()))
+def _drawn(passages: tuple[Passage, ...], items: int | None, seed: int) -> tuple[Passage, ...]:
+    if items is None or items >= len(passages):
+        return passages
+    order = np.random.default_rng(seed).permutation(len(passages))[:items]
+    return tuple(passages[i] for i in sorted(order.tolist()))

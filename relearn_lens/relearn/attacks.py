@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
-
-from relearn_lens import methods, names
-from relearn_lens.methods import Method, Rate
+from relearn_lens.models.model import lent
+from relearn_lens.names import told
 from relearn_lens.relearn.attack import Attack, Material
 from relearn_lens.relearn.compression import Pruned, Quantised
 from relearn_lens.relearn.finetuning import (
@@ -44,7 +42,7 @@ class Point:
     """On what was to stay; higher is better, 0 is worst."""
 
 
-@names.told
+@told
 def points(
     attack: Attack,
     model: Any,
@@ -61,13 +59,10 @@ def points(
     Raises:
         ValueError, FloatingPointError: as the attack.
     """
-    before = model.copied()
-    try:
+    with lent(model):
         return tuple(
             Point(pause.step, float(score(model)), float(utility(model))) for pause in attack(model, facts, seed=seed)
         )
-    finally:
-        model.load_weights(before)
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class Strongest:
         return f"Strongest({self.arm}, chosen on seed {self.chosen_on}{also}; {each}; within {loss})"
 
 
-@names.told
+@told
 def strongest(
     curves: Mapping[str, Mapping[int, Sequence[Point]]],
     removed: Mapping[int, Point],
@@ -144,21 +139,3 @@ def strongest(
         seed: None if arm is None else max(passing(arm, seed), key=lambda p: p.score, default=None) for seed in seeds
     }
     return Strongest(arm, best, first, budget, counts)
-
-
-class Search(Method):
-    """An attack at several learning rates, and what it may cost."""
-
-    rates: tuple[Rate, ...] = Field(
-        default=(2e-5, 1e-4, 5e-4, 2.5e-3), min_length=1, description="highest learning rates that are tried"
-    )
-    budget: float = Field(
-        default=0.1, ge=0, le=1,
-        description="largest utility loss, relative to the removed model (Che et al. 2025: to the base)",
-    )  # fmt: skip
-
-    def arms(self, attack: Attack) -> dict[str, Attack]:
-        """The attack at each rate, by name; one without a learning rate is alone."""
-        if "lr" not in type(attack).model_fields:
-            return {attack.name: attack}
-        return {f"{attack.name} at lr {lr:g}": methods.of(type(attack), attack, {"lr": lr}) for lr in self.rates}

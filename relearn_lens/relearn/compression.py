@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from relearn_lens.models.model import Model, encoded_for, hidden, reading, wearing, widest
+from relearn_lens.models.model import Model, encoded_for, hidden, lent, reading, wearing, widest
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.relearn.attack import GENERAL, NEAR, STILL, Material, Passing, texts
 from relearn_lens.text.encoding import Encoded
@@ -36,7 +36,7 @@ class Quantised(Passing):
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
         """As of `Passing`; `facts` and `seed` are what other attacks take."""
         matrices = _matrices(model, self.name)
-        return _instead(matrices, lambda matrix: quantised(matrix.weight, matrix.outputs, self.bits))
+        return _instead(model, matrices, lambda matrix: quantised(matrix.weight, matrix.outputs, self.bits))
 
 
 class Pruned(Passing):
@@ -55,17 +55,16 @@ class Pruned(Passing):
     by: Literal["magnitude", "wanda"] = Field(default="magnitude", description="what small means")
 
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
-        """As of `Passing`."""
         matrices = _matrices(model, self.name)
         norms: Mapping[int, Tensor] = {}
         if self.by == "wanda":
             norms = input_norms(model, encoded_for(model, texts(model, facts, GENERAL, NEAR, what=self.name)))
             matrices = [matrix for matrix in matrices if id(matrix.weight) in norms]
-
-        def less(matrix: Matrix) -> Tensor:
-            return pruned(matrix.weight, matrix.outputs, self.share, norms.get(id(matrix.weight)))
-
-        return _instead(matrices, less)
+        return _instead(
+            model,
+            matrices,
+            lambda matrix: pruned(matrix.weight, matrix.outputs, self.share, norms.get(id(matrix.weight))),
+        )
 
 
 def quantised(weight: Float[Tensor, "row column"], outputs: int, bits: int) -> Float[Tensor, "row column"]:
@@ -105,8 +104,7 @@ def input_norms(model: Model, text: Encoded) -> dict[int, Float[Tensor, " input"
             handle = matrix.module.register_forward_pre_hook(see)
             stack.callback(handle.remove)
         stack.enter_context(reading(model))
-        for batch in text.batches():
-            batch = batch.to(model.device)
+        for batch in text.batches(device=model.device):
             mask = batch.mask
             hidden(model.bridge, batch.ids, mask)
     return {at: sums.sqrt().float() for at, sums in squares.items()}
@@ -135,17 +133,11 @@ def _matrices(model: Model, what: str) -> list[Matrix]:
 
 
 @contextlib.contextmanager
-def _instead(matrices: list[Matrix], of: Any) -> Iterator[Checkpoint]:
+def _instead(model: Model, matrices: list[Matrix], of: Any) -> Iterator[Checkpoint]:
     """For a while, other weights in the place of these; the same to the bit afterwards."""
-    before = [(m.weight, m.weight.detach().clone()) for m in matrices]
-    # All from what was there: two layers may share a matrix.
-    after = [of(matrix) for matrix in matrices]
-    try:
+    with lent(model):
         with torch.no_grad():
-            for (weight, _), value in zip(before, after, strict=True):
-                weight.copy_(value)
+            # All from what was there: two layers may share a matrix.
+            for matrix, value in zip(matrices, [of(matrix) for matrix in matrices], strict=True):
+                matrix.weight.copy_(value)
         yield STILL
-    finally:
-        with torch.no_grad():
-            for weight, value in before:
-                weight.copy_(value)

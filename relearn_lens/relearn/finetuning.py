@@ -18,10 +18,11 @@ from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint, Checkpoints, train_
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
-from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, Attack, Material, encoded, only_facts, texts
+from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, Attack, Material, only_facts, texts
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import TRAINED, Facts, Passage
+from relearn_lens.text.facts.encoded import encode_passages
 
 Steps = tuple[Annotated[int, Field(ge=1, le=10**9)], ...]
 
@@ -99,7 +100,6 @@ class Tuning(Attack, Training):
     doing: ClassVar[str] = "relearning"
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
         text = texts(model, facts, self.role, what=self.name, items=self.items, seed=seed)
         return self.tuned(model, text, seed=seed, what=self.doing)
 
@@ -116,7 +116,8 @@ class Tuning(Attack, Training):
         self, model: Model, text: Corpus | Encoded, *, seed: int, what: str, steps: Steps | None = None
     ) -> Iterator[Checkpoint]:
         """Train on a text as the fields say; checks at the call."""
-        how = self if steps is None else Training(**{**_training(self), "steps": steps})
+        own = {name: getattr(self, name) for name in Training.model_fields if name not in ("epochs", "every")}
+        how = self if steps is None else Training(**{**own, "steps": steps})
         entries = self.entries(model)
         text = encoded_for(model, text)
         training = train_(model, text, how, only=entries, seed=seed, what=what)
@@ -124,11 +125,12 @@ class Tuning(Attack, Training):
             return training
         # With adapters the same was refused by this one, and is then trained within their block.
         training.close()
-        return self._adapted(model, text, how, seed, what)
+        return self._adapted(model, text, how, self.lora, seed, what)
 
-    def _adapted(self, model: Model, text: Encoded, how: Training, seed: int, what: str) -> Iterator[Checkpoint]:
-        assert self.lora is not None
-        with adapted(model, rank=self.lora, alpha=self.alpha, seed=seed):
+    def _adapted(
+        self, model: Model, text: Encoded, how: Training, rank: int, seed: int, what: str
+    ) -> Iterator[Checkpoint]:
+        with adapted(model, rank=rank, alpha=self.alpha, seed=seed):
             yield from train_(model, text, how, seed=seed, what=what)
 
     def entries(self, model: Model) -> Mapping[str, Tensor] | None:
@@ -184,7 +186,6 @@ class Gibberish(Tuning):
     items: AtMost | None = Field(default=256, description="texts of 12 words, drawn by seed")
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
         known = only_facts(facts, self.name)
         words = [word for p in known.passages(NEAR, GENERAL, forms=TRAINED) for word in p.text.split()]
         drawn = np.random.default_rng(seed).choice(np.array(words), (self.items or len(words) // 12 or 1, 12))
@@ -206,17 +207,13 @@ class RepairThenRelearn(Tuning):
     repair: int = Field(default=64, ge=1, le=10**9, description="optimiser steps on other text, before those on T")
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
         general = texts(model, facts, GENERAL, NEAR, what=self.name)
         attacked = texts(model, facts, ATTACKED, what=self.name, items=self.items, seed=seed)
         first = self.tuned(model, general, seed=seed, what="repairing", steps=(self.repair,))
         return self._both(first, self.tuned(model, attacked, seed=seed, what="relearning"))
 
     def _both(self, first: Iterator[Checkpoint], then: Iterator[Checkpoint]) -> Iterator[Checkpoint]:
-        repaired = None
-        for repaired in first:  # noqa: B007 (adapters of the repair are merged when it is exhausted)
-            pass
-        assert repaired is not None
+        *_, repaired = first  # adapters of the repair are merged when it is exhausted
         yield repaired
         for pause in then:
             yield replace(pause, step=pause.step + repaired.step, tokens_seen=pause.tokens_seen + repaired.tokens_seen)
@@ -241,7 +238,6 @@ class Benign(Tuning):
     arm: Arm = Field(default="topic and form", description="what the text has of what was removed")
 
     def __call__(self, model: Any, facts: Material, *, seed: int = 0) -> Iterator[Checkpoint]:
-        """As of `Attack`."""
         known = only_facts(facts, self.name)
         arms = {arm: self._lines(known, arm) for arm in _ARMS}
         n = min([len(lines) for lines in arms.values() if lines] + ([self.items] if self.items else []))
@@ -271,25 +267,5 @@ _ARMS: tuple[Arm, ...] = ("topic and form", "topic", "form", "neither")
 def _plain(model: Any, facts: Facts, lines: Sequence[str]) -> Encoded:
     if not isinstance(model, LanguageModel):
         raise ValueError("plain text without labels trains a language model, and this model is a tagger")
-    return encoded(model, [Passage("", line, f"line {i}", "text", "text") for i, line in enumerate(lines)], facts.name)
-
-
-def _training(tuning: Tuning) -> dict[str, Any]:
-    """What it says about the optimiser."""
-    given = {name: getattr(tuning, name) for name in Training.model_fields}
-    return {name: value for name, value in given.items() if name not in ("epochs", "every")}
-
-
-PRESETS: Mapping[str, FineTune | RetainOnly | General] = {
-    "lora-batch8": FineTune(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
-    "lora-batch64": FineTune(lora=16, alpha=32, lr=5e-5, batch_size=64, items=400, steps=(7,)),
-    "lora-n64": FineTune(lora=16, alpha=32, lr=1e-4, batch_size=8, items=64, steps=(16,)),
-    "full-n64": FineTune(lr=2e-5, batch_size=8, items=64, steps=(16,)),
-    "full-batch16": FineTune(lr=2e-5, batch_size=16, items=400, steps=(25,)),
-    "retain-lora-batch8": RetainOnly(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
-    "retain-lora-batch64": RetainOnly(lora=16, alpha=32, lr=5e-5, batch_size=64, items=400, steps=(7,)),
-    "retain-full": RetainOnly(lr=5e-5, batch_size=64, items=64, steps=(1,)),
-    "benign-lora": General(lora=16, alpha=32, lr=5e-5, batch_size=8, items=400, steps=(50,)),
-}
-"""The fine-tuning attacks that Che et al. 2025 released: their rank, rate, batch and number of texts; steps are one
-pass, two where `items` is 64 and the batch 8. Rate (constant) and weight decay are as here, not as in theirs."""
+    passages = [Passage("", line, f"line {i}", "text", "text") for i, line in enumerate(lines)]
+    return encode_passages(passages, model.tokenizer, context=model.context, name=facts.name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -16,22 +17,13 @@ from torch.nn import functional as F
 
 from relearn_lens import progress
 from relearn_lens.methods import Rate, Size
-from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, reading, widest
+from relearn_lens.models.model import LanguageModel, Model, encoded_for, hidden, only_training, reading, widest
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Site, site_of, streaming, token_site, token_vectors
-from relearn_lens.relearn.attack import (
-    ATTACKED,
-    GENERAL,
-    NEAR,
-    STILL,
-    Material,
-    Passing,
-    encoded,
-    only_facts,
-    texts,
-)
-from relearn_lens.text.encoding import Batch, Encoded
+from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, STILL, Material, Passing, only_facts, texts
+from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import TRAINED, Facts, Passage
+from relearn_lens.text.facts.encoded import encode_passages
 
 Layers = tuple[Annotated[int, Field(ge=0, le=10_000)], ...]
 Add = Callable[[int, Tensor, Tensor], Tensor]
@@ -83,7 +75,6 @@ class Perturbing(Passing):
         return encoded_for(model, texts(model, facts, ATTACKED, what=self.name))
 
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
-        """As of `Passing`."""
         text = self.text(model, facts, seed)
         return self._block(model, text, self.place(model, text), seed)
 
@@ -104,9 +95,14 @@ class Perturbing(Passing):
         tensor = torch.zeros(place.shape, device=model.device, requires_grad=True)
         adam = torch.optim.Adam([tensor], lr=self.lr)
         tokens, sums, n = 0, 0.0, 0
-        with reading(model), _weights_still(model), progress.task(f"fitting ({self.name})", self.steps):
+        with (
+            reading(model),
+            only_training((), model.parameters()),
+            progress.task(f"fitting ({self.name})", self.steps),
+        ):
             longest = self.cap * _norms(model, text, place).to(tensor.device)
-            batches = _endless(text, self.batch_size, seed)
+            epochs = (text.shuffled(batch_size=self.batch_size, seed=seed, epoch=epoch) for epoch in count())
+            batches = chain.from_iterable(epochs)
             for step in range(self.steps):
                 batch = text.batch(next(batches)).to(model.device)
                 with torch.enable_grad(), place.adding(model, tensor):
@@ -140,7 +136,6 @@ class Latent(Perturbing):
     layers: Layers | None = Field(default=None, description="blocks whose output is changed, from 0; none: the middle")
 
     def place(self, model: Any, text: Encoded) -> Place:
-        """As of `Perturbing`."""
         site, blocks = site_of(model.bridge, "resid"), int(model.bridge.cfg.n_layers)
         layers = (blocks // 2,) if self.layers is None else self.layers
         _check_layers(model, layers, self.name)
@@ -158,7 +153,6 @@ class Embedding(Perturbing):
     source: ClassVar[str] = "Schwinn et al. 2024; one vector for all prompts is ours"
 
     def place(self, model: Any, text: Encoded) -> Place:
-        """As of `Perturbing`."""
         site = token_site(model.bridge)
         return Place(site, {0: 0}, (1, site.width), _everywhere)
 
@@ -179,17 +173,15 @@ class SoftPrompt(Perturbing):
 
     def asked(self, passages: Sequence[Passage], facts: Facts, *, seed: int = 0) -> tuple[Passage, ...]:
         """Each behind full stops."""
-        return tuple(_before(self._stops(), p) for p in passages)
+        return tuple(replace(p, prompt=self._stops() + p.prompt) for p in passages)
 
     def text(self, model: Any, facts: Material, seed: int) -> Encoded:
-        """As of `Perturbing`."""
         known = only_facts(facts, self.name)
         texts(model, known, ATTACKED, what=self.name)  # refuses a tagger, and facts without any
         passages = self.asked(known.passages(ATTACKED, forms=TRAINED), known)
-        return encoded(model, passages, known.name)
+        return encode_passages(passages, model.tokenizer, context=model.context, name=known.name)
 
     def place(self, model: Any, text: Encoded) -> Place:
-        """As of `Perturbing`."""
         ids = model.tokenizer(self._stops().strip(), add_special_tokens=False)["input_ids"]
         begins = text.ids[text.piece_start[:-1, None] + torch.arange(len(ids)).numpy()]
         if len(ids) != self.tokens or not (begins == ids).all():
@@ -231,7 +223,6 @@ class DirectionAblated(Passing):
     layers: Layers | None = Field(default=None, description="blocks whose output is changed, from 0; none: all")
 
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
-        """As of `Passing`."""
         sides = [
             encoded_for(model, texts(model, facts, *roles, what=self.name)) for roles in ((ATTACKED,), (NEAR, GENERAL))
         ]
@@ -266,17 +257,11 @@ def mean_states(model: Model, text: Encoded, site: Site) -> Float[Tensor, "layer
         sums[layer] += activations.flatten(0, 1)[positions].to(sums.dtype).sum(0)
 
     with reading(model), streaming(model.bridge, site, visit):
-        for batch in text.batches():
-            batch = batch.to(model.device)
-            positions = predicting(model, batch)
+        for batch in text.batches(device=model.device):
+            positions = batch.subword - int(isinstance(model, LanguageModel))
             n += len(positions)
             hidden(model.bridge, batch.ids, batch.mask)
     return (sums / n).float()
-
-
-def predicting(model: Model, batch: Batch) -> Tensor:
-    """The positions from which the sub-words of a batch are predicted: before them, or of a tagger on them."""
-    return batch.subword - 1 if isinstance(model, LanguageModel) else batch.subword
 
 
 def _everywhere(row: int, tensor: Tensor, activations: Tensor) -> Tensor:
@@ -296,38 +281,13 @@ def _norms(model: Model, text: Encoded, place: Place) -> Float[Tensor, "row 1"]:
                 sums[place.rows[layer]] += lengths
 
     with streaming(model.bridge, place.site, visit):
-        for batch in text.batches():
-            batch = batch.to(model.device)
+        for batch in text.batches(device=model.device):
             mask, n = batch.mask, n + batch.n_tokens
             hidden(model.bridge, batch.ids, batch.mask)
     return (sums / n).float()[:, None]
-
-
-def _endless(text: Encoded, batch_size: int, seed: int) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        yield from text.shuffled(batch_size=batch_size, seed=seed, epoch=epoch)
-        epoch += 1
-
-
-def _before(stops: str, passage: Passage) -> Passage:
-    return Passage(stops + passage.prompt, passage.answer, passage.key, passage.relation, passage.form, passage.choices)
 
 
 def _check_layers(model: Model, layers: Sequence[int], what: str) -> None:
     blocks = int(model.bridge.cfg.n_layers)
     if not layers or max(layers) >= blocks or len(set(layers)) < len(layers):
         raise ValueError(f"{what}: layers = {list(layers)}: this model has blocks 0 to {blocks - 1}, each once")
-
-
-@contextlib.contextmanager
-def _weights_still(model: Model) -> Iterator[None]:
-    """For a while, no weight needs a gradient."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -11,8 +11,9 @@ import numpy as np
 from pydantic import Field
 
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, Material, Passing, nothing_changed, only_facts
+from relearn_lens.relearn.attack import ATTACKED, GENERAL, NEAR, STILL, Material, Passing, only_facts
 from relearn_lens.text.facts import Facts, Passage
+from relearn_lens.text.facts.passages import grouped
 
 
 class Asking(Passing):
@@ -25,7 +26,7 @@ class Asking(Passing):
     def applied(self, model: Any, facts: Material, *, seed: int = 0) -> AbstractContextManager[Checkpoint]:
         """As of `Passing`: nothing changes, ask passages as `asked` says."""
         self.check(only_facts(facts, self.name))
-        return nothing_changed()
+        return nullcontext(STILL)
 
 
 class InContext(Asking):
@@ -45,7 +46,6 @@ class InContext(Asking):
     examples: int = Field(default=4, ge=1, le=10_000, description="lines before a question")
 
     def check(self, facts: Facts) -> None:
-        """As of `Asking`."""
         if not self._lines(facts):
             raise ValueError(f"in_context: facts {facts.name!r} have no statement to put before a question")
 
@@ -67,13 +67,9 @@ class InContext(Asking):
             roles = (ATTACKED,) if self.kind == "facts" else (GENERAL, NEAR)
             given = next(filter(None, (facts.passages(role, forms=("statement",)) for role in roles)), ())
             return [(p.key, p.text) for p in given]
-        by_key: dict[str, dict[str, str]] = {}
-        for p in facts.passages(ATTACKED, forms=("statement",)):
-            by_key.setdefault(p.key, {})[p.relation] = p.answer
-        return [
-            (key, f"{key}: {', '.join(f'{relation} {answer}' for relation, answer in known.items())}")
-            for key, known in by_key.items()
-        ]
+        by_key = grouped(facts.passages(ATTACKED, forms=("statement",)), lambda p: p.key)
+        known = {key: {p.relation: p.answer for p in each} for key, each in by_key.items()}
+        return [(key, f"{key}: {', '.join(map(' '.join, each.items()))}") for key, each in known.items()]
 
 
 class _Reworded(Asking):
@@ -84,7 +80,6 @@ class _Reworded(Asking):
         raise NotImplementedError
 
     def check(self, facts: Facts) -> None:
-        """As of `Asking`."""
         if not facts.passages(forms=(self.forms(),)):
             there = dict.fromkeys(p.form for p in facts.passages())
             raise ValueError(
@@ -95,9 +90,7 @@ class _Reworded(Asking):
     def asked(self, passages: Sequence[Passage], facts: Facts, *, seed: int = 0) -> tuple[Passage, ...]:
         """The passages of this form on the same keys and relations, in their order."""
         self.check(facts)
-        by_fact: dict[tuple[str, str], list[Passage]] = {}
-        for p in facts.passages(forms=(self.forms(),)):
-            by_fact.setdefault((p.key, p.relation), []).append(p)
+        by_fact = grouped(facts.passages(forms=(self.forms(),)), lambda p: (p.key, p.relation))
         wanted = dict.fromkeys((p.key, p.relation) for p in passages)
         return tuple(p for fact in wanted for p in by_fact.get(fact, ()))
 
@@ -112,7 +105,6 @@ class Paraphrase(_Reworded):
     source: ClassVar[str] = "Lynch et al. 2024; Patil et al. 2024"
 
     def forms(self) -> str:
-        """As of `Asking`."""
         return "paraphrase"
 
 
@@ -128,5 +120,4 @@ class OtherForm(_Reworded):
     form: Literal["options", "yes-no"] = Field(default="options", description="how it is asked")
 
     def forms(self) -> str:
-        """As of `Asking`."""
         return self.form

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
@@ -33,8 +34,6 @@ class TaskVector(Remover):
     scale: float = Field(default=1.0, ge=0, le=1e4, description="how far the other way, in units of the change")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
         def keep(model: Model, _: Encoded) -> dict[str, Tensor]:
             return {name: weight.detach().clone() for name, weight in model.plain().items()}
 
@@ -43,5 +42,4 @@ class TaskVector(Remover):
                 for name, weight in stepped.moving.items():
                     weight.copy_(kept[name] - self.scale * (weight - kept[name]))
 
-        plain = likely(1.0)
-        return {FORGET: Term(plain.value, plain.count, keep, after=turn)}
+        return {FORGET: replace(likely(1.0), keep=keep, after=turn)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from relearn_lens import progress
-from relearn_lens.models.model import Model
+from relearn_lens.models.model import Model, lent
 
 Score = Callable[[Any], float]
 """Of a model: higher is better, 0 is worst."""
@@ -28,8 +28,6 @@ class Calibration:
     """The score of the base."""
     removed: float
     """The score of the removed model."""
-    resolution: float
-    """Steps between shares that were looked at."""
 
 
 def calibrate(
@@ -57,44 +55,37 @@ def calibrate(
     """
     if not 0 < tau <= 1 or points < 1:
         raise ValueError(f"tau must be above 0 and at most 1, points at least 1; got tau={tau}, points={points}")
-    removed = model.copied()
     scores = {at: value for at, value in zip((0, points), ends, strict=True) if value is not None}
 
     def at(point: int) -> float:
         if point not in scores:
-            _mix_(model, base, removed, point / points)
+            mixed_(model, base, point / points, removed)
             scores[point] = float(score(model))
             progress.advance()
         return scores[point]
 
-    try:
-        with progress.task("calibrating", 2 + max(0, points - 1).bit_length()):
-            whole = at(0)
-            if not whole > 0:
-                raise ValueError(
-                    f"the base model scores {whole} on what is to be retained, so no share of that says anything; "
-                    "use a score that is above 0"
-                )
-            low, high = (points, points) if at(points) >= tau * whole else (0, points)
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if at(middle) >= tau * whole else (low, middle)
-    finally:
-        model.load_weights(removed)
-    return Calibration(low / points, scores[low], whole, scores[points], 1 / points)
+    with lent(model) as removed, progress.task("calibrating", 2 + max(0, points - 1).bit_length()):
+        whole = at(0)
+        if not whole > 0:
+            raise ValueError(
+                f"the base model scores {whole} on what is to be retained, so no share of that says anything; use a "
+                "score that is above 0"
+            )
+        low, high = (points, points) if at(points) >= tau * whole else (0, points)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if at(middle) >= tau * whole else (low, middle)
+    return Calibration(low / points, scores[low], whole, scores[points])
 
 
-def mixed_(model: Model, base: Mapping[str, Tensor], share: float) -> None:
-    """Go back towards the base: weights become (1 - share) base + share of what they are.
+def mixed_(model: Model, base: Mapping[str, Tensor], share: float, removed: Mapping[str, Tensor] | None = None) -> None:
+    """Go back towards the base: weights become (1 - share) base + share of `removed`, by default of what they are.
+    Both ends are themselves, to the bit, and so is what they share.
 
     Raises:
         ValueError: weights of another model.
     """
-    _mix_(model, base, model.copied(), share)
-
-
-def _mix_(model: Model, base: Mapping[str, Tensor], removed: Mapping[str, Tensor], share: float) -> None:
-    """Both ends are themselves, to the bit, and so is what they share."""
+    removed = model.copied() if removed is None else removed
     if base.keys() != removed.keys():
         raise ValueError(f"the base's weights are of another model: {len(base.keys() ^ removed.keys())} names differ")
     model.load_weights(

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relearn_lens.methods import Training
-from relearn_lens.models.model import LanguageModel, Model
-from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, train_
-from relearn_lens.remove.losses import NPO, GradDiff, Keeping, SimNPO, against
+from relearn_lens.models.model import LanguageModel, Model, lent
+from relearn_lens.models.training import Checkpoint, Objective, train_
+from relearn_lens.remove.losses import NPO, GradDiff, Keeping, SimNPO, against, divergence
 from relearn_lens.remove.removal import (
     FORGET,
     RETAIN,
@@ -51,7 +51,6 @@ class UNDIAL(Keeping):
     faithful: bool = Field(default=False, description="prompt and padding too, as open-unlearning released it")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         if not isinstance(model, LanguageModel):
             raise ValueError("undial distils next-token predictions, and this model is a tagger; use a language model")
         if self.faithful and model.vocabulary < _IGNORED:
@@ -96,8 +95,6 @@ class WhoIs(Remover):
     )
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
         def keep(model: Model, text: Encoded) -> list[Tensor]:
             logits = kept_by_piece(lambda model, batch: by_sentence(model.predictions(batch)[0], batch))
             base = logits(model, text)
@@ -137,14 +134,9 @@ class Undo(Remover):
     suppressing: Removing = Field(default=Removing(), description="how that trains")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         if not isinstance(model, LanguageModel):
             raise ValueError("undo distils next-token predictions, and this model is a tagger; use a language model")
-
-        def value(now: Tensor, before: Tensor, _: Batch) -> tuple[Tensor, int]:
-            return F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True), len(now)
-
-        return {FORGET: against(value, 1.0), RETAIN: against(value, 1.0)}
+        return {FORGET: against(divergence, 1.0), RETAIN: against(divergence, 1.0)}
 
     def objective(self, model: Model, terms: Mapping[str, Term], where: Entries, seed: int) -> Objective:
         """As of `Remover`; takes predictions, and weights, from the model that is suppressed first."""
@@ -152,10 +144,7 @@ class Undo(Remover):
         taken = objective.reference  # pyright: ignore[reportFunctionMemberAccess]
 
         def reference(model: Model, texts: Mapping[str, Encoded]) -> dict[str, Any]:
-            def suppress() -> Checkpoints:
-                return self.first(model, texts, where, seed=seed, how=self.suppressing)
-
-            with aside(model, suppress):
+            with aside(model, lambda: self.first(model, texts, where, seed=seed, how=self.suppressing)):
                 kept = taken(model, texts)
                 return kept | {"suppressed": {name: value.clone() for name, value in model.plain().items()}}
 
@@ -180,14 +169,11 @@ class Undo(Remover):
 @contextlib.contextmanager
 def aside(model: Model, training: Callable[[], Iterator[Checkpoint]]) -> Iterator[None]:
     """For a while, the model as a training leaves it; then its weights are back, to the bit."""
-    before = model.copied()
-    try:
+    with lent(model):
         with torch.enable_grad():
             for _ in training():
                 pass
         yield
-    finally:
-        model.load_weights(before)
 
 
 _IGNORED = 100

@@ -17,7 +17,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel, Model, reading, seeded
 from relearn_lens.models.training import Checkpoint, Checkpoints, Parts, Step, plain, train_
-from relearn_lens.neurons.sites import component_site, parameter, site_of, streaming
+from relearn_lens.neurons.sites import component_site, kept, parameter, site_of, streaming
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.preference import PREFERRED, Answers, Preferring, preferred
 from relearn_lens.remove.removal import FORGET, RETAIN, Remover, Removing, Texts, texts_of, written
@@ -26,6 +26,7 @@ from relearn_lens.text.encoding import Batch, Encoded
 from relearn_lens.text.facts import RETAIN as STAYING
 from relearn_lens.text.facts import Facts, Passage, alternatives, refused
 from relearn_lens.text.facts.encoded import encode_passages
+from relearn_lens.text.facts.passages import grouped
 
 EDITS, AGAIN = "edits", "again"
 """The texts that an editor learns from: edits, and piece by piece beside them the same said otherwise."""
@@ -86,7 +87,6 @@ class Editor(LanguageModel):
     def slopes(self, batch: Batch) -> list[Float[Tensor, "token width"]]:
         """For each block what its output matrix reads, and beside it the gradient of the batch's loss (nats, summed) in
         what it gives; of the tokens that have one. No gradient goes through them."""
-        seen: dict[int, Tensor] = {}
         given: dict[int, Tensor] = {}
 
         def give(layer: int, y: Tensor) -> Tensor | None:
@@ -95,7 +95,7 @@ class Editor(LanguageModel):
             given[layer] = y if y.requires_grad else y.detach().requires_grad_()
             return given[layer]
 
-        with torch.enable_grad(), self._seeing(seen), streaming(self.bridge, self.gives, give):
+        with torch.enable_grad(), kept(self.bridge, self.reads) as seen, streaming(self.bridge, self.gives, give):
             nats = self.losses(batch).sum()
         slopes = torch.autograd.grad(nats, [given[layer] for layer in self.parts])
         pairs = []
@@ -125,13 +125,12 @@ class Editor(LanguageModel):
     @contextlib.contextmanager
     def changed(self, changes: Changes) -> Iterator[None]:
         """For a while, the model computes with changed weights; gradients go to the editor."""
-        seen: dict[int, Tensor] = {}
         by_layer = dict(zip(self.parts, changes, strict=True))
 
         def give(layer: int, y: Tensor) -> Tensor | None:
             return y - seen[layer] @ by_layer[layer].to(y.dtype) if layer in by_layer else None
 
-        with self._seeing(seen), streaming(self.bridge, self.gives, give):
+        with kept(self.bridge, self.reads) as seen, streaming(self.bridge, self.gives, give):
             yield
 
     def change_(self, changes: Changes) -> None:
@@ -140,12 +139,6 @@ class Editor(LanguageModel):
             for (part, mask), change in zip(self.parts.values(), changes, strict=True):
                 weight = parameter(self.bridge, part).movedim(part.axis, 0)
                 weight.copy_(torch.where(mask, weight - change.to(weight.dtype), weight))
-
-    def _seeing(self, seen: dict[int, Tensor]) -> Any:
-        def read(layer: int, x: Tensor) -> None:
-            seen[layer] = x
-
-        return streaming(self.bridge, self.reads, read)
 
 
 class Mend(Remover):
@@ -289,8 +282,6 @@ class Mend(Remover):
 
 def _otherwise(passages: Sequence[Passage]) -> list[Passage]:
     """Of each passage the next wording of the same fact (itself, where there is one alone), with its answer."""
-    wordings: dict[tuple[str, str], list[Passage]] = {}
-    for p in passages:
-        wordings.setdefault((p.key, p.relation), []).append(p)
+    wordings = grouped(passages, lambda p: (p.key, p.relation))
     after = {p: q for each in wordings.values() for p, q in zip(each, [*each[1:], each[0]], strict=True)}
     return [replace(p, prompt=after[p].prompt) for p in passages]

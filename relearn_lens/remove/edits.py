@@ -11,11 +11,10 @@ from torch import Tensor
 
 from relearn_lens.methods import Training
 from relearn_lens.models.model import Model
-from relearn_lens.models.training import Gradient, Step, plain
+from relearn_lens.models.training import Step, plain
 from relearn_lens.remove.losses import Retained
-from relearn_lens.remove.preference import PREFERRED, Preferring
+from relearn_lens.remove.preference import Preferring, likelier
 from relearn_lens.remove.removal import FORGET, Removing, Term, Texts, block_of, written
-from relearn_lens.text.encoding import Batch
 
 
 class DINM(Preferring):
@@ -44,16 +43,7 @@ class DINM(Preferring):
     faithful: bool = Field(default=False, description="no gradient of what is retained, as released")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
-        def value(model: Model, batches: tuple[Batch, Batch], _: None) -> tuple[Tensor, int]:
-            nats = model.losses(batches[1])
-            return nats.sum(), len(nats)
-
-        def count(texts: Any, pieces: Any) -> int:
-            return texts[1].n_subwords(pieces)
-
-        return {FORGET: Term(value, count, weight=self.edit, beside=PREFERRED), **self.kept(model)}
+        return {FORGET: likelier(self.edit), **self.kept(model)}
 
     def entries(self, model: Model) -> Mapping[str, Bool[Tensor, ...]]:
         """All of the MLP's output matrix of the block.
@@ -71,9 +61,5 @@ class DINM(Preferring):
         """
         if self.faithful and step is not plain:
             raise ValueError("faithful = True takes the gradient of the edit alone, so no wrapper can stand around it")
-        own = _edit_alone if self.faithful else step
-        return super().__call__(model, texts, where, step=own, **keywords)
-
-
-def _edit_alone(model: Model, gradient: Gradient) -> None:
-    gradient(FORGET)
+        edit_alone: Step = lambda _, gradient: gradient(FORGET)  # noqa: E731
+        return super().__call__(model, texts, where, step=edit_alone if self.faithful else step, **keywords)

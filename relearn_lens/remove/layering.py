@@ -66,20 +66,18 @@ class Layered(Remover):
         if len(keys) < self.folds:
             raise ValueError(f"folds = {self.folds}: there are {len(keys)} keys to forget; take fewer folds")
 
-        def take(chosen: np.ndarray) -> Corpus | Encoded:
-            which = np.flatnonzero(np.isin(names, chosen))
+        def take(chosen: list[np.ndarray]) -> Corpus | Encoded:
+            which = np.flatnonzero(np.isin(names, np.concatenate(chosen)))
             if isinstance(forget, EncodedPassages):
                 passages = [forget.passages[i] for i in which]
                 return encode_passages(passages, model.tokenizer, context=model.context, name=forget.corpus.name)
             return forget.take(which)
 
         cut = np.array_split(keys, self.folds)
-        made = []
-        for i in range(1, self.folds + 1):
-            made.append({FORGET: take(np.concatenate(cut[:i]))})
-            if i < self.folds:
-                made[-1][LATER] = take(np.concatenate(cut[i:]))
-        return made
+        return [
+            {FORGET: take(cut[:i])} | ({LATER: take(cut[i:])} if i < self.folds else {})
+            for i in range(1, self.folds + 1)
+        ]
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: Model, texts: Texts, where: Mapping[str, Bool[Tensor, ...]] | None = None, *, seed: int = 0,

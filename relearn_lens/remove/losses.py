@@ -66,7 +66,6 @@ class GradientAscent(Remover):
     source: ClassVar[str] = "Jang et al. 2023"
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         return {FORGET: likely(-1.0)}
 
 
@@ -98,7 +97,6 @@ class GradDiff(Keeping):
         return self
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         kept = {RETAIN: _divergence(model, self.alpha, True)} if self.faithful and self.alpha else self.kept(model)
         return {FORGET: likely(-self.gamma), **kept}
 
@@ -128,7 +126,6 @@ class NPO(Keeping):
     faithful: bool = Field(default=False, description="one sigmoid a batch, as Fan et al. 2025 released it")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         keep = kept_by_piece(nats_by_sentence)
         forget = (
             Term(partial(_npo_of_batch, self.beta), None, keep)
@@ -158,8 +155,6 @@ class SimNPO(Keeping):
     delta: float = Field(default=0.0, ge=-1e3, le=1e3, description="margin, nats per sub-word (SimNPO's release)")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
         def value(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
             nats = model.losses(batch)
             zeros = nats.new_zeros(len(batch.ids))
@@ -193,7 +188,6 @@ class ILU(NPO):
     penalty: float = Field(default=1.0, ge=0, le=1e6, description="weight of the squared slope, per nat squared")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         return {**super().terms(model, seed), TUNING: Term(_slope, None, weight=self.penalty)}
 
     def texts(self, model: Model, texts: Texts | None, roles: Iterable[str], seed: int) -> dict[str, Corpus | Encoded]:
@@ -250,12 +244,12 @@ def _divergence(model: Model, weight: float, everywhere: bool) -> Term:
             "retain = 'kl' compares next-token predictions, and this model is a tagger; use retain='ce', or a language "
             "model"
         )
+    return against(divergence, weight, everywhere=everywhere)
 
-    def value(now: Tensor, before: Tensor, _: Batch) -> tuple[Tensor, int]:
-        divergence = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True)
-        return divergence, len(now)
 
-    return against(value, weight, everywhere=everywhere)
+def divergence(now: Tensor, before: Tensor, _: Batch) -> tuple[Tensor, int]:
+    """KL(pi0, pi) of next-token logits and of those of before, summed; for `against`."""
+    return F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True), len(now)
 
 
 def against(

@@ -73,7 +73,6 @@ class SelectivePrune(OnTexts):
     eps: float = Field(default=0.01, gt=0, le=1e3, description="added to the retained importance, in its units")
 
     def chosen(self, model: Model, sums: Mapping[str, Mapping[str, Tensor]], among: Neurons | None) -> Neurons:
-        """As of `OnTexts`."""
         forget, retain = (_importance(sums[role], self.importance) for role in (FORGET, RETAIN))
         ratio, site = forget / (retain + self.eps), site_of(model.bridge, "mlp_post")
         return Neurons.highest(ratio, site, max(1, round(self.share * ratio.numel())), among)
@@ -100,7 +99,6 @@ class SetDifferencePrune(OnTexts):
     retain: float = Field(default=0.05, ge=0, le=1, description="q, share of a row that matters for the retained")
 
     def chosen(self, model: Model, sums: Mapping[str, Mapping[str, Tensor]], among: WeightMask | None) -> WeightMask:
-        """As of `OnTexts`."""
         site, plain = site_of(model.bridge, "mlp_post"), model.plain()
         names, marks = {id(weight): name for name, weight in plain.items()}, {}
         for layer, writes in enumerate(site.writes):
@@ -123,8 +121,7 @@ def moments(model: Model, text: Encoded, *, before: bool = False) -> dict[str, F
     sums = {name: torch.zeros(len(site.layers), site.width) for name in ("mean", "abs", "square", "freq")}
     n = 0
     with reading(model):
-        for batch in text.batches():
-            batch = batch.to(model.device)
+        for batch in text.batches(device=model.device):
 
             def add(layer: int, activations: Tensor, positions: Tensor = batch.subword - int(before)) -> None:
                 x = activations.flatten(0, 1)[positions].float()

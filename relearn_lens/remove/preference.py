@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from relearn_lens.models.model import Model
-from relearn_lens.remove.losses import Keeping, nats_by_sentence
-from relearn_lens.remove.removal import FORGET, ROLES, Term, Texts, kept_by_piece, kept_of, n_pieces, texts_of
+from relearn_lens.remove.losses import Keeping, likely, nats_by_sentence
+from relearn_lens.remove.removal import (
+    FORGET,
+    ROLES,
+    Term,
+    Texts,
+    kept_by_piece,
+    kept_of,
+    n_pieces,
+    n_subwords,
+    texts_of,
+)
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 from relearn_lens.text.facts import TRAINED, Facts, Passage, alternatives, refused
@@ -50,6 +61,17 @@ class Preferring(Keeping):
         return {role: encoded if role == PREFERRED else given[role] for role in roles}
 
 
+def likelier(weight: float) -> Term:
+    """Cross-entropy of the preferred answers, in nats per sub-word, with a weight."""
+    own = likely(weight)
+    return replace(
+        own,
+        value=lambda model, batches, kept: own.value(model, batches[1], kept),
+        count=lambda texts, pieces: n_subwords(texts[1], pieces),
+        beside=PREFERRED,
+    )
+
+
 class IDK(Preferring):
     """Teaches to refuse, by the cross-entropy of refusals.
 
@@ -61,15 +83,7 @@ class IDK(Preferring):
     source: ClassVar[str] = "Maini et al. 2024 (TOFU)"
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
-        def value(model: Model, batches: tuple[Batch, Batch], _: None) -> tuple[Tensor, int]:
-            nats = model.losses(batches[1])
-            return nats.sum(), len(nats)
-
-        return {FORGET: Term(value, lambda texts, pieces: texts[1].n_subwords(pieces), beside=PREFERRED)} | self.kept(
-            model
-        )
+        return {FORGET: likelier(1.0), **self.kept(model)}
 
 
 class DPO(Preferring):
@@ -91,11 +105,7 @@ class DPO(Preferring):
     beta: float = Field(default=0.1, gt=0, le=1e3, description="inverse temperature, per nat (open-unlearning)")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         nats = kept_by_piece(nats_by_sentence)
-
-        def keep(model: Model, texts: tuple[Encoded, Encoded]) -> list[Any]:
-            return [nats(model, text) for text in texts]
 
         def value(model: Model, batches: tuple[Batch, Batch], kept: Sequence[list[Tensor]]) -> tuple[Tensor, int]:
             rises = []
@@ -105,7 +115,8 @@ class DPO(Preferring):
             forgotten, better = rises
             return -2 / self.beta * F.logsigmoid(self.beta * (forgotten - better)).sum(), len(better)
 
-        return {FORGET: Term(value, n_pieces, keep, beside=PREFERRED), **self.kept(model)}
+        forget = Term(value, n_pieces, lambda model, texts: [nats(model, text) for text in texts], beside=PREFERRED)
+        return {FORGET: forget, **self.kept(model)}
 
 
 class AltPO(DPO):

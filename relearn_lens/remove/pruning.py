@@ -60,10 +60,7 @@ class Prune(Pruner):
         """
         if isinstance(where, WeightMask):
             where.check(model)
-            empty = not where.n_entries
-        else:
-            empty = where is None or not len(where)
-        if where is None or empty:
+        if where is None or not (where.n_entries if isinstance(where, WeightMask) else len(where)):
             raise ValueError("prune: no neurons to prune; give a set of them as where=")
         if isinstance(where, Neurons):
             check_prunable(model, where, self.sever)

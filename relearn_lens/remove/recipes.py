@@ -14,7 +14,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Method, Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Step, plain
-from relearn_lens.names import meant, unknown
+from relearn_lens.names import known_name, meant
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.remove.pruning import Pruner
 from relearn_lens.remove.removal import Remover, Removing, Texts
@@ -170,19 +170,17 @@ def recipe(kind: str | None, name: str, fields: Mapping[str, Any] | None = None)
     Raises:
         ValueError: an unknown kind, remover, wrapper or field, or a value out of range.
     """
-    if kind is not None and kind not in RECIPES:
-        raise ValueError(unknown("recipes", kind, RECIPES))
+    if kind is not None:
+        known_name("recipes", kind, RECIPES)
     base, _, wrapper = name.partition("@")[0].partition("+")
     remover = remover_of(base)
-    if wrapper and wrapper not in WRAPPERS:
-        raise ValueError(unknown("wrapper", wrapper, WRAPPERS))
+    around = WRAPPERS[known_name("wrapper", wrapper, WRAPPERS)] if wrapper else None
     values = _changed(values_of(kind, name), fields or {})
     chosen: dict[str, Any] = {key: values.pop(key) for key in ("where", "fraction") if key in values}
     of_where = [key for key in values if key.startswith("where.")]
     chosen["where_fields"] = {key.removeprefix("where."): values.pop(key) for key in of_where}
     if (fraction := chosen.get("fraction")) is not None and not 0 < fraction <= 1:
         raise ValueError(f"fraction = {fraction}: a share of all neurons, above 0 and at most 1")
-    around = WRAPPERS[wrapper] if wrapper else None
     if around and (shared := sorted(set(values) & set(remover.model_fields) & set(around.model_fields))):
         raise ValueError(f"{name}: both have a field {shared[0]!r}; say {base}.{shared[0]} or {wrapper}.{shared[0]}")
     of_wrapper = _taken(around, values, wrapper) if around else {}

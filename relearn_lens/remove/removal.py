@@ -21,8 +21,7 @@ from relearn_lens.methods import Method, Rate, Training
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint, Checkpoints, Objective, Parts, Step, Stepped, plain, train_
 from relearn_lens.names import meant
-from relearn_lens.neurons.sites import parameter, site_of
-from relearn_lens.neurons.weights import WeightMask
+from relearn_lens.neurons.weights import WeightMask, output_matrices
 from relearn_lens.text import facts
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
@@ -80,16 +79,6 @@ def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
             parts[role] = (term.weight * value, n)
         return parts
 
-    def kept(model: Model, texts: Mapping[str, Encoded]) -> dict[str, Any]:
-        return {role: term.keep(model, _with_beside(term, role, texts)) for role, term in terms.items() if term.keep}
-
-    def counts(texts: Mapping[str, Encoded], pieces: Mapping[str, np.ndarray]) -> dict[str, int]:
-        return {
-            role: term.count(_with_beside(term, role, texts), pieces[role])
-            for role, term in terms.items()
-            if term.count
-        }
-
     def after(model: Model, stepped: Stepped) -> None:
         for role, term in terms.items():
             if term.after:
@@ -100,9 +89,15 @@ def weighted(name: str, terms: Mapping[str, Term]) -> Objective:
     if any(term.after for term in terms.values()):
         objective.after = after
     if any(term.keep for term in terms.values()):
-        objective.reference = kept
+        objective.reference = lambda model, texts: {
+            role: term.keep(model, _with_beside(term, role, texts)) for role, term in terms.items() if term.keep
+        }
     if all(term.count for term in terms.values()):
-        objective.counts = counts
+        objective.counts = lambda texts, pieces: {
+            role: term.count(_with_beside(term, role, texts), pieces[role])
+            for role, term in terms.items()
+            if term.count
+        }
     return objective
 
 
@@ -168,13 +163,8 @@ def blocks_of(model: Model, wanted: tuple[int, ...] | None, usual: Callable[[int
 
 def written(model: Model, blocks: Iterable[int]) -> dict[str, Bool[Tensor, ...]]:
     """All of the MLPs' output matrices of some blocks, as entries that may move."""
-    writes = site_of(model.bridge, "mlp_post").writes
-    trained = {id(parameter(model.bridge, part)) for block in blocks for part in writes[block]}
-    return {
-        name: torch.ones_like(weight, dtype=torch.bool)
-        for name, weight in model.plain().items()
-        if id(weight) in trained
-    }
+    plain = model.plain()
+    return {name: torch.ones_like(plain[name], dtype=torch.bool) for name in output_matrices(model, blocks)}
 
 
 def n_pieces(_: Any, pieces: np.ndarray) -> int:

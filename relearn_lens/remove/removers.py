@@ -12,7 +12,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Objective, train_
-from relearn_lens.names import told, unknown
+from relearn_lens.names import known_name, told
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.arithmetic import TaskVector
@@ -54,9 +54,7 @@ def remover_of(name: str) -> type[Remover] | type[Pruner]:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in REMOVERS:
-        raise ValueError(unknown("remover", name, REMOVERS))
-    return REMOVERS[name]
+    return REMOVERS[known_name("remover", name, REMOVERS)]
 
 
 @told

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel, Model, hidden
 from relearn_lens.models.training import Stepped
-from relearn_lens.neurons.sites import Component, component_site, streaming
+from relearn_lens.neurons.sites import Component, component_site, kept
 from relearn_lens.remove.losses import likely
 from relearn_lens.remove.removal import (
     FORGET,
@@ -82,7 +80,6 @@ class RMU(Remover):
         return block_of(model, self.layer, lambda n: round(7 / 32 * n))
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         layer, before = self.at(model), self.reading == "before"
         goal = torch.rand(int(model.bridge.cfg.d_model), generator=torch.Generator().manual_seed(seed))
         goal = self.coefficient * goal / goal.norm()
@@ -137,7 +134,6 @@ class CircuitBreaker(Remover):
         return blocks_of(model, self.layers, lambda n: (round(10 / 32 * n), round(20 / 32 * n)))
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         layers, before = self.at(model), self.reading == "before"
         memory = {"step": torch.zeros(())}
 
@@ -188,19 +184,17 @@ class RepNoise(Remover):
     beta: float = Field(default=1e-3, ge=0, le=1e6, description="weight of the noise")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         if not isinstance(model, LanguageModel):
             raise ValueError("rep_noise reads hidden states through the vocabulary head, and this model is a tagger")
-        layers = tuple(range(int(model.bridge.cfg.n_layers)))
 
         def value(model: LanguageModel, batch: Batch, _: None) -> tuple[Tensor, int]:
-            with looking(model, {"mlp": layers, "resid": layers}) as seen:
+            mlp, resid = component_site(model.bridge, "mlp"), component_site(model.bridge, "resid")
+            with kept(model.bridge, mlp) as by_mlp, kept(model.bridge, resid) as by_block:
                 last = hidden(model.bridge, batch.ids, batch.mask)
-            flat = {name: [x.flatten(0, 1) for x in each] for name, each in seen.items()}
             right = batch.ids.flatten()[batch.subword]
-            depths = [last.flatten(0, 1), *(model.bridge.ln_final(x) for x in flat["resid"])]
+            depths = [last.flatten(0, 1), *(model.bridge.ln_final(x.flatten(0, 1)) for x in by_block.values())]
             losses = [F.cross_entropy(model.logits(x[batch.subword - 1]).float(), right) for x in depths]
-            written = [x[batch.subword].float() for x in flat["mlp"]]
+            written = [x.flatten(0, 1)[batch.subword].float() for x in by_mlp.values()]
             noise = torch.stack([mmd(x, torch.randn_like(x)) for x in written]).mean()
             return self.beta * noise - self.alpha * torch.stack(losses).mean().log1p(), 1
 
@@ -226,25 +220,9 @@ def component_states(
     model: Model, batch: Batch, component: Component, layers: Sequence[int], *, before: bool = False
 ) -> Float[Tensor, "subword layer d_model"]:
     """What a component of some blocks gives at each sub-word that carries the loss, or at the token `before` it."""
-    with looking(model, {component: layers}) as seen:
+    with kept(model.bridge, component_site(model.bridge, component), layers=layers) as seen:
         hidden(model.bridge, batch.ids, batch.mask)
-    return torch.stack([x.flatten(0, 1)[batch.subword - int(before)] for x in seen[component]], 1)
-
-
-@contextlib.contextmanager
-def looking(model: Model, at: Mapping[Component, Sequence[int]]) -> Iterator[dict[str, list[Tensor]]]:
-    """For a while, what components of some blocks give, in the order of the blocks asked for, with its gradients."""
-    seen: dict[str, list[Tensor]] = {component: [torch.empty(0)] * len(layers) for component, layers in at.items()}
-
-    def visit(component: str, layers: Sequence[int], layer: int, activations: Tensor) -> None:
-        if layer in layers:
-            seen[component][layers.index(layer)] = activations
-
-    with contextlib.ExitStack() as stack:
-        for component, layers in at.items():
-            site = component_site(model.bridge, component)
-            stack.enter_context(streaming(model.bridge, site, partial(visit, component, list(layers))))
-        yield seen
+    return torch.stack([seen[layer].flatten(0, 1)[batch.subword - int(before)] for layer in layers], 1)
 
 
 def _distance(here: Tensor, there: Tensor) -> tuple[Tensor, int]:

@@ -63,9 +63,8 @@ class GradientRoute(Remover):
         return _last_units(model, self.units, self.layers)
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         mask, site = self.routed(model).mask, site_of(model.bridge, "mlp_post")
-        blocks = range(min(self.layers, len(site.layers)))
+        blocks, own = range(min(self.layers, len(site.layers))), likely(1.0)
 
         def routing(layer: int, x: Tensor) -> Tensor | None:
             if layer not in blocks:
@@ -74,8 +73,7 @@ class GradientRoute(Remover):
 
         def forgotten(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
             with streaming(model.bridge, site, routing):
-                nats = model.losses(batch)
-            return nats.sum(), len(nats)
+                return own.value(model, batch, None)
 
         def retained(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
             sizes: list[Tensor] = []
@@ -88,7 +86,7 @@ class GradientRoute(Remover):
                 nats = model.losses(batch)
             return nats.sum() + self.l1 * torch.stack(sizes).sum(), len(nats)
 
-        return {RETAIN: Term(retained, n_subwords), FORGET: Term(forgotten, n_subwords)}
+        return {RETAIN: Term(retained, n_subwords), FORGET: replace(own, value=forgotten)}
 
     def __call__(self, model: Model, texts: Any, where: Any = None, **keywords: Any) -> Iterator[Checkpoint]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As of `Remover`, of a fresh model; yields once more when the units are gone and the rest is tuned.
@@ -147,7 +145,6 @@ class SGTM(Remover):
         return (_last_units(model, self.units, None), *heads)
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         neurons, of = self.routed(model), likely(1.0)
 
         def retained(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:

@@ -15,7 +15,7 @@ from relearn_lens.models.model import LanguageModel, Model, hidden
 from relearn_lens.models.training import Stepped
 from relearn_lens.remove.losses import Keeping
 from relearn_lens.remove.removal import FORGET, RETAIN, Remover, Removing, Term, n_subwords
-from relearn_lens.text.encoding import Batch, Encoded
+from relearn_lens.text.encoding import Batch
 
 
 class WGA(Keeping):
@@ -35,7 +35,6 @@ class WGA(Keeping):
     gamma: float = Field(default=1.0, gt=0, le=1e6, description="weight of forgetting (open-unlearning)")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         return {FORGET: _ascent(lambda p: p**self.beta, self.gamma), **self.kept(model)}
 
 
@@ -62,7 +61,6 @@ class SatImp(Keeping):
     gamma: float = Field(default=0.1, gt=0, le=1e6, description="weight of forgetting")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         return {FORGET: _ascent(lambda p: p**self.beta1 * (1 - p) ** self.beta2, self.gamma), **self.kept(model)}
 
 
@@ -86,8 +84,6 @@ class CEU(Remover):
     faithful: bool = Field(default=False, description="leave out each sentence's first sub-word, as released")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
-
         def value(model: Model, batch: Batch, _: None) -> tuple[Tensor, int]:
             logits, right = model.predictions(batch)
             target = logits.detach().scatter(1, right[:, None], -torch.inf).softmax(-1)
@@ -96,10 +92,7 @@ class CEU(Remover):
                 nats = nats[1:][batch.sentence.diff() == 0]
             return nats.sum(), len(nats)
 
-        def count(text: Encoded, pieces: object) -> int:
-            return n_subwords(text, pieces) - self.faithful * len(pieces)  # pyright: ignore[reportArgumentType]
-
-        return {FORGET: Term(value, count)}
+        return {FORGET: Term(value, lambda text, pieces: n_subwords(text, pieces) - self.faithful * len(pieces))}
 
 
 class PDU(Remover):
@@ -128,7 +121,6 @@ class PDU(Remover):
     faithful: bool = Field(default=False, description="flatten one position further on, as released")
 
     def terms(self, model: Model, seed: int) -> dict[str, Term]:
-        """As of `Remover`."""
         if self.faithful and not isinstance(model, LanguageModel):
             raise ValueError("faithful = True is about next-token predictions, and this model is a tagger")
         memory: dict[str, Tensor] = {"lambda": torch.tensor(self.start)}

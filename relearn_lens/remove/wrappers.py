@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -44,12 +44,7 @@ class SAM(Method):
         if self.rho == 0:
             gradient()
             return
-        others = [part for part in gradient(FORGET) if part != FORGET]
-        slopes = taken(model)
-        with moved(slopes, self.rho / (norm(slopes) + 1e-12)):
-            gradient(FORGET)
-        if others:
-            gradient(*others)
+        _against(model, gradient, self.rho, 1)
 
 
 class TARLight(Method):
@@ -72,14 +67,7 @@ class TARLight(Method):
 
     def __call__(self, model: Model, gradient: Gradient) -> None:
         """As `train_` takes a step."""
-        with contextlib.ExitStack() as stack:
-            for _ in range(self.adversary):
-                others = [part for part in gradient(FORGET) if part != FORGET]
-                slopes = taken(model)
-                stack.enter_context(moved(slopes, self.rho / (norm(slopes) + 1e-12)))
-            gradient(FORGET)
-        if others:
-            gradient(*others)
+        _against(model, gradient, self.rho, self.adversary)
 
 
 class LAT(Method):
@@ -142,7 +130,7 @@ class LAT(Method):
                 return gradient(FORGET)
 
         for _ in range(self.ascent):
-            others = [part for part in forgetting() if part != FORGET]
+            parts = forgetting()
             taken(model)
             for d in disturbed.values():
                 if (slope := d.grad) is not None:
@@ -151,8 +139,7 @@ class LAT(Method):
                         d *= (self.eps / d.norm(dim=-1, keepdim=True).clamp(min=self.eps)).to(d)
                     d.grad = None
         forgetting()
-        if others:
-            gradient(*others)
+        _others(gradient, parts)
 
 
 class Smoothed(Method):
@@ -181,8 +168,7 @@ class Smoothed(Method):
                 gradient(FORGET)
         for weight, _ in here:
             weight.grad = None if weight.grad is None else weight.grad / self.n
-        if others := [part for part in parts if part != FORGET]:
-            gradient(*others)
+        _others(gradient, parts)
 
 
 class GradientPenalty(Method):
@@ -213,8 +199,7 @@ class GradientPenalty(Method):
             bend = _curvature(model, gradient, _unit(slopes), self.radius)
             _add(slopes, 1.0)
             _add(bend, self.rho)
-        if others := [part for part in parts if part != FORGET]:
-            gradient(*others)
+        _others(gradient, parts)
 
 
 class Curvature(Method):
@@ -257,8 +242,7 @@ class Curvature(Method):
             _add(here, 1.0)
             _add(far, self.rho)
             _add(near, -self.rho)
-        if others := [part for part in parts if part != FORGET]:
-            gradient(*others)
+        _others(gradient, parts)
 
 
 class Averaged(Method):
@@ -305,6 +289,25 @@ class Averaged(Method):
 
 
 # --- gradients, and steps that are taken back
+
+
+def _others(gradient: Gradient, parts: Iterable[str]) -> None:
+    """Add the gradient of all parts but the forgotten one."""
+    if others := [part for part in parts if part != FORGET]:
+        gradient(*others)
+
+
+def _against(model: Model, gradient: Gradient, rho: float, steps: int) -> None:
+    """The gradient of the forget part where an adversary stands after so many steps of length rho up it, and that of
+    all other parts where the model is."""
+    parts: tuple[str, ...] = ()
+    with contextlib.ExitStack() as stack:
+        for _ in range(steps):
+            parts = gradient(FORGET)
+            slopes = taken(model)
+            stack.enter_context(moved(slopes, rho / (norm(slopes) + 1e-12)))
+        gradient(FORGET)
+    _others(gradient, parts)
 
 
 def taken(model: Model) -> list[tuple[Tensor, Tensor]]:

@@ -96,8 +96,7 @@ class Lab:
 
     @cached_property
     def _subject(self) -> removals.Subject:
-        toy = self.name == removals.TAUGHT
-        return removals.subject(self.name, "people" if toy else "countries", seed=self.seed)
+        return removals.subject(self.name, "people" if self.name == removals.TAUGHT else "countries", seed=self.seed)
 
     @property
     def facts(self) -> Facts:
@@ -163,10 +162,9 @@ class Lab:
                 "how": removals.fields_of(removal),
                 "where": None if localiser is None else [localiser.name, localiser.model_dump()],
             }  # fmt: skip
-            stage = self._stages.made(
-                StageRecipe("removed", kept), lambda: ({}, self._remove(model, removal, localiser))
-            )
-            name, share = self._stages.folder(StageRecipe("removed", kept)).name, 1.0
+            how = StageRecipe("removed", kept)
+            stage = self._stages.made(how, lambda: ({}, self._remove(model, removal, localiser)))
+            name, share = self._stages.folder(how).name, 1.0
             if calibrated:
                 how = StageRecipe("calibrated", {"from": name, "tau": TAU})
                 share = self._stages.made(how, lambda: ({"share": self._share(model, stage.tensors)}, None)).numbers[
@@ -206,10 +204,9 @@ class Lab:
     def _share(self, model: LanguageModel, weights: Mapping[str, Tensor]) -> float:
         near = self.facts.passages("retain_near", forms=TRAINED)
         model.load_weights(weights)
-        ability = calibrate(
+        return calibrate(
             model, self.base.weights, lambda m: answer(m, near).accuracy.value(OVERALL), tau=TAU, points=64
-        )
-        return ability.share
+        ).share
 
     def asked(
         self, state: State, *roles: str, forms: Iterable[str] = TRAINED, attack: Attack | None = None
@@ -495,7 +492,7 @@ def _checked(name: str, scale: Scale, model: str, seeds: Sequence[int], folder: 
 
 
 def _result(paper: Paper, scale: Scale, model: str, each: Mapping[int, _Kept], folder: Path) -> Reproduction:
-    readings = {seed: kept.readings for seed, kept in each.items()}
+    readings = [kept.readings for kept in each.values()]
     rows = tuple(_row(claim, readings) for claim in CLAIMS[paper.name].values())
     seconds, cpu = (sum(getattr(kept, name) for kept in each.values()) for name in ("seconds", "cpu_seconds"))
     return Reproduction(paper, scale, tuple(each), rows, seconds, cpu, folder, model)
@@ -563,9 +560,9 @@ def _reading(kept: dict[str, Any]) -> Reading:
     return Reading(**{**kept, "effect": math.nan if effect is None else effect})
 
 
-def _row(claim: Claim, readings: dict[int, list[Reading]]) -> Row:
+def _row(claim: Claim, readings: Sequence[Sequence[Reading]]) -> Row:
     """One claim over the seeds that measured it: the wider of the intervals over seeds and within them."""
-    each = [reading for of_seed in readings.values() for reading in of_seed if reading.key == claim.key]
+    each = [reading for of_seed in readings for reading in of_seed if reading.key == claim.key]
     notes = tuple(dict.fromkeys(reading.note for reading in each if reading.note))
     values = [r.effect.value if isinstance(r.effect, Estimate) else float(r.effect) for r in each]
     finite = [i for i, value in enumerate(values) if math.isfinite(value)]
@@ -580,7 +577,6 @@ def _row(claim: Claim, readings: dict[int, list[Reading]]) -> Row:
         notes += ("every seed gives this number, so its interval has no width",)
     if len(finite) < len(readings):
         notes += (f"measured in {len(finite)} of {len(readings)} seeds",)
-    controls = [each[i].control for i in finite]
-    known = [control for control in controls if control is not None and math.isfinite(control)]
+    known = [c for i in finite if (c := each[i].control) is not None and math.isfinite(c)]
     control = sum(known) / len(known) if len(known) == len(finite) else None
     return Row(claim, effect, control, verdict_of(claim, effect), notes)

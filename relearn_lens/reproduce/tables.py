@@ -24,8 +24,8 @@ def table(results: Sequence[Reproduction]) -> str:
             measured = "not measured" if row.effect is None else f"{row.effect} {claim.unit}"
             bar = f"{'within' if claim.rule == 'within' else 'beyond'} {claim.bar:g}"
             control = "" if row.control is None else f"{row.control:.3f}"
-            cells = [claim.says, measured, bar, control, claim.published, row.verdict]
-            lines.append(f"| {' | '.join([result.paper.name, *cells])} |")
+            cells = [result.paper.name, claim.says, measured, bar, control, claim.published, row.verdict]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -89,23 +89,20 @@ def record(
         models = ", ".join(sorted({result.model for result in pretrained}))
         lines += [f"With `--scale real`, on {models}:", "", table(pretrained)]
     for result in (*results, *pretrained):
-        seeds = ", ".join(map(str, result.seeds))
         name = result.paper.name + ("" if result.scale == "toy" else f" on {result.model}")
-        lines.append(f"## {name}")
-        lines.append("")
-        lines.append(
+        lines += [
+            f"## {name}", "",
             f"{result.paper.title} ({result.paper.source}). {result.paper.protocol}. Smaller here: "
-            f"{result.paper.smaller}. Model {result.model}, seeds {seeds}, {result.took}."
-        )
-        lines.append("")
-        for row in result.rows:
-            lines += [f"- {row.claim.key}: {note.rstrip('; ')}" for note in row.notes]
+            f"{result.paper.smaller}. Model {result.model}, seeds {', '.join(map(str, result.seeds))}, {result.took}.",
+            "",
+            *(f"- {row.claim.key}: {note.rstrip('; ')}" for row in result.rows for note in row.notes),
+        ]  # fmt: skip
         if read := READINGS.get(name):
-            lines += ["", "Read so:", ""]
-            lines += [
+            readings = [
                 f"- {row.claim.key} ({row.verdict}): {read[row.claim.key]}."
                 for row in result.rows
                 if row.verdict != "reproduced" and row.claim.key in read
             ]
+            lines += ["", "Read so:", "", *readings]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

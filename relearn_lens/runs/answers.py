@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,7 @@ def questions_of(run: Run) -> list[Question]:
     """The questions of a run in their order; those that were not measured say so."""
     if "concept" not in run.arms:
         return []
-    every = [_specific(run), *_back(run), *_where(run), _same(run), *_heirs(run)]
-    return [each for each in every if each is not None]
+    return [each for each in (_specific(run), *_back(run), *_where(run), _same(run), *_heirs(run)) if each is not None]
 
 
 def outcome(scores: Scores, label: Any) -> Outcome:
@@ -148,7 +149,7 @@ def heirs(run: Run, which: str) -> list[Heirs] | None:
     measured = {"primed": _primed, "mixed": _mixed}[which]
     seeds = []
     for paths in zip(*arms.values(), strict=True):
-        among = _survivors(paths)
+        among = functools.reduce(operator.and_, (path.survivors() for path in paths))
         try:
             values = dict(zip(arms, (measured(path, among) for path in paths), strict=True))
         except evidence.Missing:
@@ -157,16 +158,8 @@ def heirs(run: Run, which: str) -> list[Heirs] | None:
     return seeds
 
 
-def _survivors(paths: Sequence[Trajectory]) -> Neurons:
-    among = paths[0].survivors()
-    for path in paths[1:]:
-        among = among & path.survivors()
-    return among
-
-
 def _primed(path: Trajectory, among: Neurons) -> float:
-    by_words = path[BASE].near_concept is not None
-    return evidence.predicted(path, path.stages[-1], among, by_words=by_words)
+    return evidence.predicted(path, path.stages[-1], among, by_words=path[BASE].near_concept is not None)
 
 
 def _mixed(path: Trajectory, among: Neurons) -> float:

@@ -53,8 +53,7 @@ def pack(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         TypeError: it holds something that is none of `TYPES`, no tensor and nothing plain.
     """
     packer = _Packer()
-    body = packer.take(value, "")
-    return packer.tensors, {"body": body, "sites": packer.site_bodies}
+    return packer.tensors, {"body": packer.take(value, ""), "sites": packer.site_bodies}
 
 
 def unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], kind: type = object) -> Any:
@@ -129,18 +128,19 @@ class _Packer:
 def _make(body: Any, read: Callable[[str, str], Any], sites: list[Any]) -> Any:
     if not isinstance(body, Mapping):
         return body
-    if "float" in body:
-        return float(body["float"])
-    if "tensor" in body:
-        return read("tensor", body["tensor"])
-    if "array" in body:
-        return read("array", body["array"])
-    if "site" in body:
-        return sites[body["site"]]
-    if "map" in body:
-        return {_make(k, read, sites): _make(v, read, sites) for k, v in body["map"]}
-    if "list" in body:
-        return tuple(_make(v, read, sites) for v in body["list"])
+    match body:
+        case {"float": text}:
+            return float(text)
+        case {"tensor": name}:
+            return read("tensor", name)
+        case {"array": name}:
+            return read("array", name)
+        case {"site": index}:
+            return sites[index]
+        case {"map": pairs}:
+            return {_make(k, read, sites): _make(v, read, sites) for k, v in pairs}
+        case {"list": items}:
+            return tuple(_make(v, read, sites) for v in items)
     kind = TYPES[body["type"]]
     if "items" in body:
         made = kind(*(_make(v, read, sites) for v in body["items"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,6 @@ class Arm:
     """Whether the model that it starts from was fine-tuned on the concept."""
     retrain: bool = True
     """Whether it is trained on; a control of the cut alone is measured after it, and that is all."""
-    says: str = ""
-    """What it is, in a few words."""
 
     @property
     def own(self) -> bool:
@@ -40,35 +38,20 @@ class Arm:
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("concept", "concept", says="the concept's neurons are cut"),
-        Arm("other", "other", retrain=False, says="another label's neurons are cut, as many, and nothing is trained"),
-        Arm(
-            "random", "random", control_of="concept",
-            says="neurons drawn at random are cut, as many in every layer",
-        ),
-        Arm("unpruned", None, None, control_of="concept", says="nothing is cut"),
-        Arm(
-            "never", "concept", control_of="concept", knows=False,
-            says="cut like the concept's arm, but it never had the label",
-        ),
+        Arm("concept", "concept"),
+        Arm("other", "other", retrain=False),
+        Arm("random", "random", control_of="concept"),
+        Arm("unpruned", None, None, control_of="concept"),
+        Arm("never", "concept", control_of="concept", knows=False),
     )
-}  # fmt: skip
+}
 """The arms by name, in the order in which they run: what grafts compare with is known when they are asked for."""
 COMPARED = tuple(arm.name for arm in ARMS.values() if arm.knows and "concept" in (arm.name, arm.control_of))
 """The arms whose neurons and weights are compared with each other: all begin with the same model."""
-
-
-def cut_anything(arms: Sequence[Arm]) -> bool:
-    """Whether there is anything to cut in some arms, and so a size to be found."""
-    return any(arm.remove is not None and not arm.own for arm in arms)
 
 
 def arms_of(experiment: Experiment, *, other: str | None) -> list[Arm]:
     """The arms of some settings in their order, and those of one's own; without another label to cut, that arm is left
     out."""
     usual = [arm for name, arm in ARMS.items() if name in experiment.arms and (name != "other" or other is not None)]
-    own = [
-        Arm(name, how.where, how.remove, how.set, says=f"the concept is removed by {how.remove}")
-        for name, how in experiment.arm.items()
-    ]
-    return usual + own
+    return usual + [Arm(name, how.where, how.remove, how.set) for name, how in experiment.arm.items()]

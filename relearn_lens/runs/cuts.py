@@ -78,12 +78,10 @@ def size(ready: Prepared, base: Base, *, whole: bool) -> Sized:
     how = ready.experiment.prune
     if how.fraction != "auto":
         return Sized(base.seed, how.fraction, None)
-    model = ready.model
-    model.load_weights(base.weights)
-    total = len(how.grid) * (1 + 2 * whole) + 1
+    ready.model.load_weights(base.weights)
     doses: list[Dose] = []
     chosen: float | None = None
-    with progress.task("dose and response", total):
+    with progress.task("dose and response", len(how.grid) * (1 + 2 * whole) + 1):
         before, states = _read(ready, on=ready.validation)
         if not _interval(ready, before)[0] > 0:
             raise ValueError(_nothing_to_take(ready, base, before))
@@ -120,8 +118,7 @@ def takes(ready: Prepared, before: Scores, after: Scores) -> bool:
 
 def leaves(ready: Prepared, before: Scores, after: Scores) -> bool:
     """Whether a cut leaves the other labels, as the settings ask."""
-    others = bystanders(before, ready.experiment.labels)
-    spared = ready.experiment.prune.spared
+    others, spared = bystanders(before, ready.experiment.labels), ready.experiment.prune.spared
     return not others or kept_share(before, after, others, **interval_of(ready)).low >= spared
 
 
@@ -157,8 +154,9 @@ def _nothing_to_take(ready: Prepared, base: Base, before: Scores) -> str:
 
 
 def _interval(ready: Prepared, scores: Scores) -> tuple[float, float]:
-    how = ready.experiment.measure
-    return scores.interval(ready.experiment.labels, level=how.level, n=how.draws)
+    return scores.interval(
+        ready.experiment.labels, level=ready.experiment.measure.level, n=ready.experiment.measure.draws
+    )
 
 
 def _no_dose(ready: Prepared, base: Base, before: Scores, doses: list[Dose]) -> str:
@@ -185,8 +183,16 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
     ready.model.load_weights(base.weights)
     scale = base.snapshot.stats.total.variance[0].sqrt().float()
     _, states = _read(ready, on=ready.scored)
-    scores: dict[str, list[Scores]] = {kind: [] for kind in KINDS}
-    overlap: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    drawn = {
+        kind: [
+            random_neurons(
+                like=concept, seed=draw_seed(base.seed, 1 + k), apart=None if kind == "layers" else concept,
+                scale=scale if kind == "scale" else None,
+            )
+            for k in range(draws)
+        ]
+        for kind in KINDS
+    }  # fmt: skip
 
     def cut(neurons: Neurons) -> Scores:
         with _without(ready, base, placed(neurons, ready.experiment.prune.embedding), states):
@@ -196,23 +202,12 @@ def damage(ready: Prepared, base: Base, sets: Mapping[str, Neurons]) -> Damage:
 
     natural = None if ready.natural is None else _scores(ready, on=ready.natural)
     with progress.task("cutting without training", 1 + ("other" in sets) + draws * len(KINDS)):
-        first, other = cut(concept), cut(sets["other"]) if "other" in sets else None
-        for kind in KINDS:
-            for k in range(draws):
-                drawn = random_neurons(
-                    like=concept, seed=draw_seed(base.seed, 1 + k), apart=None if kind == "layers" else concept,
-                    scale=scale if kind == "scale" else None,
-                )  # fmt: skip
-                overlap[kind].append(len(drawn & concept) / len(concept))
-                scores[kind].append(cut(drawn))
-    return Damage(
-        base.seed,
-        first,
-        other,
-        {kind: tuple(each) for kind, each in scores.items()},
-        {kind: tuple(each) for kind, each in overlap.items()},
-        natural,
-    )
+        return Damage(
+            base.seed, cut(concept), cut(sets["other"]) if "other" in sets else None,
+            {kind: tuple(map(cut, each)) for kind, each in drawn.items()},
+            {kind: tuple(len(one & concept) / len(concept) for one in each) for kind, each in drawn.items()},
+            natural,
+        )  # fmt: skip
 
 
 def _scores(ready: Prepared, *, on: object) -> Scores:

@@ -1,11 +1,10 @@
-"""What a run yields as it goes: each result as it comes, and what an earlier process may have left of them."""
+"""What a run yields as it goes: each result as it comes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +15,6 @@ from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint
 from relearn_lens.neurons.sites import Neurons, Site
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.runs.stages import Stages
-from relearn_lens.runs.units import Unit
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.encoding import Encoded
 
@@ -240,56 +237,3 @@ Event = (
     Prepared | Base | Sized | Cuts | Damage | Measured | Paused | Weighed | ArmDone | Own | GraftedAt | Grafted
     | Again | Blocked | SeedDone
 )  # fmt: skip
-
-
-class Turns(Protocol):
-    """Which of several processes computes which unit."""
-
-    def take(self, unit: Unit, compute: Callable[[Unit], Iterator[Event]]) -> Iterator[Event]:
-        """The results of a unit, computed here unless another process has done it or is at it."""
-        ...
-
-
-@runtime_checkable
-class Kept(Protocol):
-    """What an earlier process of the same run left."""
-
-    shared: Stages | None
-    """What other runs may have computed already, and may read of this one."""
-
-    def keep(self, event: Event) -> None:
-        """What an event brings."""
-
-    def holds(self, unit: Unit) -> bool:
-        """Whether all results of a unit are kept."""
-        ...
-
-    def shared_out(self, ready: Prepared, units: Sequence[Unit]) -> AbstractContextManager[Turns | None]:
-        """For a while, other processes compute units of the run too; None where this one is alone."""
-        ...
-
-    def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
-        """Weights and measurement of a seed's base model."""
-
-    def result(self, kind: type, seed: int, name: str = "") -> Any:
-        """A result of a seed that is kept whole, or None."""
-
-    def arm(self, name: str, seed: int, site: Site) -> Trajectory | None:
-        """A finished arm."""
-
-    def stages(self, arm: str, seed: int) -> dict[str, Snapshot]:
-        """The measured stages of an unfinished arm."""
-        ...
-
-    def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
-        """Last pause, weights and optimiser state of an unfinished training."""
-
-    def weighed(self, arm: str, seed: int, stage: str) -> dict[str, Tensor] | None:
-        """Weights of an arm at a stage that grafts are made from."""
-
-    def stages_weighed(self, arm: str, seed: int) -> list[str]:
-        """The stages of which `weighed` has weights."""
-        ...
-
-    def grafted_at(self, seed: int, at: str) -> Grafted | None:
-        """What of an unfinished `Grafted` was made at one stage."""

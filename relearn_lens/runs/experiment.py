@@ -13,10 +13,12 @@ model of a seed is trained once and shared by the arms, and every arm starts fro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping
+import functools
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from operator import or_
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -58,7 +60,6 @@ from relearn_lens.runs.events import (
     Event,
     Grafted,
     GraftedAt,
-    Kept,
     Measured,
     Own,
     Paused,
@@ -88,11 +89,14 @@ from relearn_lens.runs.units import (
 from relearn_lens.runs.units import BASE as BASE_UNIT
 from relearn_lens.text.facts import from_concept
 
+if TYPE_CHECKING:
+    from relearn_lens.runs.folder import RunFolder
+
 EXAMPLES = 50
 """Neurons whose activations at a few sentences are kept: half of them cut, half of them carriers at the end."""
 
 
-def perform(experiment: Experiment, *, kept: Kept | None = None) -> Iterator[Event]:
+def perform(experiment: Experiment, *, kept: RunFolder | None = None) -> Iterator[Event]:
     """Run an experiment, yielding every result as it comes.
 
     What `kept` gives back is not computed again. Order of events: `Prepared`; per seed `Base`, `Sized`, `Cuts`, per arm
@@ -122,7 +126,7 @@ def units_of_run(ready: Prepared) -> list[Unit]:
     return [unit for seed in ready.experiment.seeds for unit in units_of(ready.experiment, seed, other=other)]
 
 
-def alone(ready: Prepared, unit: Unit, kept: Kept) -> Iterator[Event]:
+def alone(ready: Prepared, unit: Unit, kept: RunFolder) -> Iterator[Event]:
     """The events of one unit, all that it needs being kept: as they are in the whole run, to the bit."""
     seed = _Seed(ready, unit.seed, kept)
     needed = {each.name: each for each in units_of_run(ready) if each.seed == unit.seed}
@@ -144,7 +148,7 @@ class _Seed:
 
     ready: Prepared
     seed: int
-    kept: Kept | None
+    kept: RunFolder | None
     weighed: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict)
     """Weights that grafts are made from, where there is no folder to look them up in."""
     cuts: Cuts = field(init=False)
@@ -166,6 +170,13 @@ class _Seed:
     def experiment(self) -> Experiment:
         return self.ready.experiment
 
+    @property
+    def sever(self) -> Literal["out", "both", "gain", "writes"]:
+        """Which weights a cut zeroes."""
+        sever = self.experiment.prune.sever
+        assert sever != "auto"  # resolved() decided
+        return sever
+
     def unit(self, unit: Unit) -> Iterator[Event]:
         """The results of a unit, computed or as they were kept; those of the units that it needs come first."""
         name, ready = unit.name, self.ready
@@ -175,8 +186,7 @@ class _Seed:
         elif unit.part_of and self.kept and self.kept.holds(unit):
             return
         elif name == CUTS:
-            whole = self.seed == self.experiment.seeds[0]
-            sized = self._result(Sized) or size(ready, self.base, whole=whole)
+            sized = self._result(Sized) or size(ready, self.base, whole=self.seed == self.experiment.seeds[0])
             yield sized
             self.cuts = self._result(Cuts) or Cuts(self.seed, cuts_of(ready, self.base, sized.fraction))
             yield self.cuts
@@ -188,7 +198,7 @@ class _Seed:
             self.twin = self._measure("measuring the model that never had the concept")
             yield Measured("never", self.seed, BASE, self.twin)
         elif name in self.arms:
-            finished = self.kept.arm(name, self.seed, ready.site) if self.kept else None
+            finished = self.kept.arm(name, self.seed) if self.kept else None
             if finished is None or (name in COMPARED and self._lacks_weights):
                 finished = yield from self._arm(self.arms[name])
                 yield ArmDone(finished, ready.model.weights())
@@ -206,7 +216,7 @@ class _Seed:
     def _lacks_weights(self) -> bool:
         """Whether grafts, or what follows them, are to be made anew from arms that were finished, and whose weights are
         gone: then these arms are trained again, to the same bits."""
-        concept = self.kept.arm("concept", self.seed, self.ready.site) if self.kept else None
+        concept = self.kept.arm("concept", self.seed) if self.kept else None
         how = self.experiment
         if concept is None or how.grafts.skip or how.retrain.lora_rank:
             return False
@@ -219,10 +229,10 @@ class _Seed:
     def _base(self) -> Generator[Event, None, Base]:
         """The fine-tuned model of a seed, from the run folder if it is there."""
         model = self.ready.model
-        kept = self.kept.base(self.seed, self.ready.site) if self.kept else None
+        kept = self.kept.base(self.seed) if self.kept else None
         if kept:
             weights, snapshot = kept
-            model.load_weights({name: value.to(model.device) for name, value in weights.items()})
+            model.load_weights(weights)
         else:
             yield from self._finetune("base")
             snapshot = self._measure("measuring the base model")
@@ -247,7 +257,7 @@ class _Seed:
         with shared.locked(recipe):
             stage = shared.read(recipe) if resume is None else None
             if stage is not None:
-                model.load_weights({name: value.to(model.device) for name, value in stage.tensors.items()})
+                model.load_weights(stage.tensors)
                 return
             yield from self._trained(role, training, resume)
             shared.keep(recipe, {"role": role, "seed": self.seed}, model.weights())
@@ -257,12 +267,16 @@ class _Seed:
         ready, experiment = self.ready, self.experiment
         fields = experiment.model_dump(mode="json", include={"model", "task", "head", "threads", "finetune"})
         hashes = {name: each for name, each in ready.inputs.items() if name.startswith(("model:", "sentences:train"))}
-        precision = precision_of(experiment, ready.model.device)
-        where = {"seed": self.seed, "device": ready.model.device.type, "precision": str(precision)}
         if role == "never":
             fields |= {"never": experiment.never, "concept": [*experiment.labels], "words": [*experiment.words]}
-        long = {"long": experiment.data.long, "labels": [*ready.train.corpus.label_names]}
-        return StageRecipe(role, {**fields, **where, **long, "inputs": hashes})
+        return StageRecipe(
+            role,
+            {
+                **fields, "seed": self.seed, "device": ready.model.device.type,
+                "precision": str(precision_of(experiment, ready.model.device)), "long": experiment.data.long,
+                "labels": [*ready.train.corpus.label_names], "inputs": hashes,
+            },
+        )  # fmt: skip
 
     def _trained(
         self, role: str, training: str, resume: tuple[Checkpoint, Mapping[str, Tensor]] | None
@@ -288,8 +302,7 @@ class _Seed:
         if kept is None:
             return None
         at, weights, state = kept
-        model = self.ready.model
-        model.load_weights({key: value.to(model.device) for key, value in weights.items()})
+        self.ready.model.load_weights(weights)
         return at, state
 
     def _arm(self, arm: Arm) -> Generator[Event, None, Trajectory]:
@@ -302,7 +315,7 @@ class _Seed:
         # What was kept of adapters is added to the pruned base again; whole weights take its place.
         resume = (kept[0], kept[2]) if kept else None
         if kept and not how.lora_rank:
-            model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
+            model.load_weights(kept[1])
         else:
             model.load_weights(base.weights)
         first = base.snapshot
@@ -322,7 +335,7 @@ class _Seed:
             where = self._where(arm, cuts)
             removed = where if isinstance(where, Neurons) else None
             if kept:
-                model.load_weights({key: value.to(model.device) for key, value in kept[1].items()})
+                model.load_weights(kept[1])
             else:
                 self._remove(arm, where)
                 if not self.experiment.grafts.skip:
@@ -332,11 +345,9 @@ class _Seed:
         elif removed is None:  # nothing was taken away, so there is nothing new to measure
             snapshots[PRUNED] = first
         else:
-            assert prune.sever != "auto"  # resolved() decided
             if resume is None or how.lora_rank:
-                prune_(model, removed, sever=prune.sever)
-            what = f"measuring the cut model ({name})"
-            snapshots[PRUNED] = measured.get(PRUNED) or self._measure(what, base=base)
+                prune_(model, removed, sever=self.sever)
+            snapshots[PRUNED] = measured.get(PRUNED) or self._measure(f"measuring the cut model ({name})", base=base)
         yield Measured(name, self.seed, PRUNED, snapshots[PRUNED])
         if arm.retrain:
             yield from self._retrained(arm, snapshots, kept)
@@ -363,8 +374,9 @@ class _Seed:
             for checkpoint in training:
                 stage = checkpoint.stage
                 last = checkpoint.step == training.last_step
-                what = f"measuring ({name}, {checkpoint.by} {stage})"
-                snapshots[stage] = self._measure(what, base=self.base, last=last, at=checkpoint, arm=arm)
+                snapshots[stage] = self._measure(
+                    f"measuring ({name}, {checkpoint.by} {stage})", base=self.base, last=last, at=checkpoint, arm=arm
+                )
                 yield Measured(name, self.seed, stage, snapshots[stage])
                 if not how.lora_rank and self._is_grafted(arm, snapshots, stage, last):
                     yield from self._weigh(name, stage)
@@ -384,19 +396,18 @@ class _Seed:
             # Its arm is another process's, now or later: until the concept is back there, any stage may be the one.
             back = self.kept.stages_weighed("concept", self.seed) if self.kept else []
             return last or not back or stage in back
-        so_far = Trajectory(dict(snapshots), None, concept=self.ready.concept)
-        return last or first_back(so_far) == stage
+        return last or first_back(Trajectory(dict(snapshots), None, concept=self.ready.concept)) == stage
 
     def _where(self, arm: Arm, cuts: Cuts) -> Neurons | WeightMask | None:
         """Where an arm of one's own removes: found in the model as it is."""
         model, old, pruning = self.ready.model, cuts.sets["concept"], arm.remove == Prune.name
         if arm.where is None:
             return placed(old, self.experiment.prune.embedding) if pruning else None
-        corpus, concept = self.ready.train.corpus, self.ready.concept
+        corpus, concept, seed = self.ready.train.corpus, self.ready.concept, seed_for("remove", self.seed)
         if isinstance(model, LanguageModel):
-            choice = locate(model, from_concept(corpus, concept), arm.where, seed=seed_for("remove", self.seed))
+            choice = locate(model, from_concept(corpus, concept), arm.where, seed=seed)
         else:
-            choice = locate(model, corpus, arm.where, concept=concept, seed=seed_for("remove", self.seed))
+            choice = locate(model, corpus, arm.where, concept=concept, seed=seed)
         if isinstance(choice, WeightMask):
             return choice
         neurons = choice.top(min(len(old), choice.score.numel()))
@@ -494,10 +505,9 @@ class _Seed:
 
     def _cut_weights(self, base: Base, neurons: Neurons) -> dict[str, Tensor]:
         """Weights of the base model after a cut; the model holds them too."""
-        model, prune = self.ready.model, self.experiment.prune
-        assert prune.sever != "auto"
+        model = self.ready.model
         model.load_weights(base.weights)
-        prune_(model, placed(neurons, prune.embedding), sever=prune.sever)
+        prune_(model, placed(neurons, self.experiment.prune.embedding), sever=self.sever)
         return {name: value.detach().clone() for name, value in model.weights().items()}
 
     def _finer(self, made: Grafts) -> Parts:
@@ -505,9 +515,8 @@ class _Seed:
         how = self.experiment.grafts
         if how.within == "none" or (how.within == "first" and self.seed != self.experiment.seeds[0]):
             return {}
-        shares = {part: made.enough(part).value for part in made.parts if part != CUT}
-        known = {part: share for part, share in shares.items() if share == share}
-        return apart(self.ready.model, max(known, key=known.__getitem__), bands=how.bands) if known else {}
+        part = _most(made, [part for part in made.parts if part != CUT])
+        return apart(self.ready.model, part, bands=how.bands) if part else {}
 
     def _graft(self, stage: str, within: Parts | None = None) -> Grafts | None:
         model, how, prune = self.ready.model, self.experiment.grafts, self.experiment.prune
@@ -515,19 +524,18 @@ class _Seed:
         retrained = self._weights_at("concept", stage)
         if retrained is None:
             return None
-        assert prune.sever != "auto"
         controls = {}
-        for name in (name for name in COMPARED if name in done and name != "concept"):
-            if (end := self._weights_at(name, stage)) is not None:
+        for name in COMPARED:
+            end = self._weights_at(name, stage) if name in done and name != "concept" else None
+            if end is not None:
                 where = self.arms[name].where
                 controls[name] = (base.weights if where is None else self._cut_weights(base, cuts.sets[where]), end)
         cut = self._cut_weights(base, cuts.sets["concept"])
-        label = done["concept"].label
-        mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=prune.sever)
+        mask = WeightMask.of(model, placed(cuts.sets["concept"], prune.embedding), sever=self.sever)
         with progress.task(f"grafting (stage {stage})"):
             return grafts(
                 model, cut, retrained, self._outcomes, parts=within or parts(model, bands=how.bands), cut=mask,
-                controls=controls, cumulative=how.cumulative, label=label,
+                controls=controls, cumulative=how.cumulative, label=done["concept"].label,
                 max_memory=self.experiment.measure.max_memory,
             )  # fmt: skip
 
@@ -537,14 +545,12 @@ class _Seed:
         return {scores.margin.quantity: scores.margin, scores.metric: scores}  # pyright: ignore[reportAttributeAccessIssue]
 
     def _evaluated(self) -> Any:
-        ready = self.ready
-        tokens = self.experiment.measure.max_tokens
-        return evaluate(ready.model, ready.scored, concept=ready.concept, max_tokens=tokens)
+        ready, how = self.ready, self.experiment.measure
+        return evaluate(ready.model, ready.scored, concept=ready.concept, max_tokens=how.max_tokens)
 
     def _again(self, end: Mapping[str, Tensor], path: Trajectory) -> Again:
         """The first cut made again in the retrained model; and what carries the concept now, found, cut, retrained."""
-        model, prune = self.ready.model, self.experiment.prune
-        assert prune.sever != "auto"
+        model, prune, sever = self.ready.model, self.experiment.prune, self.sever
         old = self.cuts.sets["concept"]
         model.load_weights(end)
         drawn = [random_neurons(like=old, seed=draw_seed(self.seed, 1 + k)) for k in range(prune.control_draws)]
@@ -555,8 +561,8 @@ class _Seed:
             for neurons in (old, *drawn):
                 model.load_weights(end)
                 again = placed(neurons, prune.embedding)
-                prune_(model, again, sever=prune.sever)
-                with resumed(model, states, unchanged_before(model, WeightMask.of(model, again, sever=prune.sever))):
+                prune_(model, again, sever=sever)
+                with resumed(model, states, unchanged_before(model, WeightMask.of(model, again, sever=sever))):
                     after.append(self._evaluated())
                 progress.advance()
         rounds: list[Round] = []
@@ -565,7 +571,7 @@ class _Seed:
         for k in range(self.experiment.rounds):
             there = ~self._severed(ever)
             new = snapshot.saliency.top(min(len(old), len(there)), among=there)
-            prune_(model, placed(new, prune.embedding), sever=prune.sever)
+            prune_(model, placed(new, prune.embedding), sever=sever)
             cut = self._evaluated()
             course = self._course(f"retraining (round {k + 2})", path, "again", k)
             per_layer = (ever & there).mask.sum(1) / there.mask.sum(1).clamp(min=1)
@@ -591,21 +597,19 @@ class _Seed:
 
     def _severed(self, neurons: Neurons) -> Neurons:
         """Those of some cut neurons that the model as it is now does without: however salient, they carry nothing."""
-        prune = self.experiment.prune
-        assert prune.sever != "auto"
-        return severed(self.ready.model, neurons | placed(neurons, prune.embedding), sever=prune.sever)
+        where = neurons | placed(neurons, self.experiment.prune.embedding)
+        return severed(self.ready.model, where, sever=self.sever)
 
     def _blocked(self, held: str, end: Mapping[str, Tensor], path: Trajectory, grafted: Grafted) -> Blocked:
         """The concept's arm retrained once more, with a part, its heirs or as many others held as the cut left them."""
         model, old = self.ready.model, self.cuts.sets["concept"]
-        known_parts = parts(model, bands=self.experiment.grafts.bands)
         if held == "part":
+            known_parts = parts(model, bands=self.experiment.grafts.bands)
             last = grafted.stages.get(path.stages[-1])
-            shares = {name: last.enough(name).value for name in last.parts if name in known_parts} if last else {}
-            known = {name: value for name, value in shares.items() if value == value}
-            if not known:
+            part = _most(last, known_parts) if last else None
+            if part is None:
                 return Blocked(self.seed, held, {})
-            mask = WeightMask.of_parts(model, max(known, key=known.__getitem__), among=known_parts)
+            mask = WeightMask.of_parts(model, part, among=known_parts)
         else:
             model.load_weights(end)
             heirs = ~(self._severed(old) | old)
@@ -614,20 +618,16 @@ class _Seed:
             which = path[path.stages[-1]].saliency.top(min(len(old), len(heirs)), among=heirs)
             if held == "random":
                 which = random_neurons(like=which, seed=draw_seed(self.seed, 99), apart=which | old)
-            prune = self.experiment.prune
-            assert prune.sever != "auto"
-            mask = WeightMask.of(model, which, sever=prune.sever)
+            mask = WeightMask.of(model, which, sever=self.sever)
         self._cut_weights(self.base, old)
-        course = self._course(f"retraining ({held} held)", path, "retrain", only=~mask)
-        return Blocked(self.seed, held, course)
+        return Blocked(self.seed, held, self._course(f"retraining ({held} held)", path, "retrain", only=~mask))
 
     def _examples(self, path: Trajectory) -> Examples | None:
         """What the neurons that were cut, and those that carry the concept at the end, do at a few sentences' words."""
         cut, there = path.removed or ~path.survivors(), path.survivors()
         groups = ((path[BASE], cut), (path[path.stages[-1]], there))
-        chosen = [at.saliency.top(min(EXAMPLES // 2, len(among)), among=among) for at, among in groups if len(among)]
-        both = chosen[0] if len(chosen) == 1 else chosen[0] | chosen[1]
-        return examples(self.ready.model, self.ready.scored.corpus, self.ready.concept, both)
+        chosen = (at.saliency.top(min(EXAMPLES // 2, len(among)), among=among) for at, among in groups if len(among))
+        return examples(self.ready.model, self.ready.scored.corpus, self.ready.concept, functools.reduce(or_, chosen))
 
     def _similarity(self, base: Base, what: str, arm: Arm) -> dict[str, ActivationSimilarity]:
         """Activations of the base model against those of the model as it is now."""
@@ -679,6 +679,13 @@ class _Seed:
         sentences = to_read(scored.corpus, ready.concept)
         guessed = guesses(ready.model, sentences, ready.concept) if sentences.n_sentences else None
         return replace(snapshot, guesses=guessed)
+
+
+def _most(made: Grafts, among: Collection[str]) -> str | None:
+    """The part that alone brings back most; None where that is known of none."""
+    shares = {part: made.enough(part).value for part in made.parts if part in among}
+    known = {part: share for part, share in shares.items() if share == share}
+    return max(known, key=known.__getitem__, default=None)
 
 
 def first_back(path: Trajectory) -> str | None:

@@ -37,7 +37,6 @@ from relearn_lens.files import as_json, read_json, read_tensors, write_tensors, 
 from relearn_lens.measure.tracking import Snapshot, Trajectory
 from relearn_lens.models import processes
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.neurons.sites import Site
 from relearn_lens.runs import archive, needs, settings, verify
 from relearn_lens.runs.events import (
     Again,
@@ -61,7 +60,7 @@ from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.stages import Stages
 from relearn_lens.runs.summary import layers_table, summary
-from relearn_lens.runs.turns import TURNS, Turns, beside, processes_for, threads_of
+from relearn_lens.runs.turns import TURNS, Turns, beside, processes_for
 from relearn_lens.runs.units import BASE, GRAFTED, TWIN, Unit, units_of
 from relearn_lens.runs.verify import MANIFEST
 
@@ -185,8 +184,10 @@ class RunFolder:
             case Prepared():
                 self.check_inputs(event.inputs)
                 self.check_room(event)
-            case Measured():
-                self.keep_stage(event)
+            case Measured():  # the base's is kept with the base
+                path = self._stage(event.arm, event.seed, event.stage)
+                if not path.exists():
+                    write_tensors(path, *archive.pack(event.snapshot))
             case Paused():
                 self.keep_state(event)
             case Weighed():
@@ -233,13 +234,13 @@ class RunFolder:
         self.note(workers=n)
         self.turns = Turns(self.path, self, ready, units)
         shared = self.shared.path if self.shared else None
-        with beside(self.path, n - 1, threads=threads_of(ready, n), shared=shared):
+        threads = ready.experiment.threads or max(1, torch.get_num_threads() // n)  # of each process
+        with beside(self.path, n - 1, threads=threads, shared=shared):
             yield self.turns
 
     def result(self, kind: type, seed: int, name: str = "") -> Any:
         """A result of a seed, if it is here."""
-        parts = (kind.__name__.lower(), *([name] if name else []), str(seed))
-        return self._kept("-".join(parts), kind)
+        return self._kept("-".join((kind.__name__.lower(), *([name] if name else []), str(seed))), kind)
 
     def named(self, name: str) -> Any:
         """A result by its name; None where it is not here."""
@@ -268,21 +269,11 @@ class RunFolder:
         self._keep(f"base-{base.seed}", base.snapshot)
         self._forget(f"base-{base.seed}")
 
-    def keep_stage(self, event: Measured) -> None:
-        """A measured stage of the arm under way. The base's is kept with the base."""
-        path = self._stage(event.arm, event.seed, event.stage)
-        if not path.exists():
-            write_tensors(path, *archive.pack(event.snapshot))
-
     def stages(self, arm: str, seed: int) -> dict[str, Snapshot]:
         """The stages of an unfinished arm that were measured."""
         prefix = f"{arm}-{seed}@"
-        snapshots = {}
-        for path in sorted((self.path / "stages").glob(f"{prefix}*.safetensors")):
-            if not self._is_here(path):
-                continue
-            snapshots[path.name.removeprefix(prefix).removesuffix(".safetensors")] = _unpacked(path)
-        return snapshots
+        paths = sorted((self.path / "stages").glob(f"{prefix}*.safetensors"))
+        return {path.stem.removeprefix(prefix): _unpacked(path) for path in paths if self._is_here(path)}
 
     def keep_state(self, event: Paused) -> None:
         """Where a training stands: enough to go on from. One file, replaced at every pause; a large one not before
@@ -293,15 +284,15 @@ class RunFolder:
         meta = {"epoch": at.epoch, "step": at.step, "tokens_seen": at.tokens_seen, "loss": at.loss, "by": at.by}
         large = sum(value.nbytes for value in tensors.values()) > LARGE_STATE
         if not large or time.monotonic() - self._state_kept >= STATE_SECONDS:
-            write_tensors(self._state(event.training, event.seed), {k: v.cpu() for k, v in tensors.items()}, meta)
+            write_tensors(self._state(f"{event.training}-{event.seed}"), {k: v.cpu() for k, v in tensors.items()}, meta)
             self._state_kept = time.monotonic()
         if self._keeps == "all":
-            weights = {name: value.cpu() for name, value in event.weights.items()}
-            write_tensors(self._weights(f"{event.training}@{at.stage}", event.seed), weights, {})
+            path = self._weights(f"{event.training}@{at.stage}", event.seed)
+            write_tensors(path, {name: value.cpu() for name, value in event.weights.items()}, {})
 
     def state(self, training: str, seed: int) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None:
         """Checkpoint, weights and optimiser state of a training that was interrupted."""
-        path = self._state(training, seed)
+        path = self._state(f"{training}-{seed}")
         if not self._is_here(path):
             return None
         tensors, meta = read_tensors(path)
@@ -318,7 +309,7 @@ class RunFolder:
 
     def _forget(self, training: str) -> None:
         """Remove what an unfinished training needed, once its result is there."""
-        (self.path / "state" / f"{training}.safetensors").unlink(missing_ok=True)
+        self._state(training).unlink(missing_ok=True)
         for path in (self.path / "stages").glob(f"{training}@*.safetensors"):
             path.unlink(missing_ok=True)
 
@@ -326,10 +317,9 @@ class RunFolder:
     def _keeps(self) -> str:
         return str(self.manifest.get("settings", {}).get("keep", "none"))
 
-    def base(self, seed: int, site: Site) -> tuple[dict[str, Tensor], Snapshot] | None:
+    def base(self, seed: int) -> tuple[dict[str, Tensor], Snapshot] | None:
         """A seed's base model, if both its weights and its measurement are here."""
-        weights = self._weights("base", seed)
-        snapshot = self._kept(f"base-{seed}", Snapshot)
+        weights, snapshot = self._weights("base", seed), self._kept(f"base-{seed}", Snapshot)
         if snapshot is None or not self._is_here(weights):
             return None
         return read_tensors(weights)[0], snapshot
@@ -338,14 +328,13 @@ class RunFolder:
         """A finished arm."""
         path = arm.trajectory
         if self._keeps != "none" and arm.weights is not None:
-            tensors = {k: v.cpu() for k, v in arm.weights.items()}
-            write_tensors(self._weights(path.arm, path.seed), tensors, {})
+            write_tensors(self._weights(path.arm, path.seed), {k: v.cpu() for k, v in arm.weights.items()}, {})
         if arm.weights is not None or not self._tensors(f"{path.arm}-{path.seed}").exists():
             self._keep(f"{path.arm}-{path.seed}", path)
         self._forget(f"{path.arm}-{path.seed}")
         self._forget(f"{path.arm}-fine-{path.seed}")
 
-    def arm(self, name: str, seed: int, site: Site | None = None) -> Trajectory | None:
+    def arm(self, name: str, seed: int) -> Trajectory | None:
         """A finished arm, if it is here."""
         return self._kept(f"{name}-{seed}", Trajectory)
 
@@ -365,8 +354,8 @@ class RunFolder:
     def _tensors(self, name: str) -> Path:
         return self.path / "tensors" / f"{name}.safetensors"
 
-    def _state(self, training: str, seed: int) -> Path:
-        return self.path / "state" / f"{training}-{seed}.safetensors"
+    def _state(self, training: str) -> Path:
+        return self.path / "state" / f"{training}.safetensors"
 
     def _stage(self, arm: str, seed: int, stage: str) -> Path:
         return self.path / "stages" / f"{arm}-{seed}@{stage}.safetensors"

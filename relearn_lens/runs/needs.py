@@ -362,8 +362,7 @@ def peak_rss_mb() -> float:
     """Largest resident memory of this process so far, in MB (2**20 bytes)."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         # Not getrusage where there is a choice: on Linux a new process inherits its parent's peak there.
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**10
     try:
         import resource
     except ImportError:  # Windows
@@ -392,15 +391,13 @@ def doctor_rows(
     place = out.absolute()
     disk = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free // _MB
     rows = []
-    for name in presets:
-        experiment = preset(name)
+    for name, experiment in ((name, preset(name)) for name in presets):
         need = estimate(experiment)
-        if need is None:
-            unknown = f"the size of model {experiment.model!r} is not known before it is fetched"
-            rows.append([name, "?", _said(has), "?", _said(disk), unknown])
-            continue
-        shown = [_said(need.memory_mb), _said(has), _said(need.disk_mb), _said(disk)]
-        rows.append([name, *shown, verdict(need, has, disk, slow=name in FOR_A_GPU and not has_gpu)])
+        says = f"the size of model {experiment.model!r} is not known before it is fetched"
+        if need is not None:
+            says = verdict(need, has, disk, slow=name in FOR_A_GPU and not has_gpu)
+        memory, room = (None, None) if need is None else (need.memory_mb, need.disk_mb)
+        rows.append([name, *map(_said, (memory, has, room, disk)), says])
     return rows
 
 

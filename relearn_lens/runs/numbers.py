@@ -210,8 +210,7 @@ def _correlation(snapshot: Snapshot, kind: str) -> float:
     mine, other = (saliency.score.flatten().numpy() for saliency in (snapshot.saliency, snapshot.by(kind)))
     if np.ptp(mine) == 0 or np.ptp(other) == 0:
         return float("nan")
-    correlation: Any = st.spearmanr(mine, other)  # stubs and scipy do not agree on what this is
-    return float(correlation.statistic)
+    return float(st.spearmanr(mine, other)[0])  # pyright: ignore[reportArgumentType]
 
 
 def _heirs(arm: Trajectory) -> list[meaning.Meaning]:

@@ -76,10 +76,10 @@ def prepare(experiment: Experiment) -> Prepared:
         decided += by_family
     train, validation, probe = (model.encode(part, long=data.long, reading=_reading(experiment)) for part in drawn)
     experiment, fits = _fitted(experiment, model, train, validation, probe)
-    decided += fits
-    notes = [*dict.fromkeys(note for part in (train, validation, probe) for note in part.notes()), *decided]
-    notes += dose_notes
-    notes += _plans(experiment, model, probe, concept, site)
+    notes = [
+        *dict.fromkeys(note for part in (train, validation, probe) for note in part.notes()), *decided, *fits,
+        *dose_notes, *_plans(experiment, model, probe, concept, site),
+    ]  # fmt: skip
     other = other_concept(experiment, probe.corpus)
     if "other" in experiment.arms and other is None:
         notes.append(
@@ -88,10 +88,9 @@ def prepare(experiment: Experiment) -> Prepared:
         )
     notes.append(f"precision: {str(precision_of(experiment, model.device)).removeprefix('torch.')}")
     scored = 1 if experiment.measure.on == "validation" or experiment.probe_corpus is not None else 2
-    as_they_come = natural(splits[scored], sizes[scored], concept, experiment)
-    plain = None
-    if as_they_come is not None:
-        plain = model.encode(as_they_come, long=data.long, reading=_reading(experiment))
+    plain = natural(splits[scored], sizes[scored], concept, experiment)
+    if plain is not None:
+        plain = model.encode(plain, long=data.long, reading=_reading(experiment))
     return Prepared(
         experiment, model, site, concept, other, train, validation, probe, tuple(notes), _hashes(experiment, drawn),
         plain,
@@ -204,16 +203,12 @@ def _hashes(experiment: Experiment, drawn: list[Corpus]) -> dict[str, str]:
 
 def _fitted(experiment: Experiment, model: Model, train: Encoded, *read: Encoded) -> tuple[Experiment, list[str]]:
     """The settings, within `max_memory` for this model and these texts."""
-    config = model.bridge.cfg
-    sizes = int(config.n_layers), int(config.d_model), int(config.n_heads)
-    shape = Shape(*sizes, sum(value.numel() for value in model.weights().values()), int(config.d_vocab))
+    config, n_weights = model.bridge.cfg, sum(value.numel() for value in model.weights().values())
+    shape = Shape(*map(int, (config.n_layers, config.d_model, config.n_heads, n_weights, config.d_vocab)))
     # On a GPU the run has the device's memory to itself, but for the one copy of the weights that is there.
     taken = shape.bytes / 2**20 if model.device.type == "cuda" else psutil.Process().memory_info().rss / 2**20
-    longest = int(train.lengths.max())
-    return fitted(
-        experiment, shape, taken_mb=taken, longest_train=longest,
-        longest_read=max(longest, *(int(part.lengths.max()) for part in read)),
-    )  # fmt: skip
+    longest, *others = (int(part.lengths.max()) for part in (train, *read))
+    return fitted(experiment, shape, taken_mb=taken, longest_train=longest, longest_read=max(longest, *others))
 
 
 def _plans(experiment: Experiment, model: Model, probe: Encoded, concept: Concept, site: Site) -> list[str]:

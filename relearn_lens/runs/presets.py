@@ -162,17 +162,7 @@ def settings_of(
             f"changes are a mapping, such as {{'prune.fraction': 0.3}}, got a {type(changes).__name__}; texts of "
             "key=value are given as sets="
         )
-    wanted = "a preset's name, a TOML file's path, a mapping or other settings"
-    path = Path() if isinstance(source, Experiment) else path_of(source, wanted)
-    if isinstance(source, Experiment):
-        values = source.model_dump()
-    elif str(source) in PRESETS:
-        values = _preset(str(source))
-    elif path.suffix == ".toml" or path.exists():
-        values = _from_file(path)
-    else:
-        raise ValueError(f"{unknown('preset', str(source), PRESETS)} (a file of settings ends in .toml)")
-    values = _without_protocol(values)
+    values = _without_protocol(source.model_dump() if isinstance(source, Experiment) else _named(source))
     for key, value in (changes or {}).items():
         if value is not None:
             values = _put(values, key, value)
@@ -184,6 +174,16 @@ def settings_of(
             raise ValueError(f"--set {text[:60]!r}: a key has one dot at most, such as prune.fraction")
         values = _put(values, key.strip(), value_of(value.strip(), optional=key.strip() in OPTIONAL))
     return experiment(values)
+
+
+def _named(source: object) -> dict[str, Any]:
+    """What a preset or a file says."""
+    path = path_of(source, "a preset's name, a TOML file's path, a mapping or other settings")
+    if str(source) in PRESETS:
+        return _preset(str(source))
+    if path.suffix == ".toml" or path.exists():
+        return _from_file(path)
+    raise ValueError(f"{unknown('preset', str(source), PRESETS)} (a file of settings ends in .toml)")
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -30,8 +30,7 @@ def choose(saliency: Saliency, fraction: float, which: str = "most") -> Neurons:
     """
     if which not in ("most", "least"):
         raise ValueError(f"{unknown('which', which, ['most', 'least'])} (by_family is decided by prepare())")
-    ordered = saliency if which == "most" else replace(saliency, score=-saliency.score)
-    return ordered.top(fraction=fraction)
+    return (saliency if which == "most" else replace(saliency, score=-saliency.score)).top(fraction=fraction)
 
 
 def placed(neurons: Neurons, embedding: str) -> Neurons:
@@ -76,12 +75,11 @@ def resolved(experiment: Experiment, bridge: TransformerBridge, site: Site) -> t
         notes.append(f"prune.which = 'by_family': the {which} salient neurons are pruned, as published for {family}")
     everywhere = placed(Neurons(torch.ones(len(site.layers), site.width, dtype=torch.bool), site), prune.embedding)
     if sever == "auto":
+        sever = "out"
         try:
-            check_prunable(bridge, everywhere, sever="out")
+            check_prunable(bridge, everywhere, sever=sever)
         except ValueError:
             sever = "writes"
-        else:
-            sever = "out"
         of = f"site {site.name!r} of a {family} model"
         has = "has weights that carry its neurons on" if sever == "out" else "sums over blocks"
         notes.append(f"prune.sever = 'auto': {sever!r} is taken, as {of} {has}")
@@ -89,5 +87,5 @@ def resolved(experiment: Experiment, bridge: TransformerBridge, site: Site) -> t
     if experiment.protocol == "published" and (others := experiment.departures()):
         listed = ", ".join(f"{key} = {value!r}" for key, value in others.items())
         notes.append(f"protocol 'published', but for {listed}")
-    changed = prune.model_copy(update={"which": which, "sever": sever})
-    return experiment.model_copy(update={"prune": changed}), notes
+    prune = prune.model_copy(update={"which": which, "sever": sever})
+    return experiment.model_copy(update={"prune": prune}), notes

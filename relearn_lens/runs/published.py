@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, each row with its difference."""
-        rows = [{**asdict(row), "difference": row.difference} for row in self.rows]
         return {
             "variant": self.variant,
             "differs": list(self.differs),
             "source": (__doc__ or "").split("\n\n")[1],
-            "rows": rows,
+            "rows": [{**asdict(row), "difference": row.difference} for row in self.rows],
         }
 
 
@@ -172,17 +172,11 @@ def compare(run: Run) -> Comparison:
         Row("F1, overall", stage, "", _mean(arms, stage, lambda s: s.scores.value(OVERALL)), f1)
         for stage, f1 in zip((BASE, PRUNED, *RELEASE.epochs), variant.f1, strict=True)
     ]
-    for label, f1 in RELEASE.f1_after_pruning.items():
-        there = label in scores.labels
-        rows.append(
-            Row(
-                "F1 after pruning",
-                PRUNED,
-                label,
-                _mean(arms, PRUNED, lambda s, k=label: s.scores.value(k)) if there else None,
-                f1,
-            )
-        )
+    after = {
+        label: _mean(arms, PRUNED, lambda s, k=label: s.scores.value(k)) if label in scores.labels else None
+        for label in RELEASE.f1_after_pruning
+    }
+    rows += [Row("F1 after pruning", PRUNED, label, after[label], f1) for label, f1 in RELEASE.f1_after_pruning.items()]
     return Comparison(variant.name, differs(run, variant), (*rows, *_layer_rows(run.experiment, arms)))
 
 
@@ -222,15 +216,14 @@ def differs(run: Run, variant: Variant) -> tuple[str, ...]:
         "8 epochs in stages of 2",
     )
     unlike("every stage begins optimiser and learning rate anew:", made.retrain.restart, True)
-    for name, group, epochs in (("fine-tuning", made.finetune, 3), ("retraining", made.retrain, None)):
+    for name, group in (("fine-tuning", made.finetune), ("retraining", made.retrain)):
         unlike(f"{name} is at learning rate", f"{group.lr:g} in batches of {group.batch_size}", "2e-05 in batches of 8")
-        if epochs is not None:
-            unlike(f"{name} takes", f"{group.epochs:g} epochs", f"{epochs} epochs")
+        if name == "fine-tuning":
+            unlike(f"{name} takes", f"{group.epochs:g} epochs", "3 epochs")
     for name, value in PROTOCOLS["published"]["prune"].items():
         if name != "control":  # the random arm is not compared
             unlike(f"prune.{name} is", getattr(made.prune, name), value)
-    layers = run.arms["concept"][0].site.layers
-    unlike("the layers are", ", ".join(layers), ", ".join(RELEASE.layers))
+    unlike("the layers are", ", ".join(run.arms["concept"][0].site.layers), ", ".join(RELEASE.layers))
     return tuple(differences)
 
 
@@ -252,9 +245,7 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
         """Ranks among all neurons, of which some are left out of the means."""
         return arm[stage].saliency.by_rank(bucket=BUCKET).where(among, torch.nan).nanmean(1).tolist()
 
-    def kept(arm: Trajectory) -> Neurons:
-        return survivors(arm, experiment)
-
+    kept = partial(survivors, experiment=experiment)
     for stage, values in RELEASE.mean_rank_saliency.items():
         if stage == BASE:
             add(
@@ -271,12 +262,8 @@ def _layer_rows(experiment: Experiment, arms: Sequence[Trajectory]) -> list[Row]
     add("% of all s > 0.5, all neurons", "8", RELEASE.share_all, lambda a: _high(a["8"], None))
     add("% of all s > 0.5, survivors", "8", RELEASE.share_survivors, lambda a: _high(a["8"], kept(a)))
     for stage, values in RELEASE.percentile.items():
-        add(
-            "percentile of survivors",
-            stage,
-            values,
-            lambda a, k=stage: rank_saliency_by_layer(a[k].saliency, kept(a), bucket=1),
-        )
+        add("percentile of survivors", stage, values,
+            lambda a, k=stage: rank_saliency_by_layer(a[k].saliency, kept(a), bucket=1))  # fmt: skip
     add("rank correlation of survivors, base to 8", "8", RELEASE.spearman, lambda a: _correlations(a, kept(a)))
     return rows
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from relearn_lens.remove.pruning import Pruner
 from relearn_lens.remove.recipes import RECIPES, Recipe, recipe
 from relearn_lens.runs import needs
 from relearn_lens.runs.presets import value_of
-from relearn_lens.runs.store import PACKAGES
+from relearn_lens.runs.store import versions
 from relearn_lens.text.facts import FORGET, RETAIN, Facts, countries, ontology, people, read_facts
 from relearn_lens.text.facts.encoded import encode_facts
 
@@ -132,10 +131,9 @@ def recipe_for(model: str, method: str, fields: Mapping[str, Any] | None = None,
     Raises:
         ValueError: as `recipes.recipe`.
     """
-    if kind == "published":
-        return recipe(None, method, fields)
-    usual = KINDS.get(model)
-    return recipe(kind or (usual if usual in RECIPES else None), method, fields)
+    if not kind and KINDS.get(model) in RECIPES:
+        kind = KINDS[model]
+    return recipe(None if kind == "published" else kind or None, method, fields)
 
 
 def located(model: Model, facts: Facts, removal: Recipe, *, seed: int = 0) -> Neurons | WeightMask | None:
@@ -191,17 +189,14 @@ def carry_out(
         notes.append(f"{removal.remover.name} teaches a fresh model; on one that is taught already it is a control")
     begin = time.perf_counter()
     where = located(model, facts, removal, seed=seed)
-    pause = None
     with contextlib.nullcontext() if lora is None else adapted(model, rank=lora, seed=seed):
-        for pause in removal(model, facts, where, seed=seed):  # noqa: B007 (the last one is what counts)
-            pass
-    assert pause is not None
+        *_, end = removal(model, facts, where, seed=seed)
     seconds = time.perf_counter() - begin
     after = know(model, facts)
     place = f"adapters of rank {lora}" if lora else "all weights" if where is None else repr(where)
     if where is None and not isinstance(removal.remover, Pruner) and removal.remover.entries(model) is not None:
         place = f"what is usual for {removal.remover.name}"
-    done = Removed(before, after, pause, place, seconds, out, tuple(notes), memory)
+    done = Removed(before, after, end, place, seconds, out, tuple(notes), memory)
     if out is not None:
         _write(subject, removal, done, {"seed": seed, "model_sha256": digest, **(says or {})})
     return done
@@ -242,11 +237,8 @@ def weights_sha256(model: Model) -> str:
 
 def _unknown(facts: Facts, before: Mapping[str, Answered]) -> list[str]:
     """A note where there is nothing to remove."""
-    if is_text(asked(facts)[TRAINED_WORDING]):
-        return []
     accuracy = before[TRAINED_WORDING].accuracy
-    low, _ = accuracy.interval(OVERALL)
-    if low > accuracy.chance(OVERALL):
+    if is_text(asked(facts)[TRAINED_WORDING]) or accuracy.interval(OVERALL)[0] > accuracy.chance(OVERALL):
         return []
     return [f"the model knew what is to be forgotten no better than chance ({accuracy.shown(OVERALL):.2f})"]
 
@@ -272,11 +264,6 @@ def fields_of(removal: Recipe) -> dict[str, Any]:
         "where": removal.where, "fraction": removal.fraction,
         **({"where_fields": dict(removal.where_fields)} if removal.where_fields else {}),
     }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of those that it computes with."""
-    return {name: metadata.version(name) for name in PACKAGES}
 
 
 def _write(subject: Subject, removal: Recipe, done: Removed, says: Mapping[str, Any]) -> None:

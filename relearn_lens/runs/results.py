@@ -77,11 +77,10 @@ class Run:
         """All arms' `Trajectory.to_xarray` along the axes `arm` and `seed`; NaN at stages that an arm does not have."""
         import xarray as xr
 
-        stages = self._stages()
         arms = [
             xr.concat([t.to_xarray().drop_attrs() for t in arm], dim="seed")
             .assign_coords(seed=[t.seed for t in arm])
-            .reindex(stage=stages)
+            .reindex(stage=self._stages())
             for arm in self.arms.values()
         ]
         return xr.concat(arms, dim="arm").assign_coords(arm=list(self.arms))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -334,14 +335,7 @@ class Experiment(Method):
 
     def changes(self) -> dict[str, Any]:
         """The settings, by key, that are not the default ones."""
-        mine = {name: getattr(self, name) for name in type(self).model_fields}
-        flat = {
-            f"{name}.{key}" if isinstance(value, Method) else name: inner
-            for name, value in mine.items()
-            for key, inner in (value if isinstance(value, Method) else [(name, value)])
-        }
-        usual = {key: default for key, default, _ in fields()}
-        return {key: value for key, value in flat.items() if value != usual[key]}
+        return {key: value for key, usual, _ in fields() if (value := attrgetter(key)(self)) != usual}
 
     def __repr__(self) -> str:
         what = f"{self.model}, {self.corpus}, concept {'+'.join(self.labels)}, site {self.site}"
@@ -386,7 +380,7 @@ class Experiment(Method):
         return device
 
     @model_validator(mode="after")
-    def _task(self) -> Experiment:
+    def _fits_together(self) -> Experiment:
         if self.words and self.task == "tag":
             raise ValueError("words: a tagger needs a label for the concept; use task = 'next_token', or a label")
         if self.words and not isinstance(self.concept, str):
@@ -398,18 +392,10 @@ class Experiment(Method):
                 "prune.fraction = 'auto': the size of a cut is found by F1, which a language model does not have; give "
                 "a number, such as 0.01"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _adapters(self) -> Experiment:
         if self.keep == "all" and self.retrain.lora_rank is not None:
             raise ValueError(
                 "keep = 'all': with retrain.lora_rank an arm's weights are there at its end alone; use keep = 'last'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _own_arms(self) -> Experiment:
         for name in self.arm:
             if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name) or name in {*ARMS, *_TAKEN}:
                 raise ValueError(
@@ -422,19 +408,11 @@ class Experiment(Method):
                 f"arm.{next(iter(self.arm))}: arms of one's own are retrained by their weights; leave out "
                 "retrain.lora_rank"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _probe(self) -> Experiment:
         if self.probe_concept is not None and self.probe_corpus is None:
             raise ValueError(
                 f"probe_concept = {self.probe_concept!r}: there is no probe_corpus whose label it could be; give "
                 "probe_corpus too, or the label as concept"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Experiment:
         for name, values in (("arms", self.arms), ("seeds", self.seeds), ("measure.what", self.measure.what)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} = {list(values)} names one twice")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from relearn_lens.files import as_json, digest_of, plain, read_json, read_tensor
 RECIPE, NUMBERS, TENSORS = "recipe.json", "stage.json", "tensors.safetensors"
 PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers")
 """Whose versions every stage depends on."""
+version = cache(metadata.version)  # to look for one takes a millisecond, and a bench has hundreds of recipes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StageRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As `recipe.json` holds it."""
-        versions = {name: metadata.version(name) for name in PACKAGES}
+        versions = {name: version(name) for name in PACKAGES}
         return {"kind": self.kind, "fields": plain(self.fields), "versions": versions}
 
 

@@ -128,14 +128,17 @@ def _drive(
     on_event: Callable[[Event], object] | None,
 ) -> Run:
     """Take the events of `perform` into a `Run` and, if there is one, into its folder."""
-    result = Run(experiment, manifest={"versions": _versions()}, folder=str(folder.path) if folder else None)
+    result = Run(experiment, manifest={"versions": versions()}, folder=str(folder.path) if folder else None)
     if processes.size() > 1:
         result.manifest["processes"] = processes.size()
     seconds: dict[str, float] = dict(folder.manifest.get("seconds", {})) if folder else {}
     phase_began = time.monotonic()
     events = perform(experiment, kept=folder)
+    is_read = folder is not None
     folder = folder if processes.is_first() else None  # one process writes
     for event in events:
+        if is_read:
+            processes.wait()  # what is kept now may take the place of what another process has yet to read
         passing = isinstance(event, Measured | Paused | Weighed | GraftedAt | SeedDone)
         if not passing:
             name = _phase(event)
@@ -216,14 +219,11 @@ def load_run(folder: str | Path) -> Run:
 
 def _phase(event: Event) -> str:
     """The phase that ends with an event, as `seconds` names it."""
-    match event:
-        case Prepared():
-            return "prepare"
-        case ArmDone(trajectory=path):
-            return f"{path.arm}-{path.seed}"
-        case _:
-            return name_of(event)
+    if isinstance(event, Prepared):
+        return "prepare"
+    return name_of(event.trajectory if isinstance(event, ArmDone) else event)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this package and of those that it computes with."""
     return {name: metadata.version(name) for name in PACKAGES}

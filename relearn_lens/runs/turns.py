@@ -18,16 +18,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from filelock import FileLock, Timeout
 
 from relearn_lens.files import as_json, read_json, write_whole
-from relearn_lens.runs.events import Event, Kept, Prepared
+from relearn_lens.runs.events import Event, Prepared
 from relearn_lens.runs.experiment import alone
 from relearn_lens.runs.needs import estimate, memory_mb, peak_rss_mb
 from relearn_lens.runs.units import Unit
+
+if TYPE_CHECKING:
+    from relearn_lens.runs.folder import RunFolder
 
 TURNS = "turns"
 """The part of a run folder in which the processes tell each other what they are at."""
@@ -48,14 +52,13 @@ def processes_for(ready: Prepared) -> int:
     need = estimate(experiment)
     # Where it cannot be said: what is resident now grows, as gradients, moments, activations come to it.
     each = need.memory_mb if need else 3 * psutil.Process().memory_info().rss / 2**20
-    fit = cores if free is None else 1 + int(free / each)
-    return max(1, min(cores, fit, MOST))
+    return max(1, min(cores, MOST, cores if free is None else 1 + int(free / each)))
 
 
 class Turns:
     """Which of the processes at a run folder computes which unit."""
 
-    def __init__(self, folder: Path, kept: Kept, ready: Prepared, units: Sequence[Unit]):
+    def __init__(self, folder: Path, kept: RunFolder, ready: Prepared, units: Sequence[Unit]):
         self.kept, self.ready, self.units = kept, ready, units
         self.path = folder / TURNS
         self.path.mkdir(parents=True, exist_ok=True)
@@ -81,7 +84,8 @@ class Turns:
                 continue
             if seed not in (None, unit.seed):
                 return False
-            needed = [self.kept.holds(each) for each in self._needed(unit)]
+            needs = (each for each in self.units if each.seed == unit.seed and each.name in unit.needs)
+            needed = list(map(self.kept.holds, needs))
             if not all(needed):
                 if needed[0]:  # its base is there
                     seed = unit.seed
@@ -101,25 +105,19 @@ class Turns:
 
     def seconds(self) -> dict[str, float]:
         """Of each unit that was computed, by whichever process."""
-        times = [read_json(path) for path in self.path.glob("*.json")]
+        times = map(read_json, self.path.glob("*.json"))
         return {str(each["unit"]): float(each["seconds"]) for each in times}
-
-    def _needed(self, unit: Unit) -> list[Unit]:
-        return [each for each in self.units if each.seed == unit.seed and each.name in unit.needs]
 
     @contextlib.contextmanager
     def _claimed(self, unit: Unit) -> Iterator[bool]:
         """Hold a unit's lock; False where another process does, or did until it was done."""
-        lock = FileLock(self.path / f"{unit.name}-{unit.seed}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield not self.kept.holds(unit)
-        finally:
-            lock.release()
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(FileLock(self.path / f"{unit.name}-{unit.seed}.lock", timeout=0))
+            except Timeout:
+                yield False
+            else:
+                yield not self.kept.holds(unit)
 
     @contextlib.contextmanager
     def _timed(self, unit: Unit) -> Iterator[None]:
@@ -127,11 +125,6 @@ class Turns:
         yield
         entry = {"unit": name, "seconds": round(time.monotonic() - began, 3), "peak_rss_mb": round(peak_rss_mb())}
         write_whole(self.path / f"{name}.json", as_json(entry))
-
-
-def threads_of(ready: Prepared, workers: int) -> int:
-    """Threads of each of so many processes."""
-    return ready.experiment.threads or max(1, torch.get_num_threads() // workers)
 
 
 @contextlib.contextmanager

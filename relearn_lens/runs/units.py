@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relearn_lens.measure.tracking import BASE as BASE_STAGE
-from relearn_lens.runs.arms import COMPARED, arms_of, cut_anything
+from relearn_lens.runs.arms import COMPARED, arms_of
 from relearn_lens.runs.settings import Experiment
 
 BASE, CUTS, DAMAGE, TWIN, GRAFTED, AGAIN = "base", "cuts", "damage", "never-fine", "grafted", "again"
@@ -39,7 +39,7 @@ def units_of(experiment: Experiment, seed: int, *, other: str | None) -> list[Un
     names = [arm.name for arm in arms]
     units = [Unit(BASE, seed, (), (BASE,))]
     before: tuple[str, ...] = (BASE,)
-    if cut_anything(arms):
+    if any(arm.remove is not None and not arm.own for arm in arms):  # there is a size of the cut to be found
         units.append(Unit(CUTS, seed, before, ("sized", "cuts")))
         before = (BASE, CUTS)
     grafts = "concept" in names and not experiment.grafts.skip and not experiment.retrain.lora_rank

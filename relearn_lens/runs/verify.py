@@ -7,13 +7,12 @@ A finished run's manifest holds the hash of every file beside it (`outputs`), of
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import safe_open
-from torch import Tensor
 
 from relearn_lens import sources
 from relearn_lens.files import LOCK, plain, sha256_of
@@ -43,8 +42,7 @@ class Finding:
 
 def hashes_of(folder: str | Path) -> dict[str, str]:
     """sha256 of every file of a run folder by its path there, but for those of `UNSEALED` and hidden ones."""
-    folder = Path(folder)
-    return {name: sources.hash_files(path)[path.name] for name, path in sorted(_files(folder))}
+    return {name: sources.hash_files(path)[path.name] for name, path in sorted(_files(Path(folder)))}
 
 
 def seal_of(manifest: Mapping[str, Any]) -> str:
@@ -80,16 +78,16 @@ def check_same_inputs(manifests: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
-def verify(folder: str | Path, *, progress: Callable[[str], object] | None = None) -> list[Finding]:
+def verify(folder: str | Path) -> list[Finding]:
     """What differs between a run folder and its manifest; empty where all is as it was.
 
     Its own files are hashed again, and the inputs as far as they are on this machine. Weights and tensors that hold NaN
-    or infinite numbers are named. `progress` is called with the name of what is looked at.
+    or infinite numbers are named.
 
     Raises:
         FileNotFoundError: there is no run folder.
     """
-    path, say = Path(folder), progress or (lambda _: None)
+    path = Path(folder)
     if not (path / MANIFEST).is_file():
         raise FileNotFoundError(f"{str(path)!r} is no run folder: there is no {MANIFEST}; give the folder of a run")
     try:
@@ -98,7 +96,7 @@ def verify(folder: str | Path, *, progress: Callable[[str], object] | None = Non
         return [Finding(MANIFEST, "damaged", f"{MANIFEST} cannot be read ({error}); run again with --fresh")]
     if not isinstance(manifest, dict):
         return [Finding(MANIFEST, "damaged", f"{MANIFEST} is no table of names and values; run again with --fresh")]
-    return [*_own(path, manifest, say), *_inputs(manifest, say)]
+    return [*_own(path, manifest), *_inputs(manifest)]
 
 
 def report_of(folder: str | Path, findings: list[Finding], checked: int) -> list[str]:
@@ -124,7 +122,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield name.as_posix(), path
 
 
-def _own(path: Path, manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[Finding]:
+def _own(path: Path, manifest: dict[str, Any]) -> Iterator[Finding]:
     """The folder's own files."""
     outputs = manifest.get("outputs")
     if not isinstance(outputs, dict):
@@ -135,7 +133,6 @@ def _own(path: Path, manifest: dict[str, Any], say: Callable[[str], object]) -> 
         yield Finding(MANIFEST, "changed", f"{MANIFEST} was changed after the run was finished; run again with --fresh")
     there = dict(_files(path))
     for name, digest in sorted(outputs.items()):
-        say(name)
         if name not in there:
             yield Finding(name, "missing", f"{name} is missing; put it back, or run again with --fresh")
             continue
@@ -149,7 +146,7 @@ def _own(path: Path, manifest: dict[str, Any], say: Callable[[str], object]) -> 
         yield Finding(name, "extra", f"{name} was not written by the run; move it away if it is not yours")
 
 
-def _inputs(manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[Finding]:
+def _inputs(manifest: dict[str, Any]) -> Iterator[Finding]:
     """The run's inputs, as far as they are on this machine."""
     settings, inputs = manifest.get("settings"), manifest.get("inputs")
     if not isinstance(settings, dict) or not isinstance(inputs, dict):
@@ -159,7 +156,6 @@ def _inputs(manifest: dict[str, Any], say: Callable[[str], object]) -> Iterator[
         name, mine = settings.get(role), {k: v for k, v in inputs.items() if k.startswith(f"{role}:")}
         if not isinstance(name, str) or not mine:
             continue
-        say(name)
         place = sources.place_of(name) if name in sources.SOURCES else path_of(role, name)
         if place is None or not place.exists():
             says = f"{role} {name!r} is not on this machine, so it was not compared"
@@ -187,34 +183,11 @@ def _hash(path: Path) -> str | None:
         return None
 
 
-# --- weights
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinite number; None where there is none."""
-    return next((k for k, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())), None)
-
-
-def _tensors(weights: str | Path | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(weights, Mapping):
-        yield from weights.items()
-        return
-    path = Path(weights)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{str(path)!r} holds no *.safetensors weights; give a folder or a file with some")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield name, opened.get_tensor(name)
-        except Exception as error:  # safetensors raises its own Rust errors
-            raise ValueError(f"{str(file)!r} is damaged ({error}); fetch or save it again") from error
-
-
 def _first_not_finite(path: Path) -> str | None:
     """The first tensor of a file with NaN or infinite numbers; nothing of a file that cannot be read."""
     try:
-        return next((name for name, value in _tensors(path) if not_finite({name: value})), None)
-    except ValueError:
+        with safe_open(path, framework="pt") as file:
+            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            return next((k for k, v in tensors if v.is_floating_point() and not bool(v.isfinite().all())), None)
+    except Exception:  # safetensors raises its own Rust errors
         return None

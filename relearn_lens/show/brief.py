@@ -113,11 +113,10 @@ def sentence(run: Run) -> str:
     half = _steps(paths, paths, run)
     text += f"; training brings it to {end}"
     if not half.startswith((">", "0")):
-        text += f", half of its margin within {half} {_by(paths)}"
+        text += f", half of its margin within {half} {measured_by(paths)}"
         if "never" in run.arms:
             text += f" ({_steps(run.arms['never'], paths, run)} in a model that never had {_had(run)})"
-    place = _where(run, -1)
-    if place is not None:
+    if place := _where(run, -1):
         part, enough, _ = place
         brings = "bring" if part.startswith("blocks ") else "brings"
         text += f"; at the end, {part} alone {brings} back {_percent(enough)} of it"
@@ -127,7 +126,7 @@ def sentence(run: Run) -> str:
 def header(run: Run) -> Text:
     """The head of the table of scores."""
     paths = arm_of(run)
-    return head(f"{_unit(paths)} of {name_of(paths[0])}", paths[0].stages, _by(paths))
+    return head(f"{_unit(paths)} of {name_of(paths[0])}", paths[0].stages, measured_by(paths))
 
 
 def head(what: str, stages: Sequence[str], by: str) -> Text:
@@ -154,8 +153,7 @@ def row(
     text = Text()
     text.append(f"{clipped(title, _NAME - 1):<{_NAME}}", style=f"bold {ARM_COLOURS.get(arm, '')}".strip())
     text.append("".join(f"{number(values[s]) if s in values else '':>5}" for s in stages))
-    known = [values[s] for s in stages if s in values]
-    text.append("   " + spark(known, *scale), style=ARM_COLOURS.get(arm, ""))
+    text.append("   " + spark([values[s] for s in stages if s in values], *scale), style=ARM_COLOURS.get(arm, ""))
     text.rstrip()
     return text
 
@@ -165,8 +163,7 @@ def rows_of(
 ) -> dict[str, Text]:
     """`row` of every arm of a seed under way, from the scores by stage so far."""
     values = {name: {stage: each.shown(label) for stage, each in scores.items()} for name, scores in arms.items()}
-    metric = next((each.metric for scores in arms.values() for each in scores.values()), "F1")
-    scale = _scale(values, metric)
+    scale = _scale(values, next((each.metric for scores in arms.values() for each in scores.values()), "F1"))
     return {name: row(_arm(name, other), name, each, _shown_stages(stages), scale) for name, each in values.items()}
 
 
@@ -183,13 +180,8 @@ def number(value: float) -> str:
     """A score in at most five columns: .92, 1.00, 12.3."""
     if not np.isfinite(value):
         return "-"
-    return (
-        f"{value:.2f}".replace("0.", ".", 1)
-        if abs(value) < 1
-        else f"{value:.2f}"
-        if abs(value) < 10
-        else f"{value:.1f}"
-    )
+    text = f"{value:.{2 if abs(value) < 10 else 1}f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def spark(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> str:
@@ -234,9 +226,8 @@ def never_back(run: Run) -> str:
         for label in paths[0][BASE].scores.labels:
             base, end = (float(np.mean([path[s].scores.shown(label) for path in paths])) for s in (BASE, last))
             if base >= 0.1 and end < base / 2:  # of less there is nothing to come back
-                labels.append(
-                    f"{label} is at {number(end)} of {number(base)} in the {name} arm at {_by(paths)[:-1]} {last}"
-                )
+                when = f"{measured_by(paths)[:-1]} {last}"
+                labels.append(f"{label} is at {number(end)} of {number(base)} in the {name} arm at {when}")
     return "; ".join(labels)
 
 
@@ -261,9 +252,9 @@ def held(run: Run) -> str:
         mine = {each.held: each.course for each in run.blocked if each.seed == path.seed}
         for name, course in {"": free, **mine}.items():
             enough = BACK * path[BASE].scores.value(run.label)
-            back = next((n for n, scores in course.items() if scores.value(run.label) >= enough), None)
-            never = f"> {max(course)}" if course else "(none known)"
-            steps.setdefault(name, set()).add((np.inf, never) if back is None else (back, str(back)))
+            never = (np.inf, f"> {max(course)}" if course else "(none known)")
+            back = ((n, str(n)) for n, scores in course.items() if scores.value(run.label) >= enough)
+            steps.setdefault(name, set()).add(next(back, never))
     when = {name: " or ".join(says for _, says in sorted(each)) for name, each in steps.items()}
     names = {"part": "the part held", "heirs": "the heirs", "random": "others"}
     others = ", ".join(f"{name} {when[held]}" for held, name in names.items() if held in when)
@@ -279,8 +270,7 @@ def _gone(run: Run, decides: str) -> str | None:
     other = run.manifest.get("other")
     if other and other in paths[0][BASE].scores.labels:
         text += f", {other} {_mean(paths, BASE, run, other)} → {_mean(paths, PRUNED, run, other)}"
-    draws = [scores for damage in run.damage for scores in damage.random.get("layers", ())]
-    if draws:
+    if draws := [scores for damage in run.damage for scores in damage.random.get("layers", ())]:
         cuts = "a random cut leaves" if len(draws) == 1 else f"{len(draws)} random cuts leave"
         text += f"; {cuts} {number(_value(draws, run.label))}"
     return text + (f" (margin: {decides})" if decides else "")
@@ -294,11 +284,10 @@ def _back(run: Run, decides: str) -> str | None:
         start, end, base = (outcome(path[s].scores, run.label).margin for s in (PRUNED, path.stages[-1], BASE))
         had = outcome(twin[twin.stages[-1]].scores, run.label).margin if twin is not path else base
         shares.append((end - start) / (had - start) if had > start else np.nan)
-    by, last = _by(paths), paths[0].stages[-1]
+    by, last = measured_by(paths), paths[0].stages[-1]
     if not np.isfinite(shares).all():
         return f"{_mean(paths, PRUNED, run)} → {_mean(paths, last, run)} at {by[:-1]} {last}; there was nothing to lose"
-    share = decides or _percent(np.mean(shares))
-    return f"{share} of the margin at {by[:-1]} {last}; {_half(paths, run)}"
+    return f"{decides or _percent(np.mean(shares))} of the margin at {by[:-1]} {last}; {_half(paths, run)}"
 
 
 def _sooner(run: Run, _: str) -> str | None:
@@ -315,7 +304,7 @@ def _sooner(run: Run, _: str) -> str | None:
 def _half(paths: Sequence[Trajectory], run: Run) -> str:
     """When half of the margin was there again."""
     half = _steps(paths, paths, run)
-    return "it never fell to half" if half == "0" else f"half in {half} {_by(paths)}"
+    return "it never fell to half" if half == "0" else f"half in {half} {measured_by(paths)}"
 
 
 def _sits(run: Run, which: int, verdict: str) -> str | None:
@@ -324,9 +313,9 @@ def _sits(run: Run, which: int, verdict: str) -> str | None:
     if place is None or not stages:
         return None
     part, enough, needed = place
-    made = _grafts(run, which)
-    control = float(np.mean([np.mean([max(by.values()) for by in _controls(each).values()]) for each in made]))
-    when = ("first back, " if which == 0 else "") + f"{_by(run.arms['concept'])[:-1]} {' or '.join(stages)}"
+    controls = [[max(by.values()) for by in _controls(each).values()] for each in _grafts(run, which)]
+    control = float(np.mean([np.mean(each) for each in controls]))
+    when = ("first back, " if which == 0 else "") + f"{measured_by(run.arms['concept'])[:-1]} {' or '.join(stages)}"
     lost = f"{_percent(needed)} is lost" if round(100 * needed) > 0 else "nothing is lost"
     brings = "bring" if part.startswith("blocks ") else "brings"
     text = f"{when}: {part} alone {brings} back {_percent(enough)} (controls {_percent(control)}), without it {lost}"
@@ -342,11 +331,7 @@ def _within(run: Run, part: str) -> str:
     made = [each for each in made if _is_in(each, part) and each.value(each.retrained) > each.value(each.cut)]
     if not made:
         return ""
-    shares = {
-        name: float(np.mean([_share(each, each.value(each.alone[name])) for each in made]))
-        for name in made[0].parts
-        if name != CUT
-    }
+    shares = _alone(made)
     most = max(shares, key=shares.__getitem__)
     return f" (in it, {most.removeprefix(part).strip()} most, {_percent(shares[most])})"
 
@@ -370,13 +355,10 @@ def _same(run: Run, _: str) -> str | None:
         return float(np.mean([(end - outcome(each, run.label).margin) / (end - cut) for each in scores]))
 
     pairs = list(zip(run.again, paths, strict=True))
-    same = np.mean([taken([again.same], path) for again, path in pairs])
-    text = f"cut again, {_percent(same)} goes"
+    text = f"cut again, {_percent(np.mean([taken([again.same], path) for again, path in pairs]))} goes"
     if all(again.random for again, _ in pairs):
-        random = np.mean([taken(again.random, path) for again, path in pairs])
-        text += f", with random ones {_percent(random)}"
-    rounds = [again.rounds[0] for again in run.again if again.rounds]
-    if rounds:
+        text += f", with random ones {_percent(np.mean([taken(again.random, path) for again, path in pairs]))}"
+    if rounds := [again.rounds[0] for again in run.again if again.rounds]:
         old, chance = (np.mean([getattr(each, name) for each in rounds]) for name in ("share_old", "share_by_chance"))
         text += f"; {_percent(old)} of those found now are old, {_percent(chance)} by chance"
     return text
@@ -413,26 +395,31 @@ def _share(made: Grafts, value: float) -> float:
     return (value - cut) / (made.value(made.retrained) - cut)
 
 
+def _alone(made: Sequence[Grafts]) -> dict[str, float]:
+    """What each part alone brings back, mean over seeds."""
+    parts = [part for part in made[0].parts if part != CUT]
+    return {part: float(np.mean([_share(each, each.value(each.alone[part])) for each in made])) for part in parts}
+
+
 def _where(run: Run, which: int) -> tuple[str, float, float] | None:
     """The part that alone brings back most, mean over seeds, with how much, and how much goes without it."""
     made = _grafts(run, which)
     if not made or len(made) < len(run.grafted):
         return None
-    parts = [part for part in made[0].parts if part != CUT]
-    enough = {part: float(np.mean([_share(each, each.value(each.alone[part])) for each in made])) for part in parts}
-    part = max(parts, key=lambda name: enough[name])
+    enough = _alone(made)
+    part = max(enough, key=enough.__getitem__)
     needed = float(np.mean([1 - _share(each, each.value(each.reverted[part])) for each in made]))
     return part, enough[part], needed
 
 
 def _verdict_on(enough: float, needed: float) -> str:
     """In words, by the bars of the questions; a description, which an interval may not bear out."""
-    is_enough, is_needed = enough > questions.RULES["enough"].value, needed > questions.RULES["needed"].value
-    if is_enough and is_needed:
-        return "enough and needed"
-    if is_enough:
-        return "enough, not needed"
-    return "needed, not enough" if is_needed else "neither enough nor needed"
+    return {
+        (True, True): "enough and needed",
+        (True, False): "enough, not needed",
+        (False, True): "needed, not enough",
+        (False, False): "neither enough nor needed",
+    }[enough > questions.RULES["enough"].value, needed > questions.RULES["needed"].value]
 
 
 def _steps(paths: Sequence[Trajectory], base: Sequence[Trajectory], run: Run) -> str:
@@ -496,11 +483,6 @@ def _mean(paths: Sequence[Trajectory], stage: str, run: Run, label: str | None =
 
 def _unit(paths: Sequence[Trajectory]) -> str:
     return paths[0][BASE].scores.metric
-
-
-def _by(paths: Sequence[Trajectory]) -> str:
-    """What the stages are named by."""
-    return measured_by(paths)
 
 
 def _had(run: Run) -> str:

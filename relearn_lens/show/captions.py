@@ -6,8 +6,7 @@ Plain text, written from the same results as the figures; no sentence says more 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -71,7 +70,7 @@ def pruned_share(run: Run) -> str:
     if "random" not in run.arms or name == "random":
         return f"{text} There is no random arm beside it."
     other = np.mean([(~arm.survivors()).share_by_layer() for arm in run.arms["random"]], axis=0)
-    pairs = list(zip(arms, run.arms["random"], strict=False))
+    pairs = zip(arms, run.arms["random"], strict=False)
     both = np.mean([len(c.removed & r.removed) / len(r.removed) for c, r in pairs if c.removed and r.removed])
     as_many = "took as many from every layer" if np.allclose(share, other) else "took other numbers from the layers"
     return f"{text} The random arm {as_many} and shares {both:.0%} of its neurons with this cut."
@@ -94,7 +93,7 @@ def layer_map(run: Run, against: str | None = None) -> str:
         f"From base to stage {last} the mean rank saliency of the {name} arm's survivors changed most in layer "
         f"{layers[most]}, by {mine[most]:+.2f}."
     )
-    return f"{text} {_beside(change, name, lambda values: values[most], 'It changed there by')}"
+    return f"{text} {_beside(change, name, most, 'It changed there by')}"
 
 
 def _difference(run: Run, name: str, against: str) -> str:
@@ -102,11 +101,11 @@ def _difference(run: Run, name: str, against: str) -> str:
     for each, arms in run.arms.items():
         if each == against or last not in arms[0].stages:
             continue
-        gaps = []
-        for arm, twin in zip(arms, run.arms[against], strict=True):
-            here, there = (side[last].saliency.by_rank(arm.matched()).nanmean(1) for side in (arm, twin))
-            gaps.append((here - there).numpy())
-        by_arm[each] = np.mean(gaps, axis=0)
+        pairs = [
+            [side[last].saliency.by_rank(arm.matched()).nanmean(1) for side in (arm, twin)]
+            for arm, twin in zip(arms, run.arms[against], strict=True)
+        ]
+        by_arm[each] = np.mean([(here - there).numpy() for here, there in pairs], axis=0)
     layers = run.arms[name][0].site.layers
     if not np.isfinite(by_arm[name]).any():
         return f"In the {name} arm no layer has survivors. There is nothing to compare."
@@ -115,7 +114,7 @@ def _difference(run: Run, name: str, against: str) -> str:
         f"At stage {last} the mean rank saliency of the {name} arm's neurons differs most from the {against} arm in "
         f"layer {layers[most]}, by {by_arm[name][most]:+.2f}."
     )
-    return f"{text} {_beside(by_arm, name, lambda values: values[most], 'It differs there by')}"
+    return f"{text} {_beside(by_arm, name, most, 'It differs there by')}"
 
 
 def _change(arms: Sequence[Trajectory], last: str) -> np.ndarray:
@@ -123,11 +122,10 @@ def _change(arms: Sequence[Trajectory], last: str) -> np.ndarray:
     return np.mean([np.subtract(by_stage[last], by_stage[BASE]) for by_stage in by_seed], axis=0)
 
 
-def _beside(change: dict[str, np.ndarray], name: str, of: Callable[[np.ndarray], float], what: str) -> str:
+def _beside(change: dict[str, np.ndarray], name: str, layer: int, what: str) -> str:
     """The controls' numbers, and whether one of them shows the same."""
-    own = float(of(change[name]))
-    others = {each: float(of(values)) for each, values in change.items() if each != name}
-    others = {each: value for each, value in others.items() if np.isfinite(value)}
+    own = float(change[name][layer])
+    others = {each: float(at[layer]) for each, at in change.items() if each != name and np.isfinite(at[layer])}
     if not others:
         return "There is no control arm to compare with, so this is not evidence of a change by pruning the concept."
     beside = " and ".join(f"{value:+.2f} in the {each} arm" for each, value in others.items())
@@ -162,11 +160,9 @@ def neuron_map(run: Run) -> str:
     return f"{text} It is {beside}, each among the neurons it compares." if beside else f"{text} There is no control."
 
 
-def migrated(run: Run, score: str = "saliency") -> str:
+def migrated(run: Run) -> str:
     """The matched comparison in words, then the unmatched one."""
     moved = run.numbers.migrations
-    if score == "attribution":
-        return f"{moved['attribution']} Attribution and the ranking score need not agree."
     return f"{moved['matched']} {moved['published']}"
 
 
@@ -189,8 +185,8 @@ def attribution(run: Run) -> str:
                 for attributed in known
                 if attributed.is_cut_set
             ]
-    alone = "" if len(run.arms) > 1 else ", and there is no control arm"
-    text = f"The summed attribution is largest {', '.join(parts)}; an even share is {1 / len(layers):.0%}{alone}."
+    text = f"The summed attribution is largest {', '.join(parts)}; an even share is {1 / len(layers):.0%}"
+    text += "." if len(run.arms) > 1 else ", and there is no control arm."
     if not errors:
         return f"{text} MLP units are by-passed by the residual stream, so a layer need not account for everything."
     return (
@@ -202,14 +198,12 @@ def attribution(run: Run) -> str:
 def flow(run: Run) -> str:
     """The share of neurons that stayed in their layer, beside the controls."""
     name = told(run)
-    stayed = {}
-    for each, arms in run.arms.items():
-        tables = [arm.similarity["all"] for arm in arms if "all" in arm.similarity]
-        if tables:
-            stayed[each] = float(torch.stack([table.flow for table in tables]).mean(0).diagonal().nanmean())
+    flows = {
+        each: [arm.similarity["all"].flow for arm in arms if "all" in arm.similarity] for each, arms in run.arms.items()
+    }
+    stayed = {each: float(torch.stack(of).mean(0).diagonal().nanmean()) for each, of in flows.items() if of}
     mine = next(arm for arm in run.arms[name] if "all" in arm.similarity)
-    n = len(mine.site.layers)
-    above = mine.similarity["all"].above_chance()
+    n, above = len(mine.site.layers), mine.similarity["all"].above_chance()
     text = (
         f"In the {name} arm, {stayed[name]:.0%} of a layer's neurons on average have their best match in the same "
         f"layer after ({1 / n:.0%} if matches fell anywhere), and {above:.0%} of all matches are better than 95% of "
@@ -221,11 +215,9 @@ def flow(run: Run) -> str:
 def saliency_against_similarity(run: Run) -> str:
     """The rank correlation over the survivors, beside the controls."""
     name = told(run)
-    rho = {}
-    for each, arms in run.arms.items():
-        each_seed = [value for arm in arms if (value := _correlation(arm)) is not None]
-        if each_seed:
-            rho[each] = float(np.mean(each_seed))
+    by_arm = {each: [_correlation(arm) for arm in arms] for each, arms in run.arms.items()}
+    known = {each: [value for value in values if value is not None] for each, values in by_arm.items()}
+    rho = {each: float(np.mean(values)) for each, values in known.items() if values}
     text = (
         f"Over the survivors of the {name} arm, saliency at the last stage and likeness of meaning to base have a rank "
         f"correlation of {rho[name]:+.2f}: salient neurons mean {'less' if rho[name] < 0 else 'no less'} of what "
@@ -247,8 +239,7 @@ def _correlation(arm: Trajectory) -> float | None:
     known = ~(rank.isnan() | snapshot.meaning.isnan())
     if int(known.sum()) < 3:
         return None
-    result: Any = st.spearmanr(rank[known].numpy(), snapshot.meaning[known].numpy())
-    value = float(result.statistic)
+    value = float(st.spearmanr(rank[known].numpy(), snapshot.meaning[known].numpy())[0])  # pyright: ignore[reportArgumentType]
     return value if np.isfinite(value) else None
 
 
@@ -256,8 +247,8 @@ def verdicts(claims: Sequence[Claim], seeds: int) -> str:
     """How many claims got which verdict, and which of the supported ones their control shows too."""
     count = Counter(claim.verdict for claim in claims)
     order = ("supported", "reversed", "not supported", "inconclusive")
-    text = ", ".join(f"{count[verdict]} {verdict}" for verdict in order if count[verdict])
-    text = f"Of {len(claims)} claims in this run: {text}."
+    counted = ", ".join(f"{count[verdict]} {verdict}" for verdict in order if count[verdict])
+    text = f"Of {len(claims)} claims in this run: {counted}."
     shared = [
         claim.id
         for claim in claims

@@ -30,7 +30,7 @@ from relearn_lens.neurons.streaming import stream
 from relearn_lens.runs.results import Run
 from relearn_lens.show import captions
 from relearn_lens.show.plots.cards import neuron_of
-from relearn_lens.show.plots.style import ARM_COLOURS, INK, arm_of, shown, whole
+from relearn_lens.show.plots.style import ARM_COLOURS, INK, arm_of, of_seed, shown, whole
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -54,12 +54,11 @@ class View:
 
     def save(self, path: str | Path) -> Path:
         """Write the view as a page that needs no network; gives the path back."""
-        path = Path(path)
         head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>explore</title>'
         style = "<style>body{font:15px/1.5 system-ui;max-width:80rem;margin:1rem auto;padding:0 1rem}</style>"
         page = f'<!doctype html>\n<html lang="en"><head>{head}{style}</head><body>\n{self.html}\n</body></html>\n'
-        path.write_text(page, encoding="utf-8")
-        return path
+        Path(path).write_text(page, encoding="utf-8")
+        return Path(path)
 
 
 def explore(
@@ -78,7 +77,7 @@ def explore(
         ValueError: the run has no such arm, stage, seed or neuron.
     """
     first = arm or captions.told(whole(run))
-    arms = {name: _of_seed(arm_of(run, name), seed) for name in run.arms}
+    arms = {name: of_seed(arm_of(run, name), seed) for name in run.arms}
     for name in (first, *([beside] if beside else [])):
         arm_of(run, name)  # says what is wrong
     path = arms[first]
@@ -100,13 +99,6 @@ def explore(
     # Nothing in the data may end the script that it stands in.
     data = json.dumps(values, ensure_ascii=True).replace("<", "\\u003c")
     return View(pages.get_template("explore.html.j2").render(id=f"rl-{secrets.token_hex(6)}", data=data))
-
-
-def _of_seed(arms: Sequence[Trajectory], seed: int | None) -> Trajectory:
-    path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
-    if path is None:
-        raise ValueError(f"no seed {seed} in this run; it has {', '.join(str(each.seed) for each in arms)}")
-    return path
 
 
 def _run_values(run: Run) -> dict[str, Any]:
@@ -143,11 +135,9 @@ def _graft_values(run: Run, layers: Sequence[str]) -> dict[str, str]:
                 enough, needed = made.enough(part), made.needed(part)
                 controls = [made.control(name, part).value for name in made.controls if part in made.controls[name]]
                 most = max((value for value in controls if np.isfinite(value)), default=np.nan)
-                text = f"{part} at stage {stage}: enough {enough.value:.2f}, needed {needed.value:.2f}"
-                if np.isfinite(most):
-                    text += f", control grafts at most {most:.2f}"
-                if enough.refused:
-                    text = f"{part}: {enough.refused}"
+                beside = f", control grafts at most {most:.2f}" if np.isfinite(most) else ""
+                text = f"{part} at stage {stage}: enough {enough.value:.2f}, needed {needed.value:.2f}{beside}"
+                text = f"{part}: {enough.refused}" if enough.refused else text
                 for layer in _layers_of(part, layers):
                     by_layer[layer] = f"{by_layer[layer]}; {text}" if layer in by_layer else text
     return by_layer
@@ -247,8 +237,5 @@ def examples(
     far = np.nan_to_num(np.abs(values - np.nanmean(values)), nan=-1.0)
     peak = [int(a + far[a:b].argmax()) for a, b in zip(corpus.start[:-1], corpus.start[1:], strict=True)]
     order = sorted(range(len(peak)), key=lambda i: -far[peak[i]])[:k]
-    lines = []
-    for i in order:
-        span = slice(max(corpus.start[i], peak[i] - around), min(corpus.start[i + 1], peak[i] + around + 1))
-        lines.append((tuple(corpus.vocab[w] for w in corpus.word[span]), tuple(map(float, values[span]))))
-    return lines
+    ends = ((max(corpus.start[i], peak[i] - around), min(corpus.start[i + 1], peak[i] + around + 1)) for i in order)
+    return [(tuple(corpus.vocab[w] for w in corpus.word[a:b]), tuple(map(float, values[a:b]))) for a, b in ends]

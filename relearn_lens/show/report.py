@@ -68,9 +68,8 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
     Raises:
         ValueError: fewer than two runs.
     """
-    path = Path(path)
-    write_whole(path, render_comparison(runs).encode())
-    return path
+    write_whole(Path(path), render_comparison(runs).encode())
+    return Path(path)
 
 
 def render(run: Run) -> str:
@@ -215,17 +214,18 @@ def _reading(run: Run) -> Read | None:
 
 def _new(run: Run) -> list[tuple[str, list[tuple[str, list[tuple[str, bool]], list[tuple[str, bool]]]]]]:
     """Arm to the neurons that took over: name, words before and after, each with whether it carries the concept."""
-    heirs = []
-    for name in ("concept", "random"):
-        rows = run.numbers.heirs.get(name, [])
-        carries = set(run.arms[name][0][BASE].concept_words) if rows else set()
-        marked = [
-            (str(row.neuron), *([(word, word in carries) for word in side] for side in (row.before, row.now)))
-            for row in rows
-        ]
-        if marked:
-            heirs.append((name, marked))
-    return heirs  # pyright: ignore[reportReturnType]
+    heirs = {name: run.numbers.heirs[name] for name in ("concept", "random") if run.numbers.heirs.get(name)}
+    carries = {name: set(run.arms[name][0][BASE].concept_words) for name in heirs}
+    return [
+        (
+            name,
+            [
+                (str(row.neuron), *([(word, word in carries[name]) for word in side] for side in (row.before, row.now)))
+                for row in rows
+            ],
+        )
+        for name, rows in heirs.items()
+    ]  # pyright: ignore[reportReturnType]
 
 
 class Card(NamedTuple):
@@ -343,10 +343,10 @@ def compared(runs: Sequence[Run]) -> Compared:
         raise ValueError(f"a comparison needs at least two runs, got {len(runs)}")
     names = _names(runs)
     verify.check_same_inputs({name: run.manifest for name, run in zip(names, runs, strict=True)})
-    claims = _claims_table([run.numbers.claims for run in runs], names)
     return Compared(
-        names, list(_warnings(runs)), _settings_that_differ(runs, names), _scores_table(runs, names), claims
-    )
+        names, list(_warnings(runs)), _settings_that_differ(runs, names), _scores_table(runs, names),
+        _claims_table([run.numbers.claims for run in runs], names),
+    )  # fmt: skip
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
@@ -392,21 +392,18 @@ class Drawing:
         """A figure, or None where what it shows was not measured; `small` for one of several maps in a row."""
         try:
             figure = plot(*data, **how)
-        except plots.NotMeasuredError:
-            return None
-        except ValueError:
-            if plot is not plots.migration:  # a score with a sign, or no survivor: the text says so
+        except ValueError as error:
+            # Of migration also a score with a sign, or no survivor: the text says so.
+            if not isinstance(error, plots.NotMeasuredError) and plot is not plots.migration:
                 raise
             return None
         title, note = (Markup(text.replace("<br>", "; ")) for text in plots.said(figure))
         # The page says these as text, which wraps on a phone, and has a slider that the keyboard reaches.
         steps = [step for slider in figure.layout.sliders for step in slider.to_plotly_json()["steps"]]
-        figure.update_layout(title=None, dragmode=False)
+        figure.update_layout(title=None, dragmode=False, margin={"t": 44 if figure.layout.margin.t > 100 else 16})
         figure.layout.sliders = ()
         if small:
             figure.update_traces(showscale=False)  # every cell says its number
-        margin = figure.layout.margin
-        figure.update_layout(margin={"t": 44 if margin.t > 100 else 16})
         id = f"figure-{self.n}"
         html = figure.to_html(
             full_html=False, include_plotlyjs=self.n == 0, div_id=id, default_width="100%",
@@ -415,9 +412,9 @@ class Drawing:
         if steps:
             html = _slider(id, steps) + Markup(html)
         self.n += 1
-        asks, _, reads = (inspect.getdoc(plot) or "").partition("\n\n")
-        reads = reads.partition("\n\nRaises:")[0]
-        return Picture(Markup(html), title, note, asks, _as_html(reads), says() if says else "")
+        asks, _, reads = (inspect.getdoc(plot) or "").partition("\n\nRaises:")[0].partition("\n\n")
+        reads = Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(reads))))
+        return Picture(Markup(html), title, note, asks, reads, says() if says else "")
 
 
 def _slider(id: str, steps: Sequence[Mapping[str, Any]]) -> Markup:
@@ -430,11 +427,6 @@ def _slider(id: str, steps: Sequence[Mapping[str, Any]]) -> Markup:
         ' aria-valuetext="{first}"><output for="{id}-stage">{first}</output></div>'
         '<script type="application/json" id="{id}-steps">{data}</script>'
     ).format(id=id, last=len(steps) - 1, first=labels[0], data=Markup(data.replace("<", "\\u003c")))
-
-
-def _as_html(text: str) -> Markup:
-    """A docstring's text: code between backticks."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _card(draw: Drawing, run: Run) -> Picture | None:
@@ -507,21 +499,16 @@ def _scores_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
                 arms = run.arms.get(arm, [])
                 stage = arms[0].stages[-1] if arms and what == "last" else what
                 there = arms and all(stage in each.stages for each in arms) and (what, stage) != ("last", PRUNED)
-                cells.append(_told([each[stage].scores for each in arms], run) if there else "")
+                scores = [each[stage].scores for each in arms] if there else []
+                cells.append(_interval(plots.shown(run.label, scores, **run.interval)) if there else "")
             rows.append([arm, f"{what} stage", *cells])
     over = [f"{name}: {_scores_of(run).metric} of {name_of(next(iter(run.arms.values()))[0])}"
             for name, run in zip(names, runs, strict=True)]  # fmt: skip
     return ["arm", "", *over], rows
 
 
-def _told(scores: Sequence[Any], run: Run) -> str:
-    return _interval(plots.shown(run.label, scores, **run.interval))
-
-
 def _interval(estimate: Estimate | None) -> str:
-    if estimate is None or not np.isfinite(estimate.value):
-        return ""
-    return str(estimate)
+    return "" if estimate is None or not np.isfinite(estimate.value) else str(estimate)
 
 
 def _claims_table(each: Sequence[Sequence[Claim]], names: Sequence[str]) -> Table | None:
@@ -534,8 +521,7 @@ def _claims_table(each: Sequence[Sequence[Claim]], names: Sequence[str]) -> Tabl
             claim = claims.get(id)
             cells += [claim.verdict, _interval(claim.effect)] if claim else ["", ""]
         rows.append([id, says, *cells])
-    header = ["", "claim", *(cell for name in names for cell in (name, "effect"))]
-    return (header, rows) if rows else None
+    return (["", "claim", *(cell for name in names for cell in (name, "effect"))], rows) if rows else None
 
 
 def page(template: str, **values: Any) -> str:

@@ -13,7 +13,7 @@ from relearn_lens.analysis.claims import Claim
 from relearn_lens.analysis.intervals import Estimate
 from relearn_lens.measure.answers import Answered
 from relearn_lens.measure.evaluation import OVERALL
-from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot
+from relearn_lens.measure.tracking import BASE, PRUNED
 from relearn_lens.runs.results import Run
 
 CORRECTED = (
@@ -78,8 +78,7 @@ def score_rows(run: Run) -> Table:
 
 def layer_rows(run: Run) -> Table:
     """Header and rows of the layer table: pruned share, then mean rank saliency per layer, matched and all."""
-    layers = list(next(iter(run.arms.values()))[0].site.layers)
-    columns = layer_columns(layers)
+    columns = layer_columns(next(iter(run.arms.values()))[0].site.layers)
 
     def cells(values: list[float]) -> list[str]:
         """Means over the layers of each column that have a value."""
@@ -91,10 +90,12 @@ def layer_rows(run: Run) -> Table:
         for name, shares in run.numbers.pruned_share.items()
         if any(shares)
     ]
-    for which in run.numbers.selections:
-        for name, by_selection in run.numbers.saliency.items():
-            for stage, values in by_selection[which].items():
-                rows.append([f"saliency, {which}", name, stage, *cells(values)])
+    rows += [
+        [f"saliency, {which}", name, stage, *cells(values)]
+        for which in run.numbers.selections
+        for name, by_selection in run.numbers.saliency.items()
+        for stage, values in by_selection[which].items()
+    ]
     return ["", "arm", "stage", *(name for name, _ in columns)], rows
 
 
@@ -193,37 +194,21 @@ def similarity_rows(run: Run) -> Table:
                 ("correlation with itself, median", [each.same.nanmedian(1).values for each in similarities]),
                 ("best match in the same layer, share", [each.flow.diagonal() for each in similarities]),
             ):
-                rows.append(
-                    [
-                        name,
-                        f"{which}, {similarities[0].n_words:,} words",
-                        what,
-                        *_by_column(layers, torch.stack(values).mean(0)),
-                    ]
-                )
+                means = _by_column(layers, torch.stack(values).mean(0))
+                rows.append([name, f"{which}, {similarities[0].n_words:,} words", what, *means])
     return ["arm", "over", "base against last stage", *(name for name, _ in layer_columns(layers))], rows
 
 
 def agreement_rows(run: Run) -> Table:
     """Rank correlation of the ranking score with the others, at base; fitted scores with their held-out quality."""
-    rows = []
-    also = _base(run).also
-    for name, value in run.numbers.agreement.items():
-        quality = also[name].quality if name in also else None
-        rows.append([name, _number(value), "" if quality is None else str(quality)])
-    return ["score", f"Spearman with {_base(run).saliency.kind}", "held-out quality, beside its controls"], rows
-
-
-def _base(run: Run) -> Snapshot:
-    return next(iter(run.arms.values()))[0][BASE]
+    base = next(iter(run.arms.values()))[0][BASE]
+    quality = {name: str(score.quality) for name, score in base.also.items() if score.quality is not None}
+    rows = [[name, _number(value), quality.get(name, "")] for name, value in run.numbers.agreement.items()]
+    return ["score", f"Spearman with {base.saliency.kind}", "held-out quality, beside its controls"], rows
 
 
 def _interval(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    if estimate.interval is None:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return "" if estimate is None else str(estimate)
 
 
 def _number(value: float | np.floating | None) -> str:

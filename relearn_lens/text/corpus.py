@@ -16,7 +16,7 @@ import numpy as np
 from beartype import beartype as typechecker
 from jaxtyping import Bool, Int, jaxtyped
 
-from relearn_lens.names import told, unknown
+from relearn_lens.names import known_name, told
 from relearn_lens.text import markup
 
 if TYPE_CHECKING:
@@ -192,9 +192,8 @@ class Corpus:
         """Which sentences hold a concept, or a label."""
         if not isinstance(concept, str):
             return concept.held_by(self)
-        if concept not in self.label_names:
-            raise ValueError(unknown("label", concept, self.label_names))
-        return np.add.reduceat(self.label == self.label_names.index(concept), self.start[:-1]) > 0
+        label = self.label_names.index(known_name("label", concept, self.label_names))
+        return np.add.reduceat(self.label == label, self.start[:-1]) > 0
 
     @told
     def split(self, *, seed: int, parts: tuple[float, float, float] = (0.6, 0.2, 0.2)) -> Splits:

@@ -19,7 +19,7 @@ from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
 from relearn_lens.methods import MAX_TOKENS
-from relearn_lens.names import told, unknown
+from relearn_lens.names import known_name, told
 from relearn_lens.text.corpus import Corpus, Strings, one_of
 
 LongSentences = Literal["split", "truncate", "error"]
@@ -208,9 +208,9 @@ class Encoded:
             i += size
         return groups
 
-    def batches(self, *, max_tokens: int = MAX_TOKENS) -> Iterator[Batch]:
-        """The batches of `cuts`."""
-        return map(self.batch, self.cuts(max_tokens=max_tokens))
+    def batches(self, *, max_tokens: int = MAX_TOKENS, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """The batches of `cuts`, on a device."""
+        return (self.batch(pieces).to(device) for pieces in self.cuts(max_tokens=max_tokens))
 
     def shuffled(self, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The pieces of one epoch's training batches, shuffled and bucketed by length.
@@ -260,14 +260,10 @@ def encode(
     """
     corpus = one_of(corpus)
     if hasattr(tokenizer, "tokenizer") or not hasattr(tokenizer, "pad_token_id"):
-        has = (
-            ", which has one: give its .tokenizer" if hasattr(tokenizer, "tokenizer") else "; give a model's .tokenizer"
-        )
-        raise ValueError(f"a tokenizer is wanted, got a {type(tokenizer).__name__}{has}")
-    if reading not in get_args(Reading):
-        raise ValueError(unknown("reading", reading, get_args(Reading)))
-    if long not in get_args(LongSentences):
-        raise ValueError(unknown("long", long, get_args(LongSentences)))
+        has = ", which has one: give its" if hasattr(tokenizer, "tokenizer") else "; give a model's"
+        raise ValueError(f"a tokenizer is wanted, got a {type(tokenizer).__name__}{has} .tokenizer")
+    known_name("reading", reading, get_args(Reading))
+    known_name("long", long, get_args(LongSentences))
     if not corpus.n_words:
         raise ValueError(f"corpus {corpus.name!r} has no sentences")
     if tokenizer.pad_token_id is None:

@@ -67,10 +67,5 @@ def line(text: object) -> str:
     return f'<p style="margin:.2em 0">{escape(str(text))}</p>'
 
 
-def code(text: object) -> str:
-    """Text in a fixed-width font."""
-    return f"<code>{escape(str(text))}</code>"
-
-
 def _cell(tag: str, text: object, column: int) -> str:
     return f'<{tag} style="{_CELL.format(side="right" if column else "left")}">{escape(str(text))}</{tag}>'

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from relearn_lens.analysis.relearned import most_relearned, relearned, removal_score, saved
+from relearn_lens.analysis.relearned import relearned, saved
 from relearn_lens.measure.answers import AnswerAccuracy
 from relearn_lens.measure.asking import Asked
 from relearn_lens.measure.course import FactsSnapshot, FactsTrajectory
@@ -55,9 +55,6 @@ def test_what_the_twin_learns_is_taken_off_on_the_same_scale():
     assert found.recovered.low < found.recovered.value < found.recovered.high
     assert "keys" in found.recovered.over
     assert "recovered" in str(found)
-    assert most_relearned([attacked], "accuracy", never=[twin]).stage == "2"
-    early = path(0.1, 0.1, 0.6)
-    assert most_relearned([attacked], "accuracy", never=[early]).stage == "1"
 
 
 def test_a_twin_that_gains_as_much_leaves_nothing_recovered():
@@ -106,33 +103,10 @@ def test_savings_are_steps_of_the_twin_by_ours():
     assert saved([ours], [path(0.0, 0.1)], "accuracy")[0.5] is None
 
 
-def test_the_removal_score_is_1_for_the_best_and_0_untouched():
-    before = scores(Level(0.9, 0.8))
-
-    def value(level):
-        found = removal_score((before, scores(level)), (before, scores(level)), chance=0.05)
-        assert found is not None
-        assert found.low <= found.value <= found.high
-        return found.value
-
-    assert value(Level(0.05, 0.8)) == pytest.approx(1)
-    assert value(Level(0.9, 0.8)) == pytest.approx(0)
-    assert value(Level(0.05, 0.38)) == pytest.approx(1 - 0.42 / 0.85)
-    own = removal_score((before, scores(Level(0.05, 0.8))), (before, scores(Level(0.05, 0.8))))
-    assert own is not None
-    assert own.value == pytest.approx(1)  # by the scores' own chance
-    nothing = scores(Level(0.05, 0.8))
-    assert removal_score((nothing, nothing), (nothing, nothing)) is None
-
-
 def test_what_does_not_fit_is_refused():
     attacked = path(0.1, 0.5, base=0.9)
     with pytest.raises(ValueError, match=r"a twin's path of the same seed beside each; got seeds \[0\] and \[1\]"):
         relearned([attacked], "accuracy", "1", never=[path(0.1, 0.5, seed=1)])
     with pytest.raises(ValueError, match=r"recovery needs the stages base, removed and 7, .* found no '7'"):
         relearned([attacked], "accuracy", "7")
-    with pytest.raises(ValueError, match=r"its most over its checkpoints, and these paths"):
-        most_relearned([path(0.1, base=0.9)], "accuracy")
-    with pytest.raises(ValueError, match=r"before and after must be of the same keys at forget_held_out, got 100"):
-        removal_score((scores(Level(0.9)), scores(Level(0.1), n=50)), (scores(Level(0.9)), scores(Level(0.9))))
     assert math.isclose(relearned([attacked], "accuracy", "1").damage.value, 0.8)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ LABELS = ("person", "place")
 LABEL = ("place",)
 
 
+@cache
 def site_of(layers: int, width: int) -> Site:
     """A site without a model."""
     names = ("embed", *map(str, range(layers - 1)))
     return Site("resid", names, names, width, writes=((),) * layers, reads=((),) * layers)
 
 
+@cache
 def scores_of(place: float, *, person: float = 0.9, n: int = 20, noise: int | None = None) -> SpanScores:
     """Scores of `n` sentences. Each has the same F1, so draws do not spread; with `noise` (a seed) each is a coin."""
     each = np.full((n, 2, 3), 1000)
@@ -40,12 +43,17 @@ def scores_of(place: float, *, person: float = 0.9, n: int = 20, noise: int | No
     return SpanScores(f1, dict(f1), dict(f1), each, LABELS)
 
 
+@cache
+def stats_of(layers: int, width: int) -> ClassStats:
+    """Class statistics that are zeros."""
+    zeros = torch.zeros(3, layers, width, dtype=torch.float64)
+    return ClassStats(torch.tensor([5, 3, 2]), zeros, zeros, ("O", *LABELS), site_of(layers, width))
+
+
 def snapshot_of(score: torch.Tensor, scores: SpanScores, at: Checkpoint | None = None) -> Snapshot:
-    """A snapshot without a model; its class statistics are zeros."""
-    site = site_of(*score.shape)
-    zeros = torch.zeros(3, *score.shape, dtype=torch.float64)
-    stats = ClassStats(torch.tensor([5, 3, 2]), zeros, zeros, ("O", *LABELS), site)
-    return Snapshot(Saliency(score.float(), "probeless", "activation", "place", site), scores, stats, at)
+    """A snapshot without a model."""
+    saliency = Saliency(score.float(), "probeless", "activation", "place", site_of(*score.shape))
+    return Snapshot(saliency, scores, stats_of(*score.shape), at)
 
 
 def trajectory(
@@ -220,8 +228,9 @@ def test_story_tells_a_move_by_the_rule_of_the_claims():
 
 
 @pytest.mark.parametrize("n", [3, 5, 10])
-def test_story_claims_of_luck_that_seeds_share_are_as_rare_as_the_level(n):
+def test_story_claims_of_luck_that_seeds_share_are_as_rare_as_the_level(n, monkeypatch):
     """The concept's neurons are the same in every seed, as is what they do by luck; each random set has its own."""
+    monkeypatch.setattr(SpanScores, "value", cache(SpanScores.value))  # six scores, asked for thousands of times
     alarms, rng = 0, np.random.default_rng(n)
     for _ in range(60):
         moves = 0.05 * (rng.normal() + 0.3 * rng.normal(size=n)), 0.05 * rng.normal(size=n)

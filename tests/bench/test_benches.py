@@ -1,5 +1,6 @@
 """A bench: what it asks for, that every stage is computed once, that a killed one goes on, and what it says."""
 
+import functools
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -18,7 +20,7 @@ from relearn_lens.bench.plan import PRESETS, bench_of
 from relearn_lens.models import taught
 from relearn_lens.runs import removals
 from relearn_lens.runs.stages import Stages
-from tests.made import small_people, small_taught
+from tests.made import SMALL, small_people, small_taught
 
 SETS = [
     "seeds=[1]", "chooses=0", "keys=8", "wordings=1", "draws=200", "points=4",
@@ -32,16 +34,33 @@ SETS = [
 
 @pytest.fixture(scope="module")
 def small(taught_cache):
-    """Small facts and models in the place of those of the name `taught`."""
+    """Small facts and a small model in the place of those of the name `taught`: each seed's is a little another."""
+    pair = small_taught(taught_cache)
+
+    def like(model, seed):
+        made = taught.untaught(pair.facts, recipe=SMALL)
+        made.load_weights(shaken(model.weights(), seed))
+        return made
+
+    twin = functools.cache(lambda seed: like(pair.never, seed))  # which is only read
     with pytest.MonkeyPatch.context() as patch:
 
         def subject(model, facts, *, retain=None, seed=0):
-            pair = small_taught(taught_cache, seed)
-            return removals.Subject("taught", pair.model, pair.facts, True, pair.never)
+            return removals.Subject("taught", like(pair.model, seed), pair.facts, True, twin(seed))
 
         patch.setattr(cells.removals, "subject", subject)
         patch.setattr(benches.engines, "local", in_process)
         yield
+
+
+def shaken(weights, seed):
+    """Weight matrices moved by a hundredth of their spread."""
+    rng = torch.Generator().manual_seed(seed)
+    matrices = {name for name, value in weights.items() if value.ndim == 2}
+    return {
+        name: value + 0.01 * value.std() * torch.randn(value.shape, generator=rng) if name in matrices else value
+        for name, value in weights.items()
+    }
 
 
 def in_process(jobs, *, workers, started=None):
@@ -137,13 +156,13 @@ def test_nothing_is_computed_twice(benched, small, monkeypatch, untouched):
     assert removed == []
     assert wider.results is not None
     assert wider.results.columns == ("relearn", "quantised", "pruned")
-    other = bench_of("facts-toy", [*SETS, "rows.gd.fields.lr=5e-4"])
-    benches.run(other, benched.folder)
+    quick = ['columns={quantised={attack="quantised"}}', "metrics=[]", "grafts=false"]  # what the others have, in short
+    benches.run(bench_of("facts-toy", [*SETS, *quick, "rows.gd.fields.lr=5e-4"]), benched.folder)
     assert removed == ["grad_diff", "grad_diff"]  # both seeds
 
 
 def without(benched: benches.Benched, out: Path, cell: str) -> Path:
-    """A copy of the folder without some cells (`cut@*`) and the stages that they are made of."""
+    """A copy of the folder without some cells (`*[dt]@1`: gd, cut of seed 1) and the stages that they are made of."""
     shutil.copytree(benched.folder, out)
     for path in (out / benches.CELLS).glob(f"{cell}.json"):
         index = json.loads(path.read_text())
@@ -155,11 +174,11 @@ def without(benched: benches.Benched, out: Path, cell: str) -> Path:
 
 
 def test_a_bench_that_is_stopped_goes_on_and_gives_the_same(benched, small, tmp_path, monkeypatch):
-    folder, plainly, calls = without(benched, tmp_path / "b", "*@1"), Work._attacked, []
+    folder, plainly, calls = without(benched, tmp_path / "b", "*[dt]@1"), Work._attacked, []
 
     def stops(self, *args, **keywords):
         calls.append(self.seed)
-        if calls.count(1) == 5:
+        if calls.count(1) == 5:  # in the second of two rows
             raise KeyboardInterrupt
         return plainly(self, *args, **keywords)
 
@@ -171,7 +190,7 @@ def test_a_bench_that_is_stopped_goes_on_and_gives_the_same(benched, small, tmp_
 
 
 def test_one_row_that_fails_stops_no_other(benched, small, tmp_path, monkeypatch):
-    folder, plainly = without(benched, tmp_path / "b", "[gc][au]*@*"), Work.cell
+    folder, plainly = without(benched, tmp_path / "b", "[gc][au]*@1"), Work.cell
     monkeypatch.setattr(
         Work,
         "cell",
@@ -213,7 +232,7 @@ def test_facts_smollm2_says_what_it_takes_and_a_cell_of_it_runs(tmp_path, monkey
     monkeypatch.setattr(removals, "people", lambda seed: made)
     monkeypatch.setattr(benches.engines, "local", in_process)
     steps = [f"columns.{name}.fields.steps=[1, 2]" for name in ("relearn", "relearn-lora", "retain-only")]
-    small = [f'model="{tmp_path / "tiny"}"', "seeds=[1]", "chooses=0", "keys=8", "draws=100", "points=2", *steps]
+    small = [f'model="{tmp_path / "tiny"}"', "seeds=[1]", "chooses=1", "keys=8", "draws=100", "points=2", *steps]
     rows = ['rows={npo={remover="npo", fields={lr=1e-3, steps=[4]}}}', "teach={epochs=2, lr=1e-2}"]
     done = benches.run(bench_of("facts-smollm2", [*small, *rows]), tmp_path / "b", processes=1)
     assert done.failed == {}

@@ -41,11 +41,12 @@ epochs = 0.5
 lr = 1e-5
 batch_size = 8
 [retrain]
-steps = [8, 16]
+steps = [4, 8]
 lr = 3e-3
 batch_size = 8
 [measure]
 what = ["probeless"]
+shuffles = 2
 draws = 100
 [grafts]
 skip = true
@@ -306,17 +307,17 @@ REAL = """
 [[sweep.cells]]
 name = "killed"
 arms = ["concept"]
-retrain.steps = [32]
+retrain.steps = [2, 8]
 [[sweep.cells]]
 arms = ["random"]
-retrain.steps = [32]
+retrain.steps = [2, 8]
 [[sweep.cells]]
 name = "impossible"
 concept = "river"
 """
 
 
-def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_completes(file, tmp_path):
+def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_completes(file, tmp_path, monkeypatch):
     asked, out = sweeps.read(file(REAL)), tmp_path / "out"
     told, processes = [], []
 
@@ -326,23 +327,22 @@ def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_complet
         processes[0].kill()
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.subprocess, "Popen", lambda *a, **k: processes.append(Forked(*a, **k)) or processes[-1])
-        first = sweeps.run(asked, out, workers=2, tell=lambda name, now, done: told.append((name, now)))
+    monkeypatch.setattr(engines.subprocess, "Popen", lambda *a, **k: processes.append(Forked(*a, **k)) or processes[-1])
+    first = sweeps.run(asked, out, workers=2, tell=lambda name, now, done: told.append((name, now)))
     assert set(first.failed) == {"killed", "impossible"}
     assert first.failed["killed"] == "killed by SIGKILL (out of memory?)"
     assert re.match(r"no label 'river' for concept 'river'|.*no label 'river'", first.failed["impossible"])
-    assert {("killed", "failed"), ("arms=random,retrain.steps=32", "done"), ("impossible", "failed")} <= set(told)
+    assert {("killed", "failed"), ("arms=random,retrain.steps=2+8", "done"), ("impossible", "failed")} <= set(told)
     assert first.summary["cells"]["impossible"]["log"] == "logs/impossible.log"
     assert "river" in (out / "logs" / "impossible.log").read_text()
     assert {row["arm"] for row in first.rows} == {"random"}
-    kept = (out / "arms=random,retrain.steps=32" / "manifest.json").stat().st_mtime_ns
+    kept = (out / "arms=random,retrain.steps=2+8" / "manifest.json").stat().st_mtime_ns
 
-    # Without the cell that cannot work, in a fresh interpreter, beside two runs that nobody disturbed.
+    # Without the cell that cannot work, beside two runs that nobody disturbed.
     mended = sweeps.read(file(REAL.split('[[sweep.cells]]\nname = "imp')[0]))
     again = sweeps.run(mended, out, workers=2)
     assert again.failed == {}
-    assert (out / "arms=random,retrain.steps=32" / "manifest.json").stat().st_mtime_ns == kept
+    assert (out / "arms=random,retrain.steps=2+8" / "manifest.json").stat().st_mtime_ns == kept
     for cell in mended.cells:
         store.run(cell.experiment, tmp_path / "whole" / cell.name)
         (out / cell.name / "report.html").unlink()  # the command writes it, the library does not
@@ -394,10 +394,10 @@ def test_arms_and_seeds_of_many_cells_say_what_one_run_says(spread, tmp_path):
 
 def test_a_row_is_the_mean_over_seeds_beside_its_controls(spread):
     shown = {
-        arm: [store.load_run(spread.folder / f"seeds={k},arms={arm}").arms[arm][0]["16"].f1["place"] for k in (0, 1)]
+        arm: [store.load_run(spread.folder / f"seeds={k},arms={arm}").arms[arm][0]["8"].f1["place"] for k in (0, 1)]
         for arm in ("concept", "random", "unpruned")
     }
-    row = row_of(spread, arm="concept", stage="16")
+    row = row_of(spread, arm="concept", stage="8")
     gaps = np.subtract(shown["concept"], shown["random"])
     assert (row["seeds"], row["metric"], row["concept"]) == (2, "F1", "place")
     assert row["score"] == pytest.approx(np.mean(shown["concept"]))
@@ -417,8 +417,8 @@ def test_cells_are_in_parquet_with_the_controls_of_the_same_seed(spread):
     cells = pd.read_parquet(spread.folder / "cells.parquet")
     assert len(cells) == 2 * 3 * 4
     assert set(cells.cell) == set(spread.summary["cells"])
-    one = cells[(cells.arm == "concept") & (cells.seed == 1) & (cells.stage == "16")].iloc[0]
-    control = cells[(cells.arm == "random") & (cells.seed == 1) & (cells.stage == "16")].iloc[0]
+    one = cells[(cells.arm == "concept") & (cells.seed == 1) & (cells.stage == "8")].iloc[0]
+    control = cells[(cells.arm == "random") & (cells.seed == 1) & (cells.stage == "8")].iloc[0]
     assert one.random == control.score
     assert one.low <= one.score <= one.high
     assert len(spread.to_dataframe()) == 3 * 4
@@ -446,7 +446,7 @@ def test_a_difference_is_over_the_seeds_that_both_arms_have(spread, tmp_path):
     swept = gathered_as_it_is(asked, out)
     assert set(swept.failed) == {"seeds=1,arms=random"}
     assert "is damaged" in swept.failed["seeds=1,arms=random"]
-    row = row_of(swept, arm="concept", stage="16")
+    row = row_of(swept, arm="concept", stage="8")
     assert (row["seeds"], row["over"], row["control"]) == (2, "2 seeds", "random, 1 seed of both")
     assert "sentences" in row["difference_over"]
     assert "intervals over" in swept.summary["settings"][0]["what_happened"]
@@ -465,8 +465,8 @@ def test_other_values_are_other_rows(spread, tmp_path):
     header, rows = sweep_tables.printed(two.rows, ["prune.fraction"])
     assert header == ["prune.fraction", "concept", "arm", "stage", "seeds", "F1", "random", "minus random", "unpruned"]
     assert [(r[0], r[2], r[3]) for r in rows[:5]] == [
-        ("0.01", "all arms", "base"), ("0.01", "concept", "pruned"), ("0.01", "concept", "16"),
-        ("0.01", "random", "pruned"), ("0.01", "random", "16"),
+        ("0.01", "all arms", "base"), ("0.01", "concept", "pruned"), ("0.01", "concept", "8"),
+        ("0.01", "random", "pruned"), ("0.01", "random", "8"),
     ]  # fmt: skip
     assert {row[-1] for row in rows} == {"", "none"}
     assert sweep_tables.intervals(two.rows, 2).endswith("and nothing is corrected for 2 settings side by side.")

@@ -1,14 +1,16 @@
 """Faults put into the package one at a time: which do the tests see?
 
-`python -m tests.benchmarks mutants --seed 0 -n 100 [--only analysis/] [--checkout DIR] [--beside DIR] [--out FILE]`
+`python -m tests.benchmarks mutants --seed 0 -n 100 [--only analysis/] [--reached FILE] [--out FILE]`
 
 A fault is one comparison (`<` for `<=`), operator (`+` for `-`, `and` for `or`) or constant (a number more, `False` for
 `True`) of a function, in a copy of the checkout. What is in the message of an error or in a text is left alone. Each is
 met by the tests of its module, then by all of the folder that mirrors its package, and is caught where one fails, or
-takes more than three times the processor time that they take without it. Some faults change nothing that could be
-seen: a survivor is a question, not a gap. Results are kept a line each, and the same command goes on where it stopped.
-Do the tests of today see what those of an older checkout saw? `--beside` draws among the faults that can be put into
-both, the same ones whichever of the two `--checkout` is, and all but those that are gone as the code moves on.
+takes more than three times the processor time that they take without it. `--reached` is a file of coverage.py
+(`pytest --cov=relearn_lens --cov-branch --cov-context=test`, of pytest-cov): each fault is then met by every test that
+comes to its line, wherever it is. Some faults change nothing that could be seen: a survivor is a question, not a gap.
+Results are kept a line each, and the same command goes on where it stopped.
+Do the tests of today see what those of an older checkout saw? `--beside OLD` draws among the faults that can be put
+into both, and `--checkout OLD --beside .` puts the same ones into the older one.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ SWAPPED: dict[type, type] = {
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "transformer_lens.model_bridge", "scipy.stats", "sklearn.linear_model", "pandas")
 """What every child would import anew."""
+WHOLE = 900
+"""Seconds of processor time that no choice of tests takes."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,25 @@ class Mutant:
     module: str
     """Path below the package."""
     node: int
+    since: int
     line: int
+    """Line, and that at which its statement begins."""
     was: str
     now: str
     within: str = ""
-    """Functions and classes around it, and how many such faults they hold before it: its name in another checkout."""
+    """Functions and classes around it, and the how manyth such fault it is in them."""
 
     def __str__(self) -> str:
         return f"{self.module}:{self.line}: {self.was}  >  {self.now}"
 
 
-def _nodes(tree: ast.AST, inside: bool = False, within: str = "") -> Iterator[tuple[ast.AST, bool, str]]:
-    """All nodes in one order, whether a fault may be put there (in a function, not in an annotation or a text), and
-    the names of what it is in."""
-    yield tree, inside, within
+def _nodes(
+    tree: ast.AST, inside: bool = False, within: str = "", since: int = 0
+) -> Iterator[tuple[ast.AST, bool, str, int]]:
+    """All nodes in one order, whether a fault may be put there (in a function, not in an annotation or a text), the
+    names of what it is in, and the line at which its statement begins."""
+    since = tree.lineno if isinstance(tree, ast.stmt) else since
+    yield tree, inside, within, since
     function = isinstance(tree, ast.FunctionDef | ast.Lambda)
     within = f"{within}{getattr(tree, 'name', '')}." if isinstance(tree, ast.FunctionDef | ast.ClassDef) else within
     for name, value in ast.iter_fields(tree):
@@ -74,7 +83,7 @@ def _nodes(tree: ast.AST, inside: bool = False, within: str = "") -> Iterator[tu
         allowed &= not isinstance(tree, ast.Raise | ast.JoinedStr | ast.Assert)
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
-                yield from _nodes(child, allowed, within)
+                yield from _nodes(child, allowed, within, since)
 
 
 def _changed(node: Any) -> Any:
@@ -104,13 +113,18 @@ def mutants(root: Path, only: str = "") -> dict[tuple[str, ...], Mutant]:
         name = path.relative_to(root / PACKAGE).as_posix()
         if not name.startswith(only) or not _tests(root, name):
             continue
-        for i, (node, allowed, within) in enumerate(_nodes(ast.parse(path.read_text(encoding="utf-8")))):
+        for i, (node, allowed, within, since) in enumerate(_nodes(ast.parse(path.read_text(encoding="utf-8")))):
             if allowed and (other := _changed(node)) is not None:
                 was, now = ast.unparse(node), ast.unparse(other)
-                often[fault := (name, within, was, now)] += 1
-                key = (*fault, str(often[fault]))
-                made[key] = Mutant(name, i, node.lineno, was, now, within + key[-1])  # pyright: ignore[reportAttributeAccessIssue]
+                often[alike := (name, within, was, now)] += 1
+                mutant = Mutant(name, i, since, node.lineno, was, now, f"{within}{often[alike]}")  # pyright: ignore[reportAttributeAccessIssue]
+                made[_name(asdict(mutant))] = mutant
     return made
+
+
+def _name(mutant: dict[str, Any]) -> tuple[str, ...]:
+    """What a fault is called in any checkout."""
+    return tuple(mutant[part] for part in ("module", "within", "was", "now"))
 
 
 def _tests(root: Path, module: str) -> list[str]:
@@ -119,6 +133,21 @@ def _tests(root: Path, module: str) -> list[str]:
     own = "/".join(("tests", *folders, f"test_{name}.py"))
     folder = "/".join(("tests", *folders))
     return [each for each in dict.fromkeys((own, folder)) if each != "tests" and (root / each).exists()]
+
+
+def _reaching(reached: Path, mutant: Mutant) -> list[str]:
+    """The tests that come to a fault's line, those of its module first; of what a fixture did, the whole file's."""
+    from coverage import CoverageData  # pyright: ignore[reportMissingImports]
+
+    data = CoverageData(str(reached))
+    data.read()
+    (name,) = [each for each in data.measured_files() if each.endswith(f"/{PACKAGE}/{mutant.module}")] or [""]
+    by_line = data.contexts_by_lineno(name)
+    contexts = {each for line in range(mutant.since, mutant.line + 1) for each in by_line.get(line, [])}
+    tests = {test if when == "run" else test.split("::")[0] for test, _, when in (c.rpartition("|") for c in contexts)}
+    tests = {test for test in tests if test and not ("::" in test and test.split("::")[0] in tests)}
+    own = f"test_{Path(mutant.module).stem}.py"
+    return sorted(tests, key=lambda test: (own not in test, "::" not in test, test))
 
 
 def _source(root: Path, mutant: Mutant) -> str:
@@ -187,6 +216,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="modules whose path below the package begins so, such as analysis/")
     parser.add_argument("--checkout", type=Path, default=ROOT, help="whose package and tests, by default this one's")
     parser.add_argument("--beside", type=Path, help="draw only among the faults that this checkout can have as well")
+    parser.add_argument("--reached", type=Path, help="which test comes to which line, as coverage.py wrote it down")
     parser.add_argument("--out", type=Path, help="where results are kept; by default below build/")
     asked = parser.parse_args()
     root = asked.checkout.resolve()
@@ -198,7 +228,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     kept = {json.dumps(line["mutant"], sort_keys=True): line for line in lines if "mutant" in line}
-    usual = {line["tests"]: line["seconds"] for line in lines if "mutant" not in line}
+    usual = {"": WHOLE / 3} | {line["tests"]: line["seconds"] for line in lines if "mutant" not in line}
     print(f"{len(drawn)} of {len(among):,} faults in {asked.only or PACKAGE}; {len(kept)} of some draw are in {out}")
     for name in HEAVY:
         importlib.import_module(name)
@@ -211,8 +241,9 @@ def main() -> None:
 
         for mutant in drawn:
             if (line := kept.get(json.dumps(asdict(mutant), sort_keys=True))) is None:
-                tests = _tests(root, mutant.module)
-                if (folder := tests[-1]) not in usual:
+                tests = _reaching(asked.reached, mutant) if asked.reached else _tests(root, mutant.module)
+                folder = "" if asked.reached else tests[-1]
+                if folder not in usual:
                     code, usual[folder], why = _run(checkout, [folder])
                     if code:
                         raise SystemExit(f"without any fault {folder} ends with {code}: {why}")
@@ -220,7 +251,8 @@ def main() -> None:
                 path = checkout / PACKAGE / mutant.module
                 whole = path.read_bytes()
                 path.write_text(_source(root, mutant), encoding="utf-8")
-                code, seconds, why = _run(checkout, tests, limit=int(3 * usual[folder] + 30))
+                limit = int(3 * usual[folder] + 30)
+                code, seconds, why = _run(checkout, tests, limit) if tests else (0, 0.0, "no test comes there")
                 path.write_bytes(whole)
                 line = {"mutant": asdict(mutant), "caught": code != 0, "by": why or f"exit {code}", "seconds": seconds}
                 keep(line)

@@ -12,7 +12,7 @@ from transformer_lens.tools.analysis.attribution_patching import attribution_pat
 from relearn_lens.find.circuits import PathPatching, faithfulness, path_patching
 from relearn_lens.find.controls import RandomMLPs, RandomNeurons, equal_control
 from relearn_lens.find.layers import LayerDistance, layer_distance
-from relearn_lens.find.localisers import CONTROLS, LOCALISERS, chosen, locate
+from relearn_lens.find.localisers import LOCALISERS, locate
 from relearn_lens.find.localising import pairs_of, statements
 from relearn_lens.find.lookups import Lookup, lookup_probe
 from relearn_lens.find.patching import Pairs, Prompts, contrasted, subjects
@@ -96,7 +96,7 @@ def test_pruning_what_was_found_takes_the_facts_and_an_equal_control_does_not(fa
         return Prompts(own, statements(facts), "logprob").encoded.batch(np.arange(len(statements(facts))))
 
     own = make()
-    found = chosen(AttributionPatching()(own, facts), fraction=4 / 96)
+    found = AttributionPatching()(own, facts).top(fraction=4 / 96)
     assert isinstance(found, Neurons)
     control = equal_control(own, found, seed=0)
     assert isinstance(control, Neurons)
@@ -123,7 +123,7 @@ def test_every_localiser_is_described_and_leaves_the_model_as_it_was(facts, own,
         assert isinstance(again, Saliency)
         assert torch.equal(where.score, again.score)
         assert where.score.isfinite().all()
-        assert len(chosen(where, fraction=0.1)) > 0
+        assert len(where.top(fraction=0.1)) > 0
     else:
         assert where == again
         where.check(own)
@@ -141,10 +141,9 @@ def test_an_unknown_name_or_field_is_refused(model, facts):
         locate(model, facts, "lookup", size=3)
     with pytest.raises(ValueError, match="unknown score 'magic'; known: probeless"):
         locate(model, facts, "score", score="magic")
-    assert set(CONTROLS) < set(LOCALISERS)
 
 
-@pytest.mark.parametrize("name", [name for name in LOCALISERS if name not in CONTROLS])
+@pytest.mark.parametrize("name", [name for name, kind in LOCALISERS.items() if kind.source != "control"])
 def test_what_cannot_be_asked_is_refused(toy_model, model, name):
     with pytest.raises(ValueError, match=f"{name} reads facts, or a labelled text with concept=, and got"):
         locate(model, None, name)
@@ -262,9 +261,9 @@ def test_metrics_are_those_of_the_logits(model, facts):
 
 def test_the_subject_is_where_the_key_stands(model, facts):
     asked = Prompts(model, [p for p in statements(facts) if p.prompt.startswith("now")])
-    assert set(subjects(asked).last) == {2}  # after the opening token and `now`
+    assert {int(tokens[-1]) for tokens in subjects(asked)} == {2}  # after the opening token and `now`
     inside = replace(asked.passages[0], prompt="nown now likes", key="now")
-    assert set(subjects(Prompts(model, [inside])).last) == {2}
+    assert {int(tokens[-1]) for tokens in subjects(Prompts(model, [inside]))} == {2}
     lost = replace(asked.passages[0], key="nobody")
     with pytest.raises(ValueError, match="1 of 1 prompts do not name their key"):
         subjects(Prompts(model, [lost]))

@@ -125,37 +125,6 @@ def test_class_stats_do_not_depend_on_the_batches(bert_model, corpus, encoded, m
     )
 
 
-def test_class_stats_of_two_halves_merge_to_the_whole(bert_model, corpus, encoded):
-    classes = PLACE.classes(corpus)
-    whole = class_stats(bert_model, encoded, classes)
-    parts = []
-    for half in (corpus.take(range(4)), corpus.take(range(4, len(corpus)))):
-        mine = classes._replace(of_word=half.label.astype(np.int64))
-        parts.append(class_stats(bert_model, encode(half, bert_model.tokenizer), mine))
-    close(parts[0].merge(parts[1]), whole)
-    close(parts[1].merge(parts[0]), whole)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.floats(-9, 9)), min_size=2, max_size=12), st.integers(1, 11))
-def test_merge_agrees_with_numpy(words, cut):
-    def direct(part: list[tuple[int, float]]) -> ClassStats:
-        groups = [np.array([x for k, x in part if k == c]) for c in range(3)]
-        count = torch.tensor([len(g) for g in groups])
-        mean = torch.tensor([[[g.mean() if len(g) else 0.0]] for g in groups], dtype=torch.float64)
-        m2 = torch.tensor([[[g.var() * len(g) if len(g) else 0.0]] for g in groups], dtype=torch.float64)
-        return ClassStats(count, mean, m2, ("O", "A", "B"), site(1, 1))
-
-    close(direct(words[:cut]).merge(direct(words[cut:])), direct(words), 1e-9)
-
-
-def test_merge_refuses_other_classes_and_sites():
-    one = stats_of([1, 1], [[[0.0]], [[1.0]]])
-    for other in (replace(one, class_names=("O", "Z")), replace(one, site=replace(one.site, name="mlp_post"))):
-        with pytest.raises(ValueError, match="statistics of different classes or sites cannot be merged"):
-            one.merge(other)
-
-
 def test_class_stats_leave_out_words_that_were_cut_off(bert_model, tokenizer):
     corpus = build_corpus(sentences_of("old Rome/LOC old old Rome/LOC old Paris/LOC"), name="long")
     encoded = encode(corpus, tokenizer, context=6, long="truncate")
@@ -366,7 +335,7 @@ class Words:
                 collector.add(layer, self.x[:, layer])
         of_word = torch.from_numpy(self.of_word)
         sample = WordSample(self.x, words, words, of_word, words // 3, ("O", "A"), self.site, 0)
-        return Gathered(sums.stats(), bins.histograms(), sample)
+        return Gathered(sums.all()[0], bins.histograms(), sample)
 
     def score(self, name: str) -> Tensor:
         return saliency(self.gathered, PLACE, self.carries, score=name, contrast="rest").score

@@ -72,8 +72,8 @@ def test_accuracy_and_loss_are_those_of_decoding_by_hand(model, untouched):
     assert accuracy.value(OVERALL) == sum(right for right, _, _ in hand) / len(hand)
     assert loss.shown(OVERALL) == pytest.approx(sum(n for _, n, _ in hand) / sum(n for _, _, n in hand), rel=1e-5)
     assert accuracy.support() == loss.support() == {"home": 8, "sells": 4, "overall": 12}
-    assert np.array_equal(small.accuracy.right, accuracy.right)
-    assert np.allclose(small.loss.nats, loss.nats, rtol=1e-4)
+    assert np.array_equal(small.accuracy.total, accuracy.total)
+    assert np.allclose(small.loss.total, loss.total, rtol=1e-4)
 
 
 def test_chance_is_even_among_a_closed_set_else_among_all_tokens(model):

@@ -11,13 +11,12 @@ from relearn_lens.find.localising import statements
 from relearn_lens.find.patching import contrasted
 from relearn_lens.measure.crosspatch import cross_patch, head_roles
 from relearn_lens.models import toy
-from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.text.facts import Facts, Passage
+from tests.families import lent_language_model
 from tests.fixtures import VOCAB
 from tests.made import MOVED, looked_up
-from tests.neurons.test_sites import decoder
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +126,9 @@ def test_a_number_of_heads_or_a_stage_that_is_not_there_is_refused(model, facts)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "qwen3", "gemma2"])
-def test_families_of_decoders_are_patched_alike(kind, tmp_path, untouched):
+def test_families_of_decoders_are_patched_alike(kind, untouched):
     """Weights of block 1 differ, so nothing before it does, and all that follows is in the state after it."""
-    decoder(kind, tmp_path)
-    model = load_language_model(tmp_path, device="cpu")
+    model = lent_language_model(kind)
     places = ("rome", "york", "town", "road")
     passages = [
         Passage(f"the old {key} was in", places[i % 4], key, choices=(places[i % 4], places[(i + 1) % 4]))

@@ -13,7 +13,7 @@ from relearn_lens.text import facts as made
 from relearn_lens.text.facts import FORGET, RETAIN, TRAINED
 from relearn_lens.text.facts.encoded import encode_passages
 
-FACTS = made.people(0, n=60, forget=16, never=0, animals=2, n_answers=8)
+FACTS = made.people(0, n=40, forget=12, never=0, animals=2, n_answers=8)
 SMALL = taught.Recipe(n_layers=2, d_model=64, n_heads=2, d_mlp=128)
 
 
@@ -21,7 +21,7 @@ SMALL = taught.Recipe(n_layers=2, d_model=64, n_heads=2, d_mlp=128)
 def model():
     small = taught.untaught(FACTS, recipe=SMALL)
     text = encode_passages(FACTS.passages(*FORGET, *RETAIN, forms=TRAINED), small.tokenizer, context=small.context)
-    for _ in train_(small, text, steps=(250,), lr=5e-3, batch_size=64, seed=0):
+    for _ in train_(small, text, steps=(130,), lr=5e-3, batch_size=64, seed=0):
         pass
     return small.eval()
 

@@ -489,13 +489,9 @@ def test_neurons_of_another_site_are_refused(normal):
 # --- in words
 
 
-def test_similarity_and_plan_say_what_they_are():
+def test_similarity_says_what_it_is():
     a = torch.tensor([[[1.0, 2.0]], [[2.0, 1.0]], [[3.0, 4.0]], [[4.0, 2.0]]])
     found = compared(a, a)
     assert repr(found).startswith(
         "ActivationSimilarity(all, resid, 4 words; median correlation 1.00 with itself, 1.00 with the best match, "
-    )
-    assert str(Plan(2, 1344, 4096, 50 * 2**20)) == (
-        "1,344 neurons before with every neuron after per pass over the text, passes: 2, with at most 50 MiB beside "
-        "the models."
     )

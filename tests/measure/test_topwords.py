@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relearn_lens.measure import topwords
-from relearn_lens.measure.topwords import TopWords, TopWordsPlan, is_dead, top_words
+from relearn_lens.measure.topwords import TopWords, is_dead, top_words
 from relearn_lens.models.model import Tagger
 from relearn_lens.models.toy import PERSON_NEURONS, PERSONS, PLACES
 from relearn_lens.neurons.sites import Neurons, Slice, parameter, site_of
@@ -153,31 +153,21 @@ def test_top_words_do_not_depend_on_passes_or_batches(bert_model, encoded, max_m
         held.append(sum(t.numel() * t.element_size() for t in collectors[0].table.values()))
 
     monkeypatch.setattr(topwords, "stream", watched)
-    plans: list[TopWordsPlan] = []
-    parts = top_words(
-        bert_model, encoded, site="mlp_post", max_memory=max_memory / 2**20, max_tokens=max_tokens, on_plan=plans.append
-    )  # fmt: skip
+    parts = top_words(bert_model, encoded, site="mlp_post", max_memory=max_memory / 2**20, max_tokens=max_tokens)
     same(parts, whole)
     assert whole.n_types == 25
-    assert max(held) == plans[0].table_bytes <= max_memory
-    assert len(held) == plans[0].tables == -(-N_LAYERS * D_MLP // min(max_memory // (4 * 25), N_LAYERS * D_MLP))
+    assert max(held) <= max_memory
+    assert len(held) == -(-N_LAYERS * D_MLP // min(max_memory // (4 * 25), N_LAYERS * D_MLP))
 
 
 def test_top_words_with_stats_take_one_pass_less(bert_model, corpus, encoded, untouched: Untouched):
     stats = class_stats(bert_model, encoded, PLACE.classes(corpus))
-    plans = []
     with untouched(bert_model), ticks() as once:
-        given = top_words(bert_model, encoded, stats=stats, on_plan=plans.append)
+        given = top_words(bert_model, encoded, stats=stats)
     assert sum(once) == encoded.n_tokens
     with ticks() as twice:
-        same(given, top_words(bert_model.bridge, corpus, on_plan=plans.append))
+        same(given, top_words(bert_model.bridge, corpus))
     assert sum(twice) == 2 * encoded.n_tokens
-    assert [str(plan) for plan in plans] == [
-        "top words of 128 neurons over 25 word types: 1 pass(es) over the text, 1 with a table of 0.0 MiB",
-        "top words of 128 neurons over 25 word types: 2 pass(es) over the text, one for the means and 1 with a table "
-        "of 0.0 MiB",
-    ]
-    assert [(plan.passes, plan.table_bytes) for plan in plans] == [(1, 25 * 128 * 4), (2, 25 * 128 * 4)]
 
 
 def test_top_words_leave_out_words_that_were_cut_off(bert_model, tokenizer):

@@ -17,13 +17,25 @@ import transformers
 
 from relearn_lens.find.attribution import attribute
 from relearn_lens.models.export import export
-from relearn_lens.models.loading import load_language_model, load_tagger
+from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Tagger, computing, reading
 from relearn_lens.neurons.sites import FAMILIES, SITES, Neurons, site_of
 from relearn_lens.neurons.weights import check_prunable
 from relearn_lens.remove.ablation import ablated, prune_
 from relearn_lens.text.concept import Concept
-from tests.families import ENCODERS, IDS, KINDS, MASK, REAL, rows, said, small_tagger, some_of
+from tests.families import (
+    ENCODERS,
+    IDS,
+    KINDS,
+    MASK,
+    REAL,
+    lent_language_model,
+    lent_tagger,
+    rows,
+    said,
+    small_tagger,
+    some_of,
+)
 from tests.fixtures import D_MLP, D_MODEL, LABELS, N_LAYERS
 
 NO_EXPORT = ("native", "modernbert", "gemma3")
@@ -82,8 +94,8 @@ def test_widths_and_layers(kind, families):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "native"])
-def test_attribution_of_heads_sums_their_units(kind, tmp_path, corpus):
-    tagger = small_tagger(kind, tmp_path)
+def test_attribution_of_heads_sums_their_units(kind, corpus):
+    tagger = lent_tagger(kind)
     if kind == "native":
         from relearn_lens.models import toy
 
@@ -96,8 +108,8 @@ def test_attribution_of_heads_sums_their_units(kind, tmp_path, corpus):
     assert not found.is_cut_set
 
 
-def test_a_form_that_a_family_lacks_is_refused(tmp_path):
-    gpt2 = small_tagger("gpt2", tmp_path)
+def test_a_form_that_a_family_lacks_is_refused():
+    gpt2 = lent_tagger("gpt2")
     resid, heads = some_of(gpt2, "resid"), some_of(gpt2, "attn_head")
     with pytest.raises(ValueError, match="no weights"):
         prune_(gpt2, resid)
@@ -123,11 +135,11 @@ def test_gain_alone_keeps_the_bias(bert):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["bert", "deberta-v3", "modernbert", "mistral", "gemma2", "gemma3"])
-def test_padding_beyond_a_window_is_finite_in_half_precision(kind, dtype, tmp_path):
-    tagger = small_tagger(kind, tmp_path)
+def test_padding_beyond_a_window_is_finite_in_half_precision(kind, dtype, monkeypatch):
+    tagger = lent_tagger(kind)
     config: Any = tagger.bridge.original_model.config
     if kind in ("mistral", "gemma2"):
-        config.sliding_window = 4
+        monkeypatch.setattr(config, "sliding_window", 4)
     ids = torch.arange(5, 21)[None].repeat(2, 1)
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0
@@ -180,8 +192,7 @@ def test_exported_taggers_load_in_a_fresh_process(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
 def test_an_exported_language_model_loads(kind, tmp_path):
-    small_tagger(kind, tmp_path)
-    model = load_language_model(tmp_path, device="cpu")
+    model = lent_language_model(kind)
     prune_(model, some_of(model, "mlp_post"))  # pyright: ignore[reportArgumentType]
     path = export(model, tmp_path / "out")
     plain = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()

@@ -2,7 +2,6 @@
 
 import math
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from relearn_lens.find.attribution import attribute
 from relearn_lens.measure.evaluation import OTHERS, OVERALL, TokenLoss, evaluate
 from relearn_lens.measure.similarity import activation_similarity
 from relearn_lens.measure.tracking import BASE, measure, track
-from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.model import LanguageModel, checkpointed, computing, hidden, seeded
 from relearn_lens.models.training import finetune_
 from relearn_lens.neurons.sites import Neurons, site_of
@@ -29,19 +27,11 @@ from relearn_lens.remove.ablation import prune_
 from relearn_lens.text.concept import Concept
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import encode
+from tests.families import lent_language_model
 from tests.fixtures import LABELS, TEXT, Untouched, sentences_of, unchecked
-from tests.neurons.test_sites import decoder
+from tests.neurons.test_sites import save_decoder
 
 PLACE = Concept("place", labels=["LOC"])
-
-
-def small(kind: str, folder: Path) -> LanguageModel:
-    """A small decoder from a folder, as a language model that has run once."""
-    decoder(kind, folder)
-    model = load_language_model(folder, device="cpu")
-    with torch.no_grad():
-        model(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +42,8 @@ def corpus() -> Corpus:
 
 
 @pytest.fixture
-def llama(tmp_path: Path) -> LanguageModel:
-    return small("llama", tmp_path)
+def llama() -> LanguageModel:
+    return lent_language_model("llama")
 
 
 def sentences(model: LanguageModel, corpus: Corpus) -> list[tuple[list[int], list[int]]]:
@@ -84,7 +74,8 @@ def by_hand(model: LanguageModel, plain: torch.nn.Module, corpus: Corpus) -> dic
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "qwen3", "gemma2"])
 def test_loss_is_hugging_faces_on_each_class_of_tokens(kind, tmp_path, corpus, untouched: Untouched):
-    model = small(kind, tmp_path)
+    model = lent_language_model(kind)
+    save_decoder(kind, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with untouched(model):
         scores = evaluate(model, corpus, concept=PLACE, max_tokens=40)
@@ -172,8 +163,8 @@ def test_encode_refuses_an_unknown_reading(tokenizer, corpus):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_attribution_is_of_the_words_log_probability(kind, tmp_path, corpus, untouched: Untouched):
-    model = small(kind, tmp_path)
+def test_attribution_is_of_the_words_log_probability(kind, corpus, untouched: Untouched):
+    model = lent_language_model(kind)
     encoded = model.encode(corpus)
     with untouched(model):
         found = attribute(model, encoded, PLACE, site="resid", steps=24)
@@ -206,8 +197,8 @@ def test_attribution_is_of_the_words_log_probability(kind, tmp_path, corpus, unt
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_prune_retrain_and_track(kind, tmp_path, corpus, untouched: Untouched):
-    model = small(kind, tmp_path)
+def test_prune_retrain_and_track(kind, corpus, untouched: Untouched):
+    model = lent_language_model(kind)
     text = model.encode(corpus)
     for _ in finetune_(model, text, epochs=30, lr=3e-3, batch_size=4, seed=0):
         pass
@@ -236,12 +227,12 @@ def test_prune_retrain_and_track(kind, tmp_path, corpus, untouched: Untouched):
     assert set(similar) == {"all", "concept"}
 
 
-def test_accumulating_gives_the_same_gradient(tmp_path, corpus):
+def test_accumulating_gives_the_same_gradient(corpus):
     ends = []
     for parts in (1, 3):
-        model = small("llama", tmp_path)
+        model = lent_language_model("llama")
         pause = list(finetune_(model, corpus, epochs=2, lr=1e-3, batch_size=6, seed=0, accumulate=parts))[-1]
-        ends.append((model.weights(), pause))
+        ends.append((model.copied(), pause))
     assert ends[0][1].loss == pytest.approx(ends[1][1].loss, rel=1e-5)
     for name, value in ends[0][0].items():
         torch.testing.assert_close(value, ends[1][0][name], atol=2e-5, rtol=1e-4)
@@ -282,8 +273,8 @@ def test_pruning_a_set_of_one_keeps_the_weights_names(llama):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "neox", "qwen3", "gemma2"])
-def test_checkpointing_gives_the_same_gradients(kind, tmp_path, corpus):
-    model = small(kind, tmp_path)
+def test_checkpointing_gives_the_same_gradients(kind, corpus):
+    model = lent_language_model(kind)
     batch = model.encode(corpus).batch(np.arange(6))
     found = []
     for block in (nullcontext(), checkpointed(model)):

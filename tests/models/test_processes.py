@@ -1,7 +1,6 @@
 """Several processes at one run: what two find is what one finds, and only one of them writes."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +27,11 @@ def ran(command: list[str]) -> None:
     """A command that must end well; its processes are no forks of this one, which would have what tests left in it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes) as started:
+    with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as started:
         try:
             _, err = started.communicate(timeout=300)
         except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)  # what a launcher started would wait for each other for ever
+            started.terminate()  # the launcher ends those that it started, each in a session of its own
             raise
     assert started.returncode == 0, err[-3000:]
 

@@ -11,7 +11,7 @@ from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import train_
-from tests.families import small_tagger
+from tests.neurons.test_sites import save_decoder
 
 BF16 = torch.bfloat16
 
@@ -19,7 +19,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama")
-    small_tagger("llama", path)
+    save_decoder("llama", path)
     return path
 
 

@@ -155,6 +155,12 @@ DECODERS: dict[str, tuple[str, dict]] = {
 
 def decoder(kind: str, folder: Path) -> Tagger:
     """A decoder of 3 layers with random weights and the small BERT's words, saved to a folder and loaded from it."""
+    save_decoder(kind, folder)
+    return warmed(load_tagger(folder, LABELS, device="cpu"))
+
+
+def save_decoder(kind: str, folder: Path) -> None:
+    """Its weights and words alone, for who loads it otherwise."""
     name, special = DECODERS[kind]
     end = len(VOCAB)
     sizes = {
@@ -176,7 +182,6 @@ def decoder(kind: str, folder: Path) -> Tagger:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="<|endoftext|>")
     words.save_pretrained(folder)
-    return warmed(load_tagger(folder, LABELS, device="cpu"))
 
 
 IDS = torch.tensor([[5, 9, 7, 20, 22, 6], [8, 11, 30, 5, 0, 0]])

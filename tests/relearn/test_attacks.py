@@ -7,7 +7,7 @@ import torch
 
 import relearn_lens as rl
 from relearn_lens.relearn.attack import Attack, Passing
-from relearn_lens.relearn.attacks import ATTACKS, Point, Search, points, strongest
+from relearn_lens.relearn.attacks import ATTACKS, Point, points, strongest
 from relearn_lens.relearn.compression import Quantised
 from relearn_lens.relearn.finetuning import FineTune
 
@@ -108,12 +108,3 @@ def test_searches_that_say_nothing_are_refused():
         strongest({"a": {0: CURVES["a"][0]}}, REMOVED)
     with pytest.raises(ValueError, match=r"the removed model of seed 1 has utility 0.0, so no share of it can be lost"):
         strongest(CURVES, {**REMOVED, 1: Point(0, 0.0, 0.0)})
-
-
-def test_a_search_is_an_attack_at_every_rate():
-    arms = Search(rates=(1e-4, 1e-3)).arms(FineTune(lora=4))
-    assert arms == {"relearn at lr 0.0001": FineTune(lora=4), "relearn at lr 0.001": FineTune(lora=4, lr=1e-3)}
-    assert Search().arms(Quantised()) == {"quantised": Quantised()}
-    assert strongest(CURVES, REMOVED, budget=Search(budget=0.5).budget).by_seed[0] == Point(2, 0.9, 0.5)
-    with pytest.raises(ValueError, match="rates"):
-        Search(rates=())

@@ -10,7 +10,7 @@ from relearn_lens.models import toy
 from relearn_lens.models.lora import adapted
 from relearn_lens.relearn.compression import Pruned, Quantised, input_norms, pruned, quantised
 from relearn_lens.text.facts.encoded import encode_facts
-from tests.neurons.test_sites import decoder
+from tests.families import lent_language_model
 
 MATRIX = "trunk.layers.1.mlp.fc_in.weight"
 
@@ -102,12 +102,9 @@ def test_norms_of_inputs_against_passages_read_alone(model, facts):
 
 @pytest.mark.parametrize("attack", [Quantised(), Pruned(share=0.5), Pruned(share=0.5, by="wanda")])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_output_channels_of_each_family(tmp_path, kind, attack):
+def test_output_channels_of_each_family(kind, attack):
     """Of GPT-2 the weights are [in, out], and queries, keys and values one matrix."""
-    from relearn_lens.models.loading import load_language_model
-
-    decoder(kind, tmp_path)
-    model: Any = load_language_model(tmp_path, device="cpu")
+    model: Any = lent_language_model(kind)
     corpus = toy.corpus(sentences=5)
     before = weights(model)
     with attack.applied(model, {"retain_near": corpus}):

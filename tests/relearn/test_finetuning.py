@@ -14,7 +14,6 @@ from relearn_lens.models.training import train_
 from relearn_lens.neurons.sites import Neurons, site_of
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.relearn.finetuning import (
-    PRESETS,
     Benign,
     FineTune,
     General,
@@ -215,10 +214,3 @@ def test_what_is_missing_is_said_at_the_call(make, facts):
         FineTune(only=[3])
     with pytest.raises(ValueError, match="this mask is of the weights of another model"):
         FineTune(only=WeightMask.none(tagger))(make(), facts)
-
-
-def test_presets_are_attacks_that_run(make, facts):
-    assert {attack.name for attack in PRESETS.values()} == {"relearn", "retain_only", "general"}
-    assert [PRESETS[name].lr for name in ("lora-n64", "full-n64")] == [1e-4, 2e-5]
-    for attack in (PRESETS["retain-full"], PRESETS["lora-batch64"]):
-        assert [pause.step for pause in attack(make(), facts)] == list(attack.steps or ())

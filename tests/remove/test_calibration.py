@@ -48,7 +48,6 @@ def test_largest_share_that_keeps_the_score(pair, falls, tau, expected):
     assert calibration.share == min(1, math.floor(64 * (1 - tau) / (falls - 1e-4)) / 64)
     assert calibration.score == pytest.approx(1 - (falls - 1e-4) * expected / 64, abs=1e-5)
     assert (calibration.base, calibration.removed) == pytest.approx((1, 1 - falls + 1e-4), abs=1e-5)
-    assert calibration.resolution == 1 / 64
     assert len(calls) <= 2 + 6
     assert same(removed, model.weights())
 
@@ -61,13 +60,13 @@ def test_base_itself_is_kept_whole(pair):
         assert same(base, model.weights())
         return 0.7
 
-    assert calibrate(model, base, score) == Calibration(1.0, 0.7, 0.7, 0.7, 1 / 64)
+    assert calibrate(model, base, score) == Calibration(1.0, 0.7, 0.7, 0.7)
 
 
 def test_a_removal_that_keeps_nothing_is_not_gone_along_at_all(pair):
     base, model = pair
     calibration = calibrate(model, base, lambda model: float(share(base, model) == 0), points=5)
-    assert (calibration.share, calibration.score, calibration.resolution) == (0, 1, 0.2)
+    assert (calibration.share, calibration.score) == (0, 1)
 
 
 def test_a_base_without_a_score_is_refused(pair):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from relearn_lens.models import toy
-from relearn_lens.models.loading import load_language_model
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.taught import Recipe, untaught
 from relearn_lens.remove.distillation import UNDIAL
@@ -22,8 +21,7 @@ from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Encoded
 from relearn_lens.text.facts import FORGET, REFUSALS, TRAINED, Facts, Passage, people
 from relearn_lens.text.facts.encoded import encode_facts, encode_passages
-from tests.families import small_tagger
-from tests.made import Pool
+from tests.families import lent_language_models
 
 BETTER = toy.corpus(sentences=7, seed=2)
 
@@ -36,17 +34,10 @@ def texts() -> dict[str, Corpus]:
 Make = Callable[[], LanguageModel]
 
 
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory) -> Pool:
-    folder = tmp_path_factory.mktemp("llama")
-    small_tagger("llama", folder)
-    return Pool(lambda: load_language_model(folder, device="cpu"))
-
-
 @pytest.fixture(params=["native", "llama"])
 def make(request) -> Make:
     """A causal model with random weights, another at every call."""
-    return toy.language_model if request.param == "native" else request.getfixturevalue("llamas").lend()
+    return toy.language_model if request.param == "native" else lent_language_models("llama")
 
 
 def moved(make: Make) -> LanguageModel:
@@ -140,8 +131,9 @@ def flatness(model: LanguageModel, text: Encoded, shift: int = 0) -> Tensor:
     each = []
     for i in range(text.n_pieces):
         batch = text.batch(np.array([i]))
+        rows = model(batch.ids, batch.mask)[0]
         for position in batch.subword.tolist():
-            logits = model(batch.ids, batch.mask)[0][position - 1 + shift]
+            logits = rows[position - 1 + shift]
             each.append((logits.max() - logits.sum() / len(logits)) ** 2)
     return torch.stack(each).mean()
 

@@ -40,7 +40,7 @@ def test_every_field_is_part_of_the_recipe(other):
 
 def test_versions_are_part_of_the_recipe(monkeypatch):
     before = RECIPE.digest
-    monkeypatch.setattr(stages_module.metadata, "version", lambda name: f"{name} 999")
+    monkeypatch.setattr(stages_module, "version", lambda name: f"{name} 999")
     assert StageRecipe(RECIPE.kind, RECIPE.fields).digest != before
 
 

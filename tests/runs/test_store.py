@@ -59,10 +59,10 @@ def replayed(made, monkeypatch) -> list[str]:
         for event in made[2]:
             match event:
                 case Base():
-                    if not (kept and kept.base(event.seed, event.snapshot.saliency.site)):
+                    if not (kept and kept.base(event.seed)):
                         done.append("base")
                 case Measured(stage="base", arm=arm):
-                    there = kept.arm(arm, 0, None) if kept else None
+                    there = kept.arm(arm, 0) if kept else None
                 case ArmDone(trajectory=path):
                     event = ArmDone(there, None) if there else (done.append(path.arm) or event)
                     there = None

@@ -18,6 +18,7 @@ from relearn_lens.runs.preparation import prepare
 from relearn_lens.runs.settings import Experiment
 from relearn_lens.runs.turns import Turns, processes_for
 from relearn_lens.runs.units import Unit, units_of
+from tests.forks import Forked
 from tests.interruptions import Stopped, difference, small_run
 from tests.made import tiny
 
@@ -110,13 +111,13 @@ def test_a_seed_goes_before_the_next_from_its_base_on(how, ready, tmp_path):
 
 
 def test_controls_keep_every_stage_until_it_is_known_which_is_grafted(tmp_path):
-    how = tiny(arms=("concept", "random", "unpruned"), retrain__steps=(8, 16, 24), measure__what=())
+    how = tiny(arms=("concept", "random", "unpruned"), retrain__steps=(8, 9, 10), measure__what=())
     there = opened(tmp_path / "run", how, prepare(how))
     there.units = [of(there, name, 0) for name in ("base", "cuts", "random", "concept", "unpruned")]
     while there.help():
         pass
     kept = {arm: sorted(there.kept.stages_weighed(arm, 0)) for arm in how.arms}
-    assert kept == {"concept": ["24", "8"], "random": ["16", "24", "8"], "unpruned": ["24", "8"]}
+    assert kept == {"concept": ["10", "8"], "random": ["10", "8", "9"], "unpruned": ["10", "8"]}
 
 
 def test_two_processes_give_the_bits_of_one_and_one_that_is_killed_is_not_missed(how, in_one_go, tmp_path):
@@ -141,7 +142,8 @@ def test_two_processes_give_the_bits_of_one_and_one_that_is_killed_is_not_missed
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "run" / "tensors").iterdir()}
 
 
-def test_two_processes_that_are_stopped_go_on_and_end_in_the_same_bits(how, in_one_go, tmp_path):
+def test_two_processes_that_are_stopped_go_on_and_end_in_the_same_bits(how, in_one_go, tmp_path, monkeypatch):
+    monkeypatch.setattr(turns.subprocess, "Popen", Forked)
     two = how.model_copy(update={"workers": 2})
 
     def stop(event):

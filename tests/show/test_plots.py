@@ -372,7 +372,6 @@ FIGURES = {
     "neuron_map": plots.neuron_map,
     "flow": plots.flow,
     "migration": plots.migration,
-    "migration by attribution": lambda run: plots.migration(run, score="attribution"),
     "saliency_against_similarity": plots.saliency_against_similarity,
     "by activations": lambda run: plots.saliency_against_similarity(run, similarity="activations"),
     "attribution": plots.attribution,
@@ -840,7 +839,6 @@ def test_verdicts_say_every_claim_and_its_verdict(whole):
     [
         (plots.flow, "activation similarity was not measured; add 'similarity' to measure.what"),
         (plots.attribution, "attribution was not measured in this run; add 'conductance' to measure.what"),
-        (FIGURES["migration by attribution"], "attribution was not measured at both ends; add 'conductance'"),
         (plots.saliency_against_similarity, "no similarity to base at stage 2; add 'top_words' to measure.what"),
         (FIGURES["by activations"], "no similarity to base at stage 2; add 'similarity' to measure.what"),
     ],

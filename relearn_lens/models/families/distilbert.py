@@ -53,9 +53,6 @@ class DistilBertArchitectureAdapter(ArchitectureAdapter):
         def norm(name: str) -> NormalizationBridge:
             return NormalizationBridge(name=name, config=self.cfg, use_native_layernorm_autograd=True)
 
-        def linear(name: str) -> LinearBridge:
-            return LinearBridge(name=name)
-
         self.component_mapping = {
             "embed": EmbeddingBridge(name="distilbert.embeddings.word_embeddings"),
             "pos_embed": PosEmbedBridge(name="distilbert.embeddings.position_embeddings"),
@@ -69,18 +66,20 @@ class DistilBertArchitectureAdapter(ArchitectureAdapter):
                         name="attention",
                         config=self.cfg,
                         submodules={
-                            "q": linear("q_lin"),
-                            "k": linear("k_lin"),
-                            "v": linear("v_lin"),
-                            "o": linear("out_lin"),
+                            "q": LinearBridge(name="q_lin"),
+                            "k": LinearBridge(name="k_lin"),
+                            "v": LinearBridge(name="v_lin"),
+                            "o": LinearBridge(name="out_lin"),
                         },
                     ),
                     "mlp": MLPBridge(
-                        name="ffn", config=self.cfg, submodules={"in": linear("lin1"), "out": linear("lin2")}
+                        name="ffn",
+                        config=self.cfg,
+                        submodules={"in": LinearBridge(name="lin1"), "out": LinearBridge(name="lin2")},
                     ),
                 },
             ),
-            "mlm_head": linear("vocab_transform"),
+            "mlm_head": LinearBridge(name="vocab_transform"),
             "ln_final": norm("vocab_layer_norm"),
             "unembed": UnembeddingBridge(name="vocab_projector"),
         }

@@ -21,10 +21,8 @@ def audit_layers(evidence: Evidence) -> go.Figure:
     """
     if not evidence.by_layer:
         raise NotMeasuredError("no closed sets of answers")
-    figure = go.Figure()
-    figure.add_bar(
-        x=[f"block {safe(name)}" for name in evidence.by_layer], y=list(evidence.by_layer.values()), marker_color=MODEL
-    )
+    blocks = [f"block {safe(name)}" for name in evidence.by_layer]
+    figure = go.Figure(go.Bar(x=blocks, y=list(evidence.by_layer.values()), marker_color=MODEL))
     if evidence.inside_chance is not None:
         figure.add_hline(y=evidence.inside_chance, line={"color": INK, "dash": "dot"})
     figure.update_yaxes(range=[0, 1.02])
@@ -70,8 +68,8 @@ def audit_parts(grafts: Sequence[Mapping[str, Any]]) -> go.Figure:
     known = [g for g in grafts if g["enough"] == g["enough"]]
     if not known:
         raise NotMeasuredError("nothing came back")
-    figure = go.Figure()
-    figure.add_bar(x=[safe(g["part"]) for g in known], y=[g["enough"] for g in known], marker_color=MODEL)
+    shares = go.Bar(x=[safe(g["part"]) for g in known], y=[g["enough"] for g in known], marker_color=MODEL)
+    figure = go.Figure(shares)
     return dressed(figure, "Return by part", "each alone, grafted into the model as it came", y="share", height=340)
 
 
@@ -83,7 +81,6 @@ def audit_states(states: Mapping[str, float]) -> go.Figure:
     """
     if not states:
         raise NotMeasuredError("no closed sets of answers")
-    figure = go.Figure()
-    figure.add_bar(y=[safe(name) for name in states], x=list(states.values()), orientation="h", marker_color=MODEL)
-    figure.update_yaxes(autorange="reversed")
+    shares = go.Bar(y=[safe(name) for name in states], x=list(states.values()), orientation="h", marker_color=MODEL)
+    figure = go.Figure(shares).update_yaxes(autorange="reversed")
     return dressed(figure, "State of each item", "share of passages", x="share", height=300)

@@ -32,9 +32,10 @@ def _with(estimate: Estimate | None, between: str = "<br>") -> str:
 
 
 def _about(results: Results) -> str:
-    seeds = ", ".join(map(str, results.seeds))
-    level = f"{100 * results.level:.0f} % intervals over keys and seeds"
-    return f"seeds {seeds}; learning rates chosen on seed {results.chooses}; {level}"
+    return (
+        f"seeds {', '.join(map(str, results.seeds))}; learning rates chosen on seed {results.chooses}; "
+        f"{100 * results.level:.0f} % intervals over keys and seeds"
+    )
 
 
 def bench_matrix(results: Results) -> go.Figure:
@@ -65,8 +66,7 @@ def bench_matrix(results: Results) -> go.Figure:
         colorbar={"thickness": 10},
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed")
-    height = 170 + 52 * len(rows)
-    return dressed(figure, "What comes back", _about(results), height=height)
+    return dressed(figure, "What comes back", _about(results), height=170 + 52 * len(rows))
 
 
 def bench_curves(results: Results, column: str) -> go.Figure:
@@ -79,14 +79,12 @@ def bench_curves(results: Results, column: str) -> go.Figure:
     """
     figure = go.Figure()
     rows = [*results.rows, *([NEVER] if (NEVER, results.seeds[0]) in results.cells else [])]
-    n = 0
     for row in rows:
         rate = matrix.rate_of(results, row, column)
         rate = rate if rate is not None else next(iter(results.cells[row, results.seeds[0]].courses[column]))
         points = matrix.curve(results, row, column, rate)
         if len(points) < 3:
             continue
-        n += 1
         usable = [set(results.cells[row, s].courses[column][rate].usable(results.bound)) for s in results.seeds]
         steps = [step for step, _ in points]
         x = [0.5 if step == 0 else step for step in steps]
@@ -99,16 +97,15 @@ def bench_curves(results: Results, column: str) -> go.Figure:
             line_width=0, hoverinfo="skip", showlegend=False, legendgroup=row,
         )  # fmt: skip
         kept = [i == 0 or all(i in each for each in usable) for i in range(len(points))]
-        name = f"{safe(row)} ({rate})" if rate else safe(row)
         figure.add_scatter(
-            x=x, y=y, name=name, legendgroup=row, mode="lines+markers",
+            x=x, y=y, name=f"{safe(row)} ({rate})" if rate else safe(row), legendgroup=row, mode="lines+markers",
             line={"color": colour, "width": 2.5, "dash": "dash" if row == NEVER else "solid"},
             marker={"size": 8, "symbol": [f"{_marker(results, row)}{'' if each else '-open'}" for each in kept]},
             customdata=[[s, a, b] for s, a, b in zip(steps, low, high, strict=True)],
             hovertemplate="step %{customdata[0]}: %{y:.2f} [%{customdata[1]:.2f}, %{customdata[2]:.2f}]"
             f"<extra>{safe(row)}</extra>",
         )  # fmt: skip
-    if not n:
+    if not figure.data:
         raise NotMeasuredError(f"{column} has no course to draw: it changes the model once")
     ticks = sorted(
         {
@@ -144,8 +141,7 @@ def bench_ranks(results: Results) -> go.Figure:
     places = [_ranks(ranking.before), _ranks(ranking.after)]
     figure = go.Figure()
     for row in results.rows:
-        left = ranking.before[row], ranking.after[row]
-        names = [f"{left[0]:.2f}  ", f"  {left[1]:.2f} {safe(row)}"]
+        names = [f"{ranking.before[row]:.2f}  ", f"  {ranking.after[row]:.2f} {safe(row)}"]
         figure.add_scatter(
             x=[0, 1], y=[place[row] for place in places], mode="lines+markers+text", text=names,
             textposition=["middle left", "middle right"], showlegend=False, name=safe(row),
@@ -162,8 +158,10 @@ def bench_ranks(results: Results) -> go.Figure:
     )
     if ranking.tau.interval:
         note += f" [{ranking.tau.low:.2f}, {ranking.tau.high:.2f}] over {ranking.tau.over}"
-    height = 190 + 42 * len(results.rows)
-    return dressed(figure, "Ranks before and after calibration", note, y="rank (1 leaves least)", height=height)
+    return dressed(
+        figure, "Ranks before and after calibration", note, y="rank (1 leaves least)",
+        height=190 + 42 * len(results.rows),
+    )  # fmt: skip
 
 
 def _ranks(values: Mapping[str, float]) -> dict[str, float]:
@@ -313,8 +311,9 @@ def bench_components(results: Results) -> go.Figure:
             x=[0, x], y=[0, y], mode="lines+text", text=["", safe(name)], textposition="top center",
             line={"color": INK, "width": 1.5}, textfont={"color": INK, "size": 11}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
-    three = float(components.explained[:3].sum())
-    sizes = f"{len(components.models)} models, {len(components.attacks)} attacks"
-    note = f"{sizes}; three components have {100 * three:.0f} % of the variance"
+    note = (
+        f"{len(components.models)} models, {len(components.attacks)} attacks; three components have "
+        f"{100 * float(components.explained[:3].sum()):.0f} % of the variance"
+    )
     axes = [f"component {k + 1} ({100 * components.explained[k]:.0f} %)" for k in range(2)]
     return dressed(figure, "Attacks as directions", note, x=axes[0], y=axes[1])

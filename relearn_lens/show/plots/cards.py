@@ -28,6 +28,7 @@ from relearn_lens.show.plots.style import (
     clipped,
     concept,
     dressed,
+    of_seed,
     safe,
     whole,
 )
@@ -61,9 +62,7 @@ def neuron_card(
         ValueError: a name that is no neuron of this run's site, an unknown arm or seed.
     """
     arms = arm_of(whole(run), arm)
-    path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
-    if path is None:
-        raise ValueError(f"no seed {seed} in this run; it has {', '.join(str(each.seed) for each in arms)}")
+    path = of_seed(arms, seed)
     where = neuron_of(path, neuron)
     examples = examples or (path.examples.of(where) if path.examples is not None else ())
     layer, index = path.site.layers.index(where.layer), where.index
@@ -90,11 +89,10 @@ def neuron_card(
             x=[safe(name) for name in names], y=values, name=f"stage {safe(stage)}", marker=look,
             hovertemplate="%{x}: d' %{y:+.2f}<extra>stage " + safe(stage) + "</extra>", row=1, col=2,
         )  # fmt: skip
-    words = [(stage, path[stage].words) for stage in path.stages]
     rows = [
         (safe(stage), ", ".join(safe(clipped(w)) for w in top.of(where)) or "none")
-        for stage, top in words
-        if top is not None
+        for stage in path.stages
+        if (top := path[stage].words) is not None
     ]
     rows = rows or [("", "top words were not measured (measure.what with top_words)")]
     figure.add_table(
@@ -198,10 +196,9 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
             f"<extra>{verdict}</extra>",
         )  # fmt: skip
     for claim in claims:
-        row = {"y0": height[claim.id] - 0.46, "y1": height[claim.id] + 0.46}
         figure.add_shape(
-            type="rect", xref="paper", x0=0, x1=1, **row, fillcolor=VERDICT_COLOURS[claim.verdict], opacity=0.16,
-            line_width=0, layer="below",
+            type="rect", xref="paper", x0=0, x1=1, y0=height[claim.id] - 0.46, y1=height[claim.id] + 0.46,
+            fillcolor=VERDICT_COLOURS[claim.verdict], opacity=0.16, line_width=0, layer="below",
         )  # fmt: skip
         figure.add_annotation(
             x=0.008, xref="paper", xanchor="left", y=height[claim.id], yanchor="middle", align="left",

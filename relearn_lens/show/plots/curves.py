@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -67,19 +67,17 @@ def recovery_curves(data: Paths, *, beside: Sequence[Run] = ()) -> go.Figure:
             f"<extra>{name}</extra>",
         )  # fmt: skip
     damages = data.damage if isinstance(data, Run) else []
-    draws = [s.shown(label) for damage in damages for s in damage.random.get("layers", ())]
-    if draws:
+    if draws := [s.shown(label) for damage in damages for s in damage.random.get("layers", ())]:
         figure.add_scatter(
             x=["pruned", "pruned"], y=[min(draws), max(draws)], mode="lines+markers",
             name=f"{len(draws)} random sets, ablated", marker={"symbol": "line-ew-open", "size": 12},
             line={"color": ARM_COLOURS["random"], "width": 4, "dash": "dot"},
         )  # fmt: skip
     _name_ends(figure, arms_by_name, label, scores.metric)
-    level = round(100 * interval["level"])
     dressed(
         figure,
         f"{scores.metric} of {concept(first)} by stage",
-        f"{about(data, first)}; band: {level} % interval over {over}",
+        f"{about(data, first)}; band: {round(100 * interval['level'])} % interval over {over}",
         x=stage_title(first),
         y=f"{scores.metric} of {concept(first)} ({safe(scores.unit)})",
     ).update_xaxes(type="category")
@@ -159,9 +157,7 @@ def pruned_share(data: Paths, *, arm: str | None = None) -> go.Figure:
     ).update_layout(yaxis_range=[0, top], xaxis_type="category")
 
 
-def migration(
-    run: Run, *, control: str = "random", score: Literal["saliency", "attribution"] = "saliency"
-) -> go.Figure:
+def migration(run: Run, *, control: str = "random") -> go.Figure:
     """Did the concept move between layers, and would the control have you believe the same?
 
     Each dot is the change of a layer's share of the summed score from base to the last stage, in percentage points:
@@ -173,14 +169,10 @@ def migration(
     Raises:
         ValueError: no concept arm, no neuron that survived in both arms, or a score below 0.
     """
-    compared = [arm for name in ("concept", control) for arm in whole(run).arms.get(name, ())]
-    if score == "attribution" and any(arm[s].attribution is None for arm in compared for s in (BASE, arm.stages[-1])):
-        raise NotMeasuredError("attribution was not measured at both ends; add 'conductance' to measure.what")
-    how: dict[str, Any] = {} if score == "saliency" else {"score": lambda snapshot: snapshot.by("attribution")}
-    control = control if control in run.arms else ""
+    control = control if control in whole(run).arms else ""
     both: list[tuple[moves.Selection, str]] = [("matched", "matched"), ("published", "as published")]
     migrations = {
-        which: moves.migration(run.arms, selection=which, control=control, level=run.interval["level"], **how)
+        which: moves.migration(run.arms, selection=which, control=control, level=run.interval["level"])
         for which, _ in both
     }
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[says for _, says in both])
@@ -207,8 +199,7 @@ def migration(
         + (f" ({control} arm {here.moved.control.value:+.3f})" if here.moved.control else "")
         for which, here in migrations.items()
     )
-    arms = run.arms["concept"]
-    first = migrations["matched"]
+    arms, first = run.arms["concept"], migrations["matched"]
     dressed(
         figure,
         f"Where the {safe(first.score)} saliency of {concept(arms)} went, base to stage {safe(first.stage)}",
@@ -232,9 +223,7 @@ def attribution(run: Run) -> go.Figure:
     Raises:
         ValueError: attribution was not measured.
     """
-    figure = make_subplots(
-        2, 1, shared_xaxes=True, row_heights=[0.62, 0.38], vertical_spacing=0.09,
-    )  # fmt: skip
+    figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.62, 0.38], vertical_spacing=0.09)
     errors: list[float] = []
     known: Any = None
     for label, name, arms, stage in _attributed(whole(run)):
@@ -271,8 +260,7 @@ def _attributed(run: Run) -> list[tuple[str, str, list[Trajectory], str]]:
     """Label, arm, trajectories and stage of every attribution that is drawn: base once, then each arm's last stage."""
     rows = []
     for name, arms in run.arms.items():
-        stages = ([BASE] if not rows else []) + [arms[0].stages[-1]]
-        for stage in stages:
+        for stage in ([] if rows else [BASE]) + [arms[0].stages[-1]]:
             if stage != PRUNED and all(arm[stage].attribution is not None for arm in arms):
                 rows.append(("base" if stage == BASE else f"{name} arm, stage {stage}", name, arms, stage))
     return rows

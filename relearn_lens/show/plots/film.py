@@ -141,8 +141,7 @@ def _table(arm: Trajectory, stages: list[str]) -> Float[np.ndarray, "stage layer
     order = np.argsort(-base, axis=1, kind="stable")
     top = float(np.nanquantile(base, 0.95)) or 1.0
     alive = arm.survivors().mask.numpy()
-    size = _size(base.shape[1])
-    cuts = np.arange(0, base.shape[1], size)
+    cuts = np.arange(0, base.shape[1], _size(base.shape[1]))
     rows = []
     for stage in stages:
         score = arm[stage].saliency.score.double().numpy()
@@ -197,8 +196,6 @@ def save_gif(figure: go.Figure, path: str | Path, *, width: int = 900, height: i
         strip.paste(picture, (0, k * height))
     palette = strip.quantize(256, method=Image.Quantize.FASTOCTREE)
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    path = Path(path)
-    last = len(pictures) - 1
-    times = [round(1000 * SECONDS * (2 if k == last else 1)) for k in range(len(pictures))]
+    times = [*[round(1000 * SECONDS)] * (len(pictures) - 1), round(1000 * SECONDS * 2)]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0, optimize=True)
-    return path
+    return Path(path)

@@ -49,18 +49,17 @@ def dose(run: Run) -> go.Figure:
     sized, base = measured[0], measured[0].base
     arms = arm_of(run)
     name, others = concept(arms), bystanders(base, run.experiment.labels)
-    lines = [(f"{name}: its own neurons cut", "concept", run.label, ARM_COLOURS["concept"], "solid")]
-    if others:
-        lines.append((f"{safe(', '.join(others))}: {name}'s neurons cut", "concept", others, "#56B4E9", "solid"))
     other = run.manifest.get("other") or "another label"
-    lines += [
+    lines = [
+        (f"{name}: its own neurons cut", "concept", run.label, ARM_COLOURS["concept"], "solid"),
+        (f"{safe(', '.join(others))}: {name}'s neurons cut", "concept", others, "#56B4E9", "solid"),
         (f"{name}: {safe(other)}'s neurons cut", "other", run.label, ARM_COLOURS["other"], "longdash"),
         (f"{name}: random neurons cut", "random", run.label, ARM_COLOURS["random"], "dash"),
     ]
     figure = go.Figure()
     for title, cut, label, colour, dash in lines:
         doses = [each for each in sized.doses if each.cut == cut]
-        if not doses:
+        if not doses or not label:
             continue
         figure.add_scatter(
             x=["0", *(_percent(each.fraction) for each in doses)],
@@ -111,11 +110,10 @@ def blocked(run: Run) -> go.Figure:
                 hovertemplate=f"{safe(name)}, seed {seed}, step %{{x}}: %{{y:.3f}}<extra></extra>",
             )  # fmt: skip
             shown.add(name)
-    metric, unit = start.metric, safe(start.unit)
     arms = list(paths.values())
     return dressed(
-        figure, f"The return with something held: {metric} of {concept(arms)}", about(run, arms), x="steps",
-        y=f"{metric} ({unit})",
+        figure, f"The return with something held: {start.metric} of {concept(arms)}", about(run, arms), x="steps",
+        y=f"{start.metric} ({safe(start.unit)})",
     )  # fmt: skip
 
 
@@ -156,19 +154,16 @@ def grafts(run: Run) -> go.Figure:
     for k, (_, _, made) in enumerate(stages, 1):
         parts = list(made[0].parts)
         rows = [
-            ("enough", "circle", ARM_COLOURS["concept"], [[each.enough(p).value for each in made] for p in parts]),
-            (
-                "needed",
-                "diamond-open",
-                ARM_COLOURS["concept"],
-                [[each.needed(p).value for each in made] for p in parts],
-            ),
+            (name, symbol, ARM_COLOURS["concept"], [[getattr(each, name)(p).value for each in made] for p in parts])
+            for name, symbol in (("enough", "circle"), ("needed", "diamond-open"))
         ]
-        for name in made[0].controls:
-            values = [
-                [each.control(name, p).value if p in each.controls[name] else np.nan for each in made] for p in parts
-            ]
-            rows.append((f"control: {safe(name)} arm's change", "x-thin", ARM_COLOURS.get(name, INK), values))
+        rows += [
+            (
+                f"control: {safe(name)} arm's change", "x-thin", ARM_COLOURS.get(name, INK),
+                [[each.control(name, p).value if p in each.controls[name] else np.nan for each in made] for p in parts],
+            )
+            for name in made[0].controls
+        ]  # fmt: skip
         for title, symbol, colour, values in rows:
             estimates = [over_seeds(each) if np.isfinite(each).all() else None for each in values]
             centre = [None if each is None else each.value for each in estimates]
@@ -190,11 +185,11 @@ def grafts(run: Run) -> go.Figure:
     for k in range(1, len(stages) + 1):
         for x in (0, 1):
             figure.add_vline(x=x, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=k)  # pyright: ignore[reportArgumentType]
-    n = len(run.grafted)
     dressed(
         figure,
         f"Which part brings {concept(arms)} back",
-        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back{', means' * (n > 1)}; {about(run, arms)}",
+        f"shares of the {safe(stages[0][2][0].outcomes[0])} that came back{', means' * (len(run.grafted) > 1)}; "
+        f"{about(run, arms)}",
         x="share back",
         height=158 + 34 * len(stages[0][2][0].parts),
     )

@@ -35,6 +35,7 @@ from relearn_lens.show.plots.style import (
     clipped,
     concept,
     dressed,
+    of_seed,
     safe,
     stage_title,
 )
@@ -68,7 +69,7 @@ def layer_map(
     figure = _panels(list(arms))
     for k, each in enumerate(arms.values(), 1):
         stages = list(each[0].stages)
-        maps = [saliency_by_layer(one, selection) for one in each]
+        maps = (saliency_by_layer(one, selection) for one in each)
         table = np.mean([[by_stage[stage] for stage in stages] for by_stage in maps], axis=0).T
         figure.add_heatmap(
             z=table, x=stages, y=list(each[0].site.layers), colorscale=DIVERGING, zmid=0.5, zmin=0, zmax=1,
@@ -78,12 +79,12 @@ def layer_map(
             hovertemplate="layer %{y}, stage %{x}: %{z:.3f}<extra></extra>", row=1, col=k,
         )  # fmt: skip
     who = {
-        "matched": "surviving neurons on both sides",
+        "matched": "surviving neurons on both sides"
+        if first[0].compare is None
+        else "the neurons that survive in the concept arm",
         "all": "all neurons",
         "published": "all neurons at base, survivors later",
     }[selection]
-    if selection == "matched" and first[0].compare is not None:
-        who = "the neurons that survive in the concept arm"
     note = f"mean rank saliency, {who}; 0.5 is chance; {about(data, first)}"
     return _titled(figure, f"Saliency of {concept(first)} by layer and stage", note, list(arms), first)
 
@@ -173,9 +174,7 @@ def neuron_map(
         ValueError: no arm of that name, no such seed or no such stage.
     """
     arms = arm_of(data, arm)
-    path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
-    if path is None:
-        raise ValueError(f"no seed {seed} in this arm; it has {', '.join(str(each.seed) for each in arms)}")
+    path = of_seed(arms, seed, "arm")
     site, stages = path.site, list(path.stages)
     if stage is not None and stage not in stages:
         raise ValueError(f"no stage {stage!r} in this arm; it has {', '.join(stages)}{meant(stage, stages)}")
@@ -202,12 +201,12 @@ def neuron_map(
             f"{safe(path[stages[0]].saliency.unit)}<extra></extra>",
         )
     )  # fmt: skip
-    steps = [
-        {"label": name, "method": "restyle", "args": [{"z": [ranks[name]], "customdata": [scores[name]]}, [0]]}
-        for name in stages
-    ]
     slider = {
-        "steps": steps, "active": stages.index(shown), "currentvalue": {"prefix": "stage: "}, "pad": {"t": 50},
+        "steps": [
+            {"label": name, "method": "restyle", "args": [{"z": [ranks[name]], "customdata": [scores[name]]}, [0]]}
+            for name in stages
+        ],
+        "active": stages.index(shown), "currentvalue": {"prefix": "stage: "}, "pad": {"t": 50},
         "len": 0.9, "tickcolor": INK, "bordercolor": INK, "bgcolor": "rgba(128,128,128,0.3)",
     }  # fmt: skip
     figure.update_layout(sliders=[slider])
@@ -276,22 +275,19 @@ def _rounded(values: Tensor, digits: int) -> list[list[float | None]]:
 def _hover(path: Trajectory, index: Tensor, block: int) -> list[list[str]]:
     """What each cell's neuron is and which words drive it, before and now."""
     layers = [safe(layer) for layer in path.site.layers]
-    stages = dict.fromkeys((path.stages[0], path.stages[-1]))
-    sides = [(safe(stage), words) for stage in stages if (words := path[stage].words) is not None]
-    rows = []
-    for layer, members in enumerate(index.tolist()):
-        row = []
-        for neuron in members:
-            lines = [f"<b>{Neuron(layers[layer], neuron)}</b>" + (f" of {block}" if block > 1 else "")]
-            lines += [f"{stage}: {_words(words, layer, neuron)}" for stage, words in sides]
-            row.append("<br>".join(lines))
-        rows.append(row)
-    return rows
+    ends = dict.fromkeys((path.stages[0], path.stages[-1]))
+    sides = [(safe(stage), words) for stage in ends if (words := path[stage].words) is not None]
+
+    def text(layer: int, neuron: int) -> str:
+        name = f"<b>{Neuron(layers[layer], neuron)}</b>" + (f" of {block}" if block > 1 else "")
+        return "<br>".join([name, *(f"{stage}: {_words(words, layer, neuron)}" for stage, words in sides)])
+
+    return [[text(layer, neuron) for neuron in members] for layer, members in enumerate(index.tolist())]
 
 
-def _words(words: TopWords, layer: int, neuron: int, k: int = 4) -> str:
+def _words(words: TopWords, layer: int, neuron: int) -> str:
     """Top words of a neuron, safe to draw."""
-    ids = [w for w in words.words[layer, neuron].tolist() if w >= 0][:k]
+    ids = [w for w in words.words[layer, neuron].tolist() if w >= 0][:4]
     return ", ".join(safe(clipped(words.vocab[w])) for w in ids) or "no top words"
 
 
@@ -351,9 +347,7 @@ def score_against(
     if y.site != site:
         raise ValueError(f"one score is of {site.name} and the other of {y.site.name}; give two of one site")
     groups = dict(groups or {})
-    rest = torch.ones_like(x.score, dtype=torch.bool)
-    for group in groups.values():
-        rest &= ~group.mask
+    rest = ~sum((group.mask for group in groups.values()), torch.zeros_like(x.score, dtype=torch.bool))
     figure = go.Figure()
     (right, is_log), (up, up_log) = (_positions(score.score) for score in (x, y))
     looks = [("all others" if groups else "neurons", rest, "circle-open", "#8a8f98")]
@@ -372,9 +366,9 @@ def score_against(
             hovertemplate="%{text}: %{customdata[0]:.3g} and %{customdata[1]:.3g}<extra></extra>",
         )  # fmt: skip
     if chance:
-        highest = max(float(each.score.max()) for each in chance)
         figure.add_scatter(
-            x=[highest] * 2, y=[float(up.min()), float(up.max())], mode="lines", hoverinfo="skip",
+            x=[max(float(each.score.max()) for each in chance)] * 2, y=[float(up.min()), float(up.max())],
+            mode="lines", hoverinfo="skip",
             name=f"highest under {len(chance)} shuffles of the labels", line={"color": INK, "dash": "dash", "width": 2},
         )  # fmt: skip
     dressed(
@@ -422,8 +416,7 @@ def saliency_against_similarity(
     if not len(points):
         what = "'top_words'" if similarity == "words" else "'similarity'"
         raise NotMeasuredError(f"there is no similarity to base at stage {stage}; add {what} to measure.what")
-    layers = list(arms[0].site.layers)
-    some = points
+    layers, some = list(arms[0].site.layers), points
     if len(points) > DOTS:
         some = points[np.sort(np.random.default_rng(0).choice(len(points), DOTS, replace=False))]
     figure = go.Figure()

@@ -82,8 +82,8 @@ def reproductions(results: Sequence[Reproduction]) -> go.Figure:
 def _one(result: Reproduction) -> go.Figure:
     """Every claim on an axis of its own."""
     rows = against_bars([result]).to_dict("records")
-    says = [wrap(f"{row['verdict']}: {row['says']} ({row['unit']})", 110) for row in rows]
-    titles = ["<br>".join(safe(line) for line in lines) for lines in says]
+    says = (wrap(f"{row['verdict']}: {row['says']} ({row['unit']})", 110) for row in rows)
+    titles = ["<br>".join(map(safe, lines)) for lines in says]
     figure = make_subplots(len(rows), 1, subplot_titles=titles, vertical_spacing=0.55 / len(rows))
     for k, row in enumerate(rows, 1):
         verdict, bar = row["verdict"], row["bar"]
@@ -129,8 +129,7 @@ def _several(results: Sequence[Reproduction]) -> go.Figure:
     for verdict in COLOURS:
         theirs = [row for row in rows if row["verdict"] == verdict]
         if theirs and verdict != "not measured":
-            names = [row["name"] for row in theirs]
-            _dot(figure, theirs, ("scaled", "scaled_low", "scaled_high"), names, legend=True)
+            _dot(figure, theirs, ("scaled", "scaled_low", "scaled_high"), [row["name"] for row in theirs], legend=True)
     for x in (-1, 1):
         figure.add_vline(x, line={"color": INK, "width": 2, "dash": "dot"})  # pyright: ignore[reportArgumentType]
     within = [row["name"] for row in rows if row["rule"] == "within"]
@@ -139,11 +138,10 @@ def _several(results: Sequence[Reproduction]) -> go.Figure:
         name="reproduced only between the lines",
         marker={"symbol": "line-ns", "size": 12, "color": INK, "line": {"width": 2, "color": INK}},
     )  # fmt: skip
-    counted = len(results[0].seeds)
     dressed(
         figure,
         "What the papers claim, measured here",
-        f"{len(results)} papers, {len(rows)} claims, {seeds(counted)}; without a dot: not measured",
+        f"{len(results)} papers, {len(rows)} claims, {seeds(len(results[0].seeds))}; without a dot: not measured",
         x="effect, in bars (bar 0: in the far end of its interval)",
         height=170 + 21 * len(rows),
     )

@@ -119,6 +119,18 @@ def arm_of(data: Paths, arm: str | None = None) -> list[Trajectory]:
     return list(data)
 
 
+def of_seed(arms: Sequence[Trajectory], seed: int | None, inside: str = "run") -> Trajectory:
+    """The trajectory of a training seed, by default the first.
+
+    Raises:
+        ValueError: there is none of that seed.
+    """
+    path = arms[0] if seed is None else next((each for each in arms if each.seed == seed), None)
+    if path is None:
+        raise ValueError(f"no seed {seed} in this {inside}; it has {', '.join(str(each.seed) for each in arms)}")
+    return path
+
+
 def arms_of(data: Paths, arm: str | None = None) -> dict[str, list[Trajectory]]:
     """Arm name to trajectories: every arm of a run or of several trajectories, or the one that is asked for."""
     if isinstance(data, Run | Mapping) and arm is None:
@@ -138,22 +150,17 @@ def colour_of(arm: str, among: Iterable[str]) -> str:
     """The colour of an arm: its own, or a free one where another arm of the figure has that."""
     taken: dict[str, str] = {}
     for name in among:
-        colour = ARM_COLOURS[name]
-        if colour in taken.values():
-            colour = next((free for free in ARM_COLOURS.others if free not in taken.values()), colour)
-        taken[name] = colour
+        own = ARM_COLOURS[name]
+        taken[name] = next((free for free in (own, *ARM_COLOURS.others) if free not in taken.values()), own)
     return taken[arm]
 
 
 def about(data: Paths, arms: Sequence[Trajectory]) -> str:
     """What a figure is of: model and text (of a run), site, neurons and seeds."""
     site = arms[0].site
-    parts = [safe(short_name(name)) for name in _names(data)]
+    names = [data.experiment.model, data.experiment.corpus] if isinstance(data, Run) else []
+    parts = [safe(short_name(name)) for name in names]
     return ", ".join([*parts, f"{safe(site.name)}, {site.n_neurons:,} neurons", seeds(len(arms))])
-
-
-def _names(data: Paths) -> list[str]:
-    return [data.experiment.model, data.experiment.corpus] if isinstance(data, Run) else []
 
 
 def short_name(name: str) -> str:
@@ -248,10 +255,9 @@ def save_html(figure: go.Figure, path: str | Path, *, plotlyjs: bool = True) -> 
         full_html=False, include_plotlyjs=plotlyjs, auto_play=False, config={"displaylogo": False, **config("figure")}
     )
     head = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{said(figure)[0]}</title>'
-    path = Path(path)
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-    path.write_text(page, encoding="utf-8")
-    return path
+    Path(path).write_text(page, encoding="utf-8")
+    return Path(path)
 
 
 def save_png(
@@ -262,9 +268,8 @@ def save_png(
     Raises:
         ImportError: kaleido, or the Chrome or Chromium that it draws with, is missing.
     """
-    path = Path(path)
-    path.write_bytes(png_of(figure, width=width, height=height, scale=scale))
-    return path
+    Path(path).write_bytes(png_of(figure, width=width, height=height, scale=scale))
+    return Path(path)
 
 
 def png_of(figure: go.Figure, *, width: int, height: int, scale: float | int) -> bytes:
@@ -279,15 +284,11 @@ def png_of(figure: go.Figure, *, width: int, height: int, scale: float | int) ->
         return picture.to_image(format="png", width=width, height=height, scale=scale)
     except Exception as error:
         # plotly raises ValueError without kaleido, kaleido errors of its own without a browser
-        if not _is_about_drawing(error):
+        text = f"{type(error).__module__} {error}".lower()
+        if not any(word in text for word in ("kaleido", "choreographer", "chrome", "browser")):
             raise
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ImportError(
             "a PNG needs the package kaleido and a Chrome or Chromium that it can start: pip install "
             f'"relearn-lens[png]", then a browser (or `plotly_get_chrome`); save_html needs neither ({why})'
         ) from error
-
-
-def _is_about_drawing(error: Exception) -> bool:
-    text = f"{type(error).__module__} {error}".lower()
-    return any(word in text for word in ("kaleido", "choreographer", "chrome", "browser"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from relearn_lens.files import digest_of
 from relearn_lens.names import meant
 from relearn_lens.text.corpus import Strings
 
+T = TypeVar("T")
+K = TypeVar("K")
 FORGET = ("forget_attacked", "forget_held_out")
 RETAIN = ("retain_near", "retain_general")
 ROLES = (*FORGET, *RETAIN, "never")
@@ -146,17 +149,17 @@ class Facts:
     def answers(self) -> dict[str, tuple[str, ...]]:
         """The closed sets: by relation, the distinct answers to statements, where they are at most half as many as the
         keys that they are about."""
-        answers: dict[str, dict[str, None]] = {}
-        keys: dict[str, set[str]] = {}
-        for p in self.passages(forms="statement"):
-            answers.setdefault(p.relation, {})[p.answer] = None
-            keys.setdefault(p.relation, set()).add(p.key)
-        return {relation: tuple(each) for relation, each in answers.items() if 2 * len(each) <= len(keys[relation])}
+        of = grouped(self.passages(forms="statement"), lambda p: p.relation)
+        answers = {relation: tuple(dict.fromkeys(p.answer for p in each)) for relation, each in of.items()}
+        return {name: each for name, each in answers.items() if 2 * len(each) <= len({p.key for p in of[name]})}
 
     def sha256(self) -> str:
         """Hash of the passages in their roles, whatever they were read from."""
-        table = {role: [asdict(p) for p in getattr(self, role)] for role in ROLES}
-        return digest_of(table)
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        return digest_of({role: [asdict(p) for p in getattr(self, role)] for role in ROLES})
 
     def __repr__(self) -> str:
         counts = ", ".join(
@@ -199,9 +202,7 @@ def halves(passages: Sequence[Passage], *, seed: int, attacked: float | int = 0.
         one, other = top(first.setdefault((p.template, p.answer), p).key), top(p.key)
         if one != other:
             group[other], tie = one, p
-    members: dict[str, list[str]] = {}
-    for key in keys:
-        members.setdefault(top(key), []).append(key)
+    members = grouped(keys, top)
     if len(members) < 2:
         why = f", such as {tie.template!r} with {tie.answer!r}" if tie else ""
         raise ValueError(
@@ -221,6 +222,14 @@ def halves(passages: Sequence[Passage], *, seed: int, attacked: float | int = 0.
     return Halves(*(tuple(p for p in passages if half_of[p.key] == half) for half in (0, 1)))
 
 
+def grouped(items: Iterable[T], of: Callable[[T], K]) -> dict[K, list[T]]:
+    """Passages, or other things, by something of theirs, in their order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(of(item), []).append(item)
+    return groups
+
+
 def refused(passages: Iterable[Passage], *, seed: int) -> tuple[Passage, ...]:
     """The passages with a refusal in the place of each answer."""
     rng = np.random.default_rng(seed)
@@ -235,9 +244,8 @@ def alternatives(facts: Facts, passages: Iterable[Passage], *, seed: int) -> tup
     Raises:
         ValueError: a relation has one answer alone.
     """
-    answers: dict[str, dict[str, None]] = {}
-    for p in facts.passages(*FORGET, *RETAIN, forms=TRAINED):
-        answers.setdefault(p.relation, {})[p.answer] = None
+    of = grouped(facts.passages(*FORGET, *RETAIN, forms=TRAINED), lambda p: p.relation)
+    answers = {relation: dict.fromkeys(p.answer for p in each) for relation, each in of.items()}
     rng, made = np.random.default_rng(seed), []
     for p in passages:
         others = [answer for answer in answers.get(p.relation, ()) if answer != p.answer]

@@ -43,10 +43,8 @@ def read_facts(
         for role, each in passages.items()
         if (n := sum(p.key.startswith(_OWN) for p in each))
     ]
-    if held_out is None:
-        attacked, kept_out = halves(passages["forget"], seed=seed)
-    else:
-        attacked, kept_out = passages["forget"], passages["held_out"]
+    given = passages["forget"], passages.get("held_out", ())
+    attacked, kept_out = halves(passages["forget"], seed=seed) if held_out is None else given
     return Facts(
         name=Path(str(forget)).stem,
         forget_attacked=attacked,
