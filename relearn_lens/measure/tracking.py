@@ -29,7 +29,7 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.names import ByName, meant, told, unknown
+from relearn_lens.names import meant, told, unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
@@ -72,10 +72,6 @@ class Snapshot:
 
     guesses: Guesses | None = None
     """What the model says of a few held-out sentences; None where it was not asked."""
-
-    def __post_init__(self) -> None:
-        for name in ("also", "attributions"):
-            object.__setattr__(self, name, ByName(getattr(self, name)))
 
     def by(self, name: str) -> Saliency:
         """The saliency of a score or of an attribution by name; `"attribution"` is the first of these.
