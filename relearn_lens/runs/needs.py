@@ -17,7 +17,7 @@ and a tenth of it all is what allocators keep beside. It is of one process: a ru
 Activations of a transformer layer are 68 d + 10 h s bytes a token in float32 (d wide, h heads, sentences of s tokens;
 Korthikanti et al. 2022, section 4.1, twice the bytes of 16-bit numbers).
 
-Said and measured peaks, all in MB, of the larger of two processes or of one alone: `toy` 690 and 634; `names-quick` 2,234
+Said and measured peaks in MB, of the larger of two processes or of one alone: `toy` 690 and 634; `names-quick` 2,234
 and 2,073, cut short in one process 2,087; `smollm2-places` 8,626 and 6,907, cut short in one process; `names` 2,746 and
 2,470, measured when a training's state was still copied whole before it was written, and so at most that now.
 """
