@@ -173,10 +173,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
     """
     from safetensors.torch import save_file
 
-    # A copy each: safetensors refuses tensors that share memory, and arms share their base.
-    copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    with _room(path, sum(tensor.nbytes for tensor in copies.values())), whole(path) as work:
-        save_file(copies, work, metadata={"relearn-lens": json.dumps(plain(meta))})
+    # Copies of those alone that share memory, which safetensors refuses: all of a training's are three models.
+    last = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
+    apart = {
+        name: (each if last[each.untyped_storage().data_ptr()] == name else each.clone()).detach().contiguous()
+        for name, each in tensors.items()
+    }
+    with _room(path, sum(tensor.nbytes for tensor in apart.values())), whole(path) as work:
+        save_file(apart, work, metadata={"relearn-lens": json.dumps(plain(meta))})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

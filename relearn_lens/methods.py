@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from relearn_lens.names import meant
+from relearn_lens.names import meant, told
 
 Size = Annotated[float, Field(gt=0, le=10**9)]
 Epochs = Annotated[float, Field(gt=0, le=10_000)]
@@ -45,6 +45,11 @@ class Method(BaseModel, metaclass=_Told):
     """A frozen object whose fields are checked when it is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if "__call__" in vars(cls):
+            cls.__call__ = told(cls.__call__)
 
 
 def of(kind: type[M], how: M | None, fields: Mapping[str, Any]) -> M:

@@ -1,13 +1,18 @@
-"""What to say of a name that is not known."""
+"""What to say of a name that is not known, and of an argument that is none of those that are wanted."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from types import ModuleType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
@@ -71,10 +76,69 @@ class ByName(dict[str, T]):
 
 
 def suggesting_(module: ModuleType) -> None:
-    """From now on a module names the nearest of its names where it lacks one, and so does what is imported into it."""
+    """From now on a module names the nearest of its names where it lacks one, and so do what is imported into it and
+    the tables by name there, such as `METRICS`."""
     kind = type(module)  # which may have more to it than a module has
     if not issubclass(kind, _Suggesting):
         module.__class__ = type(_Suggesting.__name__, (_Suggesting, kind), {})
+
+
+MADE = {
+    "Facts": "facts.people() or facts.read_facts(...)", "Passage": "facts.passages(role, forms=...)",
+    "Corpus": "read_conll(...) or read_splits(...)", "Encoded": "model.encode(corpus)", "Concept": "Concept(name)",
+    "Model": "load_tagger(...) or load_language_model(...)", "LanguageModel": "load_language_model(...)",
+    "Neurons": "Neurons.of(site, [...])", "Site": "site_of(model, name)", "Weights": "model.copied()",
+    "Run": "run(...) or load_run(folder)", "Arms": "load_run(folder).arms", "Arm": "track(...), in a list of seeds",
+    "Trajectory": "track(...)", "FactsTrajectory": "track(model, facts, ...)", "Snapshot": "measure(...)",
+    "Saliency": "measure(...).saliency", "TopWords": "top_words(model, text)", "Classes": "concept.classes(corpus)",
+    "Bench": "bench.bench_of(name)", "Sweep": "sweeps.read(file)", "Reference": "Reference(base=..., never=...)",
+    "Checkpoint": "retrain_(model, text)", "Texts": "facts, or {'forget': corpus, 'retain': corpus}",
+    "Material": "facts, or a corpus", "Evaluate": "a function of a model that gives its scores",
+}  # fmt: skip
+"""What gives what is wanted, by the name of its type."""
+
+
+def told(function: F) -> F:
+    """A function, or a class, that where it fails over an argument of another type than it takes says which that is,
+    what was found, and where what is wanted comes from."""
+    if isinstance(function, type):
+        function.__init__ = told(function.__init__)
+        return function  # pyright: ignore[reportReturnType]
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        try:
+            return function(*args, **keywords)
+        except Exception as error:
+            # Of what was called within, its own message was of its own argument: whoever calls knows the outer one.
+            at = error.__cause__ if isinstance(error, ValueError) else error
+            wrong = isinstance(at, TypeError | AttributeError | LookupError | RuntimeError)
+            if not wrong or (why := _misplaced(function, args, keywords)) is None:
+                raise
+            raise ValueError(why) from at
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+def _misplaced(function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> str | None:
+    """What to say of the first argument that is not what the function's annotations say, if there is one."""
+    from beartype.door import is_bearable
+
+    name = type(args[0]).__name__ if function.__name__.startswith("__") else function.__qualname__
+    signature, names = inspect.signature(function), inspect.unwrap(function).__globals__
+    known = {each: p for each, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    strange = [each for each in keywords if each not in known]
+    if strange and len(known) == len(signature.parameters):
+        return f"{name}() has no argument {strange[0]!r}; it has {', '.join(known)}{meant(strange[0], known)}"
+    for each, value in signature.bind_partial(*args, **keywords).arguments.items():
+        with contextlib.suppress(Exception):  # an annotation for type checkers alone
+            hint = str(known[each].annotation)
+            if not is_bearable(value, get_type_hints(type("", (), {"__annotations__": {"of": hint}}), names)["of"]):
+                is_short = type(value).__module__ == "builtins" and len(repr(value)) <= 60
+                made = "".join(f"; {kind}: {MADE[kind]}" for kind in re.findall(r"\w+", hint) if kind in MADE)
+                here = repr(value) if is_short else f"a {type(value).__name__}"
+                return f"{name}() takes {each}: {hint}, got {here}{made}"
+    return None
 
 
 class _Suggesting(ModuleType):
@@ -82,6 +146,9 @@ class _Suggesting(ModuleType):
         super().__setattr__(name, value)
         if isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}":
             suggesting_(value)
+            for table, known in [*vars(value).items()]:
+                if table.isupper() and type(known) is dict and all(isinstance(each, str) for each in known):
+                    vars(value)[table] = ByName(known)
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("_"):

@@ -1,8 +1,11 @@
 """Calls as a person writes them before having read much: what works, and what the others say."""
 
+from __future__ import annotations
+
 import importlib
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -18,12 +21,13 @@ import relearn_lens.reproduce
 from relearn_lens import methods
 from relearn_lens.measure.tracking import track_text
 from relearn_lens.models.model import bridge_of, encoded_for
-from relearn_lens.names import nearest
+from relearn_lens.names import nearest, told
 from relearn_lens.neurons.weights import set_of
 from relearn_lens.show.plots.style import arm_of
 from relearn_lens.text.concept import concept_of
 from relearn_lens.text.corpus import Splits
 from tests.fixtures import unchecked
+from tests.made import small_people
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +412,7 @@ def test_what_is_given_in_another_order_is_told(toy_model, before, untouched):
     with untouched(tagger):
         for function, arguments in calls:
             # Some have a function within, whose types the test run checks first.
-            says = r"the first argument is a model \(load_tagger|violates type"
+            says = r"the first argument is a model \(load_tagger|violates type| takes model: Model.*, got a "
             with pytest.raises((ValueError, TypeError), match=says):
                 unchecked(function)(*arguments)
         with pytest.raises(
@@ -458,6 +462,151 @@ def test_a_mask_is_no_list_of_neurons(toy_model):
         ValueError, match=r"a mask is made a set by Neurons\(mask, site\), of a bool tensor; got one of"
     ):
         unchecked(rl.Neurons.of.__func__)(rl.Neurons, site, torch.ones(4, 64))
+
+
+class Wrong:
+    """What wrong calls are made with."""
+
+    tagger, lm = rl.toy.tagger(), rl.toy.language_model()
+    text, facts = rl.toy.corpus(sentences=40), small_people()
+    asked = facts.passages("forget_held_out", forms="statement")
+    neurons = rl.Neurons.of(rl.site_of(tagger.bridge, "mlp_post"), [(1, 7)])
+    weights = tagger.weights()
+
+
+W: Any = Wrong
+R: Any = rl
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: R.grafts("x"), r"grafts\(\) takes model: Model \| Trajectory .*, got 'x'; Model: load_tagger"),
+        (lambda: R.battery(W.facts, W.lm), "battery() takes model: LanguageModel, got a Facts; LanguageModel: load_l"),
+        (lambda: R.battery(W.lm, W.asked), "battery() takes facts: Facts, got a tuple; Facts: facts.people() or"),
+        (lambda: R.choose(W.lm, "x"), "choose() takes passages: Sequence[Passage], got 'x'; Passage: facts.passages("),
+        (lambda: R.answer(W.lm, W.facts), "answer() takes passages: Sequence[Passage] | EncodedPassages, got a Facts"),
+        (lambda: R.answer(W.tagger, W.asked), "answer() takes model: LanguageModel, got a Tagger"),
+        (lambda: R.known(W.lm, W.facts), "known() takes passages: Sequence[Passage], got a Facts"),
+        (lambda: R.ask(W.lm), "ask() takes facts: Facts, got a LanguageModel"),
+        (lambda: R.audit(W.tagger, W.facts), "audit() takes model: LanguageModel, got a Tagger"),
+        (lambda: R.audit(W.lm, W.text), "audit() takes facts: Facts, got a Corpus"),
+        (lambda: R.audit(W.lm, W.facts, original="base"), "audit() takes original: LanguageModel | None, got 'base'"),
+        (lambda: R.measure(W.tagger, W.facts), "measure_facts() takes model: LanguageModel, got a Tagger"),
+        (
+            lambda: R.measure(W.lm, W.facts, reference=W.lm),
+            "takes reference: Reference | None, got a LanguageModel; Reference: Reference(base=..., never=...)",
+        ),
+        (lambda: R.measure(W.tagger.bridge, W.text, "place"), "measure_text() takes model: Model, got a Transformer"),
+        (lambda: R.track(W.lm, W.facts, 3), "track_facts() takes checkpoints: Iterable[Checkpoint], got 3"),
+        (lambda: R.edited(W.facts, W.lm, W.lm, W.asked), "edited() takes model: LanguageModel, got a Facts"),
+        (lambda: R.cross_patch(W.lm, W.lm, W.lm, W.asked), "cross_patch() takes into: Weights, got a LanguageModel; W"),
+        (lambda: R.grafts(W.tagger, W.weights, W.weights, "f1"), "grafts_between() takes evaluate: Evaluate, got 'f1'"),
+        (lambda: R.concept_words(W.tagger, "place"), "concept_words() takes corpus: Corpus, got a Tagger; Corpus: rea"),
+        (lambda: R.top_words(W.tagger, W.text, k="x"), "top_words() takes k: int, got 'x'"),
+        (lambda: R.class_stats(W.tagger, W.text, "place"), "class_stats() takes encoded: Encoded, got a Corpus"),
+        (lambda: R.load_tagger("minilm", labels=3), "load_tagger() takes labels: Sequence[str], got 3"),
+        (lambda: R.export("x", W.tagger), "export() takes model: Model, got 'x'"),
+        (lambda: R.taught.load("x"), "load() takes facts: Facts | None, got 'x'"),
+        (lambda: R.facts.people("x"), "people() takes seed: int, got 'x'"),
+        (lambda: R.build_corpus(3, name="x"), "build_corpus() takes sentences: Iterable[Sequence[tuple[str, str, bo"),
+        (lambda: R.Concept("x", labels=3), "Concept() takes labels: "),
+        (lambda: R.Neurons([1, 2], W.neurons.site), "Neurons() takes mask: Bool[Tensor, 'layer neuron'], got [1, 2]"),
+        (lambda: R.Neurons.of("mlp_post", "L1N7"), "Neurons.of() takes site: Site, got 'mlp_post'; Site: site_of(mod"),
+        (lambda: R.WeightMask.of(W.tagger, [(1, 7)]), "WeightMask.of() takes neurons: Neurons, got [(1, 7)]"),
+        (lambda: R.random_neurons(like=W.neurons, seed="x"), "random_neurons() takes seed: int, got 'x'"),
+        (lambda: W.text.split(seed="x"), "Corpus.split() takes seed: int, got 'x'"),
+        (lambda: R.encode(W.text, "minilm"), "a tokenizer is wanted, got a str; give a model's .tokenizer"),
+        (lambda: R.remove.NPO()(W.facts, W.lm), "NPO() takes model: Model, got a Facts"),
+        (lambda: R.remove.NPO()(W.lm, W.asked), "NPO() takes texts: Texts, got a tuple; Texts: facts, or {'forget'"),
+        (lambda: R.METRICS["accuracy"]()(W.facts, W.lm), "Accuracy() takes model: LanguageModel, got a Facts"),
+        (lambda: next(R.relearn.Quantised()(W.facts, W.lm)), "Quantised() takes facts: Material, got a LanguageModel"),
+        (lambda: R.recovery.recovery(W.text, "place", "1"), "recovery() takes arms: Sequence[Arm], got a Corpus; Arm"),
+        (lambda: R.migration.migration(W.text), "migration() takes arms: Mapping[str, Sequence[Trajectory]], got"),
+        (lambda: R.published.compare(W.text), "compare() takes run: Run, got a Corpus; Run: run(...) or load_run("),
+        (lambda: R.run("toy", out=3), "run() takes out: str | Path | None, got 3"),
+        (lambda: R.bench.run("facts-toy", "x"), "run() takes bench: Bench, got 'facts-toy'; Bench: bench.bench_of("),
+        (lambda: R.sweeps.run("x"), "run() takes sweep: Sweep, got 'x'; Sweep: sweeps.read(file)"),
+        (lambda: R.battery(W.lm, W.facts, jailbreak=[]), "battery() has no argument 'jailbreak'; it has model, facts,"),
+        (lambda: R.prune_(W.tagger, W.neurons, severed="out"), "did you mean 'sever'?"),
+        *(
+            (
+                lambda call=call: call(),
+                "is an empty set, so there is nothing to take or to hold; name a neuron at least",
+            )
+            for call in (
+                lambda: R.prune_(W.tagger, []),
+                lambda: R.prune_(W.tagger, W.neurons - W.neurons),
+                lambda: R.held(W.tagger, []).__enter__(),
+            )
+        ),
+    ],
+)
+def test_a_wrong_call_says_what_is_wanted_and_where_it_comes_from(call, says):
+    with pytest.raises(ValueError, match=says if "\\" in says else re.escape(says)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_would_fail_later_or_not_at_all_is_told_at_the_call():
+    removed = "removed= is the set that was pruned, Neurons.of(site, ...), got a list"
+    for call, arguments, keywords, says in (
+        (track_text, (W.tagger, W.text, "place", []), {"removed": [(1, 7)]}, removed),
+        (R.train_, (W.tagger, W.text), {"objective": "loss"}, "objective is a function, or an object that is called"),
+        (R.train_, (W.tagger, W.text), {"step": "sam"}, "step is a function, or an object that is called as one (see"),
+        (R.Neurons.__or__, (W.neurons, W.tagger), {}, "neurons of mlp_post and of a Tagger cannot be combined"),
+        (R.ReturnAlarm.__init__, (SimpleNamespace(), W.text), {}, "an alarm watches facts, or a text and a concept in"),
+        (R.adapted, ("x",), {}, "the first argument is a model (load_tagger, load_bridge), got a str"),
+        (R.computing, ("x", torch.bfloat16), {}, "the first argument is a model (load_tagger, load_bridge), got a str"),
+    ):
+        # Some have a function within, whose types the test run checks first.
+        with (
+            pytest.raises((ValueError, TypeError), match=f"{re.escape(says)}|violates type"),
+            unchecked(call)(*arguments, **keywords),
+        ):
+            pass
+
+
+def test_an_error_of_a_call_that_is_right_is_left_as_it_is():
+    error = KeyError("mine")
+
+    @told
+    def fails(seed: int, *args: str, evaluate: Callable[[], object] | None = None, **fields: int) -> None:
+        raise error
+
+    for arguments, keywords in (((1,), {}), ((1, "x"), {"of": 3}), ((1,), {"evaluate": print})):
+        with pytest.raises(KeyError) as caught:
+            fails(*arguments, **keywords)  # pyright: ignore[reportArgumentType]
+        assert caught.value is error
+    with pytest.raises(ValueError, match=r"fails\(\) takes seed: int, got 'x'") as wrong:
+        fails("x")  # pyright: ignore[reportArgumentType]
+    assert wrong.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("module", "table", "wrong", "near"),
+    [
+        ("measure.metrics", "METRICS", "acuracy", "accuracy"), ("relearn.attacks", "ATTACKS", "latnt", "latent"),
+        ("remove.removers", "REMOVERS", "nop", "npo"),
+        ("remove.removers", "WRAPPERS", "sma", "sam"), ("remove.recipes", "RECIPES", "tou", "toy"),
+        ("find.localisers", "LOCALISERS", "lokup", "lookup"), ("find.saliency", "SCORES", "dprim", "dprime"),
+        ("find.targets", "TARGETS", "logt", "logit"), ("find.quadrature", "QUADRATURES", "rieman", "riemann"),
+        ("neurons.sites", "SITES", "mlppost", "mlp_post"), ("sources", "SOURCES", "minlm", "minilm"),
+        ("runs.presets", "PRESETS", "tou", "toy"), ("runs.arms", "ARMS", "concpt", "concept"),
+        ("bench.plan", "PRESETS", "fact-toy", "facts-toy"), ("bench.sweeps", "ENGINES", "rya", "ray"),
+    ],
+)  # fmt: skip
+def test_a_table_that_lacks_a_name_suggests_one(module, table, wrong, near):
+    names = getattr(importlib.import_module(f"relearn_lens.{module}"), table)
+    with pytest.raises(KeyError, match=f"unknown name '{wrong}'; did you mean '{near}'"):
+        names[wrong]
+
+
+def test_a_course_by_stages_says_which_it_has():
+    course = rl.FactsTrajectory({"base": rl.FactsSnapshot({})}, rl.ask(W.facts))
+    assert course["base"] is course.snapshots["base"]
+    with pytest.raises(KeyError, match="unknown name 'bas'; did you mean 'base'"):
+        course["bas"]
 
 
 # --- what they print

@@ -26,7 +26,7 @@ from relearn_lens.analysis.priming import count_of, turnover
 from relearn_lens.analysis.recovery import name_of
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
-from relearn_lens.names import meant, unknown
+from relearn_lens.names import meant, told, unknown
 from relearn_lens.neurons.sites import Neurons
 
 Selection = Literal["all", "matched", "published"]
@@ -113,6 +113,7 @@ class Shift:
         return self.later - self.base
 
 
+@told
 def shift(arm: Trajectory, stage: str, selection: Selection = "matched", *, among: Neurons | None = None) -> Shift:
     """How far the centre of mass of the concept's score moved along the layers since base.
 
@@ -202,6 +203,7 @@ _SAYS = {
 }
 
 
+@told
 def migration(
     arms: Mapping[str, Sequence[Trajectory]],
     stage: str | None = None,

@@ -19,6 +19,7 @@ from relearn_lens.analysis.intervals import Estimate, estimate, over_seeds, over
 from relearn_lens.measure.course import REMOVED, FactsTrajectory
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
+from relearn_lens.names import told
 
 Arm = Trajectory | FactsTrajectory
 """Of facts, what is read is the first metric: `FactsTrajectory.by` chooses one."""
@@ -95,6 +96,7 @@ def start_of(arm: Arm) -> str:
     return REMOVED if REMOVED in arm.stages else PRUNED
 
 
+@told
 def recovery(
     arms: Sequence[Arm],
     label: Label,
@@ -120,6 +122,7 @@ def recovery(
     return Recovery(estimate(_made_good, label, to_be_had, pruned, now, **interval), damage)
 
 
+@told
 def mean_share(arm: Arm, label: Label, unpruned: Arm | None = None) -> float:
     """Share of the damage made good, mean over the stages of retraining; see `recovery`, whose refusal comes first.
 
@@ -132,6 +135,7 @@ def mean_share(arm: Arm, label: Label, unpruned: Arm | None = None) -> float:
     return float(np.mean(_made_good([each.value(label) for each in had], pruned, now)))
 
 
+@told
 def first_stage_at(
     arms: Sequence[Arm],
     label: Label,
@@ -149,6 +153,7 @@ def first_stage_at(
     return next((stage for stage, back in shares if back is not None and back.value >= share - 1e-9), None)
 
 
+@told
 def speeds(
     arms: Sequence[Arm],
     label: Label,
@@ -195,6 +200,7 @@ def speeds(
     return Speeds({share: reached(share) for share in shares}, area, damage)
 
 
+@told
 def savings(
     relearn: Sequence[Arm],
     fresh: Sequence[Arm],

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relearn_lens import progress
+from relearn_lens import names, progress
 from relearn_lens.analysis.audit import Evidence, Verdict, decide
 from relearn_lens.analysis.matrix import Course, share
 from relearn_lens.measure.answers import AnswerAccuracy, answer, choose
@@ -82,6 +82,7 @@ class Audit:
         return {**asdict(self), "reached": self.evidence.reached}
 
 
+@names.told
 def audit(
     model: LanguageModel,
     facts: Facts,

@@ -132,6 +132,10 @@ class ReturnAlarm(TrainerCallback):
         Raises:
             ValueError: nothing to watch, or probes would have nothing to be fitted to.
         """
+        if not isinstance(about, Facts | tuple):
+            raise ValueError(
+                f"an alarm watches facts, or a text and a concept in it (corpus, concept); got a {type(about).__name__}"
+            )
         if every < 1 or items < 2 or not 0 < returned < 1:
             raise ValueError(
                 "every must be at least 1, items at least 2 and returned between 0 and 1, got "

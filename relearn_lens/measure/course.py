@@ -18,6 +18,7 @@ from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.metrics import USUAL, checked, measured, metric_of
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint
+from relearn_lens.names import ByName, told
 from relearn_lens.text import markup
 from relearn_lens.text.facts import FORGET, Facts
 
@@ -129,8 +130,8 @@ class FactsTrajectory:
         """Where recovery is read."""
         return HELD_OUT
 
-    def __getitem__(self, stage: str) -> FactsSnapshot:
-        return self.snapshots[stage]
+    def __getitem__(self, stage: str | int) -> FactsSnapshot:
+        return ByName(self.snapshots)[str(stage)]
 
     def by(self, metric: str) -> FactsTrajectory:
         """The same with one metric alone, which so is its `scores`: what `analysis.recovery` reads.
@@ -196,6 +197,7 @@ class FactsTrajectory:
         return [[stage, *(_with_interval(s.scores, place) for place in places)] for stage, s in self.snapshots.items()]
 
 
+@told
 def measure_facts(
     model: LanguageModel,
     facts: Facts | Asked,
@@ -216,6 +218,7 @@ def measure_facts(
     return FactsSnapshot(measured(model, asked_of(facts), made, reference), at)
 
 
+@told
 def track_facts(
     model: LanguageModel,
     facts: Facts | Asked,

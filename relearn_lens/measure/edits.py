@@ -14,6 +14,7 @@ from relearn_lens.measure.asking import read_answers
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.keymeans import KeyMeans, means_of
 from relearn_lens.models.model import LanguageModel
+from relearn_lens.names import told
 from relearn_lens.text.facts import RETAIN, TRAINED, Facts, Passage
 
 RELIABILITY, GENERALISATION, LOCALITY = "reliability", "generalisation", "locality"
@@ -55,6 +56,7 @@ class Edited:
         return "Edited(" + ", ".join(f"{name} {s.shown(OVERALL):.3f}" for name, s in self.scores.items()) + ")"
 
 
+@told
 def edited(
     model: LanguageModel,
     base: LanguageModel,

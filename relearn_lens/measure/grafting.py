@@ -24,7 +24,7 @@ from relearn_lens.measure.prefixes import States, recorded, resumed, unchanged_b
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, wearing
-from relearn_lens.names import existing
+from relearn_lens.names import existing, told
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, differs
 from relearn_lens.neurons.weights import parts as parts_of
@@ -212,7 +212,8 @@ def grafts(
 ) -> Grafts: ...
 
 
-def grafts(model: Any, *args: Any, **keywords: Any) -> Grafts:
+@told
+def grafts(model: Model | Trajectory | FactsTrajectory, *args: Any, **keywords: Any) -> Grafts:
     """Which part of a model brought back what was taken out: `grafts_between` two sets of its weights, or those of a
     path that was tracked with `keep_weights=True`, from its start to its end.
 
@@ -226,7 +227,8 @@ def grafts(model: Any, *args: Any, **keywords: Any) -> Grafts:
     """
     if isinstance(model, Model):
         return grafts_between(model, *args, **keywords)
-    path, controls = model, keywords.pop("controls", None) or {}
+    path: Any = model
+    controls = keywords.pop("controls", None) or {}
     if missing := [name for name, each in {"the path": path, **controls}.items() if each.ends is None]:
         raise ValueError(
             f"{missing[0]} kept no weights to graft; track it with keep_weights=True, or give grafts(model, "
@@ -241,6 +243,7 @@ def grafts(model: Any, *args: Any, **keywords: Any) -> Grafts:
     )  # fmt: skip
 
 
+@told
 def grafts_between(
     model: Model,
     cut_weights: Weights,
@@ -304,6 +307,7 @@ def grafts_between(
             for curve, within in ((up, names[: i + 1]), (down, names[i:])):
                 mask = reduce(operator.or_, (whole[name] for name in within))
                 curve[part] = moving.moved(mask, started, ended.__getitem__, states)
+        del states  # before those of the other end are kept
         at_end, states = moving.whole(ended)
         reverted = {part: moving.moved(mask, ended, started.__getitem__, states) for part, mask in masks.items()}
     finally:

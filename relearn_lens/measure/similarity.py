@@ -30,7 +30,7 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens import progress
+from relearn_lens import names, progress
 from relearn_lens.methods import MAX_TOKENS, MEMORY, megabytes
 from relearn_lens.models.model import Model, bridge_of, encoded_for, hidden, lent, reading, widest
 from relearn_lens.neurons.sites import Neurons, Site, site_of, streaming
@@ -132,6 +132,7 @@ def compared_words(encoded: Encoded, concept: Concept | str | None) -> dict[Whic
     return chosen
 
 
+@names.told
 def activation_similarity(
     before: Model | TransformerBridge | Mapping[str, Tensor],
     after: Model | TransformerBridge,

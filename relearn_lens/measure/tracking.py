@@ -29,7 +29,7 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.names import meant, unknown
+from relearn_lens.names import meant, told, unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
@@ -310,6 +310,7 @@ def measure(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
     return measure_text(model, probe, *args, **keywords)
 
 
+@told
 def measure_text(
     model: Model,
     probe: Corpus | Encoded,
@@ -439,6 +440,7 @@ def track(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
     return track_text(model, probe, *args, **keywords)
 
 
+@told
 def track_text(
     model: Model,
     probe: Corpus | Encoded,
@@ -477,6 +479,8 @@ def track_text(
             "track goes through a training of this model, such as retrain_(model, text, lr=..., seed=...), or your own "
             f"loop that yields Checkpoint; got a {type(checkpoints).__name__}"
         )
+    if not isinstance(removed, Neurons | None):
+        raise ValueError(f"removed= is the set that was pruned, Neurons.of(site, ...), got a {type(removed).__name__}")
     validation = probe if validation is None else encoded_for(model, validation)
     snapshots: dict[str, Snapshot] = {} if before is None else {BASE: before}
     if before is not None:

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from relearn_lens.models.model import Adapted, Model, Tagger, n_wrappers, only_training, plain_name, seeded, wearing
+from relearn_lens.models.model import (
+    Adapted,
+    Model,
+    Tagger,
+    bridge_of,
+    n_wrappers,
+    only_training,
+    plain_name,
+    seeded,
+    wearing,
+)
 from relearn_lens.names import known_name
 
 Where = Literal["attention", "mlp", "all"]
@@ -53,7 +63,7 @@ def adapted(
         raise ImportError("low-rank adapters need peft: pip install 'relearn-lens[lora]'") from error
     if rank < 1 or alpha <= 0:
         raise ValueError(f"rank and alpha must be above 0, got rank={rank}, alpha={alpha}")
-    if wearing(model.bridge):
+    if wearing(bridge_of(model)):
         raise ValueError("this model has adapters already; leave their block first")
     layers = _layers(model, where)
     if held := [name for name, layer in layers.items() if layer.weight._backward_hooks]:

@@ -373,7 +373,7 @@ def computing(model: Model, dtype: torch.dtype) -> Iterator[None]:
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"a model computes in float32, bfloat16 or float16, not in {dtype}")
-    before = _COMPUTING.get(model.bridge)
+    before = _COMPUTING.get(bridge_of(model))
     handles: list[Any] = []
     try:
         if dtype == torch.float32:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native import boot as boot_native
 
-from relearn_lens import files, sources
+from relearn_lens import files, names, sources
 from relearn_lens.methods import Training
 from relearn_lens.models.model import LanguageModel
 from relearn_lens.models.training import train_
@@ -81,6 +81,7 @@ class Taught:
     """Of the model and of its twin."""
 
 
+@names.told
 def load(facts: Facts | None = None, *, recipe: Recipe | None = None) -> Taught:
     """A model taught some facts (by default `people(seed=recipe.seed)`) and its twin, trained or from the cache.
 
@@ -94,6 +95,7 @@ def load(facts: Facts | None = None, *, recipe: Recipe | None = None) -> Taught:
     return Taught(facts, model, never, (lesson, other))
 
 
+@names.told
 def teach(facts: Facts, roles: Sequence[str], *, recipe: Recipe | None = None) -> tuple[LanguageModel, Lesson]:
     """A new model in eval mode that was taught the passages of some roles, in the forms `TRAINED`.
 
@@ -141,6 +143,7 @@ def teach_(model: LanguageModel, facts: Facts, courses: Sequence[Course]) -> Les
     return lesson
 
 
+@names.told
 def untaught(facts: Facts, *, recipe: Recipe | None = None) -> LanguageModel:
     """The model before it is taught anything, in eval mode."""
     recipe = recipe or Recipe()

@@ -32,7 +32,7 @@ from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
 from relearn_lens.models.dropout import quick_dropout
 from relearn_lens.models.model import Model, Tagger, bridge_of, checkpointed, only_training, reading, seeded
-from relearn_lens.names import meant
+from relearn_lens.names import meant, told
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -185,6 +185,7 @@ class Checkpoints(Iterator[Checkpoint]):
         return moments | {f"{_MEMORY}.{key}": value for key, value in self._loop.memory.items()}
 
 
+@told
 def train_(
     model: Model,
     texts: Corpus | Encoded | Mapping[str, Corpus | Encoded],
@@ -250,6 +251,11 @@ def train_(
             "is, so a batch cannot go through the model in several parts; give it an attribute "
             "`counts(texts, pieces) -> {part: n}`, or leave accumulate at 1 and use one process"
         )
+    for name, given in (("objective", objective), ("step", step)):
+        if not callable(given):
+            raise ValueError(
+                f"{name} is a function, or an object that is called as one (see train_), got a {type(given).__name__}"
+            )
     per_epoch = -(-next(iter(encoded.values())).n_pieces // how.batch_size)
     pauses = _pauses(how, per_epoch)
     if resume is not None and reference is None and hasattr(objective, "reference"):
@@ -276,6 +282,7 @@ def train_(
     return Checkpoints(loop, how)
 
 
+@told
 def finetune_(
     model: Model,
     text: Corpus | Encoded,

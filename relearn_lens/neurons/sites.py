@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.names import known_name, meant
+from relearn_lens.names import known_name, meant, told
 from relearn_lens.text import markup
 
 Sever = Literal["out", "both", "gain", "writes"]
@@ -216,6 +216,7 @@ SITES: dict[str, str] = {
 }
 
 
+@told
 def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     """A site of a model, by name; a `Site` is given back as it is.
 
@@ -367,6 +368,7 @@ def _each(members: Any) -> Iterator[tuple[str | int, int]]:
         yield layer, index
 
 
+@told
 @jaxtyped(typechecker=typechecker)
 @dataclass(frozen=True, eq=False, repr=False)
 class Neurons:
@@ -383,6 +385,7 @@ class Neurons:
             )
 
     @classmethod
+    @told
     def of(cls, site: Site, members: Members) -> Neurons:
         """The set of the given neurons.
 
@@ -413,8 +416,9 @@ class Neurons:
         return cls(mask.view(len(site.layers), site.width), site)
 
     def _other(self, other: Neurons) -> Tensor:
-        if other.site != self.site:
-            raise ValueError(f"neurons of {self.site.name} and of {other.site.name} cannot be combined")
+        if not isinstance(other, Neurons) or other.site != self.site:
+            there = other.site.name if isinstance(other, Neurons) else f"a {type(other).__name__}"
+            raise ValueError(f"neurons of {self.site.name} and of {there} cannot be combined")
         return other.mask
 
     def __or__(self, other: Neurons) -> Neurons:
@@ -476,6 +480,7 @@ def ordered(numbers: Float[Tensor, "*row number"]) -> Int[Tensor, "*row number"]
     return numbers.argsort(dim=-1, descending=True, stable=True)
 
 
+@told
 def random_neurons(
     *,
     like: Neurons,

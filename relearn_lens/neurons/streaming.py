@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens import progress
+from relearn_lens import names, progress
 from relearn_lens.methods import MAX_TOKENS, SAMPLE_WORDS
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, bridge_of, hidden, reading, trunk, widest
@@ -60,6 +60,7 @@ class Reader(Protocol):
         """As `Collector.together`."""
 
 
+@names.told
 def stream(
     model: Model | TransformerBridge,
     encoded: Encoded,
@@ -430,6 +431,7 @@ class WordDraw:
         return WordSample(self.drawn, words, types, of_word, group, self.names, self.site, self.seed)
 
 
+@names.told
 def class_stats(
     model: Model | TransformerBridge,
     encoded: Encoded,

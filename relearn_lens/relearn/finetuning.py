@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from relearn_lens import methods
+from relearn_lens import methods, names
 from relearn_lens.methods import AtMost, Rate, Retraining, Training
 from relearn_lens.models.lora import adapted
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
@@ -27,6 +27,7 @@ from relearn_lens.text.facts.encoded import encode_passages
 Steps = tuple[Annotated[int, Field(ge=1, le=10**9)], ...]
 
 
+@names.told
 def retrain_(
     model: Model,
     text: Corpus | Encoded,

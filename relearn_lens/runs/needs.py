@@ -2,19 +2,24 @@
 
 Resident memory is a sum, because what the allocator keeps of one phase is rarely what the next one asks for:
 
-    baseline    Python with torch, transformers, TransformerLens and pandas imported
+    baseline    Python with torch, transformers, TransformerLens and pandas imported, and what a run imports later
     text        the text while it is read
     weights     6 copies of the model in float32: the model, the base of the seed, gradients, two moments of AdamW,
-                and one that is being written or compared
+                and one that is being read or written; and half a one where it computes in bfloat16
+    grafts      the cut model, the retrained one, what is put back, and of each control its end and its start (where
+                nothing was cut, that is the base); gradients and moments are gone by then, but for two copies that the
+                allocator keeps: so one copy more than before, and those of the controls
     training    activations of the longest batch, kept for the backward pass, and logits of a language model
     measuring   what attribution and top words may take at once: what they need, at most `measure.max_memory`
 
+and a tenth of it all is what allocators keep beside. It is of one process: a run starts others where memory is free.
+
 Activations of a transformer layer are 68 d + 10 h s bytes a token in float32 (d wide, h heads, sentences of s tokens;
-Korthikanti et al. 2022, section 4.1, twice the bytes of 16-bit numbers). It is within 15 % of these measured peaks:
-`names` 1,989 MB, `names-quick` 1,643 MB (1,957 MB since a run keeps where its training stands), `toy` 584 MB; and of a
-BERT of 335 M parameters, 10,026 MB up to the measurement of its base, where the sum says 11,369 MB. It is too little
-where a run computes in bfloat16 and keeps its grafts: `names` 2,470 MB, `names-quick` 2,279 MB, `smollm2-places` 8,225
-MB, each the larger of two processes.
+Korthikanti et al. 2022, section 4.1, twice the bytes of 16-bit numbers).
+
+Said and measured peaks in MB, of the larger of two processes or of one alone: `toy` 690 and 634; `names-quick` 2,234
+and 2,073, cut short in one process 2,087; `smollm2-places` 8,626 and 6,907, cut short in one process; `names` 2,746 and
+2,470, measured when a training's state was still copied whole before it was written, and so at most that now.
 """
 
 from __future__ import annotations
@@ -40,7 +45,10 @@ BASELINE_MB = 515
 """Resident after the imports of a run, measured with torch 2.13 on Linux x86-64 without CUDA."""
 
 COPIES = 6
-"""Of the weights, as the sum above counts them."""
+"""Of the weights before anything is grafted, as the sum above counts them."""
+
+KNOWN = 0.9
+"""Share of what is resident that the sum knows of."""
 
 REPORT_MB = 8
 """What the page of a run takes at most."""
@@ -89,7 +97,7 @@ SHAPES: dict[str, Shape] = {
 
 TEXTS: dict[str, Text] = {
     "toy": Text(12, 3, 0),
-    "bsb-names": Text(83, 4, 150),
+    "bsb-names": Text(83, 4, 200),
     "hf:eriktks/conll2003": Text(160, 5, 120),
 }
 """Texts by name."""
@@ -163,8 +171,17 @@ def estimate(experiment: Experiment) -> Estimate | None:
         n_words = experiment.data.probe_sentences * text.longest / 4
         measuring = max(measuring, 4.0 * n_words * (shape.layers + 1) * shape.d_model)
     measuring = min(measuring, wants.max_memory * _MB)
-    memory = BASELINE_MB + text.megabytes + (COPIES * shape.bytes + training + measuring) / _MB
-    return Estimate(math.ceil(memory), _disk(experiment, shape, text), _fetch(experiment, shape))
+    copies = _copies(experiment)
+    memory = BASELINE_MB + LATER_MB + text.megabytes + (copies * shape.bytes + training + measuring) / _MB
+    return Estimate(math.ceil(memory / KNOWN), _disk(experiment, shape, text), _fetch(experiment, shape))
+
+
+def _copies(experiment: Experiment) -> float:
+    """Copies of the weights that there are at most, half ones in bfloat16 too, which `auto` may mean."""
+    arms, copies = experiment.arms, COPIES + 0.5 * (experiment.precision != "float32")
+    if experiment.grafts.skip or "concept" not in arms or experiment.retrain.lora_rank:
+        return copies
+    return copies + 1 + 2 * ("random" in arms) + ("unpruned" in arms)
 
 
 def removal_mb(
@@ -219,8 +236,9 @@ def fitted(
     """
     if experiment.max_memory is None:
         return experiment, []
-    fixed = taken_mb + LATER_MB + (COPIES - 1) * shape.bytes / _MB
-    room = (0.9 * experiment.max_memory - fixed) * _MB  # a tenth for what allocators keep and the sum misses
+    copies = _copies(experiment)
+    fixed = taken_mb + LATER_MB + (copies - 1) * shape.bytes / _MB
+    room = (KNOWN * experiment.max_memory - fixed) * _MB
     layer, reading = (_token_bytes(shape, n) for n in (longest_train, longest_read))
     logits = _logit_bytes(experiment, shape)
     piece = longest_train * (shape.layers * layer + logits)
@@ -229,8 +247,8 @@ def fitted(
     if room < need:
         raise ValueError(
             f"max_memory={experiment.max_memory:g} MB is too little: this run needs "
-            f"{(fixed + need / _MB) / 0.9:,.0f} MB even with one sentence at a time "
-            f"({fixed:,.0f} MB of it for Python and {COPIES} copies of {shape.parameters:,} weights); "
+            f"{(fixed + need / _MB) / KNOWN:,.0f} MB even with one sentence at a time "
+            f"({fixed:,.0f} MB of it for Python and {copies:g} copies of {shape.parameters:,} weights); "
             "give it more, or use a smaller model"
         )
     groups = {}

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from relearn_lens import files
+from relearn_lens import files, names
 from relearn_lens.files import read_json
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.models import processes
@@ -41,6 +41,7 @@ from relearn_lens.runs.verify import MANIFEST
 PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accelerate", "nervaluate", "numpy")
 
 
+@names.told
 def run(
     experiment: Experiment | Mapping[str, Any] | str | Path = "names",
     out: str | Path | None = None,

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from relearn_lens.files import as_json, read_json, write_whole
 from relearn_lens.runs.events import Event, Prepared
 from relearn_lens.runs.experiment import alone
-from relearn_lens.runs.needs import memory_mb, peak_rss_mb
+from relearn_lens.runs.needs import estimate, memory_mb, peak_rss_mb
 from relearn_lens.runs.units import Unit
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ def processes_for(ready: Prepared) -> int:
     if device != "cpu" or sum(value.numel() for value in ready.model.weights().values()) < SMALL:
         return 1
     cores, free = torch.get_num_threads() // (experiment.threads or 1), memory_mb()
-    # What is resident now grows: gradients, moments, activations come to it.
-    each = 3 * psutil.Process().memory_info().rss / 2**20
+    need = estimate(experiment)
+    # Where it cannot be said: what is resident now grows, as gradients, moments, activations come to it.
+    each = need.memory_mb if need else 3 * psutil.Process().memory_info().rss / 2**20
     return max(1, min(cores, MOST, cores if free is None else 1 + int(free / each)))
 
 

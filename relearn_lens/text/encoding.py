@@ -19,7 +19,7 @@ from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
 from relearn_lens.methods import MAX_TOKENS
-from relearn_lens.names import known_name
+from relearn_lens.names import known_name, told
 from relearn_lens.text.corpus import Corpus, Strings, one_of
 
 LongSentences = Literal["split", "truncate", "error"]
@@ -232,6 +232,7 @@ class Encoded:
         return f"Encoded({self.corpus.name}: {self.n_pieces:,} pieces, {self.n_tokens:,} tokens)"
 
 
+@told
 def encode(
     corpus: Corpus,
     tokenizer: Any,
@@ -258,8 +259,9 @@ def encode(
             special token to open with.
     """
     corpus = one_of(corpus)
-    if hasattr(tokenizer, "tokenizer"):
-        raise ValueError(f"a tokenizer is wanted, got a {type(tokenizer).__name__}, which has one: give its .tokenizer")
+    if hasattr(tokenizer, "tokenizer") or not hasattr(tokenizer, "pad_token_id"):
+        has = ", which has one: give its" if hasattr(tokenizer, "tokenizer") else "; give a model's"
+        raise ValueError(f"a tokenizer is wanted, got a {type(tokenizer).__name__}{has} .tokenizer")
     known_name("reading", reading, get_args(Reading))
     known_name("long", long, get_args(LongSentences))
     if not corpus.n_words:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from relearn_lens import sources
 from relearn_lens.models import toy
@@ -13,15 +14,44 @@ from relearn_lens.runs import needs
 from relearn_lens.runs.needs import Estimate, doctor_rows, estimate, memory_mb, removal_mb, shape_of, verdict
 from relearn_lens.runs.presets import FOR_A_GPU, PRESETS, preset, settings_of
 from relearn_lens.runs.settings import Experiment
+from tests.fixtures import VOCAB
 
 
 @pytest.mark.parametrize(
-    ("name", "measured"), [("names", 1989), ("names-quick", 1643), ("names-quick", 1957), ("toy", 584)]
+    ("name", "measured"), [("names", 2470), ("names-quick", 2087), ("smollm2-places", 6907), ("toy", 634)]
 )
-def test_estimate_is_within_30_percent_of_the_measured_peak(name, measured):
+def test_estimate_is_the_measured_peak_or_up_to_30_percent_more(name, measured):
     need = estimate(preset(name))
     assert need is not None
-    assert need.memory_mb == pytest.approx(measured, rel=0.3)
+    assert measured <= need.memory_mb <= 1.3 * measured
+
+
+def test_a_run_of_a_model_that_is_made_here_needs_about_what_is_said(tmp_path):
+    """A BERT of 21 million parameters: its copies are two thirds of what is resident while it is grafted."""
+    config = BertConfig(
+        vocab_size=len(VOCAB), hidden_size=512, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = tmp_path / "model"
+    BertForMaskedLM(config).save_pretrained(model)
+    BertTokenizer(vocab=VOCAB, do_lower_case=True).save_pretrained(model)
+    sets = [
+        f"model={model}", "corpus=toy", "seeds=[0]", 'arms=["concept", "random", "unpruned"]', "precision=float32",
+        "data.train_sentences=16", "data.validation_sentences=12", "data.probe_sentences=12", "prune.fraction=0.05",
+        "prune.control_draws=0", "finetune.steps=[1]", "retrain.steps=[1]", "measure.what=[]", "measure.shuffles=0",
+        "grafts.bands=1", "grafts.within=none", "rounds=0", "workers=1", "threads=1", "device=cpu",
+    ]  # fmt: skip
+    script = (
+        "import sys; from relearn_lens.runs import needs, presets, store\n"
+        "how = presets.settings_of('names', {}, sys.argv[2:])\n"
+        "store.run(how, sys.argv[1])\n"
+        "print(needs.estimate(how).memory_mb, needs.peak_rss_mb())"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run"), *sets]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    said, measured = map(float, done.stdout.split())
+    assert measured > 1000
+    assert 0.9 <= said / measured <= 1.7
 
 
 LLAMA_8B = needs.Shape(32, 4096, 32, 8_030_261_248, 128_256)
@@ -55,6 +85,12 @@ def test_estimate_grows_with_what_takes_memory():
     assert memory("measure.max_memory=64") < plain - 300
     assert memory("model=gpt2") > plain + 1500
     assert memory("measure.what=['auroc']") < plain
+    weights = needs.SHAPES["minilm"].bytes / 2**20 / needs.KNOWN
+    alone = plain - memory('arms=["concept"]')
+    assert alone == pytest.approx(3 * weights, abs=2)
+    assert plain - memory("precision=float32") == pytest.approx(weights / 2, abs=2)
+    for never in ("grafts.skip=true", "retrain.lora_rank=4", 'arms=["random", "unpruned"]'):
+        assert plain - memory(never) == pytest.approx(4 * weights, abs=2)
 
 
 def test_disk_grows_with_seeds_and_with_what_is_kept():
@@ -154,7 +190,7 @@ def test_this_machine_says_how_much_it_has():
         (Estimate(600, 10, 0), 1000, 1000, "runs here"),
         (Estimate(600, 10, 0), None, 1000, "runs here"),
         (Estimate(600, 10, 95), 1000, 1000, "runs here, after a fetch of 95 MB"),
-        (Estimate(1989, 10, 0), 1500, 1000, "does not fit: needs about 1,989 MB of memory, there are 1,500 MB"),
+        (Estimate(2470, 10, 0), 1500, 1000, "does not fit: needs about 2,470 MB of memory, there are 1,500 MB"),
         (Estimate(600, 10, 95), 1000, 100, "does not fit: needs about 105 MB of disk, there are 100 MB"),
     ],
 )
@@ -225,21 +261,21 @@ def test_without_a_limit_nothing_is_changed():
 def test_a_limit_cuts_batches_into_parts_and_lowers_what_is_read_at_once():
     wide, said = within(20_000)
     assert (wide.finetune.accumulate, wide.measure.max_tokens, wide.measure.max_memory) == (1, 4096, 512)
-    tight, said = within(3_600)
-    # 0.9 x 3,600 - (1,000 + 60 + 5 x 381) MB are left, and a piece of 60 tokens takes 12 layers x 60 x 59,424 bytes.
-    room = 0.9 * 3_600 - (1_000 + needs.LATER_MB + 5 * LARGE.bytes / 2**20)
+    tight, said = within(5_600)
+    # 0.9 x 5,600 - (1,000 + 60 + 9.5 x 381) MB are left, and a piece of 60 tokens takes 12 layers x 60 x 59,424 bytes.
+    room = 0.9 * 5_600 - (1_000 + needs.LATER_MB + 9.5 * LARGE.bytes / 2**20)
     pieces = int(room * 2**20 // (12 * 60 * (68 * 768 + 10 * 12 * 60)))
     assert tight.finetune.accumulate == -(-64 // pieces) > 1
     assert tight.finetune.batch_size == 64
     assert tight.measure.max_memory == int(room)
     assert tight.measure.max_tokens < 4096
-    assert said[0].startswith("max_memory=3600 MB: about 2,967 MB are taken whatever the batches; accumulate=")
+    assert said[0].startswith("max_memory=5600 MB: about 4,684 MB are taken whatever the batches; accumulate=")
 
 
 def test_a_limit_that_nothing_fits_is_refused_with_what_would():
-    with pytest.raises(ValueError, match=r"max_memory=3000 MB is too little: this run needs 3,3\d\d MB even with one"):
-        within(3_000)
-    made, _ = within(3_400)
+    with pytest.raises(ValueError, match=r"max_memory=5000 MB is too little: this run needs 5,2\d\d MB even with one"):
+        within(5_000)
+    made, _ = within(5_400)
     assert made.finetune.accumulate > 1
 
 
