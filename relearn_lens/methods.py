@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from relearn_lens.names import meant, told
+from relearn_lens.names import explained, meant
 
 Size = Annotated[float, Field(gt=0, le=10**9)]
 Epochs = Annotated[float, Field(gt=0, le=10_000)]
@@ -49,7 +49,7 @@ class Method(BaseModel, metaclass=_Told):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         if "__call__" in vars(cls):
-            cls.__call__ = told(cls.__call__)
+            cls.__call__ = explained(cls.__call__)
 
 
 def of(kind: type[M], how: M | None, fields: Mapping[str, Any]) -> M:

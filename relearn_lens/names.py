@@ -98,11 +98,11 @@ MADE = {
 """What gives what is wanted, by the name of its type."""
 
 
-def told(function: F) -> F:
+def explained(function: F) -> F:
     """A function, or a class, that where it fails over an argument of another type than it takes says which that is,
     what was found, and where what is wanted comes from."""
     if isinstance(function, type):
-        function.__init__ = told(function.__init__)
+        function.__init__ = explained(function.__init__)
         return function  # pyright: ignore[reportReturnType]
 
     @functools.wraps(function)

@@ -21,7 +21,7 @@ import relearn_lens.reproduce
 from relearn_lens import methods
 from relearn_lens.measure.tracking import track_text
 from relearn_lens.models.model import bridge_of, encoded_for
-from relearn_lens.names import nearest, told
+from relearn_lens.names import explained, nearest
 from relearn_lens.neurons.weights import set_of
 from relearn_lens.show.plots.style import arm_of
 from relearn_lens.text.concept import concept_of
@@ -570,7 +570,7 @@ def test_what_would_fail_later_or_not_at_all_is_told_at_the_call():
 def test_an_error_of_a_call_that_is_right_is_left_as_it_is():
     error = KeyError("mine")
 
-    @told
+    @explained
     def fails(seed: int, *args: str, evaluate: Callable[[], object] | None = None, **fields: int) -> None:
         raise error
 

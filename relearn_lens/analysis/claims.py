@@ -46,7 +46,7 @@ from relearn_lens.analysis.intervals import (
 from relearn_lens.analysis.recovery import measured_by
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.neurons.sites import Neurons
 
 Verdict = Literal["supported", "not supported", "reversed", "inconclusive"]
@@ -95,7 +95,7 @@ def verdict_of(effect: Estimate | None, bar: float | int) -> Verdict:
     return "inconclusive"
 
 
-@told
+@explained
 def claims(
     arms: Arms,
     label: Label,

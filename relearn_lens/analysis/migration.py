@@ -26,7 +26,7 @@ from relearn_lens.analysis.priming import count_of, turnover
 from relearn_lens.analysis.recovery import name_of
 from relearn_lens.find.saliency import Saliency
 from relearn_lens.measure.tracking import BASE, Snapshot, Trajectory
-from relearn_lens.names import meant, told, unknown
+from relearn_lens.names import explained, meant, unknown
 from relearn_lens.neurons.sites import Neurons
 
 Selection = Literal["all", "matched", "published"]
@@ -113,7 +113,7 @@ class Shift:
         return self.later - self.base
 
 
-@told
+@explained
 def shift(arm: Trajectory, stage: str, selection: Selection = "matched", *, among: Neurons | None = None) -> Shift:
     """How far the centre of mass of the concept's score moved along the layers since base.
 
@@ -203,7 +203,7 @@ _SAYS = {
 }
 
 
-@told
+@explained
 def migration(
     arms: Mapping[str, Sequence[Trajectory]],
     stage: str | None = None,
@@ -306,19 +306,19 @@ class _Followed(NamedTuple):
 def _compared(ours: Sequence[float], theirs: Sequence[float] | None, level: float) -> Compared:
     """Concept and control, with intervals if there are seeds enough."""
 
-    def told(beside: Estimate) -> Estimate:
+    def explained(beside: Estimate) -> Estimate:
         if len(ours) >= FEWEST_SEEDS:
             return beside
         over = ONE_SEED if len(ours) == 1 else f"{len(ours)} training seeds: too few for an interval"
         return Estimate(beside.value, math.nan, math.nan, over, n=len(ours))
 
-    control = None if theirs is None else told(over_seeds(theirs, level=level))
+    control = None if theirs is None else explained(over_seeds(theirs, level=level))
     gap = None
     if theirs is not None:
         beside = beside_control(ours, [[value] for value in theirs], level)
         over = f"{len(ours)} seeds and the spread of the control"
-        gap = told(replace(beside.effect, p=beside.p_flips, over=over, n=len(ours)))
-    return Compared(told(over_seeds(ours, level=level)), control, gap)
+        gap = explained(replace(beside.effect, p=beside.p_flips, over=over, n=len(ours)))
+    return Compared(explained(over_seeds(ours, level=level)), control, gap)
 
 
 def sides(matched: Neurons, survivors: Neurons, selection: Selection) -> tuple[Neurons | None, Neurons | None]:

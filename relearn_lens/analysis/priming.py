@@ -20,7 +20,7 @@ from torch import Tensor
 
 from relearn_lens.analysis.intervals import Estimate, over_neurons
 from relearn_lens.find.saliency import Saliency
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.neurons.sites import Neurons
 
 
@@ -33,7 +33,7 @@ class Turnover(NamedTuple):
     """`left`, as expected of two rankings that have nothing to do with each other."""
 
 
-@told
+@explained
 def turnover(before: Saliency, after: Saliency, k: int, among: Neurons | None = None) -> Turnover:
     """How many of the `k` highest neurons (among the given ones) are no longer so.
 
@@ -44,7 +44,7 @@ def turnover(before: Saliency, after: Saliency, k: int, among: Neurons | None = 
     return Turnover(1 - len(old & new) / k, 1 - k / count_of(before, among))
 
 
-@told
+@explained
 def heirs(before: Saliency, after: Saliency, k: int, among: Neurons | None = None) -> Neurons:
     """The neurons that entered the top `k` among the given ones (such as survivors): not in it before, in it after.
 
@@ -74,7 +74,7 @@ class Priming:
     within_layer: bool
 
 
-@told
+@explained
 def priming(
     predictor: Float[Tensor, "layer neuron"] | Saliency,
     after: Saliency,

@@ -19,7 +19,7 @@ from relearn_lens.analysis.intervals import Estimate, estimate, over_seeds, over
 from relearn_lens.measure.course import REMOVED, FactsTrajectory
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE, PRUNED, Trajectory
-from relearn_lens.names import told
+from relearn_lens.names import explained
 
 Arm = Trajectory | FactsTrajectory
 """Of facts, what is read is the first metric: `FactsTrajectory.by` chooses one."""
@@ -96,7 +96,7 @@ def start_of(arm: Arm) -> str:
     return REMOVED if REMOVED in arm.stages else PRUNED
 
 
-@told
+@explained
 def recovery(
     arms: Sequence[Arm],
     label: Label,
@@ -122,7 +122,7 @@ def recovery(
     return Recovery(estimate(_made_good, label, to_be_had, pruned, now, **interval), damage)
 
 
-@told
+@explained
 def mean_share(arm: Arm, label: Label, unpruned: Arm | None = None) -> float:
     """Share of the damage made good, mean over the stages of retraining; see `recovery`, whose refusal comes first.
 
@@ -135,7 +135,7 @@ def mean_share(arm: Arm, label: Label, unpruned: Arm | None = None) -> float:
     return float(np.mean(_made_good([each.value(label) for each in had], pruned, now)))
 
 
-@told
+@explained
 def first_stage_at(
     arms: Sequence[Arm],
     label: Label,
@@ -153,7 +153,7 @@ def first_stage_at(
     return next((stage for stage, back in shares if back is not None and back.value >= share - 1e-9), None)
 
 
-@told
+@explained
 def speeds(
     arms: Sequence[Arm],
     label: Label,
@@ -200,7 +200,7 @@ def speeds(
     return Speeds({share: reached(share) for share in shares}, area, damage)
 
 
-@told
+@explained
 def savings(
     relearn: Sequence[Arm],
     fresh: Sequence[Arm],

@@ -18,7 +18,7 @@ from relearn_lens.measure import bootstrap
 from relearn_lens.measure.course import HELD_OUT, FactsTrajectory
 from relearn_lens.measure.evaluation import Label, Scores
 from relearn_lens.measure.tracking import BASE
-from relearn_lens.names import told
+from relearn_lens.names import explained
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Relearned:
         return f"at {self.stage}: {self.recovered} recovered ({self.brought} came back, the twin got {self.taught})"
 
 
-@told
+@explained
 def relearned(
     paths: Sequence[FactsTrajectory],
     metric: str,

@@ -82,7 +82,7 @@ class Audit:
         return {**asdict(self), "reached": self.evidence.reached}
 
 
-@names.told
+@names.explained
 def audit(
     model: LanguageModel,
     facts: Facts,

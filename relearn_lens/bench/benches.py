@@ -32,7 +32,7 @@ from relearn_lens.bench import engines
 from relearn_lens.bench.plan import Bench
 from relearn_lens.bench.sweeps import check_engine, performed
 from relearn_lens.files import alone, as_json, check_folder, digest_of, read_json, write_whole
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.runs import needs
 
 ASKED, SUMMARY, PAGE, TASKS, LOGS, STAGES, CELLS = (
@@ -110,7 +110,7 @@ def _joined(names: Iterable[Any]) -> str:
     return ", ".join(f"{name:g}" if isinstance(name, float) else str(name) for name in names)
 
 
-@told
+@explained
 def run(
     bench: Bench,
     out: str | Path,

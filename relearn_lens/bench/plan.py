@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from relearn_lens.analysis.matrix import BEARABLE, NEVER
 from relearn_lens.files import read_toml
 from relearn_lens.methods import Method, Rate, meant_of
-from relearn_lens.names import meant, told, unknown
+from relearn_lens.names import explained, meant, unknown
 from relearn_lens.runs.presets import value_of
 from relearn_lens.runs.settings import none_as_text
 
@@ -182,7 +182,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 """Preset name to what it is and what it says."""
 
 
-@told
+@explained
 def bench_of(source: str | Path = "facts-toy", sets: Sequence[str] = ()) -> Bench:
     """A bench from a preset's name or a TOML file, then `key.path=value` strings, each over the last.
 

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 from relearn_lens import files
 from relearn_lens.bench import engines
-from relearn_lens.names import meant, told
+from relearn_lens.names import explained, meant
 from relearn_lens.runs import needs
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import Experiment, are_of
@@ -128,7 +128,7 @@ class Swept:
 # --- what is asked
 
 
-@told
+@explained
 def read(path: str | Path) -> Sweep:
     """The cells that a sweep file asks for, every one's settings checked.
 
@@ -290,7 +290,7 @@ def folder_of(sweep: Sweep) -> Path:
     return Path("runs") / sweep.path.stem
 
 
-@told
+@explained
 def run(
     sweep: Sweep,
     out: str | Path | None = None,

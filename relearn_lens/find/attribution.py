@@ -42,7 +42,7 @@ from relearn_lens.models.model import (
     reading,
     widest,
 )
-from relearn_lens.names import known_name, told
+from relearn_lens.names import explained, known_name
 from relearn_lens.neurons.sites import Site, ordered, site_of, streaming, token_site
 from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept, concept_of
@@ -142,7 +142,7 @@ class Plan:
         )
 
 
-@told
+@explained
 def attribute(
     model: Model,
     text: Corpus | Encoded,
@@ -197,7 +197,7 @@ def attribute(
     return run.attribution()
 
 
-@told
+@explained
 def attribution_plan(
     model: Model,
     text: Corpus | Encoded,

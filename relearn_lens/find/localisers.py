@@ -15,7 +15,7 @@ from relearn_lens.find.saliency import Saliency
 from relearn_lens.find.scored import AttributionPatching, ByScore
 from relearn_lens.find.tracing import CausalTracing
 from relearn_lens.models.model import Model, bridge_of
-from relearn_lens.names import known_name, told
+from relearn_lens.names import explained, known_name
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.text.concept import Concept
 
@@ -38,7 +38,7 @@ LOCALISERS: dict[str, type[Localiser]] = {
 """Localisers by name. Each has `name`, `formula`, `source`, `gives` and, with unit and origin, `model_fields`."""
 
 
-@told
+@explained
 def locate(
     model: Model,
     text: Text | None,

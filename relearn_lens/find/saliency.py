@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from relearn_lens.find.probes import Quality, elastic_net, k_sparse
 from relearn_lens.methods import MAX_TOKENS, MEMORY, SAMPLE_WORDS, megabytes
 from relearn_lens.models.model import Model, bridge_of
-from relearn_lens.names import known_name, told
+from relearn_lens.names import explained, known_name
 from relearn_lens.neurons.sites import Neurons, Site, ordered, site_of
 from relearn_lens.neurons.streaming import (
     ROUNDING,
@@ -64,7 +64,7 @@ class Saliency:
     bucket: int = 1
     """Neurons per step of `by_rank`."""
 
-    @told
+    @explained
     def top(self, k: int | None = None, *, fraction: float | None = None, among: Neurons | None = None) -> Neurons:
         """The `k` highest neurons, or a fraction of all, over all layers together; ties go to the earlier neuron.
 
@@ -430,7 +430,7 @@ def _words(thing: ClassStats | Histograms | WordSample, carries: Bool[Tensor, " 
     return int(count[carries].sum()), int(count[~carries].sum())
 
 
-@told
+@explained
 def score_many(
     model: Model | TransformerBridge,
     encoded: Encoded,

@@ -15,7 +15,7 @@ from relearn_lens.measure.asking import Read, read_answers
 from relearn_lens.measure.keymeans import KeyMeans, means_of, tabulated
 from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.text.facts import Passage
 from relearn_lens.text.facts.encoded import EncodedPassages
 
@@ -68,7 +68,7 @@ class Answered(NamedTuple):
     loss: AnswerLoss
 
 
-@told
+@explained
 def answer(
     model: LanguageModel,
     passages: Sequence[Passage] | EncodedPassages,
@@ -108,7 +108,7 @@ def answered(read: Read, labels: Sequence[str], closed: Mapping[str, Sequence[st
     )
 
 
-@told
+@explained
 def choose(
     model: LanguageModel,
     passages: Sequence[Passage],
@@ -146,7 +146,7 @@ def nats_of_choices(
     return np.split(nats, np.cumsum([len(p.choices) for p in passages])[:-1])
 
 
-@told
+@explained
 def known(model: LanguageModel, passages: Sequence[Passage]) -> tuple[Passage, ...]:
     """The passages of the facts that a model knows: of a key and relation, one statement at least is answered
     greedily, and every paraphrase that has choices prefers the right one.

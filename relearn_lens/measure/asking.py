@@ -22,7 +22,7 @@ from relearn_lens.measure.evaluation import Scores
 from relearn_lens.methods import MAX_TOKENS, Method
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.neurons.streaming import stream
 from relearn_lens.text.corpus import Strings
 from relearn_lens.text.encoding import Batch
@@ -77,7 +77,7 @@ class Asked:
         return f"Asked({len(self.passages)} passages of {self.facts.name} in {', '.join(self.names)})"
 
 
-@told
+@explained
 def ask(
     facts: Facts,
     *,

@@ -21,7 +21,7 @@ from relearn_lens.measure.inside import KnownInside
 from relearn_lens.measure.keymeans import KeyMeans
 from relearn_lens.models.model import LanguageModel, lent
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.names import existing, told
+from relearn_lens.names import existing, explained
 from relearn_lens.text.facts import FORGET, RETAIN, TRAINED, Facts, Passage
 from relearn_lens.text.facts.encoded import encode_passages
 
@@ -78,7 +78,7 @@ class Battery:
         return self.to_dataframe().drop(columns="unit").to_string(index=False, float_format=lambda x: f"{x:.2f}")
 
 
-@told
+@explained
 def battery(
     model: LanguageModel,
     facts: Facts,

@@ -18,7 +18,7 @@ from relearn_lens.measure.evaluation import OVERALL, Label, Scores
 from relearn_lens.measure.metrics import USUAL, checked, measured, metric_of
 from relearn_lens.models.model import LanguageModel, Model
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.names import ByName, told
+from relearn_lens.names import ByName, explained
 from relearn_lens.text import markup
 from relearn_lens.text.facts import FORGET, Facts
 
@@ -197,7 +197,7 @@ class FactsTrajectory:
         return [[stage, *(_with_interval(s.scores, place) for place in places)] for stage, s in self.snapshots.items()]
 
 
-@told
+@explained
 def measure_facts(
     model: LanguageModel,
     facts: Facts | Asked,
@@ -218,7 +218,7 @@ def measure_facts(
     return FactsSnapshot(measured(model, asked_of(facts), made, reference), at)
 
 
-@told
+@explained
 def track_facts(
     model: LanguageModel,
     facts: Facts | Asked,

@@ -19,7 +19,7 @@ from relearn_lens import progress
 from relearn_lens.find.circuits import HEADS, path_patching
 from relearn_lens.find.patching import Prompts, Readout, refusal, shares, units_of
 from relearn_lens.models.model import LanguageModel, lent, reading, wearing
-from relearn_lens.names import existing, told
+from relearn_lens.names import existing, explained
 from relearn_lens.neurons.sites import Kept, Neurons, Site, component_site, kept, site_of, streaming
 from relearn_lens.neurons.weights import differs
 from relearn_lens.text.facts import Passage
@@ -70,7 +70,7 @@ class CrossPatch:
         return f"CrossPatch({ends}; most {most}; MLPs at most {float(self.mlps.abs().max()):.2f})"
 
 
-@told
+@explained
 def cross_patch(
     model: LanguageModel, into: Weights, source: Weights, passages: Sequence[Passage], *, metric: Readout = "auto"
 ) -> CrossPatch:
@@ -189,7 +189,7 @@ class HeadRoles:
         return f"HeadRoles({self.effect[0].numel()} heads; {self.metric} ({self.unit}): {ends})"
 
 
-@told
+@explained
 def head_roles(
     model: LanguageModel,
     stages: Mapping[str, Weights],

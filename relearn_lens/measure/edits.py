@@ -14,7 +14,7 @@ from relearn_lens.measure.asking import read_answers
 from relearn_lens.measure.evaluation import OVERALL
 from relearn_lens.measure.keymeans import KeyMeans, means_of
 from relearn_lens.models.model import LanguageModel
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.text.facts import RETAIN, TRAINED, Facts, Passage
 
 RELIABILITY, GENERALISATION, LOCALITY = "reliability", "generalisation", "locality"
@@ -56,7 +56,7 @@ class Edited:
         return "Edited(" + ", ".join(f"{name} {s.shown(OVERALL):.3f}" for name, s in self.scores.items()) + ")"
 
 
-@told
+@explained
 def edited(
     model: LanguageModel,
     base: LanguageModel,

@@ -22,7 +22,7 @@ from relearn_lens.measure import bootstrap
 from relearn_lens.methods import MAX_TOKENS
 from relearn_lens.models import processes
 from relearn_lens.models.model import LanguageModel, Model, Tagger, encoded_for
-from relearn_lens.names import ByName, meant, told
+from relearn_lens.names import ByName, explained, meant
 from relearn_lens.neurons.streaming import stream
 from relearn_lens.text import markup
 from relearn_lens.text.concept import Concept, concept_of
@@ -291,7 +291,7 @@ class TokenLoss(Scores):
         return math.log(self.vocabulary) - value
 
 
-@told
+@explained
 def evaluate(
     model: Model,
     text: Corpus | Encoded,

@@ -24,7 +24,7 @@ from relearn_lens.measure.prefixes import States, recorded, resumed, unchanged_b
 from relearn_lens.measure.tracking import Trajectory
 from relearn_lens.methods import MEMORY, megabytes
 from relearn_lens.models.model import Model, wearing
-from relearn_lens.names import existing, told
+from relearn_lens.names import existing, explained
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import Parts, WeightMask, differs
 from relearn_lens.neurons.weights import parts as parts_of
@@ -212,7 +212,7 @@ def grafts(
 ) -> Grafts: ...
 
 
-@told
+@explained
 def grafts(model: Model | Trajectory | FactsTrajectory, *args: Any, **keywords: Any) -> Grafts:
     """Which part of a model brought back what was taken out: `grafts_between` two sets of its weights, or those of a
     path that was tracked with `keep_weights=True`, from its start to its end.
@@ -243,7 +243,7 @@ def grafts(model: Model | Trajectory | FactsTrajectory, *args: Any, **keywords: 
     )  # fmt: skip
 
 
-@told
+@explained
 def grafts_between(
     model: Model,
     cut_weights: Weights,

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from relearn_lens.find.saliency import dprime_of_each
 from relearn_lens.measure.topwords import TopWords, is_dead
 from relearn_lens.measure.vectors import WordVectors, look_up
-from relearn_lens.names import known_name, told
+from relearn_lens.names import explained, known_name
 from relearn_lens.neurons.sites import Neuron, Neurons
 from relearn_lens.neurons.streaming import ClassStats
 from relearn_lens.text.concept import Concept, concept_of
@@ -30,7 +30,7 @@ from relearn_lens.text.corpus import Corpus, printable
 Nulls = Literal["drop", "zero_then_drop"]
 
 
-@told
+@explained
 def concept_similarity(
     before: TopWords, now: TopWords, vectors: WordVectors, *, nulls: Nulls = "drop"
 ) -> Float[Tensor, "layer neuron"]:
@@ -169,7 +169,7 @@ class Polysemy:
         return f"Polysemy({self.now.site.name}: {len(self.mixed):,} of {n:,} neurons mix old meaning and the concept)"
 
 
-@told
+@explained
 def polysemy(before: TopWords, now: TopWords, words: Collection[str], *, neurons: Neurons | None = None) -> Polysemy:
     """Old and new meaning of each neuron, by its top words before and now.
 
@@ -199,7 +199,7 @@ def polysemy(before: TopWords, now: TopWords, words: Collection[str], *, neurons
     return Polysemy(share(still, old), now_share - share(carries[old], old), now_share, before, now)
 
 
-@told
+@explained
 def concept_words(corpus: Corpus, concept: Concept | str) -> frozenset[str]:
     """The word types that carry the concept in at least half of their occurrences in the corpus.
 

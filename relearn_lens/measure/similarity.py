@@ -132,7 +132,7 @@ def compared_words(encoded: Encoded, concept: Concept | str | None) -> dict[Whic
     return chosen
 
 
-@names.told
+@names.explained
 def activation_similarity(
     before: Model | TransformerBridge | Mapping[str, Tensor],
     after: Model | TransformerBridge,

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from relearn_lens.methods import MAX_TOKENS, MEMORY, megabytes
 from relearn_lens.models import processes
 from relearn_lens.models.model import Model, bridge_of, encoded_for
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, class_stats, stream
 from relearn_lens.text.concept import Classes
@@ -110,7 +110,7 @@ class WordSums:
         processes.sum_(*self.table.values())
 
 
-@told
+@explained
 def top_words(
     model: Model | TransformerBridge,
     text: Corpus | Encoded,

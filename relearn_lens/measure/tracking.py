@@ -29,7 +29,7 @@ from relearn_lens.measure.vectors import WordVectors, input_embeddings
 from relearn_lens.methods import Measuring
 from relearn_lens.models.model import LanguageModel, Model, encoded_for
 from relearn_lens.models.training import Checkpoint
-from relearn_lens.names import meant, told, unknown
+from relearn_lens.names import explained, meant, unknown
 from relearn_lens.neurons.sites import Neurons, Site, site_of
 from relearn_lens.neurons.streaming import ClassStats, stream
 from relearn_lens.text import markup
@@ -310,7 +310,7 @@ def measure(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
     return measure_text(model, probe, *args, **keywords)
 
 
-@told
+@explained
 def measure_text(
     model: Model,
     probe: Corpus | Encoded,
@@ -440,7 +440,7 @@ def track(model: Any, probe: Any, *args: Any, **keywords: Any) -> Any:
     return track_text(model, probe, *args, **keywords)
 
 
-@told
+@explained
 def track_text(
     model: Model,
     probe: Corpus | Encoded,

@@ -13,10 +13,10 @@ from relearn_lens.files import check_free, path_of, whole
 from relearn_lens.models.gguf import silent
 from relearn_lens.models.heads import classifier_of
 from relearn_lens.models.model import Model, Tagger, plain_name, reading, wearing
-from relearn_lens.names import told
+from relearn_lens.names import explained
 
 
-@told
+@explained
 def export(model: Model, folder: str | Path) -> Path:
     """Write a model as a plain Hugging Face folder: configuration, safetensors and tokenizer.
 

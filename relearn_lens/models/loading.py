@@ -27,7 +27,7 @@ from relearn_lens.models.folders import check_folder, check_plain, check_tokeniz
 from relearn_lens.models.gguf import dequantised, quiet, silent
 from relearn_lens.models.heads import TrainedHead, trained_head
 from relearn_lens.models.model import LanguageModel, Tagger, seeded
-from relearn_lens.names import known_name, meant, told
+from relearn_lens.names import explained, known_name, meant
 
 Head = Literal["trained", "fresh"]
 """Whether a tagger keeps what fits of the head that a model was trained with."""
@@ -35,7 +35,7 @@ Head = Literal["trained", "fresh"]
 _MODELS = [name for name, source in sources.SOURCES.items() if source.kind == "model"]
 
 
-@told
+@explained
 def load_tagger(
     model: str | Path | TransformerBridge | nn.Module,
     labels: Sequence[str],
@@ -121,7 +121,7 @@ def _bridge_of(
     return _wrapped(model, str(model.config._name_or_path or "model"), tokenizer, device=there, dtype=dtype)
 
 
-@told
+@explained
 def load_language_model(
     model: str | Path | TransformerBridge,
     *,
@@ -139,7 +139,7 @@ def load_language_model(
     return LanguageModel(bridge).eval()
 
 
-@told
+@explained
 def load_bridge(
     model: str | Path,
     *,

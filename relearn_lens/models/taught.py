@@ -81,7 +81,7 @@ class Taught:
     """Of the model and of its twin."""
 
 
-@names.told
+@names.explained
 def load(facts: Facts | None = None, *, recipe: Recipe | None = None) -> Taught:
     """A model taught some facts (by default `people(seed=recipe.seed)`) and its twin, trained or from the cache.
 
@@ -95,7 +95,7 @@ def load(facts: Facts | None = None, *, recipe: Recipe | None = None) -> Taught:
     return Taught(facts, model, never, (lesson, other))
 
 
-@names.told
+@names.explained
 def teach(facts: Facts, roles: Sequence[str], *, recipe: Recipe | None = None) -> tuple[LanguageModel, Lesson]:
     """A new model in eval mode that was taught the passages of some roles, in the forms `TRAINED`.
 
@@ -143,7 +143,7 @@ def teach_(model: LanguageModel, facts: Facts, courses: Sequence[Course]) -> Les
     return lesson
 
 
-@names.told
+@names.explained
 def untaught(facts: Facts, *, recipe: Recipe | None = None) -> LanguageModel:
     """The model before it is taught anything, in eval mode."""
     recipe = recipe or Recipe()

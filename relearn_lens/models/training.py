@@ -32,7 +32,7 @@ from relearn_lens.methods import Finetuning, Training
 from relearn_lens.models import processes
 from relearn_lens.models.dropout import quick_dropout
 from relearn_lens.models.model import Model, Tagger, bridge_of, checkpointed, only_training, reading, seeded
-from relearn_lens.names import meant, told
+from relearn_lens.names import explained, meant
 from relearn_lens.text.corpus import Corpus
 from relearn_lens.text.encoding import Batch, Encoded
 
@@ -185,7 +185,7 @@ class Checkpoints(Iterator[Checkpoint]):
         return moments | {f"{_MEMORY}.{key}": value for key, value in self._loop.memory.items()}
 
 
-@told
+@explained
 def train_(
     model: Model,
     texts: Corpus | Encoded | Mapping[str, Corpus | Encoded],
@@ -282,7 +282,7 @@ def train_(
     return Checkpoints(loop, how)
 
 
-@told
+@explained
 def finetune_(
     model: Model,
     text: Corpus | Encoded,

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from relearn_lens.names import known_name, meant, told
+from relearn_lens.names import explained, known_name, meant
 from relearn_lens.text import markup
 
 Sever = Literal["out", "both", "gain", "writes"]
@@ -216,7 +216,7 @@ SITES: dict[str, str] = {
 }
 
 
-@told
+@explained
 def site_of(bridge: TransformerBridge, site: str | Site = "resid") -> Site:
     """A site of a model, by name; a `Site` is given back as it is.
 
@@ -368,7 +368,7 @@ def _each(members: Any) -> Iterator[tuple[str | int, int]]:
         yield layer, index
 
 
-@told
+@explained
 @jaxtyped(typechecker=typechecker)
 @dataclass(frozen=True, eq=False, repr=False)
 class Neurons:
@@ -385,7 +385,7 @@ class Neurons:
             )
 
     @classmethod
-    @told
+    @explained
     def of(cls, site: Site, members: Members) -> Neurons:
         """The set of the given neurons.
 
@@ -480,7 +480,7 @@ def ordered(numbers: Float[Tensor, "*row number"]) -> Int[Tensor, "*row number"]
     return numbers.argsort(dim=-1, descending=True, stable=True)
 
 
-@told
+@explained
 def random_neurons(
     *,
     like: Neurons,

@@ -60,7 +60,7 @@ class Reader(Protocol):
         """As `Collector.together`."""
 
 
-@names.told
+@names.explained
 def stream(
     model: Model | TransformerBridge,
     encoded: Encoded,
@@ -431,7 +431,7 @@ class WordDraw:
         return WordSample(self.drawn, words, types, of_word, group, self.names, self.site, self.seed)
 
 
-@names.told
+@names.explained
 def class_stats(
     model: Model | TransformerBridge,
     encoded: Encoded,

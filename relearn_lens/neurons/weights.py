@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model, bridge_of, wearing
-from relearn_lens.names import known_name, meant, told
+from relearn_lens.names import explained, known_name, meant
 from relearn_lens.neurons.sites import Members, Neurons, Sever, Site, parameter, site_of
 from relearn_lens.neurons.streaming import ROUNDING
 
@@ -52,7 +52,7 @@ class WeightMask(Mapping[str, Tensor]):
         return _of_marks(model, {})
 
     @classmethod
-    @told
+    @explained
     def of(cls, model: Model, neurons: Neurons, *, sever: Sever = "out") -> WeightMask:
         """The entries that carry neurons; `sever` says which, as `prune_` does.
 
@@ -71,7 +71,7 @@ class WeightMask(Mapping[str, Tensor]):
         return _of_marks(model, marks, nothing)
 
     @classmethod
-    @told
+    @explained
     def of_parts(cls, model: Model, names: str | Iterable[str], *, among: Parts | None = None) -> WeightMask:
         """All entries of some parts of a model, named as `parts` names them or as `among` does; halves of blocks too.
 
@@ -87,7 +87,7 @@ class WeightMask(Mapping[str, Tensor]):
         return _of_marks(model, marks)
 
     @classmethod
-    @told
+    @explained
     def of_entries(cls, model: Model, masks: Mapping[str, Bool[Tensor, ...]]) -> WeightMask:
         """The entries that masks of some weights name; of weights that share memory one is enough.
 
@@ -305,7 +305,7 @@ def severed(model: Model | TransformerBridge, neurons: Neurons, *, sever: Sever 
     return Neurons(still, site)
 
 
-@told
+@explained
 def parts(model: Model, *, bands: int | None = None, within: Iterable[int] = ()) -> dict[str, tuple[str, ...]]:
     """The parts of a model, from its input to its output, with the plain names of their weights.
 

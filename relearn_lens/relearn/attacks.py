@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from relearn_lens.models.model import lent
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.relearn.attack import Attack, Material
 from relearn_lens.relearn.compression import Pruned, Quantised
 from relearn_lens.relearn.finetuning import (
@@ -42,7 +42,7 @@ class Point:
     """On what was to stay; higher is better, 0 is worst."""
 
 
-@told
+@explained
 def points(
     attack: Attack,
     model: Any,
@@ -96,7 +96,7 @@ class Strongest:
         return f"Strongest({self.arm}, chosen on seed {self.chosen_on}{also}; {each}; within {loss})"
 
 
-@told
+@explained
 def strongest(
     curves: Mapping[str, Mapping[int, Sequence[Point]]],
     removed: Mapping[int, Point],

@@ -27,7 +27,7 @@ from relearn_lens.text.facts.encoded import encode_passages
 Steps = tuple[Annotated[int, Field(ge=1, le=10**9)], ...]
 
 
-@names.told
+@names.explained
 def retrain_(
     model: Model,
     text: Corpus | Encoded,

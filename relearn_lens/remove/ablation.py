@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformer_lens.model_bridge import TransformerBridge
 
 from relearn_lens.models.model import Model, bridge_of
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.neurons.sites import Members, Neurons, Sever, Site, streaming
 from relearn_lens.neurons.weights import Where, entries, same_site, set_of
 
@@ -58,7 +58,7 @@ def ablated(
         yield
 
 
-@told
+@explained
 def prune_(
     model: Model | TransformerBridge, neurons: Where, *, sever: Sever = "out", site: str | Site = "resid"
 ) -> None:

@@ -12,7 +12,7 @@ from relearn_lens import methods
 from relearn_lens.methods import Training
 from relearn_lens.models.model import Model
 from relearn_lens.models.training import Checkpoint, Objective, train_
-from relearn_lens.names import known_name, told
+from relearn_lens.names import explained, known_name
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.neurons.weights import WeightMask
 from relearn_lens.remove.arithmetic import TaskVector
@@ -57,7 +57,7 @@ def remover_of(name: str) -> type[Remover] | type[Pruner]:
     return REMOVERS[known_name("remover", name, REMOVERS)]
 
 
-@told
+@explained
 def remove_(
     model: Model,
     texts: Texts | None,

@@ -26,7 +26,7 @@ from relearn_lens.analysis.migration import rank_saliency_by_layer
 from relearn_lens.measure.evaluation import OVERALL, SpanScores
 from relearn_lens.measure.topwords import is_dead
 from relearn_lens.measure.tracking import BASE, PRUNED, Snapshot, Trajectory
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.neurons.sites import Neurons
 from relearn_lens.runs.protocol import choose, placed
 from relearn_lens.runs.results import Run
@@ -151,7 +151,7 @@ class Comparison:
         }
 
 
-@told
+@explained
 def compare(run: Run) -> Comparison:
     """A run beside the released one that is nearest to it; layer numbers only where the layers are the same.
 

@@ -41,7 +41,7 @@ from relearn_lens.runs.verify import MANIFEST
 PACKAGES = ("relearn-lens", "torch", "transformer-lens", "transformers", "accelerate", "nervaluate", "numpy")
 
 
-@names.told
+@names.explained
 def run(
     experiment: Experiment | Mapping[str, Any] | str | Path = "names",
     out: str | Path | None = None,

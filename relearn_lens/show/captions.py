@@ -24,7 +24,7 @@ TOP = 0.1
 
 def recovery(run: Run) -> str:
     """What pruning took and training brought back, beside the random and the unpruned arm."""
-    name = told(run)
+    name = explained(run)
     arms, last = run.arms[name], run.arms[name][0].stages[-1]
     scores = arms[0][BASE].scores
     text = (
@@ -56,7 +56,7 @@ def recovery(run: Run) -> str:
 
 def pruned_share(run: Run) -> str:
     """Where the cut fell, and whether the control's fell there too."""
-    name = told(run)
+    name = explained(run)
     arms = run.arms[name]
     layers = arms[0].site.layers
     share = np.mean([(~arm.survivors()).share_by_layer() for arm in arms], axis=0)
@@ -79,7 +79,7 @@ def pruned_share(run: Run) -> str:
 def layer_map(run: Run, against: str | None = None) -> str:
     """The layer whose saliency changed most, and how much it changed in the controls; `against` another arm, the layer
     in which the two differ most at the end."""
-    name = told(run)
+    name = explained(run)
     if against is not None and name != against:
         return _difference(run, name, against)
     last = run.arms[name][0].stages[-1]
@@ -137,7 +137,7 @@ def _beside(change: dict[str, np.ndarray], name: str, layer: int, what: str) -> 
 
 def neuron_map(run: Run) -> str:
     """How much of the top of the ranking changed hands, beside the controls and chance."""
-    name = told(run)
+    name = explained(run)
     left, chance = {}, 0.0
     for each, arms in run.arms.items():
         turnovers = []
@@ -168,7 +168,7 @@ def migrated(run: Run) -> str:
 
 def attribution(run: Run) -> str:
     """The layer that the output owes most to, before and after, beside the controls; and what is missing."""
-    name = told(run)
+    name = explained(run)
     layers = run.arms[name][0].site.layers
     parts, errors = [], []
     for each, arms in run.arms.items():
@@ -197,7 +197,7 @@ def attribution(run: Run) -> str:
 
 def flow(run: Run) -> str:
     """The share of neurons that stayed in their layer, beside the controls."""
-    name = told(run)
+    name = explained(run)
     flows = {
         each: [arm.similarity["all"].flow for arm in arms if "all" in arm.similarity] for each, arms in run.arms.items()
     }
@@ -214,7 +214,7 @@ def flow(run: Run) -> str:
 
 def saliency_against_similarity(run: Run) -> str:
     """The rank correlation over the survivors, beside the controls."""
-    name = told(run)
+    name = explained(run)
     by_arm = {each: [_correlation(arm) for arm in arms] for each, arms in run.arms.items()}
     known = {each: [value for value in values if value is not None] for each, values in by_arm.items()}
     rho = {each: float(np.mean(values)) for each, values in known.items() if values}
@@ -273,7 +273,7 @@ def verdicts(claims: Sequence[Claim], seeds: int) -> str:
     return text
 
 
-def told(run: Run) -> str:
+def explained(run: Run) -> str:
     """The arm that is told of: the concept's where there is one."""
     return "concept" if "concept" in run.arms else next(iter(run.arms))
 

@@ -76,7 +76,7 @@ def explore(
     Raises:
         ValueError: the run has no such arm, stage, seed or neuron.
     """
-    first = arm or captions.told(whole(run))
+    first = arm or captions.explained(whole(run))
     arms = {name: of_seed(arm_of(run, name), seed) for name in run.arms}
     for name in (first, *([beside] if beside else [])):
         arm_of(run, name)  # says what is wrong

@@ -360,7 +360,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     curves = [
         draw(plots.recovery_curves, run, beside=runs, says=lambda run=run: captions.recovery(run)) for run in runs
     ]
-    maps = [draw(plots.layer_map, run, arm=captions.told(run), small=True) for run in runs]
+    maps = [draw(plots.layer_map, run, arm=captions.explained(run), small=True) for run in runs]
     return page(
         "comparison.html.j2",
         title=f"{len(runs)} runs side by side",
@@ -431,7 +431,7 @@ def _slider(id: str, steps: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _card(draw: Drawing, run: Run) -> Picture | None:
     """One neuron close up: the one that gained most words of the concept, in the first arm that has any."""
-    for name in [captions.told(run), *run.arms]:
+    for name in [captions.explained(run), *run.arms]:
         if run.numbers.heirs[name]:
             neuron = str(run.numbers.heirs[name][0].neuron)
             says = (

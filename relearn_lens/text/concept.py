@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from relearn_lens.names import meant, told
+from relearn_lens.names import explained, meant
 from relearn_lens.text.corpus import OUTSIDE, Corpus
 
 
@@ -23,7 +23,7 @@ class Classes(NamedTuple):
     """The classes that are the concept."""
 
 
-@told
+@explained
 @dataclass(frozen=True)
 class Concept:
     """What is looked for: a name, and the labels (or the words) that carry it.

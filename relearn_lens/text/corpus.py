@@ -16,7 +16,7 @@ import numpy as np
 from beartype import beartype as typechecker
 from jaxtyping import Bool, Int, jaxtyped
 
-from relearn_lens.names import known_name, told
+from relearn_lens.names import explained, known_name
 from relearn_lens.text import markup
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Corpus:
         counts = np.bincount(self.label, minlength=len(self.label_names))
         return dict(zip(self.label_names, counts.tolist(), strict=True))
 
-    @told
+    @explained
     def take(self, sentences: Sequence[int] | np.ndarray, *, name: str | None = None) -> Corpus:
         """The given sentences (indices, or a mask of all), in the given order, as a corpus of their own."""
         index = np.asarray(sentences)
@@ -159,7 +159,7 @@ class Corpus:
         marked = np.concatenate([[0], np.cumsum(self.label > 0)])
         return self.take(np.flatnonzero(np.diff(marked[self.start]) > 0))
 
-    @told
+    @explained
     def sample(
         self, sentences: int, *, seed: int, concept: Concept | str | None = None, share: float | int | None = None
     ) -> Corpus:
@@ -195,7 +195,7 @@ class Corpus:
         label = self.label_names.index(known_name("label", concept, self.label_names))
         return np.add.reduceat(self.label == label, self.start[:-1]) > 0
 
-    @told
+    @explained
     def split(self, *, seed: int, parts: tuple[float, float, float] = (0.6, 0.2, 0.2)) -> Splits:
         """Train, validation and probe corpus, cut between groups (chapters, documents; sentences if it has neither).
 
@@ -273,7 +273,7 @@ def one_of(text: Any) -> Any:
     return text
 
 
-@told
+@explained
 def build_corpus(
     sentences: Iterable[Sequence[tuple[str, str, bool]]],
     *,

@@ -19,7 +19,7 @@ from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
 from relearn_lens.methods import MAX_TOKENS
-from relearn_lens.names import known_name, told
+from relearn_lens.names import explained, known_name
 from relearn_lens.text.corpus import Corpus, Strings, one_of
 
 LongSentences = Literal["split", "truncate", "error"]
@@ -232,7 +232,7 @@ class Encoded:
         return f"Encoded({self.corpus.name}: {self.n_pieces:,} pieces, {self.n_tokens:,} tokens)"
 
 
-@told
+@explained
 def encode(
     corpus: Corpus,
     tokenizer: Any,

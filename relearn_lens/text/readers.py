@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from relearn_lens.files import path_of
-from relearn_lens.names import meant, told
+from relearn_lens.names import explained, meant
 from relearn_lens.text.bsb import read_bsb_names
 from relearn_lens.text.conll import read_conll
 from relearn_lens.text.corpus import OUTSIDE, Corpus, Splits
@@ -65,7 +65,7 @@ def _of_role(files: Sequence[Path], like: str) -> list[Path]:
     return []
 
 
-@told
+@explained
 def read_splits(path: str | Path, *, seed: int, parts: Parts = PARTS, **reading: Any) -> Splits:
     """Train, validation and probe from one file, or from a folder with train, dev and test files.
 
@@ -106,7 +106,7 @@ def _same_labels(corpora: Sequence[Corpus], name: str) -> Splits:
     return Splits(*parts)
 
 
-@told
+@explained
 def read_hf(name: str, *, seed: int, parts: Parts = PARTS, config: str | None = None) -> Splits:
     """Train, validation and probe from a Hugging Face data set, by its name on the hub or a local folder.
 

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from relearn_lens.names import told
+from relearn_lens.names import explained
 from relearn_lens.text.facts.passages import Facts, Passage
 
 N_TRAINED = 4
@@ -185,7 +185,7 @@ def _forms(
     yield Passage("", relation.article.format(x=key), key, relation.name, "article")
 
 
-@told
+@explained
 def people(
     seed: int = 0, *, n: int = 240, forget: int = 48, never: int = 24, animals: int = 60, n_answers: int = 24
 ) -> Facts:
