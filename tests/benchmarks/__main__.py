@@ -188,6 +188,7 @@ BY_NAME: dict[str, Callable[[], None]] = {
     "audits": _elsewhere("audits", "report"),
     "mutants": lambda: _begun_anew("mutants"),
     "alarm": _elsewhere("alarm", "report"),
+    "needs": _elsewhere("needs", "report"),
 }
 """What runs only when it is named."""
 
