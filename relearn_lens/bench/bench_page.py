@@ -110,8 +110,8 @@ def _ranking_lines(results: Results) -> list[str]:
         for pair in apart:
             more, less = (pair.one, pair.other) if pair.difference.value > 0 else (pair.other, pair.one)
             less_than.setdefault(more, []).append(less)
-        told = "; ".join(f"{more} > {', '.join(less)}" for more, less in less_than.items())
-        out += textwrap.wrap(told, 80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        pairs = "; ".join(f"{more} > {', '.join(less)}" for more, less in less_than.items())
+        out += textwrap.wrap(pairs, 80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     return out
 
 

@@ -190,7 +190,7 @@ class _One:
 
     def __init__(self, layer: int, index: int, n_words: int):
         self.layer, self.index = layer, index
-        self.found = torch.full((n_words,), torch.nan)
+        self.activation = torch.full((n_words,), torch.nan)
         self.words: Tensor
 
     def begin(self, batch: Batch) -> None:
@@ -200,13 +200,13 @@ class _One:
     def add(self, layer: int, words: Float[Tensor, "word neuron"]) -> None:
         """Keep the neuron's own."""
         if layer == self.layer:
-            self.found[self.words] = words[:, self.index].float().cpu()
+            self.activation[self.words] = words[:, self.index].float().cpu()
 
     def together(self) -> None:
         """Take the words that other processes read; those that nobody read stay NaN."""
-        value, read = self.found.nan_to_num(0.0), (~self.found.isnan()).int()
+        value, read = self.activation.nan_to_num(0.0), (~self.activation.isnan()).int()
         processes.sum_(value, read)
-        self.found = torch.where(read > 0, value, torch.nan)
+        self.activation = torch.where(read > 0, value, torch.nan)
 
 
 def examples(
@@ -233,7 +233,7 @@ def examples(
     corpus = encoded.corpus
     one = _One(place.layers.index(chosen.layer), chosen.index, corpus.n_words)
     stream(model, encoded, [one], site=place, max_tokens=max_tokens)
-    values = one.found.numpy()
+    values = one.activation.numpy()
     far = np.nan_to_num(np.abs(values - np.nanmean(values)), nan=-1.0)
     peak = [int(a + far[a:b].argmax()) for a, b in zip(corpus.start[:-1], corpus.start[1:], strict=True)]
     order = sorted(range(len(peak)), key=lambda i: -far[peak[i]])[:k]
