@@ -6,9 +6,9 @@ A fault is one comparison (`<` for `<=`), operator (`+` for `-`, `and` for `or`)
 `True`) of a function, in a copy of the checkout. What is in the message of an error or in a text is left alone. Each is
 met by the tests of its module, then by all of the folder that mirrors its package, and is caught where one fails, or
 takes more than three times the processor time that they take without it. `--reached` is a file of coverage.py
-(`pytest --cov=relearn_lens --cov-branch --cov-context=test`, of pytest-cov): each fault is then met by every test that
-comes to its line, wherever it is. Some faults change nothing that could be seen: a survivor is a question, not a gap.
-Results are kept a line each, and the same command goes on where it stopped.
+(`pytest --cov=relearn_lens --cov-branch --cov-context=test`, of pytest-cov): each fault is then met by the tests of its
+module that come to its line, and by 40 others that do. Some faults change nothing that could be seen: a survivor is a
+question, not a gap. Results are kept a line each, and the same command goes on where it stopped.
 Do the tests of today see what those of an older checkout saw? `--beside OLD` draws among the faults that can be put
 into both, and `--checkout OLD --beside .` puts the same ones into the older one.
 """
@@ -46,8 +46,9 @@ SWAPPED: dict[type, type] = {
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "transformer_lens.model_bridge", "scipy.stats", "sklearn.linear_model", "pandas")
 """What every child would import anew."""
-WHOLE = 900
-"""Seconds of processor time that no choice of tests takes."""
+FAR, WHOLE = 40, 900
+"""How many tests of other modules a fault meets at most with `--reached`, and seconds of processor time that they do
+not take together."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _reaching(reached: Path, mutant: Mutant) -> list[str]:
     tests = {test if when == "run" else test.split("::")[0] for test, _, when in (c.rpartition("|") for c in contexts)}
     tests = {test for test in tests if test and not ("::" in test and test.split("::")[0] in tests)}
     own = f"test_{Path(mutant.module).stem}.py"
-    return sorted(tests, key=lambda test: (own not in test, "::" not in test, test))
+    near, far = ({test for test in tests if (own in test) == is_own} for is_own in (True, False))
+    drawn = sorted(far, key=lambda test: hashlib.sha256(test.encode()).digest())[:FAR]  # alike in any checkout
+    return [*sorted(near), *sorted(drawn, key=lambda test: ("::" not in test, test))]
 
 
 def _source(root: Path, mutant: Mutant) -> str:
