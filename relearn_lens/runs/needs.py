@@ -19,7 +19,7 @@ Korthikanti et al. 2022, section 4.1, twice the bytes of 16-bit numbers).
 
 Said and measured peaks in MB, of the larger of two processes or of one alone: `toy` 690 and 634; `names-quick` 2,234
 and 2,073, cut short in one process 2,087; `smollm2-places` 8,626 and 6,907, cut short in one process; `names` 2,746 and
-2,470, measured when a training's state was still copied whole before it was written, and so at most that now.
+2,470, measured when a training's state was still copied whole before it was written (2,410 now in the first process).
 """
 
 from __future__ import annotations
