@@ -137,7 +137,7 @@ def _tests(root: Path, module: str) -> list[str]:
 
 
 def _reaching(reached: Path, mutant: Mutant) -> list[str]:
-    """The tests that come to a fault's line, those of its module first; of what a fixture did, the whole file's."""
+    """The tests that come to a fault's line, those of its module first; of what a fixture did, the first that had it."""
     from coverage import CoverageData  # pyright: ignore[reportMissingImports]
 
     data = CoverageData(str(reached))
@@ -145,12 +145,11 @@ def _reaching(reached: Path, mutant: Mutant) -> list[str]:
     (name,) = [each for each in data.measured_files() if each.endswith(f"/{PACKAGE}/{mutant.module}")] or [""]
     by_line = data.contexts_by_lineno(name)
     contexts = {each for line in range(mutant.since, mutant.line + 1) for each in by_line.get(line, [])}
-    tests = {test if when == "run" else test.split("::")[0] for test, _, when in (c.rpartition("|") for c in contexts)}
-    tests = {test for test in tests if test and not ("::" in test and test.split("::")[0] in tests)}
+    tests = {test for test in (each.rpartition("|")[0] for each in contexts) if test}
     own = f"test_{Path(mutant.module).stem}.py"
     near, far = ({test for test in tests if (own in test) == is_own} for is_own in (True, False))
     drawn = sorted(far, key=lambda test: hashlib.sha256(test.encode()).digest())[:FAR]  # alike in any checkout
-    return [*sorted(near), *sorted(drawn, key=lambda test: ("::" not in test, test))]
+    return [*sorted(near), *sorted(drawn)]
 
 
 def _source(root: Path, mutant: Mutant) -> str:
