@@ -7,7 +7,7 @@ A fault is one comparison (`<` for `<=`), operator (`+` for `-`, `and` for `or`)
 met by the tests of its module, then by all of the folder that mirrors its package, and is caught where one fails, or
 takes more than three times the processor time that they take without it. `--reached` is a file of coverage.py
 (`pytest --cov=relearn_lens --cov-branch --cov-context=test`, of pytest-cov): each fault is then met by the tests of its
-module that come to its line, and by 40 others that do. Some faults change nothing that could be seen: a survivor is a
+module that come to its line, and by 25 others that do. Some faults change nothing that could be seen: a survivor is a
 question, not a gap. Results are kept a line each, and the same command goes on where it stopped.
 Do the tests of today see what those of an older checkout saw? `--beside OLD` draws among the faults that can be put
 into both, and `--checkout OLD --beside .` puts the same ones into the older one.
@@ -46,7 +46,9 @@ SWAPPED: dict[type, type] = {
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "transformer_lens.model_bridge", "scipy.stats", "sklearn.linear_model", "pandas")
 """What every child would import anew."""
-FAR, WHOLE = 40, 900
+SLOW = ("test_readme", "test_notebooks", "test_processes", "test_workshop", "test_lab")
+"""Tests that take half a minute each."""
+FAR, WHOLE = 25, 900
 """How many tests of other modules a fault meets at most with `--reached`, and seconds of processor time that they do
 not take together."""
 
@@ -137,7 +139,7 @@ def _tests(root: Path, module: str) -> list[str]:
 
 
 def _reaching(reached: Path, mutant: Mutant) -> list[str]:
-    """The tests that come to a fault's line, those of its module first; of what a fixture did, the first that had it."""
+    """The tests that come to a fault's line, those of its module first; of what a fixture did, the first test alone."""
     from coverage import CoverageData  # pyright: ignore[reportMissingImports]
 
     data = CoverageData(str(reached))
@@ -148,7 +150,11 @@ def _reaching(reached: Path, mutant: Mutant) -> list[str]:
     tests = {test for test in (each.rpartition("|")[0] for each in contexts) if test}
     own = f"test_{Path(mutant.module).stem}.py"
     near, far = ({test for test in tests if (own in test) == is_own} for is_own in (True, False))
-    drawn = sorted(far, key=lambda test: hashlib.sha256(test.encode()).digest())[:FAR]  # alike in any checkout
+
+    def place(test: str) -> tuple[bool, bytes]:  # alike in any checkout, what takes long last
+        return Path(test.split("::")[0]).stem in SLOW, hashlib.sha256(test.encode()).digest()
+
+    drawn = sorted(far, key=place)[:FAR]
     return [*sorted(near), *sorted(drawn)]
 
 
