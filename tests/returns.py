@@ -63,7 +63,7 @@ def copied(tagger: Tagger) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in tagger.weights().items()}
 
 
-def cut_toy(seed: int, sentences: int = 24) -> tuple[Return, Tensor, Tensor, Tensor]:
+def cut_toy(seed: int, sentences: int = 40) -> tuple[Return, Tensor, Tensor, Tensor]:
     """The toy without its places; and what its neurons read, their bias and what they wrote."""
     tagger = warmed(toy.tagger(seed=seed))
     text = encode(toy.corpus(sentences=sentences, seed=seed), tagger.tokenizer, context=tagger.context)
@@ -99,7 +99,7 @@ def retrained_in(block: int, seed: int) -> Return:
     made, *_ = cut_toy(seed)
     free = WeightMask.of_parts(made.tagger, f"block {block}") - made.cut
     with held(made.tagger, ~free):
-        list(retrain_(made.tagger, made.text, epochs=10, every=10, lr=1e-2, batch_size=8, seed=seed))
+        list(retrain_(made.tagger, made.text, epochs=12, every=12, lr=1e-2, batch_size=8, seed=seed))
     return Return(made.tagger, made.text, made.cut, made.cut_weights, copied(made.tagger))
 
 
