@@ -13,7 +13,7 @@ from relearn_lens.__main__ import app
 from relearn_lens.bench import removals
 from relearn_lens.measure.facts import GENERAL, NEAR, OTHER_WORDING, TRAINED_WORDING
 from relearn_lens.models.taught import Taught
-from relearn_lens.remove.losses import GradientAscent
+from relearn_lens.remove.losses import GradDiff, GradientAscent
 from relearn_lens.remove.masks import SelectivePrune
 from relearn_lens.remove.preference import AltPO
 from relearn_lens.remove.recipes import RECIPES
@@ -158,7 +158,8 @@ def test_lines_are_those_of_code():
     assert removals.n_lines(AltPO) == sum(
         line.strip().startswith(("class ", "name:", "source:", "answers:")) for line in source.splitlines()
     )
-    # A helper of its module that it alone names is its own.
+    # A helper of its module that it alone names is its own, without the docstring before its first line.
+    assert removals.n_lines(GradDiff) == 16 + 7
     assert removals.n_lines(SelectivePrune) > removals.n_lines(AltPO)
 
 
