@@ -287,7 +287,7 @@ def test_run_of_a_finished_folder_says_so_and_prints_it(folder, monkeypatch):
     monkeypatch.setattr(store, "perform", lambda *_, **__: pytest.fail("it ran again"))
     text = printed("run", "toy", "--out", str(folder), *SETS)
     assert "complete already; --fresh runs it again" in text
-    assert "F1 of place base cut 8 16 steps" in text
+    assert "F1 of place base cut 6 10 steps" in text
 
 
 def test_run_of_an_interrupted_folder_does_not_call_it_complete(folder, tmp_path, monkeypatch):
