@@ -242,13 +242,22 @@ def falls_with_depth(arm: Trajectory, stage: str, among: Neurons, level: float) 
     depth, similar = similarity(arm, stage, among)
     if len(set(depth)) < 2 or len(set(similar)) < 2:
         raise Missing("no two layers have neurons whose similarity differs (a smaller prune.fraction)")
-    return over_neurons(_minus_rank_correlation, depth, similar, level=level, draws=200)
+    return over_neurons(_minus_rank_correlation, depth, similar, weighted=True, level=level, draws=200)
 
 
-def _minus_rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    a, b = (rank - rank.mean(-1, keepdims=True) for rank in (st.rankdata(v, axis=-1) for v in (x, y)))
-    spread = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return -np.divide((a * b).sum(-1), spread, out=np.full(len(a), np.nan), where=spread > 0)
+def _minus_rank_correlation(weight: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of draws that hold each neuron so many times. Ranks are whole or half numbers, so no sum of them is rounded."""
+    a, b = (_centred_rank(weight, values) for values in (x, y))
+    spread = np.sqrt((weight * a * a).sum(-1) * (weight * b * b).sum(-1))
+    return -np.divide((weight * a * b).sum(-1), spread, out=np.full(len(a), np.nan), where=spread > 0)
+
+
+def _centred_rank(weight: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The rank of each neuron in each draw less the mean rank; ties share theirs. To sort every draw takes longer."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    each = np.add.reduceat(weight[:, np.argsort(which)], np.cumsum(counts) - counts, axis=1)
+    rank = np.cumsum(each, axis=1) - (each - 1) / 2
+    return rank[:, which] - (weight.sum(-1, keepdims=True) + 1) / 2
 
 
 def falls_with_training(arm: Trajectory, stage: str, among: Neurons, level: float) -> Estimate:

@@ -256,6 +256,14 @@ def processes(monkeypatch) -> list[Recorded]:
     return Recorded.all
 
 
+@pytest.fixture
+def forks(monkeypatch) -> list[Forked]:
+    """The same, of forks, where it is not the point that an interpreter is a fresh one."""
+    started: list[Forked] = []
+    monkeypatch.setattr(engines.subprocess, "Popen", lambda *a, **k: started.append(Forked(*a, **k)) or started[-1])
+    return started
+
+
 @pytest.mark.parametrize("how", ["interrupt", "terminate"])
 def test_who_stops_the_sweep_stops_its_processes(file, tmp_path, processes, how):
     asked = sweeps.read(file("[sweep]\nseeds = [[0], [1], [2]]"))
@@ -277,16 +285,16 @@ def test_who_stops_the_sweep_stops_its_processes(file, tmp_path, processes, how)
         pass
 
 
-def test_a_process_has_its_share_of_the_cores_unless_threads_are_set(tmp_path, monkeypatch, processes):
+def test_a_process_has_its_share_of_the_cores_unless_threads_are_set(tmp_path, monkeypatch, forks):
     monkeypatch.setattr(engines, "_cores", lambda: 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     one, two = jobs_of(tmp_path, one="model = 3", two="model = 3")
     two = engines.Job(two.name, two.settings, two.folder, two.log, "cpu", threads=4)
     list(engines.local([one, two], workers=2))
-    assert [process.env["OMP_NUM_THREADS"] for process in processes] == ["3", "5"]
+    assert [process.env["OMP_NUM_THREADS"] for process in forks] == ["3", "5"]
 
 
-def test_processes_take_turns_on_the_gpus(tmp_path, monkeypatch, processes):
+def test_processes_take_turns_on_the_gpus(tmp_path, monkeypatch, forks):
     monkeypatch.setattr(engines, "_gpus", lambda jobs: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     jobs = [
@@ -298,7 +306,7 @@ def test_processes_take_turns_on_the_gpus(tmp_path, monkeypatch, processes):
         )
     ]
     list(engines.local(jobs, workers=4))
-    assert [process.env["CUDA_VISIBLE_DEVICES"] for process in processes] == ["4", "7", "4", "4,7"]
+    assert [process.env["CUDA_VISIBLE_DEVICES"] for process in forks] == ["4", "7", "4", "4,7"]
     assert engines.workers_for(jobs, cores=8, has_mb=9000) == 2
 
 
@@ -318,17 +326,16 @@ concept = "river"
 """
 
 
-def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_completes(file, tmp_path, monkeypatch):
+def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_completes(file, tmp_path, monkeypatch, forks):
     asked, out = sweeps.read(file(REAL)), tmp_path / "out"
-    told, processes = [], []
+    told = []
 
     def kill() -> None:
         while not list(out.glob("killed/state/concept-0.safetensors")):
             time.sleep(0.005)
-        processes[0].kill()
+        forks[0].kill()
 
     threading.Thread(target=kill, daemon=True).start()
-    monkeypatch.setattr(engines.subprocess, "Popen", lambda *a, **k: processes.append(Forked(*a, **k)) or processes[-1])
     monkeypatch.setattr(report, "render", lambda _: "a page")  # which takes as long as the cell
     first = sweeps.run(asked, out, workers=2, tell=lambda name, now, done: told.append((name, now)))
     assert set(first.failed) == {"killed", "impossible"}

@@ -21,7 +21,7 @@ from tests.made import TINY
 SMALL = {
     **TINY, "data.train_sentences": 32, "data.validation_sentences": 24, "data.probe_sentences": 24,
     "finetune.epochs": 0.25, "retrain.steps": [4, 8], "measure.sentences": 4, "measure.steps": 2,
-    "measure.sample_words": 60, "measure.dear": "all", "grafts.skip": True,
+    "measure.sample_words": 60, "measure.dear": "all", "measure.shuffles": 19, "grafts.skip": True,
 }  # fmt: skip
 ALL = ["probeless", "dprime", "elastic_net", "conductance", "top_words", "similarity"]
 TABLES = ("speed_rows", "attribution_rows", "similarity_rows", "agreement_rows")
