@@ -30,6 +30,8 @@ from relearn_lens.__main__ import main
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Model, Tagger
+from relearn_lens.runs import experiment, preparation
+from relearn_lens.runs.settings import Experiment
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import Encoded, encode
 from tests.made import HOOKS, Pool
@@ -105,6 +107,21 @@ def _flat(tensors: dict[str, torch.Tensor], alive: list[Any]) -> dict[str, Any]:
 # Where each tensor lies is looked up by way of ctypes and NumPy: half of the time that a small file takes to write.
 if hasattr(safetensors_torch, "TensorSpec") and sys.byteorder == "little":
     safetensors_torch._flatten_as_ptr = _flat
+
+_begin: dict[tuple[Any, ...], Model] = {}
+
+
+def _begins(how: Experiment, labels: tuple[str, ...], **which: Any) -> Model:
+    if how.model != "toy":
+        return preparation.load(how, labels, **which)
+    key = how.task, how.head, how.device, labels, *sorted(which.items())
+    if key not in _begin:
+        _begin[key] = preparation.load(how, labels, **which)
+    return _begin[key]
+
+
+# A run loads another model for the base of each seed and for its twin, of which it reads the weights: of the toy, once.
+experiment.load = _begins
 
 _NOTHING = nullcontext()
 
