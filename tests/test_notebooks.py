@@ -1,6 +1,7 @@
-"""The numbered notebooks: committed clean, and every cell of every one runs as a reader would run it.
+"""The numbered notebooks: committed clean, and every cell of every one runs as a reader would run it; and so do the
+workshop's solutions.
 
-They run on the toy, in a kernel of their own that has the imports already: to start Python and torch seven times would
+They run on the toy, in a kernel of their own that has the imports already: to start Python and torch ten times would
 take longer than all notebooks together.
 """
 
@@ -18,6 +19,7 @@ from jupyter_client.manager import KernelManager
 from tests.kernels import ONE_THREAD, executed
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+WORKSHOP = FOLDER / "workshop"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 SETUP = 'pip install -c constraints.txt -e ".[demo,notebook]"'
@@ -97,20 +99,20 @@ def test_first_notebook_has_six_cells_of_code():
     assert len(code_cells(read(NOTEBOOKS[0]))) == 6
 
 
-Runner = Callable[[Any], Any]
+Runner = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def run_in_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Runner, Path]]:
-    """Runs a notebook in an empty folder, after whatever the kernel ran before is forgotten."""
+    """Runs a notebook in an empty folder, or in `folder`, after whatever the kernel ran before is forgotten."""
     where, scratch = tmp_path_factory.mktemp("kernel"), tmp_path_factory.mktemp("scratch")
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(cwd=str(where), env={**os.environ, **ONE_THREAD, "TMPDIR": str(scratch)})
 
-    def run(notebook: Any) -> Any:
-        reset = nbformat.v4.new_code_cell("%reset -f", id="reset")
+    def run(notebook: Any, folder: Path = where) -> Any:
+        reset = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {folder}", id="reset")
         notebook.cells.insert(0, reset)
-        executed(notebook, km=manager)
+        executed(notebook, manager)
         notebook.cells.remove(reset)
         return notebook
 
@@ -146,3 +148,36 @@ def test_notebook_runs(path: Path, run_in_kernel: tuple[Runner, Path]):
         assert len(figure) < MEGABYTE, f"the figure of cell {cell!r} is {len(figure):,} bytes"
     assert not list(where.iterdir()), "something was written beside the notebook"
     assert sorted(FOLDER.iterdir()) == beside
+
+
+def test_the_workshops_solutions_run_and_every_check_passes(run_in_kernel: tuple[Runner, Path]):
+    run, _ = run_in_kernel
+    there = sorted(WORKSHOP.iterdir())
+    book = run(read(WORKSHOP / "solutions.ipynb"), WORKSHOP)
+    checks = [cell for cell in code_cells(book) if cell.id.endswith("-check")]
+    outputs = [(cell.id, out) for cell in code_cells(book) for out in cell.outputs]
+    assert not [out for _, out in outputs if out.output_type == "error"]
+    said = "".join(out.text for _, out in outputs if out.output_type == "stream" and out.name == "stdout")
+    assert said.count("✔") == 2 * len(checks)  # each by itself, and all at the end
+    assert "✘" not in said
+    drawn = {cell for cell, out in outputs if PLOTLY in out.get("data", {})}
+    assert drawn == {"first-picture", "conductance-compare", "comeback", "trap", "arms-run"}
+    assert all(len(json.dumps(out)) < 1e6 for _, out in outputs)
+    assert [p for p in sorted(WORKSHOP.iterdir()) if p.name != "__pycache__"] == [
+        p for p in there if p.name != "__pycache__"
+    ]
+    # What the folded answers say.
+    ablated = r"planted: F1 place 0.00, person 1.00; probeless 8.04 \(mean\)\n +decoys: F1 place 1.00, .* 1.97 \(mean\)"
+    assert re.search(ablated, said)
+    assert "double dissociation 1.00 of F1" in said
+    *_, two, _ = map(float, re.findall(r"each layer alone brings back: \[(.*?)\]", said)[0].split(", "))
+    assert two > 0.2  # the decoys' layer
+    held, left = map(float, re.findall(r"held, at the end: F1 (\S+), (\S+) without the decoys", said)[0])
+    assert held > 0.9 > left
+    assert "planted: 1.00 of F1 lost, p = 0.05 of 19 random sets" in said
+    assert "this is a description, not a finding" in said
+    (alone_t, beyond_t), (_, beyond_v) = (
+        map(float, each) for each in re.findall(r"[TV]: (\S+) back without a twin, (\S+) beyond it", said)
+    )
+    assert alone_t > 0.9
+    assert beyond_t < 0.3 < beyond_v

@@ -424,9 +424,9 @@ checks.check_conductance(conductance)
 # minus those there. `detach()` what you keep.
 
 # %% [code] id=conductance-compare
-owed = {i: conductance(partial(says_at, f"blocks.{i}.mlp.out.hook_in"), start, end, 32) for i in range(4)}
+owed = {i: conductance(partial(says_at, f"blocks.{i}.mlp.out.hook_in"), start, end, 16) for i in range(4)}
 library = rl.attribute(
-    tagger, few, place, site="mlp_post", baseline="pad", quadrature="riemann", steps=32, target="margin"
+    tagger, few, place, site="mlp_post", baseline="pad", quadrature="riemann", steps=16, target="margin"
 )
 by_hand = torch.stack(list(owed.values())) / library.n_words
 torch.testing.assert_close(by_hand, library.score, rtol=1e-3, atol=1e-3)
@@ -434,7 +434,7 @@ show(by_hand.abs(), "What the output owes to each neuron", "logits per place")
 
 change = (mlp_1(end)[0] - mlp_1(start)[0]).item()
 for name in ["blocks.1.hook_out", "blocks.1.mlp.out.hook_in"]:
-    total = conductance(partial(says_at, name), start, end, 32).sum().item()
+    total = conductance(partial(says_at, name), start, end, 16).sum().item()
     print(f"{name:>25}: sums to {total:6.1f} of f(end) - f(start) = {change:.1f}")
 
 # %% [notice] id=notice-conductance

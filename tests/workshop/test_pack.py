@@ -129,9 +129,38 @@ def room_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
 
 
+class Forked:
+    """In the place of a process that runs pip: a fork of this one, which has imported pip already."""
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        from pip._internal.cli.main import main
+
+        assert command[:3] == [sys.executable, "-m", "pip"]
+        out, into = os.pipe()
+        self.child, self.stdout = os.fork(), os.fdopen(out, errors="replace")
+        if not self.child:
+            code = 2
+            try:
+                os.dup2(into, 1)
+                os.dup2(into, 2)
+                sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+                code = main(command[3:])
+            finally:
+                os._exit(code)
+        os.close(into)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+
+
 @pytest.fixture
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A room of a test's own."""
+    """A room of a test's own; pip is run by forks, where that of `ready` is started as users have it."""
+    monkeypatch.setattr(packing, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
     return room_in(tmp_path, monkeypatch)
 
 
@@ -192,7 +221,7 @@ def test_the_commands_of_its_page_install_it_without_an_index(ready, tmp_path):
         assert said in page
     words = [word.strip('"') for word in line.split()]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
-    target = ["--target", str(tmp_path / "site"), "-q", "--disable-pip-version-check"]
+    target = ["--target", str(tmp_path / "site"), "-q", "--disable-pip-version-check", "--no-warn-conflicts"]
     subprocess.run([sys.executable, "-m", *words, *target], cwd=room.folder, env=environment, check=True)
     there = {path.name for path in (tmp_path / "site").iterdir()}
     assert {"relearn_lens-0.7.dist-info", "tiny_source-1.0.dist-info", "tiny_wheel-1.0.dist-info"} <= there
@@ -278,6 +307,7 @@ def test_a_pack_that_would_not_install_is_refused(room, monkeypatch):
 
 
 def test_without_pip_the_reason_is_python_s_own(room, monkeypatch):
+    monkeypatch.setattr(packing, "subprocess", subprocess)
     monkeypatch.setattr(sys, "executable", shutil.which("false") or "false")
     with pytest.raises(ConnectionError, match="could not build the wheel of relearn-lens; pip says: nothing"):
         made(room)

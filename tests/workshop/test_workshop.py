@@ -165,40 +165,6 @@ def test_checks_refuse_every_stub(capsys):
     assert capsys.readouterr().out.count("✘") == 30
 
 
-def test_solutions_run_and_every_check_passes():
-    from tests.kernels import executed
-
-    book = nbformat.read(HERE / "solutions.ipynb", 4)
-    there = sorted(HERE.iterdir())
-    executed(book, resources={"metadata": {"path": str(HERE)}})
-    outputs = [(cell.id, out) for cell in book.cells if cell.cell_type == "code" for out in cell.outputs]
-    assert not [out for _, out in outputs if out.output_type == "error"]
-    said = "".join(out.text for _, out in outputs if out.output_type == "stream" and out.name == "stdout")
-    assert said.count("✔") == 2 * len(checks.CHECKS)  # each by itself, and all at the end
-    assert "✘" not in said
-    drawn = {id for id, out in outputs if "application/vnd.plotly.v1+json" in out.get("data", {})}
-    assert drawn == {"first-picture", "conductance-compare", "comeback", "trap", "arms-run"}
-    assert all(len(json.dumps(out)) < 1e6 for _, out in outputs)
-    assert [p for p in sorted(HERE.iterdir()) if p.name != "__pycache__"] == [
-        p for p in there if p.name != "__pycache__"
-    ]
-    # What the folded answers say.
-    ablated = r"planted: F1 place 0.00, person 1.00; probeless 8.04 \(mean\)\n +decoys: F1 place 1.00, .* 1.97 \(mean\)"
-    assert re.search(ablated, said)
-    assert "double dissociation 1.00 of F1" in said
-    *_, two, _ = map(float, re.findall(r"each layer alone brings back: \[(.*?)\]", said)[0].split(", "))
-    assert two > 0.2  # the decoys' layer
-    held, left = map(float, re.findall(r"held, at the end: F1 (\S+), (\S+) without the decoys", said)[0])
-    assert held > 0.9 > left
-    assert "planted: 1.00 of F1 lost, p = 0.05 of 19 random sets" in said
-    assert "this is a description, not a finding" in said
-    (alone_t, beyond_t), (_, beyond_v) = (
-        map(float, each) for each in re.findall(r"[TV]: (\S+) back without a twin, (\S+) beyond it", said)
-    )
-    assert alone_t > 0.9
-    assert beyond_t < 0.3 < beyond_v
-
-
 def test_a_wrong_answer_is_shown_without_a_traceback():
     assert checks.Wrong("too long")._render_traceback_() == ["✘ too long"]
 
