@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from scipy import stats as st
 
 from relearn_lens.analysis import migration, priming, recovery
 from relearn_lens.analysis.intervals import Estimate, estimate, over_neurons, over_sentences

@@ -12,8 +12,9 @@ from tests.runs.test_damage import first
 TINY = {
     "data.train_sentences": 64, "data.validation_sentences": 40, "data.probe_sentences": 40, "seeds": (0,),
     "prune.control_draws": 2, "prune.fraction": 4 / 256, "finetune.epochs": 0.5, "finetune.lr": 1e-5,
-    "finetune.batch_size": 8, "retrain.steps": (1, 4, 16), "retrain.batch_size": 8, "measure.draws": 100,
-    "measure.what": (), "arms": ("concept",), "block.held": ("heirs",),
+    "finetune.batch_size": 8, "retrain.steps": (1, 4, 10), "retrain.batch_size": 8, "measure.draws": 100,
+    "measure.what": (), "measure.shuffles": 0, "arms": ("concept",), "block.held": ("heirs",), "grafts.bands": 1,
+    "grafts.within": "none",
 }  # fmt: skip
 
 

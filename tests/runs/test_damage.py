@@ -19,7 +19,7 @@ TINY = {
     "data.train_sentences": 64, "data.validation_sentences": 40, "data.probe_sentences": 40, "seeds": (0,),
     "prune.control_draws": 3, "prune.fraction": 0.25, "finetune.epochs": 0.5, "finetune.lr": 1e-5,
     "finetune.batch_size": 8, "retrain.steps": (1, 2), "retrain.lr": 3e-3, "retrain.batch_size": 8,
-    "measure.draws": 100, "measure.what": (), "arms": ("concept", "random"), "grafts.skip": True,
+    "measure.draws": 100, "measure.what": (), "measure.shuffles": 0, "arms": ("concept", "random"), "grafts.skip": True,
 }  # fmt: skip
 
 
