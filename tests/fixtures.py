@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import align_module_device
+from plotly import basedatatypes
 from safetensors import torch as safetensors_torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -107,6 +108,9 @@ def _flat(tensors: dict[str, torch.Tensor], alive: list[Any]) -> dict[str, Any]:
 # Where each tensor lies is looked up by way of ctypes and NumPy: half of the time that a small file takes to write.
 if hasattr(safetensors_torch, "TensorSpec") and sys.byteorder == "little":
     safetensors_torch._flatten_as_ptr = _flat
+
+# A figure takes the names of its properties apart (`title_font_size`), few names thousands of times.
+basedatatypes._str_to_dict_path_full = functools.cache(basedatatypes._str_to_dict_path_full)
 
 _begin: dict[tuple[Any, ...], Model] = {}
 
