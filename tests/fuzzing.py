@@ -314,7 +314,7 @@ def finished_run() -> Path:
 
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     store.run(
-        tiny(measure__what=["probeless", "top_words"], arms=["concept", "random"], retrain__steps=[8]), path / "run"
+        tiny(measure__what=["probeless", "top_words"], arms=["concept", "random"], retrain__steps=[2]), path / "run"
     )
     return path / "run"
 

@@ -556,7 +556,8 @@ def test_together_keeps_blanks_and_notes():
 
 
 def test_same_settings_give_the_same_run(events):
-    again = arms_in(list(perform(tiny(grafts__skip=True))))  # which come after the arms
+    # Grafts come after the arms, and what is measured besides the score changes nothing in them.
+    again = arms_in(list(perform(tiny(grafts__skip=True, measure__what=[], prune__control_draws=0))))
     for name, arm in arms_in(events).items():
         for stage in arm.stages:
             assert torch.equal(arm[stage].saliency.score, again[name][stage].saliency.score)

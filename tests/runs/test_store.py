@@ -521,7 +521,7 @@ def test_real_events_are_those_that_are_replayed(made, replayed):
 def short(tmp_path_factory) -> Run:
     """A finished run of a few arms and steps; only read."""
     how = tiny(
-        arms=("concept", "random", "never"), measure__what=[], retrain__steps=(8,), grafts__bands=1,
+        arms=("concept", "random", "never"), measure__what=[], retrain__steps=(3,), grafts__bands=1,
         grafts__within="none",
     )  # fmt: skip
     return store.run(how, tmp_path_factory.mktemp("short") / "run")
