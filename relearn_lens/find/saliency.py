@@ -13,7 +13,6 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from beartype import beartype as typechecker
-from einops import rearrange
 from jaxtyping import Bool, Float, Int, jaxtyped
 from scipy.stats import rankdata
 from torch import Tensor
@@ -178,9 +177,9 @@ def signed_dprime(
     concept, rest = stats.merged(carries, "concept"), stats.merged(~carries, "rest")
     n = int(stats.count.sum())
     sd = ((concept.m2 + rest.m2)[0] / max(n - 2, 1)).sqrt()
-    least = _resolution(stats)
     # A side without any spread would make it infinite: the spread is at least what float32 resolves.
-    return torch.where(_constant(stats, least), 0.0, (concept.mean - rest.mean)[0] / torch.maximum(sd, least))
+    distance = (concept.mean - rest.mean)[0] / torch.maximum(sd, stats.resolution)
+    return torch.where(stats.constant, 0.0, distance)
 
 
 def dprime_of_each(stats: ClassStats) -> Float[Tensor, "class layer neuron"]:
@@ -209,7 +208,7 @@ def signed_point_biserial(
     share = stats.count[carries].sum() / stats.count.sum()
     sd = stats.total.variance[0].sqrt()
     r = difference(stats, carries) * (share * (1 - share)).sqrt() / torch.where(sd > 0, sd, 1.0)
-    return torch.where(_constant(stats), 0.0, r.clamp(-1, 1))
+    return torch.where(stats.constant, 0.0, r.clamp(-1, 1))
 
 
 def point_biserial(
@@ -252,16 +251,6 @@ def auroc_exact(
         constant = torch.from_numpy(np.ptp(words, axis=0) <= ROUNDING * np.abs(words).max(axis=0))
         rows.append(torch.where(constant, 0.5, torch.maximum(a, 1 - a)))
     return torch.stack(rows)
-
-
-def _resolution(stats: ClassStats) -> Float[Tensor, "layer neuron"]:
-    """The standard deviation below which statistics hold rounding only, of words or of their squares, in float32."""
-    seen = rearrange(stats.count > 0, "c -> c 1 1")
-    return (ROUNDING * (stats.mean * seen).abs().amax(0)).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
-
-
-def _constant(stats: ClassStats, least: Float[Tensor, "layer neuron"] | None = None) -> Bool[Tensor, "layer neuron"]:
-    return stats.total.variance[0].sqrt() <= (_resolution(stats) if least is None else least)
 
 
 SCORES: dict[str, Score] = {

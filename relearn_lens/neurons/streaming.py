@@ -142,6 +142,17 @@ class ClassStats:
         """The statistics of all words together, as one class."""
         return self.merged(torch.ones_like(self.count, dtype=torch.bool), "all words")
 
+    @cached_property
+    def resolution(self) -> Float[Tensor, "layer neuron"]:
+        """The standard deviation below which statistics hold rounding only, of words or of squares, in float32."""
+        seen = rearrange(self.count > 0, "c -> c 1 1")
+        return (ROUNDING * (self.mean * seen).abs().amax(0)).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+
+    @cached_property
+    def constant(self) -> Bool[Tensor, "layer neuron"]:
+        """Which neurons vary no more than that over all words."""
+        return self.total.variance[0].sqrt() <= self.resolution
+
     def merged(self, which: Bool[Tensor, " class"], name: str) -> ClassStats:
         """Several classes as one."""
         count = self.count * which
