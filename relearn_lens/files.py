@@ -201,7 +201,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def plain(value: Any) -> Any:
     """Values as JSON takes them; NaN is null."""
-    if value is None or isinstance(value, str | int):
+    kind = type(value)  # of most values: to ask what they are an instance of takes as long as to write them
+    if kind is str or kind is int or value is None or kind is bool:
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else None
+    if kind is dict:
+        return {str(k): plain(v) for k, v in value.items()}
+    if kind is list:
+        return [plain(v) for v in value]
+    if isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}

@@ -1,6 +1,7 @@
 """What pytest begins with; `fixtures` is the rest, which takes seconds to import and which whoever only deals out tests
 to other processes does without."""
 
+import gc
 import importlib
 import os
 import random
@@ -17,6 +18,8 @@ import pytest
 # generator. They get one of their own, before the package is imported, so that `untouched` sees what users would see.
 importlib.import_module("beartype._check.code.codemain").getrandbits = random.Random(0).getrandbits  # pyright: ignore[reportAttributeAccessIssue]
 
+sys.modules["rfc3987_syntax"] = None  # pyright: ignore[reportArgumentType] (2 s of grammar, for a format of none of ours)
+
 LONG = (
     "test_readme.py", "test_notebooks.py", "test_benches.py", "test_sweeps.py", "test_experiment.py", "test_store.py",
     "test_interruptions.py", "test_turns.py", "test_workshop.py", "test_processes.py", "test_families.py",
@@ -30,9 +33,12 @@ pytest.register_assert_rewrite("tests.fixtures")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the fixtures to every process that runs tests."""
+    """Give the fixtures to every process that runs tests, and set aside what processes that it starts begin from."""
     if config.getoption("dist", "no") == "no":
+        gc.disable()  # while thousands of things are imported that stay, until `fixtures` has them left alone
+        spare = importlib.import_module("tests.spare")
         config.pluginmanager.register(importlib.import_module("tests.fixtures"))
+        spare.ours()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import align_module_device
+from safetensors import torch as safetensors_torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import transformer_bridge
 from transformer_lens.model_bridge.generalized_components import attention, base, block, embedding, unembedding
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
@@ -28,6 +30,8 @@ from relearn_lens.__main__ import main
 from relearn_lens.models import toy as toy_module
 from relearn_lens.models.loading import load_tagger
 from relearn_lens.models.model import Model, Tagger
+from relearn_lens.runs import experiment, preparation
+from relearn_lens.runs.settings import Experiment
 from relearn_lens.text.corpus import Corpus, build_corpus
 from relearn_lens.text.encoding import Encoded, encode
 from tests.made import HOOKS, Pool
@@ -37,6 +41,7 @@ def pytest_collection_finish() -> None:
     """What is imported stays: to look through all of it again and again for what is not used takes seconds."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(10_000, 10, 10)
 
 
@@ -72,6 +77,51 @@ def _signature(of: Any) -> inspect.Signature:
     """`inspect.signature`, looked at once for the methods of a class."""
     return _parameters_of(of.__func__) if isinstance(of, MethodType) else inspect.signature(of)
 
+
+def _copied(point: HookPoint, _: dict[int, Any]) -> HookPoint:
+    made = HookPoint.__new__(HookPoint)
+    vars(made).update(
+        {name: value.copy() if isinstance(value, dict | list) else value for name, value in vars(point).items()}
+    )
+    return made
+
+
+# A bridge makes its blocks by copies of one that has no hooks yet: half of the time that a small one takes.
+HookPoint.__deepcopy__ = _copied  # pyright: ignore[reportAttributeAccessIssue]
+
+_flattened = safetensors_torch._flatten_as_ptr
+
+
+def _flat(tensors: dict[str, torch.Tensor], alive: list[Any]) -> dict[str, Any]:
+    if any(each.device.type != "cpu" or not each.nbytes or not each.is_contiguous() for each in tensors.values()):
+        return _flattened(tensors, alive)
+    safetensors_torch._evaluate_tensors_for_save(tensors)
+    return {
+        name: safetensors_torch.TensorSpec(
+            dtype=str(each.dtype).split(".")[-1], shape=each.shape, data_ptr=each.data_ptr(), data_len=each.nbytes
+        )
+        for name, each in tensors.items()
+    }
+
+
+# Where each tensor lies is looked up by way of ctypes and NumPy: half of the time that a small file takes to write.
+if hasattr(safetensors_torch, "TensorSpec") and sys.byteorder == "little":
+    safetensors_torch._flatten_as_ptr = _flat
+
+_begin: dict[tuple[Any, ...], Model] = {}
+
+
+def _begins(how: Experiment, labels: tuple[str, ...], **which: Any) -> Model:
+    if how.model != "toy":
+        return preparation.load(how, labels, **which)
+    key = how.task, how.head, how.device, labels, *sorted(which.items())
+    if key not in _begin:
+        _begin[key] = preparation.load(how, labels, **which)
+    return _begin[key]
+
+
+# A run loads another model for the base of each seed and for its twin, of which it reads the weights: of the toy, once.
+experiment.load = _begins
 
 _NOTHING = nullcontext()
 

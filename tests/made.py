@@ -26,8 +26,8 @@ from relearn_lens.text.facts import Facts, Passage, people
 TINY: Mapping[str, Any] = {
     "seeds": [0], "other": "person", "data.train_sentences": 64, "data.validation_sentences": 40,
     "data.probe_sentences": 40, "prune.control_draws": 1, "finetune.epochs": 0.5, "finetune.lr": 1e-5,
-    "finetune.batch_size": 8, "retrain.steps": [8, 16], "retrain.lr": 3e-3, "retrain.batch_size": 8,
-    "measure.draws": 100, "grafts.bands": 2,
+    "finetune.batch_size": 8, "retrain.steps": [6, 10], "retrain.lr": 3e-3, "retrain.batch_size": 8,
+    "measure.draws": 100, "measure.shuffles": 4, "grafts.bands": 2,
 }  # fmt: skip
 """What makes a run of the toy take a second or two: one seed, few sentences, two pauses of retraining."""
 

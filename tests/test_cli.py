@@ -20,6 +20,7 @@ from relearn_lens.neurons.sites import FAMILIES, SITES
 from relearn_lens.runs import store
 from relearn_lens.runs.presets import PRESETS
 from relearn_lens.runs.settings import fields
+from relearn_lens.show import report
 from relearn_lens.sources import SOURCES
 from tests.made import TINY
 
@@ -283,14 +284,23 @@ def test_report_writes_the_page_again(folder, tmp_path):
     assert "<html" in (tmp_path / "run" / "report.html").read_text()[:200]
 
 
-def test_run_of_a_finished_folder_says_so_and_prints_it(folder, monkeypatch):
+@pytest.fixture
+def undrawn(monkeypatch) -> list[Path]:
+    """The page is not drawn, which takes a second; where it would be."""
+    pages: list[Path] = []
+    monkeypatch.setattr(report, "write_report", lambda _, path: pages.append(path) or path)
+    return pages
+
+
+def test_run_of_a_finished_folder_says_so_and_prints_it(folder, undrawn, monkeypatch):
     monkeypatch.setattr(store, "perform", lambda *_, **__: pytest.fail("it ran again"))
     text = printed("run", "toy", "--out", str(folder), *SETS)
+    assert undrawn == [folder / "report.html"]
     assert "complete already; --fresh runs it again" in text
-    assert "F1 of place base cut 8 16 steps" in text
+    assert "F1 of place base cut 6 10 steps" in text
 
 
-def test_run_of_an_interrupted_folder_does_not_call_it_complete(folder, tmp_path, monkeypatch):
+def test_run_of_an_interrupted_folder_does_not_call_it_complete(folder, undrawn, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "run")
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     (tmp_path / "run/manifest.json").write_text(json.dumps(manifest | {"complete": False}))

@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from relearn_lens.runs.preparation import precision_of, prepare
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.results import Run
 from relearn_lens.runs.settings import Experiment
-from relearn_lens.runs.stages import Stages
+from relearn_lens.runs.stages import Stages, version
 from relearn_lens.runs.turns import PATIENCE, Turns, end_with_parent
 from relearn_lens.runs.verify import MANIFEST
 
@@ -226,4 +225,4 @@ def _phase(event: Event) -> str:
 
 def versions() -> dict[str, str]:
     """Of this package and of those that it computes with."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    return {name: version(name) for name in PACKAGES}

@@ -337,11 +337,11 @@ def test_claim_is_not_made_of_noise_between_seeds():
 )
 def test_fall_of_similarity_is_tested_within_the_arm_with_the_control_beside(id, fall, none):
     """The claim is a fall with depth or with training; that a random arm falls too does not make it none."""
-    found = row(id, arms_of(3, fall, fall, width=1000))
+    found = row(id, arms_of(3, fall, fall))
     assert (found.verdict, found.control_is[:10]) == ("supported", "random arm")
     assert found.control == pytest.approx(found.concept, abs=0.1)
     assert "in the random arm at least half as much, so it is not about the concept" in found.why
-    alone = row(id, arms_of(3, fall, none, width=1000))
+    alone = row(id, arms_of(3, fall, none))
     assert alone.verdict == "supported"
     assert "at least half as much" not in alone.why
     assert row(id, arms_of(3, none, fall, width=1000)).verdict == "not supported"

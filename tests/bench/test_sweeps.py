@@ -24,6 +24,7 @@ from relearn_lens.bench import engines, sweep_tables, sweeps
 from relearn_lens.runs import store
 from relearn_lens.runs.presets import settings_of
 from relearn_lens.runs.settings import are_of
+from relearn_lens.show import report
 from tests.forks import Forked
 from tests.interruptions import difference
 
@@ -328,6 +329,7 @@ def test_a_killed_and_a_failing_cell_leave_the_others_and_the_same_sweep_complet
 
     threading.Thread(target=kill, daemon=True).start()
     monkeypatch.setattr(engines.subprocess, "Popen", lambda *a, **k: processes.append(Forked(*a, **k)) or processes[-1])
+    monkeypatch.setattr(report, "render", lambda _: "a page")  # which takes as long as the cell
     first = sweeps.run(asked, out, workers=2, tell=lambda name, now, done: told.append((name, now)))
     assert set(first.failed) == {"killed", "impossible"}
     assert first.failed["killed"] == "killed by SIGKILL (out of memory?)"

@@ -38,7 +38,7 @@ def late() -> Return:
 # --- planted returns
 
 
-@pytest.mark.parametrize(("block", "seed"), [(0, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("block", "seed"), [(0, 1), (2, 3)])
 def test_the_only_block_that_trained_is_enough_and_needed(block, seed, untouched: Untouched):
     made = retrained_in(block, seed)
     moved = [name for name, value in made.retrained.items() if not torch.equal(value, made.cut_weights[name])]
@@ -57,7 +57,7 @@ def test_the_only_block_that_trained_is_enough_and_needed(block, seed, untouched
     assert f"; block {block} enough 1.00 needed 1.00, " in repr(found)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_two_blocks_that_are_each_enough_are_not_needed(seed, untouched: Untouched):
     blocks = drawn_blocks(seed)
     made = each_enough(blocks, seed)
@@ -69,7 +69,7 @@ def test_two_blocks_that_are_each_enough_are_not_needed(seed, untouched: Untouch
     assert all(found.needed(part, "F1").value == 0 for part in found.parts)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_two_blocks_that_are_needed_together_are_none_enough_and_the_curve_jumps_at_the_second(seed):
     blocks = drawn_blocks(seed)
     found = needed_together(blocks, seed).grafted(cumulative=True)

@@ -5,7 +5,6 @@ The numbers are those that `python -m tests.families` prints.
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -37,6 +36,7 @@ from tests.families import (
     some_of,
 )
 from tests.fixtures import D_MLP, D_MODEL, LABELS, N_LAYERS
+from tests.spare import PLAIN
 
 NO_EXPORT = ("native", "modernbert", "gemma3")
 """No class of Hugging Face, or one whose head is more than a linear layer."""
@@ -171,7 +171,7 @@ assert "relearn_lens" not in sys.modules and "transformer_lens" not in sys.modul
 def elsewhere(*folders: Path) -> list[torch.Tensor]:
     """Logits of some folders in a fresh process with transformers alone."""
     script = LOADS.format(ids=IDS.tolist(), mask=MASK.tolist())
-    done = subprocess.run([sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True)
+    done = subprocess.run([*PLAIN.python, "-c", script, *map(str, folders)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [torch.tensor(json.loads(line)) for line in done.stdout.splitlines()[-len(folders) :]]
 

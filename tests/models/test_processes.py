@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from relearn_lens.models import processes
 from relearn_lens.runs.store import load_run
 from tests.interruptions import difference
 from tests.processes import KINDS, study_and_run
+from tests.spare import PLAIN, ours
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [*PLAIN.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
 CLOSE = 1e-4
 """Of the largest number in a tensor. Sums of float32 in another order, through the steps of AdamW, which divides by the
 size of the gradient."""
@@ -47,7 +47,7 @@ def made(tmp_path_factory) -> Path:
     """Folders `one`, of this process (in two parts a step), and `two`, of two."""
     folder = tmp_path_factory.mktemp("processes")
     study_and_run(folder / "one", 2)
-    ran([*TORCHRUN, "-m", "tests.processes", str(folder / "two")])
+    ran([*TORCHRUN, *ours().python, "-m", "tests.processes", str(folder / "two")])
     return folder
 
 

@@ -115,19 +115,19 @@ def test_loss_is_the_sum_of_its_parts_each_over_its_own_count(model, text, other
     assert pause.loss == pytest.approx(sum(pause.parts.values()))
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 7])
-def test_a_batch_in_several_parts_is_one_big_batch(text, other, accumulate):
+def test_a_batch_in_several_parts_is_one_big_batch(text, other):
     ends, pauses = [], []
-    for parts in (1, accumulate):
+    for parts in (1, 2, 3, 7):
         model, objective = toy_module.language_model(), Difference()
         texts = {"forget": text, "retain": other}
         pauses.append(list(train_(model, texts, objective=objective, epochs=1, batch_size=5, accumulate=parts)))
         assert len(objective.pieces) == 3 if parts == 1 else len(objective.pieces) > 5
         ends.append(weights(model))
-    assert pauses[0][0].parts == pytest.approx(pauses[1][0].parts, rel=1e-5)
-    for name, value in ends[0].items():
-        if not name.endswith("attn.k.bias"):  # its gradient is 0 but for rounding, which Adam blows up
-            torch.testing.assert_close(ends[1][name], value, atol=1e-5, rtol=1e-4)
+    for (pause,), end in zip(pauses[1:], ends[1:], strict=True):
+        assert pauses[0][0].parts == pytest.approx(pause.parts, rel=1e-5)
+        for name, value in ends[0].items():
+            if not name.endswith("attn.k.bias"):  # its gradient is 0 but for rounding, which Adam blows up
+                torch.testing.assert_close(end[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_a_plain_function_is_an_objective(text):

@@ -236,7 +236,7 @@ def test_long_sentences_are_told(write):
 
 
 def test_events_come_in_order(events):
-    stages = ("base", "pruned", "8", "16")
+    stages = ("base", "pruned", "6", "10")
     arm = [*((Measured, stage) for stage in stages), (ArmDone, None)]
     cut_alone = [each for each in arm if each[1] not in stages[2:]]
     want = [(Prepared, None), (Base, None), (Sized, None), (Cuts, None), *arm, (Damage, None), *cut_alone, *arm * 3]
@@ -251,7 +251,7 @@ def test_events_come_in_order(events):
 
 def test_trainings_pause_where_they_can_be_taken_up(events):
     pauses = [(event.training, event.at.stage) for event in events if isinstance(event, Paused)]
-    retrained = {name: [(name, "8"), (name, "16")] for name in ("concept", "random", "unpruned", "never")}
+    retrained = {name: [(name, "6"), (name, "10")] for name in ("concept", "random", "unpruned", "never")}
     never = retrained.pop("never")
     assert pauses == [
         ("base", "0.5"),
@@ -263,8 +263,8 @@ def test_trainings_pause_where_they_can_be_taken_up(events):
 
 def test_weights_are_given_where_grafts_are_made_from_them(events):
     back = first_back(arms_in(events)["concept"])
-    stages = list(dict.fromkeys([back, "16"]))
-    assert back == "8"
+    stages = list(dict.fromkeys([back, "10"]))
+    assert back == "6"
     weighed = [(event.arm, event.stage) for event in events if isinstance(event, Weighed)]
     compared = [(arm, stage) for arm in ("concept", "random", "unpruned") for stage in stages]
     assert weighed == [*compared, ("never", "base")]
@@ -320,7 +320,7 @@ def test_concept_arm_collapses_and_comes_back_and_the_others_do_not(events):
     assert f1["concept"]["base"]["place"] > 0.95
     assert f1["concept"]["pruned"]["place"] < 0.2
     assert f1["concept"]["pruned"]["person"] > 0.95
-    assert f1["concept"]["16"]["place"] > 0.9
+    assert f1["concept"]["10"]["place"] > 0.9
     assert f1["other"]["pruned"]["person"] < 0.2
     for name in ("other", "random", "unpruned"):
         assert min(stage["place"] for stage in f1[name].values()) > 0.95
@@ -344,10 +344,10 @@ def test_every_arm_begins_from_the_same_weights(monkeypatch):
     begun: list[dict[str, torch.Tensor]] = []
 
     class Retrained(Iterator):
-        last_step = 16
+        last_step = 10
 
         def __init__(self):
-            self.left = [Checkpoint(1.0, 16, 1, 1.0, by="step")]
+            self.left = [Checkpoint(1.0, 10, 1, 1.0, by="step")]
 
         def __next__(self):
             if not self.left:
@@ -570,7 +570,7 @@ def test_leaving_an_arm_out_changes_nothing_in_the_others(events):
     assert not [event for event in alone if isinstance(event, Grafted | Again)]
     for name, there in arms_in(alone).items():
         assert there.removed == arms_in(events)[name].removed
-        assert torch.equal(there["16"].saliency.score, arms_in(events)[name]["16"].saliency.score)
+        assert torch.equal(there["10"].saliency.score, arms_in(events)[name]["10"].saliency.score)
 
 
 def test_seeds_are_runs_of_their_own(events):
@@ -583,14 +583,14 @@ def test_seeds_are_runs_of_their_own(events):
             arms[event.trajectory.arm].append(event.trajectory)
     assert [arm.seed for arm in arms["random"]] == [0, 3]
     for name, (first, second) in arms.items():
-        assert torch.equal(first["16"].saliency.score, arms_in(events)[name]["16"].saliency.score)
+        assert torch.equal(first["10"].saliency.score, arms_in(events)[name]["10"].saliency.score)
         assert not torch.equal(first["base"].saliency.score, second["base"].saliency.score)
     assert arms["random"][0].removed != arms["random"][1].removed
 
     run = Run(tiny(seeds=(0, 3)), arms)
     data = run.to_xarray()
     assert dict(data.saliency.sizes) == {"arm": 2, "seed": 2, "stage": 4, "layer": 4, "neuron": 64}
-    assert data.f1.sel(arm="random", seed=3, stage="16", label="place").item() == arms["random"][1]["16"].f1["place"]
+    assert data.f1.sel(arm="random", seed=3, stage="10", label="place").item() == arms["random"][1]["10"].f1["place"]
     table = run.to_dataframe()
     assert len(table) == 2 * 2 * 4 * 3
     assert table.groupby(["arm", "seed"]).size().tolist() == [12] * 4
@@ -682,7 +682,7 @@ def test_a_concept_is_back_at_nine_tenths_of_what_it_was(f1, stage):
 
 def test_rounds_go_on_from_each_other():
     events, end = [], {}
-    for event in perform(tiny(arms=("concept",), measure__what=[], rounds=2, retrain__steps=(8, 16, 24))):
+    for event in perform(tiny(arms=("concept",), measure__what=[], rounds=2, retrain__steps=(6, 10, 14))):
         if isinstance(event, Weighed):
             end = {name: value.detach().clone() for name, value in event.weights.items()}
         events.append(event)
@@ -697,7 +697,7 @@ def test_rounds_go_on_from_each_other():
         assert 0 <= found.share_old <= 1
         assert 0 < found.share_by_chance < 0.2
         steps = list(found.course)
-        assert steps == [8, 16, 24][: len(steps)]
+        assert steps == [6, 10, 14][: len(steps)]
         back = [scores.f1["place"] >= 0.9 for scores in found.course.values()]
         assert back.index(True) == len(back) - 1 if True in back else len(back) == 3  # until it is back
 
@@ -724,7 +724,7 @@ def test_what_is_held_stays_where_the_cut_left_it(monkeypatch):
             still = {name: ~moves[name] for name in moves if (~moves[name]).any()}
             assert all(torch.equal(now[name][mask], before[name][mask]) for name, mask in still.items())
             assert any(not torch.equal(now[name], before[name]) for name in moves)
-            assert set(event.course) <= {8, 16}
+            assert set(event.course) <= {6, 10}
             shares[event.held] = sum(int(mask.sum()) for mask in still.values())
     assert list(shares) == list(held)
     assert shares["heirs"] == shares["random"] > 0

@@ -21,25 +21,25 @@ arms = ["concept", "random"]
 
 [arm.npo]
 remove = "npo"
-set = { steps = [30], lr = 3e-3, batch_size = 16 }
+set = { steps = [12], lr = 3e-3, batch_size = 16 }
 
 [arm.rmu]
 remove = "rmu"
-set = { layer = 2, coefficient = 20, alpha = 1, reading = "before", steps = [60], lr = 1e-2 }
+set = { layer = 2, coefficient = 20, alpha = 1, reading = "before", steps = [24], lr = 1e-2 }
 
 [arm.patched]
 where = "attribution_patching"
 
 [data]
 train_sentences = 150
-validation_sentences = 80
-probe_sentences = 80
+validation_sentences = 40
+probe_sentences = 40
 
 [finetune]
 epochs = 8
 
 [retrain]
-steps = [5, 20]
+steps = [4, 12]
 
 [grafts]
 bands = 2
@@ -67,7 +67,7 @@ def test_each_arm_removes_the_concept_and_leaves_the_rest(run):
     for name in ("concept", "npo", "rmu"):
         (path,) = run.arms[name]
         assert path[PRUNED].scores.shown("place") > base.shown("place") + 0.3, name
-        assert path["20"].scores.shown("place") < path[PRUNED].scores.shown("place") - 0.2, name
+        assert path["12"].scores.shown("place") < path[PRUNED].scores.shown("place") - 0.2, name
     npo, patched = run.arms["npo"][0], run.arms["patched"][0]
     cost = {label: npo[PRUNED].scores.shown(label) - base.shown(label) for label in ("place", "overall")}
     assert cost["overall"] < cost["place"]
@@ -81,8 +81,8 @@ def test_what_came_back_is_grafted_in_each(run):
     for own in run.own:
         (path,) = run.arms[own.arm]
         assert own.grafts.value(own.grafts.cut) == pytest.approx(own.grafts.value(own.grafts.cut))
-        assert set(own.grafts.parts) == set(run.grafted[0].stages["20"].parts) - {"cut"}
-        margins = [path[stage].scores.margin.value("place") for stage in (PRUNED, "20")]
+        assert set(own.grafts.parts) == set(run.grafted[0].stages["12"].parts) - {"cut"}
+        margins = [path[stage].scores.margin.value("place") for stage in (PRUNED, "12")]
         assert [own.grafts.value(each) for each in (own.grafts.cut, own.grafts.retrained)] == pytest.approx(margins)
 
 

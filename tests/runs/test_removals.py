@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from relearn_lens.runs import removals
 from relearn_lens.sources import hash_files
 from relearn_lens.text.facts import FORGET, Facts
 from tests.made import SMALL, small_people, small_taught
+from tests.spare import PLAIN
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_held_out_half_of_ones_own_and_a_fresh_process_that_loads_what_is_left
     assert (own.keys(FORGET[0]), own.keys(FORGET[1])) == (facts.keys(FORGET[0]), facts.keys(FORGET[1]))
     assert manifest["facts"]["sha256"] == own.sha256()
     prompt = own.forget_attacked[0].prompt
-    done = subprocess.run([sys.executable, "-c", FRESH, str(out), prompt], capture_output=True, text=True, check=False)
+    done = subprocess.run([*PLAIN.python, "-c", FRESH, str(out), prompt], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     model, words = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     with torch.no_grad():

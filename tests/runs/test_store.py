@@ -118,7 +118,7 @@ def test_summary_is_json_with_the_documented_keys(made):
     assert summary["n_neurons"] == 256
     for arm in ARMS:
         (one,) = summary["arms"][arm]
-        stages = ["base", "pruned"] if arm == "other" else ["base", "pruned", "8", "16"]
+        stages = ["base", "pruned"] if arm == "other" else ["base", "pruned", "6", "10"]
         assert list(one["f1"]) == stages
         assert all(set(by_label) == {"person", "place", "overall"} for by_label in one["f1"].values())
         for selection in ("all", "matched"):
@@ -149,9 +149,9 @@ def test_tables_are_those_of_the_run(made):
     stages = 4 * 4 + 2  # of five arms, one of them not trained on
     assert len(layers) == stages * 2 * 4  # stages, selections, layers
     summary = json.loads((path / "summary.json").read_text())
-    here = layers[(layers.arm == "concept") & (layers.selection == "matched") & (layers.stage == "16")]
+    here = layers[(layers.arm == "concept") & (layers.selection == "matched") & (layers.stage == "10")]
     assert here.layer.tolist() == summary["layers"]
-    assert here.rank_saliency.tolist() == pytest.approx(summary["saliency_by_layer"]["concept"]["matched"]["16"])
+    assert here.rank_saliency.tolist() == pytest.approx(summary["saliency_by_layer"]["concept"]["matched"]["10"])
 
 
 def test_load_run_gives_back_what_run_returned(made):
@@ -243,7 +243,7 @@ def trained(monkeypatch) -> list[str]:
 
 def test_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, made, trained):
     def stop(event):
-        if isinstance(event, Measured) and event.stage == "8":
+        if isinstance(event, Measured) and event.stage == "6":
             raise Stop
 
     with pytest.raises(Stop):
@@ -514,7 +514,7 @@ def test_real_events_are_those_that_are_replayed(made, replayed):
     kinds = [type(event) for event in store.perform(tiny())]
     assert kinds == [type(event) for event in made[2]]
     assert perform is not store.perform
-    assert np.isfinite(made[0].arms["concept"][0]["16"].f1["place"])
+    assert np.isfinite(made[0].arms["concept"][0]["10"].f1["place"])
 
 
 @pytest.fixture(scope="module")

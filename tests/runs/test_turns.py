@@ -1,9 +1,11 @@
 """Several processes at one run: the same bits whoever computes what, and nobody waits for one that is gone."""
 
 import contextlib
+import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +23,7 @@ from relearn_lens.runs.units import Unit, units_of
 from tests.forks import Forked
 from tests.interruptions import Stopped, difference, small_run
 from tests.made import tiny
+from tests.spare import ours
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +123,14 @@ def test_controls_keep_every_stage_until_it_is_known_which_is_grafted(tmp_path):
     assert kept == {"concept": ["10", "8"], "random": ["10", "8", "9"], "unpruned": ["10", "8"]}
 
 
-def test_two_processes_give_the_bits_of_one_and_one_that_is_killed_is_not_missed(how, in_one_go, tmp_path):
-    two, killed = how.model_copy(update={"workers": 2}), []
+def test_two_processes_give_the_bits_of_one_and_one_that_is_killed_is_not_missed(how, in_one_go, tmp_path, monkeypatch):
+    two, killed, fresh = how.model_copy(update={"workers": 2}), [], subprocess.Popen
+
+    def started(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        assert command[1:3] == ["-m", "relearn_lens"]
+        return fresh([*ours().python, "-c", "from relearn_lens.__main__ import main; main()", *command[3:]], **settings)
+
+    monkeypatch.setattr(turns.subprocess, "Popen", started)
 
     def kill(event):
         if isinstance(event, ArmDone) and not killed:
