@@ -102,7 +102,7 @@ def contrast(ink: str, ground: str) -> float:
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run and a notebook that shows it."""
     folder = tmp_path_factory.mktemp("room")
-    store.run(tiny(retrain__steps=[8, 16]), folder / "run")
+    store.run(tiny(retrain__steps=[8, 16], arms=ARMS, rounds=0), folder / "run")
     cell = nbformat.v4.new_code_cell(NOTEBOOK, id="view")
     kernel = {"kernelspec": {"name": "forked", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "view.ipynb")
