@@ -27,6 +27,7 @@ LONG = (
 )  # fmt: skip
 """Files of tests that take long, the longest first."""
 
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other take minutes where others want the cores too
 os.environ.pop("COLUMNS", None)  # which xdist sets, and what is piped is as wide as it says
 
 pytest.register_assert_rewrite("tests.fixtures")

@@ -51,7 +51,6 @@ def _unsynced(_: int) -> None:
 
 
 os.fsync = _unsynced
-torch.set_num_threads(1)
 
 
 @functools.cache

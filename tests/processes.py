@@ -110,7 +110,6 @@ def stopped_and_taken_up_again(how: Experiment, out: Path) -> int:
 
 def main(out: Path) -> None:
     """Study every family, run twice, and let the first process write what it holds."""
-    torch.set_num_threads(1)
     with processes.joined():
         study_and_run(out, processes.size())
     processes.leave()

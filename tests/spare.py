@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import os
 import runpy
@@ -38,10 +39,10 @@ MESSAGE = 2**17
 class Spare:
     """The process that waits, and ends when this one does."""
 
-    def __init__(self, without: str = "") -> None:
+    def __init__(self, *, as_users: bool = False) -> None:
         self.python = [sys.executable]
         # Linux alone has pidfd_open, and a folder's own conftest may have imported more by now: then it takes its time.
-        if not hasattr(os, "pidfd_open") or without in sys.modules:
+        if not hasattr(os, "pidfd_open") or (as_users and "relearn_lens" in sys.modules):
             return
         path = str(Path(tempfile.mkdtemp(prefix="spare")) / "socket")
         self.python = [sys.executable, "-I", "-S", "-c", ASKS, path]
@@ -52,6 +53,8 @@ class Spare:
         sys.stdout.flush()
         if os.fork() == 0:
             os.close(self._end)
+            if as_users:
+                sys.meta_path[:] = [each for each in sys.meta_path if type(each).__module__ != "tests.typed"]
             _wait(listener, end)
         os.close(end)
         listener.close()
@@ -104,6 +107,8 @@ def _become(about: bytes, streams: list[int]) -> NoReturn:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         os.closerange(3, 1024)
+        gc.freeze()
+        gc.enable()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         os.environ.clear()
@@ -140,8 +145,8 @@ def _run(words: list[str]) -> None:
 
 
 importlib.import_module("transformers.models.auto.modeling_auto")
-PLAIN = Spare(without="relearn_lens")
-"""Knows transformers, and nothing of this package or TransformerLens."""
+PLAIN = Spare(as_users=True)
+"""Knows transformers, and nothing of TransformerLens or this package, which it imports as users do: unchecked."""
 
 
 @functools.cache

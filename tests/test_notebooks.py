@@ -15,8 +15,9 @@ from typing import Any
 import nbformat
 import pytest
 from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
 
-from tests.kernels import ONE_THREAD, executed
+from tests.spare import PLAIN
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 WORKSHOP = FOLDER / "workshop"
@@ -25,6 +26,9 @@ EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 SETUP = 'pip install -c constraints.txt -e ".[demo,notebook]"'
 PLOTLY = "application/vnd.plotly.v1+json"
 MEGABYTE = 2**20
+PATIENCE = {"timeout": 600, "startup_timeout": 600, "iopub_timeout": 600, "raise_on_iopub_timeout": True}
+"""nbclient gives a kernel a minute to start, and leaves out without a word what is put out more than four seconds after
+its cell is done: too little where others want the cores too."""
 QUICK = "QUICK = False"
 """In the settings of notebooks whose models take minutes to train once."""
 
@@ -107,12 +111,14 @@ def run_in_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ru
     """Runs a notebook in an empty folder, or in `folder`, after whatever the kernel ran before is forgotten."""
     where, scratch = tmp_path_factory.mktemp("kernel"), tmp_path_factory.mktemp("scratch")
     manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(where), env={**os.environ, **ONE_THREAD, "TMPDIR": str(scratch)})
+    assert manager.kernel_spec is not None
+    manager.kernel_spec.argv[:1] = PLAIN.python
+    manager.start_kernel(cwd=str(where), env=os.environ | {"TMPDIR": str(scratch)})
 
     def run(notebook: Any, folder: Path = where) -> Any:
         reset = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {folder}", id="reset")
         notebook.cells.insert(0, reset)
-        executed(notebook, manager)
+        NotebookClient(notebook, km=manager, **PATIENCE).execute()
         notebook.cells.remove(reset)
         return notebook
 

@@ -1,6 +1,5 @@
 """Several processes at one run: what two find is what one finds, and only one of them writes."""
 
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 def ran(command: list[str]) -> None:
     """A command that must end well; its processes are no forks of this one, which would have what tests left in it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as started:
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as started:
         try:
             _, err = started.communicate(timeout=300)
         except subprocess.TimeoutExpired:

@@ -24,8 +24,8 @@ from relearn_lens.neurons.sites import Neuron
 from relearn_lens.runs import store
 from relearn_lens.runs.results import Run
 from tests.browser import CHROMIUM, browsing, ended, there
-from tests.kernels import forked_kernel
 from tests.made import tiny
+from tests.spare import ours
 
 LAB = shutil.which("jupyter-lab", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or ""
 pytestmark = [
@@ -104,7 +104,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("room")
     store.run(tiny(retrain__steps=[8, 16], arms=ARMS, rounds=0), folder / "run")
     cell = nbformat.v4.new_code_cell(NOTEBOOK, id="view")
-    kernel = {"kernelspec": {"name": "forked", "display_name": "Python 3", "language": "python"}}
+    kernel = {"kernelspec": {"name": "spare", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "view.ipynb")
     return folder
 
@@ -118,7 +118,7 @@ def run(room: Path) -> Run:
 def seen(room: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the page shows, by what was done last."""
     own = tmp_path_factory.mktemp("jupyter")
-    kernel = own / "data" / "kernels" / "forked" / "kernel.json"
+    kernel = own / "data" / "kernels" / "spare" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     env = os.environ | {f"JUPYTER_{name}_DIR": str(own / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     env["PATH"] = str(Path(LAB).parent)  # without node, which it would ask for what builds extensions
@@ -126,11 +126,13 @@ def seen(room: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict
         "--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.port=0", "--ServerApp.ip=127.0.0.1",
         f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={room}", "--LabApp.extension_manager=readonly",
     ]  # fmt: skip
-    with forked_kernel(own, room) as argv, (own / "log").open("w", encoding="utf-8") as log:
-        spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
-        kernel.write_text(json.dumps(spec), encoding="utf-8")
-        with ended(subprocess.Popen([LAB, *options], env=env, stdout=log, stderr=log)) as server:
-            return asyncio.run(visit(server, own, word_of(run)))
+    argv = [*ours().python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}), encoding="utf-8")
+    with (
+        (own / "log").open("w", encoding="utf-8") as log,
+        ended(subprocess.Popen([LAB, *options], env=env, stdout=log, stderr=log)) as server,
+    ):
+        return asyncio.run(visit(server, own, word_of(run)))
 
 
 async def visit(server: subprocess.Popen, own: Path, word: str) -> dict[str, Any]:
