@@ -22,6 +22,7 @@ from typing import Any, get_args, get_type_hints
 
 from beartype import BeartypeConf, beartype
 from jaxtyping import TypeCheckError, jaxtyped
+from jaxtyping._storage import clear_treeflatten_memo
 
 NAME, CACHE = "__checked__", ".checked-1.pyc"  # another number where another code is made
 _typed = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
@@ -151,3 +152,4 @@ def install() -> None:
     # Before Python 3.12 every isinstance of a protocol lists its members anew, which takes longer than the checks.
     names: Any = vars(typing)
     names["_get_protocol_attrs"] = functools.cache(names["_get_protocol_attrs"])
+    clear_treeflatten_memo()  # for as long as it is not set, every check of an array raises an error and catches it

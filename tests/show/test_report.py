@@ -97,6 +97,12 @@ def page(text) -> Page:
     return Page(text)
 
 
+@pytest.fixture(scope="module")
+def plain() -> Page:
+    """The page of a run that measured little."""
+    return Page(report.render(told(run_of("concept", "random"))))
+
+
 def test_report_is_one_whole_page(text, page):
     assert text.lower().startswith("<!doctype html>")
     assert page.open == []
@@ -194,14 +200,13 @@ def test_report_has_every_figure_with_how_to_read_it(text, page):
     assert "Raises:" not in page.text
 
 
-def test_report_leaves_out_what_was_not_measured():
-    page = Page(report.render(told(run_of("concept", "random"))))
-    assert "What the output owes to each layer" not in page.text
-    assert "Are they still the same neurons?" not in page.text
-    assert "Did its saliency move between layers?" in page.text
+def test_report_leaves_out_what_was_not_measured(plain):
+    assert "What the output owes to each layer" not in plain.text
+    assert "Are they still the same neurons?" not in plain.text
+    assert "Did its saliency move between layers?" in plain.text
     for missing in ("How much to cut", "As the model reads", "Which part brings"):
-        assert missing not in page.text
-    assert [v for _, a in page.attrs if (v := a.get("href"))] == [f"#{id}" for id in linked(page)]
+        assert missing not in plain.text
+    assert [v for _, a in plain.attrs if (v := a.get("href"))] == [f"#{id}" for id in linked(plain)]
 
 
 def test_report_says_so_where_a_score_cannot_be_shared_out():
@@ -292,6 +297,7 @@ def test_report_answers_every_question_in_a_table(run):
     assert [p["aria-label"].partition(";")[0] for p in pictures if p["aria-label"]] == [a.number for a in decided]
     for title in ("How much to cut", "Which part brings place back"):
         assert title in page.text
+    assert "word by word" not in page.text
     assert page.text.startswith(" Where does place come back") or brief.sentence(whole) in page.text
 
 
@@ -326,16 +332,15 @@ def test_report_shows_neurons_word_by_word_as_text():
     ]
     assert "rgba" not in read[3]
     assert "&lt;script&gt;" in read[2]
-    assert "word by word" not in report.render(told(with_all(run_of("concept", "random"))))
 
 
-def test_report_says_which_label_does_not_come_back():
+def test_report_says_which_label_does_not_come_back(plain):
     run = told(run_of("concept", "random"))
     path = run.arms["concept"][0]
     low = replace(path["2"], scores=margined(scores_of(0.8, person=0.1, n=30)))
     run.arms["concept"][0] = replace(path, snapshots={**path.snapshots, "2": low})
     assert f"What does not come back: {brief.never_back(run)}." in Page(report.render(run)).text
-    assert "What does not come back" not in Page(report.render(told(run_of("concept", "random")))).text
+    assert "What does not come back" not in plain.text
 
 
 # --- for the keyboard and for screen readers
@@ -372,8 +377,8 @@ def test_report_has_a_dark_page(text):
     assert '<meta name="color-scheme" content="light dark">' in text
 
 
-def test_report_says_the_command_that_repeats_it(run):
-    assert "<code>relearn-lens run settings.toml</code>" in report.render(run)
+def test_report_says_the_command_that_repeats_it(run, text):
+    assert "<code>relearn-lens run settings.toml</code>" in text
     same = replace(run, experiment=presets.preset("names-quick"))
     same.arms = {name: arms[:1] for name, arms in run.arms.items()}
     same.damage = run.damage[:1]
@@ -467,12 +472,11 @@ addEventListener('load', function () { setTimeout(function () {
 
 
 @pytest.fixture(scope="module", params=["light", "dark"])
-def seen(request, run, tmp_path_factory) -> dict:
+def seen(request, text, tmp_path_factory) -> dict:
     """The page in headless Chromium in a frame as wide as a phone (its windows cannot be), tried out by a script."""
     if not CHROMIUM:
         pytest.skip("no chromium on the PATH")
     folder: Path = tmp_path_factory.mktemp("browser")
-    text = report.render(run)
     (folder / "page.html").write_text(text.replace("<head>", f"<head>{LISTEN}").replace("</body>", f"{TRY}</body>"))
     (folder / "phone.html").write_text(
         "<!doctype html><meta name='color-scheme' content='light dark'>"
