@@ -33,7 +33,7 @@ from tests.families import small_tagger
 from tests.fixtures import LABELS, TEXT, sentences_of, warmed
 from tests.interruptions import Stopped, small_run
 
-KINDS = ("bert", "gpt2", "llama")
+KINDS = ("bert", "llama")
 PLACE = Concept("place", ["LOC"])
 
 

@@ -193,7 +193,14 @@ def one_step(remover: Remover, make: Make, texts: Any, model: LanguageModel | No
     return pause.loss, gradients
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("make", "case"),
+    [
+        *(("native", case) for case in CASES),
+        *(("llama", case) for case in ("grad_diff, kl", "npo", "alt_po", "pdu", "ce_u")),
+    ],
+    indirect=["make"],
+)
 def test_value_and_gradient_equal_a_plain_loop(make, texts, case):
     remover, by_hand = CASES[case]
     base, other = make(), moved(make)
