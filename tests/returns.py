@@ -63,7 +63,7 @@ def copied(tagger: Tagger) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in tagger.weights().items()}
 
 
-def cut_toy(seed: int, sentences: int = 40) -> tuple[Return, Tensor, Tensor, Tensor]:
+def cut_toy(seed: int, sentences: int = 24) -> tuple[Return, Tensor, Tensor, Tensor]:
     """The toy without its places; and what its neurons read, their bias and what they wrote."""
     tagger = warmed(toy.tagger(seed=seed))
     text = encode(toy.corpus(sentences=sentences, seed=seed), tagger.tokenizer, context=tagger.context)
