@@ -201,25 +201,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def plain(value: Any) -> Any:
     """Values as JSON takes them; NaN is null."""
-    kind = type(value)  # of most values: to ask what they are an instance of takes as long as to write them
-    if kind is str or kind is int or value is None or kind is bool:
+    kind = type(value)
+    if kind is str or kind is int or value is None:  # most are: to ask what they are an instance of takes as long again
         return value
-    if kind is float:
-        return value if math.isfinite(value) else None
-    if kind is dict:
-        return {str(k): plain(v) for k, v in value.items()}
-    if kind is list:
-        return [plain(v) for v in value]
-    if isinstance(value, str | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if type(value).__module__ == "numpy":  # a number
+    if kind.__module__ == "numpy":  # a number
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if kind is dict or isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     return value
 
 

@@ -99,7 +99,8 @@ class Following:
             case events.Base(seed=seed, snapshot=snapshot):
                 scores, self.arms = snapshot.scores, {}
                 by = "steps" if experiment.retrain.steps else "epochs"
-                self.say(f"seed {seed}: {scores.metric} of the base model {_scores(snapshot.shown)}")
+                shown = ", ".join(f"{label} {value:.2f}" for label, value in snapshot.shown.items())
+                self.say(f"seed {seed}: {scores.metric} of the base model {shown}")
                 self.say(brief.head(f"{scores.metric} of {'+'.join(experiment.labels)}", stages, by))
             case events.Measured(arm=arm, stage=stage, snapshot=snapshot):
                 self.arms.setdefault(arm, {})[stage] = snapshot.scores
@@ -126,7 +127,3 @@ def sweeping(total: int, to: TextIO) -> Callable[..., None]:
         print(f"{count}{name}{f': {now}' if now else ''}{took}{why}", file=to, flush=True)
 
     return say
-
-
-def _scores(shown: dict[str, float]) -> str:
-    return ", ".join(f"{label} {value:.2f}" for label, value in shown.items())

@@ -107,7 +107,7 @@ def _run_values(run: Run) -> dict[str, Any]:
     site, scores = first[0].site, first[0][first[0].stages[0]].scores
     curves = {
         name: {
-            stage: [_number(e) for e in (each.value, each.low, each.high)]
+            stage: [round(float(e), 4) if np.isfinite(e) else None for e in (each.value, each.low, each.high)]
             for stage in arms[0].stages
             for each in [shown(run.label, [arm[stage].scores for arm in arms], **run.interval)]
         }
@@ -120,10 +120,6 @@ def _run_values(run: Run) -> dict[str, Any]:
         "site": site.name, "layers": list(site.layers), "width": site.width, "curves": curves,
         "colours": {name: ARM_COLOURS.get(name, INK) for name in run.arms}, "grafts": _graft_values(run, site.layers),
     }  # fmt: skip
-
-
-def _number(value: float) -> float | None:
-    return round(float(value), 4) if np.isfinite(value) else None
 
 
 def _graft_values(run: Run, layers: Sequence[str]) -> dict[str, str]:

@@ -189,7 +189,8 @@ def neuron_map(
     for name in stages:
         saliency = path[name].saliency
         ranked = saliency.by_rank(_among(path, name, selection)).where(path.there(name).mask, torch.nan)
-        ranks[name] = _rounded(_means(ranked.gather(1, place), block), 3)
+        # The mean of each block of neighbours without the blank ones; NaN where all are.
+        ranks[name] = _rounded(_padded(ranked.gather(1, place), block, torch.nan).nanmean(2), 3)
         # Of a block, the score is that of the neuron that is named.
         scores[name] = _rounded(saliency.score.gather(1, place).gather(1, lead), 4)
     figure = go.Figure(
@@ -252,11 +253,6 @@ def _leads(score: Tensor, block: int) -> Tensor:
     """Position of the most salient neuron of each block of neighbours, per layer."""
     padded = _padded(score.nan_to_num(-torch.inf), block, -torch.inf)
     return padded.argmax(2) + torch.arange(padded.shape[1]) * block
-
-
-def _means(values: Tensor, block: int) -> Tensor:
-    """Mean of each block of neighbours without the blank ones; NaN where all are."""
-    return _padded(values, block, torch.nan).nanmean(2)
 
 
 def _padded(values: Tensor, block: int, fill: float) -> Tensor:
