@@ -14,12 +14,12 @@ import importlib
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import traceback
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -44,10 +44,13 @@ class Spare:
         # Linux alone has pidfd_open, and a folder's own conftest may have imported more by now: then it takes its time.
         if not hasattr(os, "pidfd_open") or (as_users and "relearn_lens" in sys.modules):
             return
-        path = str(Path(tempfile.mkdtemp(prefix="spare")) / "socket")
-        self.python = [sys.executable, "-I", "-S", "-c", ASKS, path]
+        folder = tempfile.mkdtemp(prefix="spare")  # nobody else's
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(path)
+        try:
+            listener.bind(path := f"{folder}/socket")
+        except OSError:  # of more letters than the address of a socket has
+            return
+        self.python = [sys.executable, "-I", "-S", "-c", ASKS, path]
         listener.listen()
         end, self._end = os.pipe()  # nobody writes into it: it is closed when this process ends
         sys.stdout.flush()
@@ -55,12 +58,12 @@ class Spare:
             os.close(self._end)
             if as_users:
                 sys.meta_path[:] = [each for each in sys.meta_path if type(each).__module__ != "tests.typed"]
-            _wait(listener, end)
+            _wait(listener, end, folder)
         os.close(end)
         listener.close()
 
 
-def _wait(listener: socket.socket, end: int) -> NoReturn:
+def _wait(listener: socket.socket, end: int, folder: str) -> NoReturn:
     asked = selectors.DefaultSelector()
     asked.register(listener, selectors.EVENT_READ)
     asked.register(end, selectors.EVENT_READ)
@@ -71,6 +74,7 @@ def _wait(listener: socket.socket, end: int) -> NoReturn:
             if of == end:
                 for pid, _ in runs.values():
                     os.kill(pid, signal.SIGKILL)
+                shutil.rmtree(folder, ignore_errors=True)
                 os._exit(0)
             if of is listener:
                 who, _ = listener.accept()
