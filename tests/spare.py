@@ -42,7 +42,7 @@ class Spare:
     def __init__(self, *, as_users: bool = False) -> None:
         self.python = [sys.executable]
         # Linux alone has pidfd_open, and a folder's own conftest may have imported more by now: then it takes its time.
-        if not hasattr(os, "pidfd_open") or (as_users and "relearn_lens" in sys.modules):
+        if not hasattr(os, "pidfd_open") or (as_users and {"relearn_lens", "transformer_lens"} & sys.modules.keys()):
             return
         folder = tempfile.mkdtemp(prefix="spare")  # nobody else's
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
