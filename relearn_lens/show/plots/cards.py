@@ -191,11 +191,7 @@ def verdicts(data: Run | Sequence[Claim]) -> go.Figure:
             marker={"color": colour, "symbol": symbol, "size": 12, "line": {"width": 2, "color": colour}},
             error_x={"type": "data", "array": at[:, 2] - at[:, 0], "arrayminus": at[:, 0] - at[:, 1], "color": colour,
                      "thickness": 3, "width": 0},
-            customdata=[
-                [safe(c.effect), f"{c.bar:g}", safe(c.measures), p]
-                for c in here
-                for p in ["" if c.p_holm is None else f"<br>p (Holm) {c.p_holm:.3g}"]
-            ],
+            customdata=[[safe(c.effect), f"{c.bar:g}", safe(c.measures), _p(c)] for c in here],
             hovertemplate="effect %{customdata[0]}, bar %{customdata[1]}<br>%{customdata[2]}%{customdata[3]}"
             f"<extra>{verdict}</extra>",
         )  # fmt: skip
@@ -241,6 +237,10 @@ def _bars(claim: Claim, part: str) -> float:
 def _drawn_at(value: float | int) -> float:
     """Near 0 as it is, far out drawn together."""
     return float(np.arcsinh(value))
+
+
+def _p(claim: Claim) -> str:
+    return "" if claim.p_holm is None else f"<br>p (Holm) {claim.p_holm:.3g}"
 
 
 def _wrapped(claim: Claim, width: int = 32) -> str:
