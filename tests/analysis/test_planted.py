@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from scipy import stats as st
 
 from relearn_lens.analysis import migration
 from relearn_lens.find.attribution import Form, attribute
@@ -188,8 +189,9 @@ def test_claims_of_nothing_are_as_rare_as_they_say(null, n):
     """A small version of `tests.benchmarks.false_alarms`, which has the full one."""
     found = rates(n, [null])
     assert LEVEL == 0.05
-    for row in found:
-        if "story" in row.says or "migration" in row.says or "bar 0" in row.says:
-            continue  # those are told in full by the benchmark
-        assert row.n <= n
-        assert row.claimed <= row.most()
+    # The others are told in full by the benchmark.
+    rows = [row for row in found if not any(word in row.says for word in ("story", "migration", "bar 0"))]
+    assert all(row.n <= n and row.claimed <= row.most() for row in rows), rows
+    # Of one or two cases none could be too many: all claims together.
+    cases = sum(row.n for row in rows)
+    assert sum(row.claimed for row in rows) <= st.binom.isf(0.005, cases, LEVEL) < cases
