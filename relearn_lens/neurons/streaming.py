@@ -150,7 +150,7 @@ class ClassStats:
 
     @cached_property
     def constant(self) -> Bool[Tensor, "layer neuron"]:
-        """Which neurons vary no more than that over all words."""
+        """Which neurons vary over all words no more than `resolution`."""
         return self.total.variance[0].sqrt() <= self.resolution
 
     def merged(self, which: Bool[Tensor, " class"], name: str) -> ClassStats:
